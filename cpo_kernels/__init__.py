@@ -1,0 +1,60 @@
+"""Fused sequence-level losses: Contrastive Preference Optimization without storing logits over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import backends
+from .functional import (
+    contrastive_loss,
+    cpo_loss,
+    linear_cpo_loss,
+    linear_sequence_logps,
+    linear_sequence_loss,
+    linear_token_logps,
+    plan,
+    sequence_logps,
+    token_logps,
+)
+from .layout import CandidateLayout
+from .modules import CPOLoss, LinearCPOLoss
+from .objective import CPOOutput
+from .planning import Plan
+
+if TYPE_CHECKING:
+    from .models import attach_linear_loss
+    from .trainer import CPOConfig, CPOTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CPOConfig",
+    "CPOLoss",
+    "CPOOutput",
+    "CPOTrainer",
+    "CandidateLayout",
+    "LinearCPOLoss",
+    "Plan",
+    "attach_linear_loss",
+    "backends",
+    "contrastive_loss",
+    "cpo_loss",
+    "linear_cpo_loss",
+    "linear_sequence_logps",
+    "linear_sequence_loss",
+    "linear_token_logps",
+    "plan",
+    "sequence_logps",
+    "token_logps",
+]
+
+# These need transformers, which the losses do not.
+_LAZY = {"CPOConfig": "trainer", "CPOTrainer": "trainer", "attach_linear_loss": "models"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""torch.autograd.Functions around the engine. Gradients of a fused loss are built in its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .calls import Grads, LinearCall, LossResult, Needs, run_token_logps, token_logps_grads
+
+Compute = Callable[[Tensor, Tensor, Tensor | None, Needs], LossResult]
+
+
+def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which tensors autograd wants a gradient for, in the current grad mode."""
+    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+
+
+def scale_grads_(grads: Grads, factor: Tensor, gain: float) -> Grads:
+    """Multiply gradients in place by ``factor / gain``; a factor of 1 costs nothing where reading it needs no sync."""
+    scale = factor / gain
+    if scale.device.type == "cpu" and float(scale) == 1.0:
+        return grads
+    for grad in grads:
+        if grad is not None:
+            grad.mul_(scale)
+    return grads
+
+
+class FusedLoss(torch.autograd.Function):
+    """A scalar loss of (hidden, weight, bias) whose gradients come with it."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, compute: Compute, needs: Needs):
+        """Returns loss, sums (S,) and lengths (S,); only the loss is differentiable."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            result = compute(hidden, weight, bias, needs)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.compute, ctx.needs = compute, needs
+        ctx.grads = (result.grads, result.gain)
+        ctx.mark_non_differentiable(result.sums, result.lengths)
+        return result.loss, result.sums, result.lengths
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _sums, _lengths):
+        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
+        inputs = ctx.saved_tensors
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            result = ctx.compute(*inputs, ctx.needs)
+            grads = result.grads, result.gain
+        return (*scale_grads_(grads[0], grad_loss, grads[1]), None, None)
+
+
+class LinearTokenLogps(torch.autograd.Function):
+    """Token log-probabilities (N,) of (hidden, weight, bias), whose upstream gradient arrives later."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call: LinearCall, needs: Needs):
+        """Returns (N,)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            result = run_token_logps(call, hidden, weight, bias, needs)
+        ctx.save_for_backward(hidden, weight, bias, result.unscaled)
+        ctx.call, ctx.needs, ctx.kept = call, needs, result.kept
+        return result.logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        """Scale what forward built, use what it kept, or recompute."""
+        hidden, weight, bias, unscaled = ctx.saved_tensors
+        if unscaled is not None:
+            return scale_rows(ctx.call, unscaled, grad_logps), None, None, None, None
+        # The kept logits are overwritten, so a retained graph recomputes them the second time.
+        kept, ctx.kept = ctx.kept, None
+        return (*token_logps_grads(ctx.call, kept, grad_logps, hidden, weight, bias, ctx.needs), None, None)
+
+
+def scale_rows(call: LinearCall, unscaled: Tensor, grad_logps: Tensor) -> Tensor:
+    """Gradient (R, H) of hidden from that of the plain sum: each row times the gradient of its one token."""
+    per_row = grad_logps.where(call.targets >= 0, 0)
+    if call.rows is not None:
+        per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows, per_row)
+    return (unscaled * per_row.unsqueeze(1)).to(unscaled.dtype)

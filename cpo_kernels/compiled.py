@@ -1,0 +1,191 @@
+"""The fused calls as operators, for ``torch.compile``: one opaque node each, so that no graph breaks.
+
+Outside of a compiled region the autograd functions are used, which hand gradients over without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .calls import LinearCall, run_cpo, run_token_logps, token_logps_grads
+from .head import Head
+from .objective import Objective
+from .reference import accumulate_dtype
+
+
+def make_head(
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    backend: str,
+    max_logits_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+) -> Head:
+    """The head from the arguments that an operator can carry."""
+    return Head(logit_scale, softcap or None, temperature, backend, max_logits_bytes, logits_dtype)
+
+
+def flatten_head(head: Head) -> tuple[float, float, float, str, int | None, torch.dtype | None]:
+    """The inverse of :func:`make_head`."""
+    return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype)
+
+
+def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if grad is None else grad
+
+
+def _fake_grads(needs: Sequence[bool], *inputs: Tensor | None) -> list[Tensor]:
+    first = inputs[0]
+    assert first is not None
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n and t is not None else first.new_empty(0)
+        for n, t in zip(needs, inputs, strict=True)
+    ]
+
+
+@custom_op("cpo_kernels::linear_cpo", mutates_args=())
+def linear_cpo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    cu_tokens: Sequence[int],
+    cu_groups: Sequence[int],
+    needs: Sequence[bool],
+    beta: float,
+    margin: float,
+    label_smoothing: float,
+    loss_type: str,
+    length_normalized: bool,
+    contrast_weight: float,
+    mle_weight: float,
+    num_groups: float | None,
+    num_target_tokens: float | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    backend: str,
+    max_logits_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums (S,), lengths (S,) and the gradients of hidden, weight and bias (empty where ``needs`` is false)."""
+    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    objective = Objective(
+        beta,
+        margin,
+        label_smoothing,
+        loss_type,
+        length_normalized,
+        contrast_weight,
+        mle_weight,
+        num_groups,
+        num_target_tokens,
+    )
+    call = LinearCall(targets, rows, cu_tokens, cu_groups, head)
+    result = run_cpo(call, objective, ref_logps, ranks, hidden, weight, bias, (needs[0], needs[1], needs[2]))
+    if result.gain != 1.0:
+        for grad in result.grads:
+            if grad is not None:
+                grad.div_(result.gain)
+    return (result.loss, result.sums, result.lengths, *(_or_empty(grad, hidden) for grad in result.grads))
+
+
+@linear_cpo.register_fake
+def _(hidden, weight, bias, targets, rows, ref_logps, ranks, cu_tokens, cu_groups, needs, *options):
+    dtype = accumulate_dtype(options[-1] or hidden.dtype)
+    segments = len(cu_tokens) - 1
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((segments,), dtype=dtype),
+        hidden.new_empty((segments,), dtype=torch.int64),
+        *_fake_grads(needs, hidden, weight, bias),
+    )
+
+
+def _save_grads(ctx, inputs, output) -> None:
+    _, sums, lengths, *grads = output
+    ctx.needs = inputs[9]
+    ctx.mark_non_differentiable(sums, lengths, *grads)
+    ctx.save_for_backward(*grads)
+
+
+def _linear_cpo_backward(ctx, grad_loss, *_unused):
+    grads = [grad * grad_loss if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    return (*grads, *[None] * 22)
+
+
+linear_cpo.register_autograd(_linear_cpo_backward, setup_context=_save_grads)
+
+
+@custom_op("cpo_kernels::linear_token_logps", mutates_args=())
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    backend: str,
+    max_logits_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+) -> Tensor:
+    """Log-probabilities (N,) of all tokens; the gradient recomputes the logits."""
+    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
+    return run_token_logps(call, hidden, weight, bias, (False, False, False)).logps
+
+
+@linear_token_logps.register_fake
+def _(hidden, weight, bias, targets, rows, *options):
+    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(options[-1] or hidden.dtype))
+
+
+@custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
+def linear_token_logps_backward(
+    grad_logps: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Tensor | None,
+    needs: Sequence[bool],
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    backend: str,
+    max_logits_bytes: int | None,
+    logits_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias (empty where ``needs`` is false)."""
+    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
+    grads = token_logps_grads(call, None, grad_logps, hidden, weight, bias, (needs[0], needs[1], needs[2]))
+    return _or_empty(grads[0], hidden), _or_empty(grads[1], hidden), _or_empty(grads[2], hidden)
+
+
+@linear_token_logps_backward.register_fake
+def _(grad_logps, hidden, weight, bias, targets, rows, needs, *options):
+    return tuple(_fake_grads(needs, hidden, weight, bias))
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[5:]
+
+
+def _linear_token_logps_backward(ctx, grad_logps):
+    needs = list(ctx.needs_input_grad[:3])
+    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
+    return (*[grad if need else None for grad, need in zip(grads, needs, strict=True)], *[None] * 8)
+
+
+linear_token_logps.register_autograd(_linear_token_logps_backward, setup_context=_save_inputs)

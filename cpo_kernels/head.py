@@ -1,0 +1,73 @@
+"""Options of the language-model head that every public function takes: ``**head`` in the signatures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+
+class HeadOptions(TypedDict, total=False):
+    """Keyword arguments of the head, besides ``bias``; see :class:`Head` for their meaning."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    backend: str
+    max_logits_bytes: int | None
+    logits_dtype: torch.dtype | None
+    grad_filter_eps: float | None
+    candidate_eps: float | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become the logits of the softmax, and with what means.
+
+    ``y = softcap * tanh(((x + bias) * logit_scale) / softcap) / temperature`` for a raw product x; without a softcap,
+    ``y = (x + bias) * logit_scale / temperature``.
+
+    Args:
+        logit_scale: factor of the raw logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        softcap: bound of the logits, > 0 (Gemma 2's ``final_logit_softcapping``); None for none.
+        temperature: divisor of the logits, > 0.
+        backend: ``"auto"`` or a name of :func:`cpo_kernels.backends.available`.
+        max_logits_bytes: budget of the logits held at once, in bytes; None for the backend's default.
+        logits_dtype: None (the dtype of ``hidden``) or ``torch.float32``: GEMMs and logits in float32 from
+            half-precision inputs, for log-likelihoods that are exact to float32 at the cost of slower GEMMs.
+        grad_filter_eps: None. Filtering is not available yet; a number raises ``ValueError``.
+        candidate_eps: None. Likewise.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    backend: str = "auto"
+    max_logits_bytes: int | None = None
+    logits_dtype: torch.dtype | None = None
+    grad_filter_eps: float | None = None
+    candidate_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.logit_scale):
+            raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
+        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
+            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if self.max_logits_bytes is not None and self.max_logits_bytes <= 0:
+            raise ValueError(f"max_logits_bytes must be positive, got {self.max_logits_bytes}")
+        if self.logits_dtype not in (None, torch.float32):
+            raise ValueError(f"logits_dtype must be None or torch.float32, got {self.logits_dtype}")
+        for name in ("grad_filter_eps", "candidate_eps"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: filtered gradients are not available in this version; pass None (exact)"
+                )
+
+    @property
+    def transform(self) -> tuple[float, float, float]:
+        """(logit_scale, softcap, temperature) as the row operators take them: softcap 0 means none."""
+        return self.logit_scale, self.softcap or 0.0, self.temperature

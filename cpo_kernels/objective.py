@@ -1,0 +1,356 @@
+"""Scores of candidates to loss and coefficients: section 1 of docs/design.md on tiny tensors, in plain torch.
+
+Everything works on padded groups (G, C) with a mask of the candidates that are present. The loss of a group is
+
+    L_g = sum over i that have a strictly lower-ranked present candidate: softplus(a_i),
+    a_i = logsumexp({s_j : rank_j > rank_i}) - s_i
+
+which is ``logsumexp({s_i} + {s_j}) - s_i`` without its cancellation when the contrast is settled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """Keyword arguments of the objective, besides ``ref_logps`` and ``ranks``; see :class:`Objective`."""
+
+    beta: float
+    margin: float
+    label_smoothing: float
+    loss_type: str
+    length_normalized: bool
+    contrast_weight: float
+    mle_weight: float
+    num_groups: float | None
+    num_target_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``contrast_weight * mean_g L_g + mle_weight * NLL(rank-0 candidates, per token)``.
+
+    Args:
+        beta: inverse temperature of the contrast, > 0.
+        margin: added to the score of every candidate of rank > 0, in score units (SimPO's gamma).
+        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only).
+        loss_type: ``"plackett_luce"``, or for K = 1 ``"hinge"`` (SLiC) or ``"ipo"``.
+        length_normalized: contrast means of token log-probabilities instead of sums.
+        contrast_weight: weight of the contrast.
+        mle_weight: weight of the negative log-likelihood of the rank-0 candidates.
+        num_groups: denominator of the contrast (groups of the whole accumulated batch); None: the groups given.
+        num_target_tokens: denominator of the NLL; None: the rank-0 tokens given.
+    """
+
+    beta: float = 0.1
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    loss_type: str = "plackett_luce"
+    length_normalized: bool = False
+    contrast_weight: float = 1.0
+    mle_weight: float = 0.0
+    num_groups: float | None = None
+    num_target_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {self.loss_type!r}")
+        if self.label_smoothing and self.loss_type != "plackett_luce":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} needs loss_type='plackett_luce', got {self.loss_type!r}"
+            )
+        for name in ("margin", "contrast_weight", "mle_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        for name in ("num_groups", "num_target_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    @property
+    def pairs_only(self) -> str | None:
+        """What restricts this objective to K = 1, or None."""
+        if self.loss_type != "plackett_luce":
+            return f"loss_type={self.loss_type!r}"
+        return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+
+    def check_candidates(self, candidates: int) -> None:
+        """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""
+        if self.pairs_only and candidates > 2:
+            raise ValueError(f"{self.pairs_only} needs one negative per group (K = 1), got K = {candidates - 1}")
+
+
+class Groups(NamedTuple):
+    """Segments laid out as padded groups (G, C).
+
+    Attributes:
+        slots: (S,) place of each segment in the flattened (G, C), or None when every group has C segments.
+        shape: (G, C).
+    """
+
+    slots: Tensor | None
+    shape: tuple[int, int]
+
+    def pad(self, values: Tensor, fill: float = 0) -> Tensor:
+        """(S,) -> (G, C)."""
+        if self.slots is None:
+            return values.reshape(self.shape)
+        padded = values.new_full((self.shape[0] * self.shape[1],), fill)
+        return padded.index_copy(0, self.slots, values).view(self.shape)
+
+    def unpad(self, values: Tensor) -> Tensor:
+        """(G, C) -> (S,)."""
+        flat = values.reshape(-1)
+        return flat if self.slots is None else flat[self.slots]
+
+
+def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
+    """The padded layout of groups with boundaries ``cu_groups`` (G + 1,)."""
+    sizes = [end - start for start, end in pairwise(cu_groups)]
+    width = max(sizes, default=0)
+    shape = (len(sizes), width)
+    if all(size == width for size in sizes):
+        return Groups(None, shape)
+    slots = [group * width + c for group, size in enumerate(sizes) for c in range(size)]
+    return Groups(torch.tensor(slots, device=device), shape)
+
+
+def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(0, 1, ..., 1) for every group: the first candidate against the others."""
+    return (torch.arange(shape[1], device=device) > 0).long().expand(shape)
+
+
+class Contrast(NamedTuple):
+    """Loss (G,) of each group and its derivative (G, C) with respect to the scores; 0 for absent candidates."""
+
+    loss: Tensor
+    coef: Tensor
+
+
+def preferences(ranks: Tensor, present: Tensor) -> Tensor:
+    """(G, C, C): whether present candidate i is ranked strictly better than present candidate j."""
+    better = ranks.unsqueeze(-1) < ranks.unsqueeze(-2)
+    return better & present.unsqueeze(-1) & present.unsqueeze(-2)
+
+
+def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
+    """The ranked contrast of scores (G, C) under preferences (G, C, C)."""
+    contrasted = better.any(-1)
+    lower = scores.unsqueeze(-2).masked_fill(~better, -math.inf)
+    # A candidate with nothing below it must not make NaN out of (-inf) - (-inf), in the loss or in its gradient.
+    top = lower.amax(-1).detach().masked_fill(~contrasted, 0.0)
+    weights = (lower - top.unsqueeze(-1)).exp()
+    total = weights.sum(-1).masked_fill(~contrasted, 1.0)
+    margins = top + total.log() - scores
+    loss = F.softplus(margins).masked_fill(~contrasted, 0.0).sum(-1)
+    losing = torch.sigmoid(margins).masked_fill(~contrasted, 0.0)
+    coef = (losing.unsqueeze(-1) * weights / total.unsqueeze(-1)).sum(-2) - losing
+    return Contrast(loss, coef)
+
+
+def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
+    """hinge, ipo and label-smoothed losses of the one preference in each group (K = 1)."""
+    # +1 for the better candidate, -1 for the worse, 0 where there is no preference.
+    sign = better.any(-1).to(scores.dtype) - better.any(-2).to(scores.dtype)
+    contrasted = better.flatten(-2).any(-1)
+    difference = torch.where(sign != 0, sign * scores, torch.zeros_like(scores)).sum(-1)
+    if objective.loss_type == "hinge":
+        loss = F.relu(1 - difference)
+        slope = -(difference < 1).to(scores.dtype)
+    elif objective.loss_type == "ipo":
+        residual = (difference - 0.5) / objective.beta
+        loss, slope = residual.square(), 2 * residual / objective.beta
+    else:
+        smoothing = objective.label_smoothing
+        loss = (1 - smoothing) * F.softplus(-difference) + smoothing * F.softplus(difference)
+        slope = smoothing * torch.sigmoid(difference) - (1 - smoothing) * torch.sigmoid(-difference)
+    return Contrast(loss.masked_fill(~contrasted, 0.0), slope.masked_fill(~contrasted, 0.0).unsqueeze(-1) * sign)
+
+
+def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
+    """Loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
+    rewards = logps if ref_logps is None else logps - ref_logps
+    scores = objective.beta * rewards + objective.margin * (ranks > 0)
+    scores = scores.masked_fill(~present, 0.0)
+    better = preferences(ranks, present)
+    loss, coef = pair_loss(scores, better, objective) if objective.pairs_only else plackett_luce(scores, better)
+    return Contrast(loss, objective.beta * coef)
+
+
+@dataclass(frozen=True)
+class CPOProblem:
+    """The objective bound to the groups of a batch; everything but the log-likelihoods.
+
+    Attributes:
+        objective: the numbers.
+        groups: the padded layout of the S segments.
+        lengths: (S,) tokens of each segment.
+        ref_logps: (S,) or None.
+        ranks: (G, C).
+        present: (G, C).
+        num_groups: denominator of the contrast.
+        num_target_tokens: denominator of the NLL.
+    """
+
+    objective: Objective
+    groups: Groups
+    lengths: Tensor
+    ref_logps: Tensor | None
+    ranks: Tensor
+    present: Tensor
+    num_groups: float
+    num_target_tokens: float | Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """(S,) bool: segments of rank 0 that have tokens."""
+        return self.groups.unpad((self.ranks == 0) & self.present)
+
+    def logps(self, sums: Tensor) -> Tensor:
+        """Log-likelihoods (S,) as contrasted, from the sums of token log-probabilities (S,)."""
+        return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
+
+    def contrast(self, sums: Tensor) -> Contrast:
+        """Loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
+        ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
+        return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
+
+    def loss(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, contrastive_loss, nll_loss), scalars differentiable in ``sums``."""
+        contrastive = self.contrast(sums).loss.sum() / self.num_groups
+        nll = -(sums * self.best).sum() / self.num_target_tokens
+        nll = nll.to(sums.dtype)
+        return self.objective.contrast_weight * contrastive + self.objective.mle_weight * nll, contrastive, nll
+
+    def coefficients(self, sums: Tensor) -> Tensor:
+        """``dloss / dsums`` (S,), in closed form."""
+        coef = self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
+        if self.objective.length_normalized:
+            coef = coef / self.lengths.clamp(min=1)
+        return coef - self.best.to(sums.dtype) * (self.objective.mle_weight / self.num_target_tokens)
+
+    def chunk(self, groups: range, segments: slice) -> CPOProblem:
+        """The problem of some consecutive groups, with the denominators of the whole."""
+        g = slice(groups.start, groups.stop)
+        slots, width = self.groups.slots, self.groups.shape[1]
+        return replace(
+            self,
+            groups=Groups(None if slots is None else slots[segments] - groups.start * width, (len(groups), width)),
+            lengths=self.lengths[segments],
+            ref_logps=None if self.ref_logps is None else self.ref_logps[segments],
+            ranks=self.ranks[g],
+            present=self.present[g],
+        )
+
+
+def make_problem(
+    objective: Objective,
+    cu_groups: Sequence[int],
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+) -> CPOProblem:
+    """Bind the objective to groups: lengths, ref_logps and ranks are (S,). No value is looked at."""
+    groups = make_groups(cu_groups, lengths.device)
+    padded_ranks = default_ranks(groups.shape, lengths.device) if ranks is None else groups.pad(ranks)
+    present = groups.pad(lengths) > 0
+    num_target_tokens: float | Tensor | None = objective.num_target_tokens
+    if num_target_tokens is None:
+        num_target_tokens = (groups.pad(lengths) * (padded_ranks == 0)).sum().clamp(min=1).double()
+    return CPOProblem(
+        objective=objective,
+        groups=groups,
+        lengths=lengths,
+        ref_logps=ref_logps,
+        ranks=padded_ranks,
+        present=present,
+        num_groups=objective.num_groups or groups.shape[0],
+        num_target_tokens=num_target_tokens,
+    )
+
+
+def check_problem(problem: CPOProblem) -> None:
+    """Raise ``ValueError`` naming the first group without a rank-0 candidate or, if contrasted, without a contrast."""
+    ranks, present, objective = problem.ranks, problem.present, problem.objective
+    best = ((ranks == 0) & present).any(-1)
+    if not best.all():
+        group = int((~best).nonzero()[0])
+        raise ValueError(f"group {group} has no rank-0 candidate with tokens: {describe_group(problem, group)}")
+    if objective.contrast_weight > 0:
+        contrasted = preferences(ranks, present).flatten(-2).any(-1)
+        if not contrasted.all():
+            group = int((~contrasted).nonzero()[0])
+            raise ValueError(
+                f"group {group} has nothing to contrast while contrast_weight={objective.contrast_weight}: "
+                + describe_group(problem, group)
+            )
+
+
+def describe_group(problem: CPOProblem, group: int) -> str:
+    """Ranks and presence of one group's candidates, for a message."""
+    return f"ranks {problem.ranks[group].tolist()}, present {problem.present[group].tolist()}"
+
+
+class CPOOutput(NamedTuple):
+    """What the CPO losses return. Only ``loss`` is differentiable.
+
+    Attributes:
+        loss: ``contrast_weight * contrastive_loss + mle_weight * nll_loss``, scalar.
+        contrastive_loss: mean of the groups' contrast over ``num_groups``, scalar.
+        nll_loss: negative log-likelihood of the rank-0 candidates per token, in nats, scalar.
+        logps: log-likelihood of every candidate (the mean per token if length_normalized), (G, C) or (S,).
+        rewards: ``beta * (logp - ref_logp)``, like logps; 0 for absent candidates.
+        accuracy: fraction of groups whose rank-0 candidates all score above all others; NaN without others.
+        margin: mean over groups of the mean reward of rank 0 minus the mean reward of the others; NaN without others.
+        dropped: share of the gradient's mass left out by the filters; 0 when exact.
+    """
+
+    loss: Tensor
+    contrastive_loss: Tensor
+    nll_loss: Tensor
+    logps: Tensor
+    rewards: Tensor
+    accuracy: Tensor
+    margin: Tensor
+    dropped: Tensor
+
+
+def summarize(problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int, ...]) -> CPOOutput:
+    """The output for a loss whose segments have log-likelihood sums (S,); logps and rewards come in ``shape``."""
+    sums = sums.detach()
+    _, contrastive, nll = problem.loss(sums)
+    logps = problem.logps(sums)
+    rewards = logps if problem.ref_logps is None else logps - problem.ref_logps
+    rewards = problem.groups.pad(problem.objective.beta * rewards).masked_fill(~problem.present, 0.0)
+    best = (problem.ranks == 0) & problem.present
+    others = (problem.ranks > 0) & problem.present
+    counted = best.any(-1) & others.any(-1)
+    worst_best = rewards.masked_fill(~best, math.inf).amin(-1)
+    best_other = rewards.masked_fill(~others, -math.inf).amax(-1)
+    wins = ((worst_best > best_other) & counted).sum()
+    means = [(rewards * mask).sum(-1) / mask.sum(-1).clamp(min=1) for mask in (best, others)]
+    return CPOOutput(
+        loss=loss,
+        contrastive_loss=contrastive,
+        nll_loss=nll,
+        logps=logps.reshape(shape),
+        rewards=problem.groups.unpad(rewards).reshape(shape),
+        accuracy=wins / counted.sum(),
+        margin=((means[0] - means[1]) * counted).sum() / counted.sum(),
+        dropped=loss.new_zeros(()).detach(),
+    )

@@ -1,0 +1,148 @@
+"""Section 1 of the design in plain PyTorch: the oracle of every test, and the bodies the operators fall back on.
+
+Everything here is written for reading, in the dtype it is given (float64 included), with dense logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of every reduction over values stored as ``dtype``: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def transform_logits(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Raw head outputs (..., V) to the logits of the softmax: bias, scale, softcap, temperature, in that order."""
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    logits = logits * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
+
+
+def token_logps(logits: Tensor, targets: Tensor, **transform) -> Tensor:
+    """log softmax(logits)[target]: (..., V), (...) -> (...); 0 where the target is -100."""
+    y = transform_logits(logits.to(accumulate_dtype(logits.dtype)), **transform)
+    present = targets != IGNORE_INDEX
+    picked = torch.log_softmax(y, -1).gather(-1, targets.where(present, 0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(present, picked, torch.zeros_like(picked))
+
+
+def contrastive_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
+    """Loss of one group, by the definition: scores, ranks, present are (C,); returns a scalar.
+
+    ``sum_i [logsumexp({s_i} + {s_j : rank_j > rank_i}) - s_i]`` over the present candidates i that have a strictly
+    lower-ranked present candidate (Plackett-Luce with ties left out).
+    """
+    loss = scores.new_zeros(())
+    for i in range(scores.numel()):
+        lower = [j for j in range(scores.numel()) if present[j] and ranks[j] > ranks[i]]
+        if present[i] and lower:
+            loss = loss + torch.logsumexp(scores[[i, *lower]], 0) - scores[i]
+    return loss
+
+
+def cpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ref_logps: Tensor | None = None,
+    ranks: Tensor | None = None,
+    beta: float = 0.1,
+    margin: float = 0.0,
+    length_normalized: bool = False,
+    contrast_weight: float = 1.0,
+    mle_weight: float = 0.0,
+    **transform,
+) -> Tensor:
+    """The whole objective from dense logits: (G, C, T, V), (G, C, T) -> scalar, differentiable."""
+    groups, candidates, _ = targets.shape
+    present_tokens = targets != IGNORE_INDEX
+    lengths = present_tokens.sum(-1)
+    sums = token_logps(logits, targets, **transform).sum(-1)
+    logps = sums / lengths.clamp(min=1) if length_normalized else sums
+    if ranks is None:
+        ranks = torch.tensor([0] + [1] * (candidates - 1), device=targets.device).expand(groups, candidates)
+    scores = beta * (logps if ref_logps is None else logps - ref_logps.to(logps.dtype)) + margin * (ranks > 0)
+    contrast = sum(contrastive_loss(scores[g], ranks[g], lengths[g] > 0) for g in range(groups)) / groups
+    best = (ranks == 0) & (lengths > 0)
+    nll = -(sums * best).sum() / (lengths * best).sum()
+    return contrast_weight * contrast + mle_weight * nll
+
+
+# The bodies of the row operators. Tokens are grouped by row; `row_starts` is their prefix count, or None for one a row.
+
+
+def token_rows(targets: Tensor, row_starts: Tensor | None) -> Tensor:
+    """Row of each token (N,) from the prefix counts of tokens per row (R + 1,)."""
+    if row_starts is None:
+        return torch.arange(targets.numel(), device=targets.device)
+    counts = row_starts.diff()
+    return torch.repeat_interleave(torch.arange(counts.numel(), device=targets.device), counts)
+
+
+def row_forward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Statistics (2, R) of the rows (max, log-sum-exp minus max) and the log-probability (N,) of each token."""
+    y = transform_logits(logits.to(accumulate_dtype(logits.dtype)), bias, logit_scale, softcap, temperature)
+    row_max = y.detach().amax(-1)
+    log_sum = (y - row_max[:, None]).exp().sum(-1).log()
+    rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
+    logps = y[rows, targets.where(present, 0)] - row_max[rows] - log_sum[rows]
+    return torch.stack([row_max, log_sum]), torch.where(present, logps, torch.zeros_like(logps))
+
+
+def row_backward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+) -> Tensor:
+    """Gradient (R, V) of ``sum_n coef_n * logp_n`` with respect to the raw logits; rows without one are exactly 0."""
+    x = logits.to(stats.dtype)
+    y = transform_logits(x, bias, logit_scale, softcap, temperature)
+    rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
+    coef = torch.where(present, coef, torch.zeros_like(coef))
+    row_coef = x.new_zeros(x.shape[0]).index_add_(0, rows, coef)
+    grad = -row_coef[:, None] * (y - stats[0][:, None] - stats[1][:, None]).exp()
+    grad.index_put_((rows, targets.where(present, 0)), coef, accumulate=True)
+    if softcap:
+        capped = y * temperature / softcap
+        grad = grad * (1 - capped * capped)
+    grad = grad * (logit_scale / temperature)
+    active = x.new_zeros(x.shape[0]).index_add_(0, rows, coef.abs()) != 0
+    return torch.where(active[:, None], grad, torch.zeros_like(grad)).to(logits.dtype)
+
+
+def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
+    """Add ``term`` to the sum held as ``high + low``: two tensors of a half-precision dtype, 16 more bits than one.
+
+    ``high`` alone is at all times the sum rounded to its dtype, so it is the result and costs no conversion.
+    """
+    total = term.float().add_(low).add_(high)
+    high.copy_(total)
+    low.copy_(total.sub_(high))
