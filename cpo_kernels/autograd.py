@@ -13,9 +13,14 @@ from .calls import Grads, LinearCall, LossResult, Needs, run_token_logps, token_
 Compute = Callable[[Tensor, Tensor, Tensor | None, Needs], LossResult]
 
 
-def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:
+def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
     """Which tensors autograd wants a gradient for, in the current grad mode."""
-    return tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in tensors)
+    enabled = torch.is_grad_enabled()
+    return (
+        enabled and hidden.requires_grad,
+        enabled and weight.requires_grad,
+        enabled and bias is not None and bias.requires_grad,
+    )
 
 
 def scale_grads_(grads: Grads, factor: Tensor, gain: float) -> Grads:

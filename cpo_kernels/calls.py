@@ -11,8 +11,8 @@ from torch import Tensor
 
 from . import backends, engine
 from .head import Head
-from .layout import Tokens, find_tokens, split_blocks
-from .objective import CPOProblem, Objective, check_problem, make_problem
+from .layout import Block, Tokens, find_tokens, split_blocks
+from .objective import Objective, check_problem, make_problem
 from .planning import Plan, make_plan
 
 Needs = tuple[bool, bool, bool]
@@ -193,7 +193,9 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
     return TokenLogps(everywhere, (buffer, stats) if keep else None, unscaled)
 
 
-def token_blocks(call: LinearCall, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs):
+def token_blocks(
+    call: LinearCall, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs
+) -> tuple[list[Block], Plan]:
     """Blocks of rows within the budget, whatever the groups, and the plan that they come from."""
     plan = call.plan(tokens.as_one_group(), hidden, weight, needs)
     return split_blocks(tokens, 0, tokens.targets.numel(), plan.chunks[0].rows_per_block), plan

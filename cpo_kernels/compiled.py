@@ -94,7 +94,8 @@ def linear_cpo(
         for grad in result.grads:
             if grad is not None:
                 grad.div_(result.gain)
-    return (result.loss, result.sums, result.lengths, *(_or_empty(grad, hidden) for grad in result.grads))
+    grad_hidden, grad_weight, grad_bias = (_or_empty(grad, hidden) for grad in result.grads)
+    return result.loss, result.sums, result.lengths, grad_hidden, grad_weight, grad_bias
 
 
 @linear_cpo.register_fake

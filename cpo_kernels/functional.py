@@ -48,7 +48,10 @@ def contrastive_loss(
         logps: (G, C) log-likelihoods of the candidates, floating point.
         ref_logps: (G, C) log-likelihoods under the reference model, or None.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
-        beta, margin, label_smoothing, loss_type: see :class:`cpo_kernels.objective.Objective`.
+        beta: inverse temperature of the contrast, > 0.
+        margin: added to the score of every candidate of rank > 0.
+        label_smoothing: probability that a pair is the wrong way round (K = 1 only).
+        loss_type: ``"plackett_luce"``, or for K = 1 ``"hinge"`` or ``"ipo"``.
         reduction: ``"mean"`` over groups, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -208,7 +211,7 @@ def packed_token_logps(inputs: Inputs) -> Tensor:
     call = inputs.call
     if torch.compiler.is_compiling():
         tensors = inputs.hidden, inputs.weight, inputs.bias, call.targets, call.rows
-        return torch.ops.cpo_kernels.linear_token_logps(*tensors, *compiled.flatten_head(call.head))
+        return compiled.linear_token_logps(*tensors, *compiled.flatten_head(call.head))
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
     return LinearTokenLogps.apply(inputs.hidden, inputs.weight, inputs.bias, call, needs)
 
@@ -284,7 +287,7 @@ def linear_cpo_loss(
     needs = needs_grad(*tensors)
     ref = None if ref is None else ref.to(accumulate_dtype(head.logits_dtype or inputs.hidden.dtype))
     if torch.compiler.is_compiling():
-        loss, sums, lengths, *_ = torch.ops.cpo_kernels.linear_cpo(
+        loss, sums, lengths, *_ = compiled.linear_cpo(
             *tensors,
             *(call.targets, call.rows, ref, flat_ranks, call.cu_tokens, call.cu_groups, needs),
             *astuple(objective),
@@ -315,10 +318,15 @@ def linear_sequence_loss(
     """Any differentiable loss of sequence log-likelihoods, in one pass over the logits.
 
     Args:
-        hidden, weight, targets, layout, bias, **head: as for :func:`linear_cpo_loss`.
+        hidden: (G, C, T, H), or (R, H) with a layout.
+        weight: (V, H), same dtype.
+        targets: (G, C, T) int64, or (N,) with a layout; -100 for no token.
         loss_fn: called with the log-likelihoods of some whole groups, (len(groups), C) or the packed segments of
             those groups, and ``groups``, the range of their indices (to look up references or labels). Returns the
             sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
+        layout: the packed form, or None.
+        bias: (V,) or None.
+        **head: see :class:`cpo_kernels.head.Head`.
 
     Returns:
         The sum over all groups, a scalar.
@@ -348,7 +356,7 @@ def plan(
     bias: Tensor | None = None,
     **options: Any,
 ) -> Plan:
-    """What :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs. Computes nothing."""
+    """What :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
     _, head = split_options("plan", options)
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)

@@ -64,7 +64,7 @@ class Head:
         for name in ("grad_filter_eps", "candidate_eps"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: filtered gradients are not available in this version; pass None (exact)"
+                    f"{name}={getattr(self, name)}: filtered gradients are not available yet; pass None (exact)"
                 )
 
     @property

@@ -17,8 +17,8 @@ from itertools import pairwise
 from typing import NamedTuple, TypedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import relu, softplus
 
 LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
 
@@ -157,7 +157,7 @@ def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
     weights = (lower - top.unsqueeze(-1)).exp()
     total = weights.sum(-1).masked_fill(~contrasted, 1.0)
     margins = top + total.log() - scores
-    loss = F.softplus(margins).masked_fill(~contrasted, 0.0).sum(-1)
+    loss = softplus(margins).masked_fill(~contrasted, 0.0).sum(-1)
     losing = torch.sigmoid(margins).masked_fill(~contrasted, 0.0)
     coef = (losing.unsqueeze(-1) * weights / total.unsqueeze(-1)).sum(-2) - losing
     return Contrast(loss, coef)
@@ -170,14 +170,14 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
     contrasted = better.flatten(-2).any(-1)
     difference = torch.where(sign != 0, sign * scores, torch.zeros_like(scores)).sum(-1)
     if objective.loss_type == "hinge":
-        loss = F.relu(1 - difference)
+        loss = relu(1 - difference)
         slope = -(difference < 1).to(scores.dtype)
     elif objective.loss_type == "ipo":
         residual = (difference - 0.5) / objective.beta
         loss, slope = residual.square(), 2 * residual / objective.beta
     else:
         smoothing = objective.label_smoothing
-        loss = (1 - smoothing) * F.softplus(-difference) + smoothing * F.softplus(difference)
+        loss = (1 - smoothing) * softplus(-difference) + smoothing * softplus(difference)
         slope = smoothing * torch.sigmoid(difference) - (1 - smoothing) * torch.sigmoid(-difference)
     return Contrast(loss.masked_fill(~contrasted, 0.0), slope.masked_fill(~contrasted, 0.0).unsqueeze(-1) * sign)
 

@@ -7,7 +7,6 @@ Backends register kernels for their device (``row_forward.register_kernel("cpu")
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.library import custom_op
 

@@ -5,6 +5,8 @@ Everything here is written for reading, in the dtype it is given (float64 includ
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ def transform_logits(
     return logits / temperature
 
 
-def token_logps(logits: Tensor, targets: Tensor, **transform) -> Tensor:
-    """log softmax(logits)[target]: (..., V), (...) -> (...); 0 where the target is -100."""
+def token_logps(logits: Tensor, targets: Tensor, **transform: Any) -> Tensor:
+    """Dense log softmax(logits)[target]: (..., V), (...) -> (...); 0 where the target is -100."""
     y = transform_logits(logits.to(accumulate_dtype(logits.dtype)), **transform)
     present = targets != IGNORE_INDEX
     picked = torch.log_softmax(y, -1).gather(-1, targets.where(present, 0).unsqueeze(-1)).squeeze(-1)
@@ -65,7 +67,7 @@ def cpo_loss(
     length_normalized: bool = False,
     contrast_weight: float = 1.0,
     mle_weight: float = 0.0,
-    **transform,
+    **transform: Any,
 ) -> Tensor:
     """The whole objective from dense logits: (G, C, T, V), (G, C, T) -> scalar, differentiable."""
     groups, candidates, _ = targets.shape

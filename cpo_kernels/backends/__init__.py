@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def reference_backward_(logits: Tensor, *args) -> None:
+def reference_backward_(logits: Tensor, *args: Any) -> None:
     """:func:`cpo_kernels.reference.row_backward`, written over the logits."""
     logits.copy_(reference.row_backward(logits, *args))
 
@@ -108,7 +109,10 @@ def available() -> list[str]:
 @cache
 def selection() -> dict[str, list[str]]:
     """Backends by preference for each device type, from selection.json."""
-    return json.loads(resources.files(__package__).joinpath("selection.json").read_text())["prefer"]
+    table: dict[str, dict[str, list[str]]] = json.loads(
+        resources.files(__name__).joinpath("selection.json").read_text()
+    )
+    return table["prefer"]
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
