@@ -1,0 +1,287 @@
+"""The compiled CPU backend: the only place where a tensor becomes an address.
+
+Every function here checks device, dtype, shape and strides before it takes an address, so that a wrong call is a
+``ValueError`` and never a read out of bounds. Values (targets, row_starts) are checked by the extension before it
+touches a row.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import cache
+from types import ModuleType
+
+import torch  # must come before _cpu: it loads the OpenMP runtime, and the extension then shares torch's thread pool
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and why it cannot be used."""
+    try:
+        from cpo_kernels import _cpu
+    except ImportError as error:
+        return None, f"the compiled extension cannot be loaded ({error}); run `pip install .` where g++ is installed"
+    return _cpu, None
+
+
+def available() -> bool:
+    """Whether the compiled extension can be used here."""
+    return _load()[0] is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why the compiled extension cannot be used, or None if it can."""
+    return _load()[1]
+
+
+def _extension() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cpu' is not available: {reason}")
+    return module
+
+
+@cache
+def isa() -> str:
+    """The instruction set in use: the best one this machine runs, or the one that CPO_KERNELS_CPU_ISA names.
+
+    Raises:
+        RuntimeError: the extension is not available.
+        ValueError: the environment names an instruction set that is unknown, or that this machine does not run.
+    """
+    supported: list[str] = _extension().supported_isas()
+    forced = os.environ.get(ISA_VARIABLE)
+    if not forced:
+        return supported[-1]
+    if forced not in supported:
+        raise ValueError(f"{ISA_VARIABLE} is {forced!r}; this machine runs {', '.join(supported)}")
+    return forced
+
+
+def register() -> None:
+    """Makes the extension's kernels those of the row operators for CPU tensors."""
+    from cpo_kernels import ops
+
+    isa()  # a wrong CPO_KERNELS_CPU_ISA is an error now, not in the first training step
+    ops.row_forward.register_kernel("cpu")(row_forward)
+    ops.row_backward.register_kernel("cpu")(row_backward)
+    ops.row_backward_.register_kernel("cpu")(row_backward_)
+
+
+def row_forward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The CPU kernel of ``cpo_kernels::row_forward``.
+
+    Args:
+        logits: (R, V) float32, bfloat16 or float16 with unit column stride and any row stride.
+        targets: (N,) int64, in [0, V) or -100.
+        row_starts: (R + 1,) int64, the tokens of row r being ``row_starts[r]:row_starts[r + 1]``; None for N == R.
+        bias: (V,) float32, bfloat16 or float16, or None.
+        logit_scale: multiplies the biased logits.
+        softcap: c of ``c * tanh(logit / c)``, applied next; 0 for none.
+        temperature: divides the result.
+        isa: instruction set, by default that of :func:`isa`.
+        threads: by default ``torch.get_num_threads()``; the results are bitwise the same for any number.
+
+    Returns:
+        stats (2, R) float32: row maximum, and log-sum-exp minus maximum; logps (N,) float32, 0 where there is no token.
+
+    Raises:
+        ValueError: a tensor or value that does not fit this description; the message has the offending value.
+    """
+    batch = _row_batch(logits, targets, row_starts, bias, logit_scale, softcap, temperature, isa, threads)
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32)
+    logps = torch.empty(targets.shape, dtype=torch.float32)
+    _extension().row_forward(**batch.arguments, stats=stats.data_ptr(), logps=logps.data_ptr())
+    return stats, logps
+
+
+def row_backward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The CPU kernel of ``cpo_kernels::row_backward``: the gradient of ``sum_n coef_n * logp_n``, like ``logits``.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here.
+        targets: see above.
+        row_starts: see above.
+        stats: (2, R) float32, from :func:`row_forward` with the same arguments.
+        coef: (N,) float32.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        isa: see above.
+        threads: see above.
+
+    Raises:
+        ValueError: as :func:`row_forward`.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    head = (bias, logit_scale, softcap, temperature)
+    _backward_into(out, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
+    return out
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """The CPU kernel of ``cpo_kernels::row_backward_``: :func:`row_backward`, written over the logits.
+
+    Raises:
+        ValueError: as :func:`row_backward`, and for rows that overlap in memory.
+    """
+    if logits.dim() == 2 and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {logits.shape[1]}"
+        )
+    head = (bias, logit_scale, softcap, temperature)
+    _backward_into(logits, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
+
+
+def _backward_into(
+    out: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    isa: str | None,
+    threads: int | None,
+) -> None:
+    batch = _row_batch(logits, targets, row_starts, bias, logit_scale, softcap, temperature, isa, threads)
+    rows, tokens = logits.shape[0], targets.shape[0]
+    _check("stats", stats, (2, rows), (torch.float32,))
+    _check("coef", coef, (tokens,), (torch.float32,))
+    stats, coef = stats.contiguous(), coef.contiguous()
+    coef_sum = torch.empty(rows, dtype=torch.float64)
+    token_grad = torch.empty(tokens, dtype=torch.float32)
+    _extension().row_backward(
+        **batch.arguments,
+        stats=stats.data_ptr(),
+        coef=coef.data_ptr(),
+        coef_sum=coef_sum.data_ptr(),
+        token_grad=token_grad.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+
+
+class _RowBatch:
+    """The checked arguments that forward and backward share, and the tensors whose addresses are among them."""
+
+    def __init__(self, arguments: dict[str, str | int | float], tensors: tuple[Tensor | None, ...]) -> None:
+        self.arguments = arguments
+        self.tensors = tensors  # kept alive until the kernel has returned
+
+
+def _row_batch(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    isa_name: str | None,
+    threads: int | None,
+) -> _RowBatch:
+    _check("logits", logits, (None, None), tuple(DTYPE_CODES))
+    rows, vocab = logits.shape
+    if vocab == 0:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected at least one column")
+    if vocab > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
+    _check("targets", targets, (rows if row_starts is None else None,), (torch.int64,))
+    if row_starts is not None:
+        _check("row_starts", row_starts, (rows + 1,), (torch.int64,))
+        row_starts = row_starts.contiguous()
+    if bias is not None:
+        _check("bias", bias, (vocab,), tuple(DTYPE_CODES))
+        bias = bias.detach().to(torch.float32).contiguous()
+    targets = targets.contiguous()
+    mult, cap, slope = _transform(logit_scale, softcap, temperature)
+    arguments: dict[str, str | int | float] = {
+        "isa": isa_name or isa(),
+        "dtype": DTYPE_CODES[logits.dtype],
+        "logits": logits.data_ptr(),
+        "rows": rows,
+        "vocab": vocab,
+        "row_stride": logits.stride(0),
+        "targets": targets.data_ptr(),
+        "row_starts": 0 if row_starts is None else row_starts.data_ptr(),
+        "tokens": targets.shape[0],
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "mult": mult,
+        "cap": cap,
+        "slope": slope,
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+    return _RowBatch(arguments, (logits, targets, row_starts, bias))
+
+
+def _transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
+    """y = cap * tanh((x + bias) * mult), or (x + bias) * mult where cap is 0; slope is dy/dx at tanh = 0."""
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
+    slope = logit_scale / temperature
+    return (logit_scale / softcap, softcap / temperature, slope) if softcap else (slope, 0.0, slope)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises unless the tensor is on the CPU and has one of the dtypes and this shape; None is any size."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} is on {tensor.device}; expected a CPU tensor")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
+    sizes_fit = tensor.dim() == len(shape) and all(e is None or s == e for s, e in zip(tensor.shape, shape, strict=True))
+    if not sizes_fit:
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({expected})")

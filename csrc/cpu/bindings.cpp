@@ -1,0 +1,78 @@
+// cpo_kernels._cpu: addresses and sizes in, nothing of torch. cpo_kernels/backends/native.py has checked them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/row_dispatch.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+using Address = std::uintptr_t;
+using Size = std::int64_t;
+
+namespace {
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cpo::DType parse_dtype(int code) {
+  if (code < 0 || code >= cpo::kNumDTypes) {
+    throw std::invalid_argument("dtype code " + std::to_string(code) + "; expected 0 (float32), 1 (bfloat16) or 2 (float16)");
+  }
+  return static_cast<cpo::DType>(code);
+}
+
+void row_forward(const std::string& isa, int dtype, Address logits, Size rows, Size vocab, Size row_stride, Address targets,
+                 Address row_starts, Size tokens, Address bias, float mult, float cap, float slope, Address stats,
+                 Address logps, int threads) {
+  const cpo::Isa chosen = cpo::parse_isa(isa);
+  const cpo::RowBatch batch{at<void>(logits), rows, vocab, row_stride, at<Size>(targets), at<Size>(row_starts), tokens, at<float>(bias)};
+  const cpo::ForwardArgs args{batch, {mult, cap, slope}, at<float>(stats), at<float>(stats) + rows, at<float>(logps)};
+  const cpo::DType type = parse_dtype(dtype);
+  py::gil_scoped_release release;
+  cpo::row_forward(chosen, type, args, threads);
+}
+
+void row_backward(const std::string& isa, int dtype, Address logits, Size rows, Size vocab, Size row_stride, Address targets,
+                  Address row_starts, Size tokens, Address bias, float mult, float cap, float slope, Address stats,
+                  Address coef, Address coef_sum, Address token_grad, Address out, Size out_stride, int threads) {
+  const cpo::Isa chosen = cpo::parse_isa(isa);
+  const cpo::RowBatch batch{at<void>(logits), rows, vocab, row_stride, at<Size>(targets), at<Size>(row_starts), tokens, at<float>(bias)};
+  const cpo::BackwardArgs args{batch,          {mult, cap, slope},    at<float>(stats), at<float>(stats) + rows, at<float>(coef),
+                               at<double>(coef_sum), at<float>(token_grad), at<void>(out),    out_stride};
+  const cpo::DType type = parse_dtype(dtype);
+  py::gil_scoped_release release;
+  cpo::row_backward(chosen, type, args, at<double>(coef_sum), threads);
+}
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#else
+  return "GCC " __VERSION__;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+  m.doc() = "Row kernels on the CPU; addresses and sizes in, results written through the addresses.";
+  m.attr("compiler") = compiler();
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("compiled_isas", &cpo::compiled_isas, "Instruction sets compiled in, slowest first.");
+  m.def("supported_isas", &cpo::supported_isas, "Those of them that this machine runs, slowest first.");
+  m.def("row_forward", &row_forward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
+        "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a, "threads"_a);
+  m.def("row_backward", &row_backward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
+        "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "coef"_a, "coef_sum"_a,
+        "token_grad"_a, "out"_a, "out_stride"_a, "threads"_a);
+}

@@ -1,0 +1,16 @@
+// The row kernels over all rows, on an instruction set and a number of threads.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/row_args.h"
+
+namespace cpo {
+
+// Both check the tokens first and throw std::invalid_argument before anything is written. Rows do not depend on one another,
+// so the results are bitwise the same for any number of threads.
+void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads);
+
+// Fills args.token_grad and coef_sum itself; both are workspace of the caller.
+void row_backward(Isa isa, DType dtype, const BackwardArgs& args, double* coef_sum, int threads);
+
+}  // namespace cpo

@@ -1,0 +1,20 @@
+// setup.py compiles this file for the instruction set in its name.
+#include "cpu/row_args.h"
+#include "cpu/simd_avx512.h"
+
+// Written in terms of the Vec above, so the order matters.
+#include "cpu/vec_math.h"
+
+#include "cpu/row_transform.h"
+
+#include "cpu/row_backward.h"
+#include "cpu/row_forward.h"
+
+namespace cpo {
+
+extern const RowKernels kRowKernelsAvx512 = {
+    {forward<float>, forward<bf16>, forward<f16>},
+    {backward<float>, backward<bf16>, backward<f16>},
+};
+
+}  // namespace cpo
