@@ -1,0 +1,253 @@
+"""``attach_linear_loss``: the fused loss of a model equals a dense computation from the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny_models
+import torch
+import transformers
+from torch import nn
+
+from cpo_kernels import CandidateLayout, attach_linear_loss
+from cpo_kernels.models import CPORequest, LogpsRequest
+
+V = tiny_models.VOCAB
+SMALL = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+ROPE = SMALL | {"num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3}
+
+
+def from_config(kind: str, **config) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **config))
+
+
+def softcapped():
+    return from_config("gemma2", **ROPE, head_dim=8, final_logit_softcapping=1.5, pad_token_id=0)
+
+
+def biased():
+    model = from_config("gptj", vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
+    nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def projected():
+    """OPT's body ends with a projection to the width of the embeddings."""
+    sizes = {"vocab_size": V, "hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
+    return from_config("opt", **sizes, num_attention_heads=2, max_position_embeddings=64, dropout=0.0)
+
+
+FAMILIES = {
+    "gpt2, tied head": tiny_models.gpt2,
+    "llama": tiny_models.llama,
+    "gemma2, softcap": softcapped,
+    "cohere, logit_scale": lambda: from_config("cohere", **ROPE, logit_scale=0.25),
+    "granite, logits_scaling": lambda: from_config("granite", **ROPE, logits_scaling=4.0),
+    "gptj, bias": biased,
+    "opt, projection": projected,
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return FAMILIES[request.param]().eval()
+
+
+def contrast_inputs() -> tuple[torch.Tensor, torch.Tensor, CandidateLayout, torch.Tensor]:
+    """Two sequences of 7; groups of 2 and 3 candidates, the last of which shares rows with another."""
+    ids = torch.randint(3, V, (2, 7), generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([1, 2, 3, 9, 10, 2, 3, 4, 10, 11, 2, 3])
+    targets = torch.randint(0, V, rows.shape, generator=torch.Generator().manual_seed(2))
+    layout = CandidateLayout([0, 3, 5, 8, 10, 12], [0, 2, 5], rows=rows)
+    return ids, targets, layout, torch.tensor([-9.0, -5.0, -8.0, -7.0, -6.0])
+
+
+def dense_logps(model, ids, targets, layout) -> torch.Tensor:
+    logps = model(ids).logits.flatten(0, 1).log_softmax(-1)[layout.rows, targets]
+    return torch.stack([part.sum() for part in logps.split(torch.tensor(layout.cu_tokens).diff().tolist())])
+
+
+def dense_loss(model, ids, targets, layout, ref_logps) -> torch.Tensor:
+    """0.75 * CPO + 0.25 * MLE with beta = 0.3, by the formula of the paper."""
+    logps = dense_logps(model, ids, targets, layout)
+    scores = 0.3 * (logps - ref_logps)
+    contrast = -(scores[:2].log_softmax(0)[0] + scores[2:].log_softmax(0)[0]) / 2
+    return 0.75 * contrast - 0.25 * (logps[0] + logps[2]) / 6
+
+
+def request_for(targets, layout, ref_logps) -> CPORequest:
+    return CPORequest(targets, layout, ref_logps=ref_logps, beta=0.3, contrast_weight=0.75, mle_weight=0.25)
+
+
+def test_loss_and_gradients_equal_the_dense_computation(model):
+    ids, targets, layout, ref_logps = contrast_inputs()
+    want = dense_loss(model, ids, targets, layout, ref_logps)
+    want.backward()
+    want_grads = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+
+    attach_linear_loss(model)
+    out = model(ids, linear_loss=request_for(targets, layout, ref_logps))
+    out.loss.backward()
+    assert out.logits is None
+    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        tolerance = {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(parameter.grad, want_grads[name], **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_log_likelihoods_equal_the_dense_computation(model):
+    ids, targets, layout, _ = contrast_inputs()
+    attach_linear_loss(model)
+    got = model(ids, linear_loss=LogpsRequest(targets, layout)).logps
+    torch.testing.assert_close(got, dense_logps(model, ids, targets, layout), rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_keyword_the_model_is_as_before(model):
+    ids = contrast_inputs()[0]
+    before = model(ids, labels=ids)
+    state = model.state_dict().keys()
+    assert attach_linear_loss(model) is model
+    after = model(ids, labels=ids)
+    assert torch.equal(before.logits, after.logits) and torch.equal(before.loss, after.loss)
+    assert model.state_dict().keys() == state
+    assert not model.training and all(not module.training for module in model.modules())
+
+
+def test_the_head_never_runs(model):
+    """Neither when the loss is attached, nor in the passes after it."""
+    head = model.get_output_embeddings()
+    calls = []
+    head.register_forward_pre_hook(lambda *_: calls.append("hook"))
+    head.forward = lambda *_: calls.append("forward")
+    attach_linear_loss(model)
+    assert model.get_output_embeddings() is head
+    ids, targets, layout, ref_logps = contrast_inputs()
+    model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
+    model(ids, linear_loss=LogpsRequest(targets, layout))
+    assert calls == []
+
+
+def test_a_copy_computes_with_its_own_parameters():
+    model = attach_linear_loss(tiny_models.gpt2())
+    ids, targets, layout, ref_logps = contrast_inputs()
+    clone = copy.deepcopy(model)
+    before = clone(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(2)
+    after = clone(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    changed = model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    assert torch.equal(before, after) and not torch.equal(before, changed)
+
+
+def test_tied_weights_stay_tied():
+    model = attach_linear_loss(tiny_models.gpt2())
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_attaching_twice_changes_nothing():
+    model = attach_linear_loss(tiny_models.llama())
+    kind = type(model)
+    assert type(attach_linear_loss(model)) is kind
+
+
+def test_saved_and_loaded_under_its_own_name(tmp_path):
+    model = attach_linear_loss(tiny_models.llama())
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_generate_still_works():
+    model = tiny_models.llama().eval()
+    ids = contrast_inputs()[0]
+    before = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(before, attach_linear_loss(model).generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    ids, targets, layout, ref_logps = contrast_inputs()
+    grads = []
+    for checkpointing in (False, True):
+        model = attach_linear_loss(tiny_models.llama()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_an_adapter_in_the_body_trains_through_the_fused_loss():
+    peft = pytest.importorskip("peft")
+    base = attach_linear_loss(tiny_models.llama())
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ids, targets, layout, ref_logps = contrast_inputs()
+    model(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    assert grads and all(grad.abs().sum() > 0 for grad in grads)
+
+
+def scaled_logits_model():
+    """A family this package has never heard of: its logits are twice the head's product."""
+
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = 2 * out.logits
+            return out
+
+    return Doubled(tiny_models.llama().config)
+
+
+def scaled_hidden_model():
+    class Halved(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.model(input_ids).last_hidden_state
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden / 2))
+
+    return Halved(tiny_models.llama().config)
+
+
+def adapted_head():
+    peft = pytest.importorskip("peft")
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"]), tiny_models.llama())
+
+
+def quantised_head():
+    model = tiny_models.llama()
+    model.lm_head.weight = nn.Parameter(torch.zeros(V, 16, dtype=torch.int8), requires_grad=False)
+    return model
+
+
+def encoder_decoder():
+    sizes = {"vocab_size": V, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("make_model", "message"),
+    [
+        (lambda: tiny_models.gpt2().transformer, "GPT2Model has no recognisable body"),
+        (lambda: nn.Linear(2, 2), "Linear has no recognisable body"),
+        (lambda: transformers.GPT2ForSequenceClassification(tiny_models.gpt2().config), "no recognisable head"),
+        (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
+        (adapted_head, "wrapped in an adapter"),
+        (quantised_head, "torch.int8.*is quantised"),
+        (scaled_logits_model, "Doubled transforms its logits"),
+        (scaled_hidden_model, "Halved does not apply its head to the last hidden state"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_refused(make_model, message):
+    with pytest.raises(RuntimeError, match=message):
+        attach_linear_loss(make_model())
+
+
+def test_labels_beside_a_request_are_refused():
+    ids, targets, layout, ref_logps = contrast_inputs()
+    model = attach_linear_loss(tiny_models.llama())
+    with pytest.raises(ValueError, match="labels has no meaning together with linear_loss"):
+        model(ids, labels=ids, linear_loss=request_for(targets, layout, ref_logps))
