@@ -8,29 +8,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "sat",
-    "ran",
-    "flew",
-    "swam",
-    "on",
-    "under",
-    "over",
-    "near",
-    "mat",
-    "tree",
-    "river",
-    "house",
-    "and",
-    "then",
-    "slept",
-]
+WORDS = ["the", "a", "cat", "dog", "bird", "fish", "sat", "ran", "flew", "swam", "on", "under", "over", "near", "mat"]
+WORDS += ["tree", "river", "house", "and", "then", "slept"]
 VOCAB = len(WORDS) + 3
 
 

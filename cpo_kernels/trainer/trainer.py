@@ -114,10 +114,8 @@ class CPOTrainer(Trainer):
             return {name: self._tokenize(examples) for name, examples in datasets.items()}
         return self._tokenize(datasets)
 
-    def _build_batch(
-        self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool
-    ) -> ContrastBatch:
-        """Draw the negatives of some examples and pack them."""
+    def _build_batch(self, examples: Any, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
+        """Draw the negatives of some :class:`TokenizedExamples` and pack them."""
         eos = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
         batch = ContrastBatch(eos, eos if pad is None else pad, self.args.max_length)
@@ -205,9 +203,7 @@ class CPOTrainer(Trainer):
     def _own_groups(inputs: Mapping[str, Any]) -> int:
         return len(inputs["cu_groups"]) - 1
 
-    def _record(
-        self, sums: MetricSums, out: LinearLossOutput, inputs: Mapping[str, Any], groups: float, tokens: float
-    ) -> None:
+    def _record(self, sums: MetricSums, out: Any, inputs: Mapping[str, Any], groups: float, tokens: float) -> None:
         """Add one batch to the metrics, its groups and target tokens weighing ``groups`` and ``tokens``."""
         own_groups = self._own_groups(inputs)
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
@@ -269,7 +265,6 @@ class CPOTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of one evaluation batch; its logits are never computed."""
-        assert self._eval_examples is not None
         indices = inputs["index"].tolist()
         batch = self._build_batch(self._eval_examples, indices, EVALUATION_STEP, self.args.num_negatives > 0)
         inputs = self._prepare_inputs(self._inputs(batch, batch.num_groups, batch.num_target_tokens))
