@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all set-up themselves; both work on a fresh clone with Python >= 3.10 and g++.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+ARGS ?=
+
+.PHONY: demo test lint types check bench info clean
+
+demo: $(VENV)/.trainer
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.report $(ARGS)
+
+info: $(VENV)/.trainer
+	$(BIN)/python -m cpo_kernels info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.trainer: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(PIP) --editable '.[trainer]'
+	@touch $@
+
+$(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.trainer
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info cpo_kernels/*.so
