@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -106,13 +105,9 @@ def available() -> list[str]:
     return [status.name for status in describe() if status.available]
 
 
-@cache
-def selection() -> dict[str, list[str]]:
-    """Backends by preference for each device type, from selection.json."""
-    table: dict[str, dict[str, list[str]]] = json.loads(
-        resources.files(__name__).joinpath("selection.json").read_text()
-    )
-    return table["prefer"]
+# Read once, at import, and as data: `select` is traced by torch.compile, which can neither open files nor call _cpu.
+AVAILABLE = tuple(available())
+PREFERRED: dict[str, list[str]] = json.loads(resources.files(__name__).joinpath("selection.json").read_text())["prefer"]
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -128,14 +123,14 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
         ValueError: an unknown name, or a backend that does not take this device or dtype.
     """
     if name == "auto":
-        names = [n for n in selection().get(device.type, ["torch"]) if n in available()]
+        names = [n for n in PREFERRED.get(device.type, ["torch"]) if n in AVAILABLE]
         usable = [BACKENDS[n] for n in names if BACKENDS[n].refuses(device, dtype) is None]
         return usable[0] if usable else BACKENDS["torch"]
-    for status in describe():
-        if status.name == name and not status.available:
-            raise RuntimeError(f"backend {name!r} is not available: {status.reason}")
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}, expected 'auto' or one of {[s.name for s in describe()]}")
+    if name not in AVAILABLE:
+        reasons = {status.name: status.reason for status in describe()}
+        if name in reasons:
+            raise RuntimeError(f"backend {name!r} is not available: {reasons[name]}")
+        raise ValueError(f"unknown backend {name!r}, expected 'auto' or one of {list(reasons)}")
     refusal = BACKENDS[name].refuses(device, dtype)
     if refusal:
         raise ValueError(refusal)
