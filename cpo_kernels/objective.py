@@ -18,7 +18,7 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import relu, softplus
+from torch.nn.functional import logsigmoid, relu
 
 LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
 
@@ -148,6 +148,11 @@ def preferences(ranks: Tensor, present: Tensor) -> Tensor:
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))`` to the last bit for any x; torch's softplus is x itself above 20, 2e-9 off."""
+    return -logsigmoid(-x)
+
+
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
     """The ranked contrast of scores (G, C) under preferences (G, C, C)."""
     contrasted = better.any(-1)
@@ -185,7 +190,7 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
     """Loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
     rewards = logps if ref_logps is None else logps - ref_logps
-    scores = objective.beta * rewards + objective.margin * (ranks > 0)
+    scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
     scores = scores.masked_fill(~present, 0.0)
     better = preferences(ranks, present)
     loss, coef = pair_loss(scores, better, objective) if objective.pairs_only else plackett_luce(scores, better)

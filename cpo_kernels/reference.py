@@ -77,7 +77,8 @@ def cpo_loss(
     logps = sums / lengths.clamp(min=1) if length_normalized else sums
     if ranks is None:
         ranks = torch.tensor([0] + [1] * (candidates - 1), device=targets.device).expand(groups, candidates)
-    scores = beta * (logps if ref_logps is None else logps - ref_logps.to(logps.dtype)) + margin * (ranks > 0)
+    rewards = beta * (logps if ref_logps is None else logps - ref_logps.to(logps.dtype))
+    scores = rewards + margin * (ranks > 0).to(logps.dtype)  # a bare bool would round the margin to float32
     contrast = sum(contrastive_loss(scores[g], ranks[g], lengths[g] > 0) for g in range(groups)) / groups
     best = (ranks == 0) & (lengths > 0)
     nll = -(sums * best).sum() / (lengths * best).sum()
