@@ -1,0 +1,44 @@
+"""Seeds, threads, and allocations that hold garbage: an output that nobody wrote cannot pass a test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpo_kernels import engine
+
+ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
+
+
+def poison_(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN, or with the largest integer."""
+    if torch.compiler.is_compiling() or tensor.is_meta:
+        return tensor
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+
+def poisoned(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        return poison_(allocate(*args, **kwargs))
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch):
+    """Every uninitialised tensor that Python code asks for, and the engine's workspace whoever allocates it."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    monkeypatch.setattr(engine.LinearHead, "workspace", poisoned(engine.LinearHead.workspace))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers in every order and in every worker; one thread, as pytest-xdist runs a worker per core."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
