@@ -57,7 +57,7 @@ class Gradients:
     def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], num_blocks: int) -> None:
         self.linear = linear
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = gemm.WeightGrad(linear.weight, num_blocks) if needs[1] else None
+        self.weight = gemm.WeightGrad(linear.weight, num_blocks, linear.backend.empty) if needs[1] else None
         self.bias = None
         if needs[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .reference import accumulate_pair_
+from .ops import accumulate_pair_
+
+# Allocates an uninitialised tensor of a shape, dtype and device.
+Empty = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 # Rows of the weight converted or accumulated at a time: the tile stays in a core's cache at any hidden size in use.
 TILE_ELEMENTS = 2**21
@@ -45,9 +50,11 @@ class WeightGrad:
     which ``value`` is the high one: float32-like accumulation for 2 more bytes an element instead of 4.
     """
 
-    def __init__(self, weight: Tensor, num_blocks: int) -> None:
-        self.value = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        self.low = torch.zeros_like(self.value) if weight.dtype.itemsize < 4 and num_blocks > 1 else None
+    def __init__(self, weight: Tensor, num_blocks: int, empty: Empty) -> None:
+        shape = (weight.shape[0], weight.shape[1])
+        self.value = empty(shape, weight.dtype, weight.device)
+        half = weight.dtype.itemsize < 4 and num_blocks > 1
+        self.low = empty(shape, weight.dtype, weight.device) if half else None
         self.empty = True
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
@@ -64,12 +71,14 @@ class WeightGrad:
     def _add_tiles(self, dlogits: Tensor, hidden: Tensor) -> None:
         for tile in vocab_tiles(self.value):
             term = dlogits[:, tile].t() @ hidden
-            if self.empty or self.low is None:
+            if self.empty:
                 self.value[tile] = term
                 if self.low is not None:
                     self.low[tile] = term - self.value[tile]
-            else:
+            elif self.low is not None:
                 accumulate_pair_(self.value[tile], self.low[tile], term)
+            else:
+                self.value[tile] += term
 
     def result(self) -> Tensor:
         """The sum; zero when no block was added."""

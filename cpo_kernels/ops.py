@@ -74,6 +74,17 @@ def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temp
     return logits.new_empty(logits.shape)
 
 
+@custom_op("cpo_kernels::accumulate_pair_", mutates_args=("high", "low"))
+def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
+    """Add ``term`` to the sum held as ``high + low``, two tensors of one half-precision dtype and the shape of term."""
+    reference.accumulate_pair_(high, low, term)
+
+
+@accumulate_pair_.register_fake
+def _(high, low, term):
+    return None
+
+
 @custom_op("cpo_kernels::row_backward_", mutates_args=("logits",))
 def row_backward_(
     logits: Tensor,

@@ -78,6 +78,7 @@ BACKENDS = {
         row_forward=ops.row_forward,
         row_backward=ops.row_backward,
         row_backward_=ops.row_backward_,
+        empty=native.empty,
     ),
 }
 

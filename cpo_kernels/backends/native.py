@@ -15,6 +15,8 @@ from types import ModuleType
 import torch  # must come before _cpu: it loads the OpenMP runtime, and the extension then shares torch's thread pool
 from torch import Tensor
 
+from cpo_kernels import reference
+
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
 
@@ -71,6 +73,7 @@ def register() -> None:
     ops.row_forward.register_kernel("cpu")(row_forward)
     ops.row_backward.register_kernel("cpu")(row_backward)
     ops.row_backward_.register_kernel("cpu")(row_backward_)
+    ops.accumulate_pair_.register_kernel("cpu")(accumulate_pair_)
 
 
 def row_forward(
@@ -208,6 +211,44 @@ def _backward_into(
         out=out.data_ptr(),
         out_stride=out.stride(0),
     )
+
+
+def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor, *, threads: int | None = None) -> None:
+    """The CPU kernel of ``cpo_kernels::accumulate_pair_``, for bfloat16 pairs; others take the reference.
+
+    Args:
+        high: bfloat16, contiguous; the sum so far, rounded.
+        low: like ``high``; what rounding left over.
+        term: float32 or bfloat16 of the same shape.
+        threads: by default ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError: a tensor that does not fit this description.
+    """
+    if high.dtype != torch.bfloat16:
+        reference.accumulate_pair_(high, low, term)
+        return
+    _check("low", low, tuple(high.shape), (torch.bfloat16,))
+    _check("term", term, tuple(high.shape), (torch.float32, torch.bfloat16))
+    for name, tensor in (("high", high), ("low", low)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor")
+    term = term.contiguous()
+    _extension().accumulate_pair(
+        high=high.data_ptr(),
+        low=low.data_ptr(),
+        term=term.data_ptr(),
+        term_is_bf16=term.dtype == torch.bfloat16,
+        n=high.numel(),
+        threads=torch.get_num_threads() if threads is None else threads,
+    )
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor for a large workspace, in huge pages where the system has them."""
+    workspace = torch.empty(shape, dtype=dtype, device=device)
+    _extension().advise_huge_pages(workspace.data_ptr(), workspace.nbytes)
+    return workspace
 
 
 class _RowBatch:
