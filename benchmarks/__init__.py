@@ -1,0 +1,1 @@
+"""Benchmarks of the head: time against the three-GEMM floor and against other implementations of the same loss."""

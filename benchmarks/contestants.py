@@ -1,0 +1,74 @@
+"""Everything that is run on one shape: the floor, ours, and the peers, as calls without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.floor import Floor, plan_of
+from benchmarks.peers import BUILDERS, Peer, ours
+from benchmarks.problem import Problem, draw
+from benchmarks.shapes import tiny
+
+FLOOR = "floor (three torch.mm)"
+FLOOR_REUSED = "floor, outputs reused"
+OURS = "cpo-kernels"
+OURS_PAIRS = "cpo-kernels, K = 1"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One entry of a shape. `problem` is None for the floor, which computes no loss that could be checked."""
+
+    name: str
+    call: Callable[[], tuple[Tensor | None, tuple[Tensor, Tensor]]]
+    warm_up: Callable[[], object]
+    problem: Problem | None
+
+
+def contestant(peer: Peer, problem: Problem) -> Contestant:
+    """A peer bound to its tensors; `problem` is read as pairs where the peer contrasts pairs only."""
+    if peer.pairs_only and problem.ref_logps is not None:
+        problem = problem.as_pairs()
+
+    def warm_up() -> object:
+        # What a first call costs besides work: compilation needs the real shape, libraries and threads do not
+        if peer.compiles:
+            return peer.run(problem)
+        small = draw(tiny(problem.shape))
+        return peer.run(small.as_pairs() if peer.pairs_only else small)
+
+    return Contestant(peer.name, lambda: peer.run(problem), warm_up, problem)
+
+
+def floor(problem: Problem, budget: int | None, *, fresh: bool = True) -> Contestant:
+    """The bare products; with `fresh` outputs as any call that returns gradients has them."""
+    call = Floor(problem, budget, fresh=fresh)
+    return Contestant(FLOOR if fresh else FLOOR_REUSED, call, Floor(draw(tiny(problem.shape)), None, fresh=True), None)
+
+
+def line_up(problem: Problem, peer_names: Sequence[str]) -> list[Contestant]:
+    """Floor, ours and the named peers. Where a peer contrasts pairs only, ours also runs on pairs."""
+    budget = smallest_budget(problem) if problem.shape.smallest_budget else None
+    floors = [floor(problem, budget), floor(problem, budget, fresh=False)]
+    entries = [contestant(ours(budget, name=OURS), problem)]
+    peers = [BUILDERS[name]() for name in peer_names]
+    if any(peer.pairs_only for peer in peers):
+        entries.append(contestant(ours(budget, name=OURS_PAIRS), problem.as_pairs()))
+    return [*floors, *entries, *(contestant(peer, problem) for peer in peers)]
+
+
+def smallest_budget(problem: Problem) -> int:
+    """Bytes of the logits of one group: the least that needs no second pass."""
+    plan = plan_of(problem, None)
+    row_bytes = plan.logits_bytes // max(min(chunk.num_rows, chunk.rows_per_block) for chunk in plan.chunks)
+    shape = problem.shape
+    return row_bytes * shape.candidates * (shape.tokens - shape.prompt_tokens)
+
+
+def forget_compiled() -> None:
+    """Drop compiled code, so that no shape is run with what was compiled for another."""
+    torch._dynamo.reset()

@@ -1,0 +1,94 @@
+"""Peak memory of one call beyond its inputs and gradients, measured in a process of its own.
+
+The kernel's high-water mark (VmHWM) is reset right before the call, so it is the peak of that call alone; Linux only.
+`python -m benchmarks.memory CONTESTANT SHAPE [N]` prints one measurement as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from benchmarks.contestants import FLOOR, OURS, contestant, floor
+from benchmarks.floor import plan_of
+from benchmarks.peers import BUILDERS, ours
+from benchmarks.problem import draw
+from benchmarks.shapes import BARS, QUICK, Shape
+
+T = TypeVar("T")
+_ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Peak:
+    """One measurement. `planned` is what our plan says it will hold, None for a peer.
+
+    The floor holds the logits of the same plan, and what the GEMM library takes for itself.
+    """
+
+    contestant: str
+    shape: str
+    num_tokens: int
+    bytes: int
+    planned: int | None
+
+
+def resident_growth(call: Callable[[], T]) -> tuple[int, T]:
+    """Peak of resident bytes during `call` over those before it, and what it returned."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide new allocations
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    result = call()
+    return _status_bytes("VmHWM") - before, result
+
+
+def measure(name: str, shape: Shape, num_tokens: int) -> Peak:
+    """Measure one contestant in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, shape.name, str(num_tokens)]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return Peak(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_here(name: str, shape: Shape) -> Peak:
+    """Measure one contestant in this process, which should have done nothing else."""
+    problem = draw(shape)
+    builders = {**BUILDERS, OURS: ours}
+    entry = floor(problem, None) if name == FLOOR else contestant(builders[name](), problem)
+    entry.warm_up()
+    planned = plan_of(problem, None).bytes if name in (OURS, FLOOR) else None
+    growth, (_, grads) = resident_growth(entry.call)
+    return Peak(name, shape.name, shape.num_tokens, growth - sum(grad.nbytes for grad in grads), planned)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one measurement as a line of JSON."""
+    shapes = {shape.name: shape for shape in (*BARS, *QUICK)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contestant", choices=[FLOOR, OURS, *BUILDERS])
+    parser.add_argument("shape", choices=shapes)
+    parser.add_argument("num_tokens", type=int, nargs="?")
+    args = parser.parse_args(argv)
+    shape = shapes[args.shape]
+    print(json.dumps(asdict(measure_here(args.contestant, shape.with_tokens(args.num_tokens or shape.num_tokens)))))
+
+
+if __name__ == "__main__":
+    main()
