@@ -68,7 +68,7 @@ def make_plan(
     *,
     logits_dtype: torch.dtype,
     weight_dtype: torch.dtype,
-    grads: tuple[bool, bool],
+    needs: tuple[bool, bool, bool],
     max_logits_bytes: int | None,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
@@ -79,19 +79,19 @@ def make_plan(
         hidden_size: H.
         logits_dtype: dtype of the logits buffer.
         weight_dtype: dtype of the head's weight and of its gradient.
-        grads: whether hidden states, and whether the head, need gradients.
+        needs: whether hidden, weight and bias need gradients.
         max_logits_bytes: the budget; None for the default.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
     """
     row_bytes = vocab * logits_dtype.itemsize
-    total, needs_grad = tokens.num_rows, any(grads)
+    total, needs_grad = tokens.num_rows, any(needs)
     budget = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes)
     if budget < row_bytes:
         raise ValueError(f"max_logits_bytes={budget} does not hold one row of logits: V={vocab} takes {row_bytes}")
     largest = max(tokens.rows_per_group, default=0)
-    accumulator = vocab * hidden_size * weight_dtype.itemsize if grads[1] and weight_dtype.itemsize < 4 else 0
+    accumulator = vocab * hidden_size * weight_dtype.itemsize if needs[1] and weight_dtype.itemsize < 4 else 0
     notes = []
     if total * row_bytes <= budget:
         accumulator = 0
@@ -117,7 +117,7 @@ def make_plan(
         logits_bytes=held * row_bytes,
         accumulator_bytes=accumulator,
         budget_bytes=max_logits_bytes or DEFAULT_LOGITS_BYTES,
-        gemms=1 + sum(grads) + (recomputed / total if recomputed else 0.0),
+        gemms=1 + needs[0] + needs[1] + (recomputed / total if recomputed else 0.0),
         note="; ".join(notes),
     )
 
