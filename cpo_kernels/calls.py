@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,7 +70,7 @@ class LinearCall:
             hidden_size=weight.shape[1],
             logits_dtype=self.head.logits_dtype or hidden.dtype,
             weight_dtype=weight.dtype,
-            grads=(needs[0], needs[1]),
+            needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
         )
 
@@ -79,9 +80,9 @@ def float16_gain(dtype: torch.dtype, largest_coefficient: float) -> float:
 
     Gradients are built before the upstream gradient (a loss scale, say) is known, so they must not underflow first.
     """
-    if dtype != torch.float16 or largest_coefficient <= 0:
+    if dtype != torch.float16 or not 0 < largest_coefficient < math.inf:
         return 1.0
-    return 2.0 ** int(torch.tensor(FLOAT16_TARGET / largest_coefficient).log2().floor())
+    return 2.0 ** math.floor(math.log2(FLOAT16_TARGET / largest_coefficient))
 
 
 def run_cpo(
@@ -100,8 +101,8 @@ def run_cpo(
     check_problem(problem)
     gain = 1.0
     if any(needs):
-        per_group = objective.contrast_weight * objective.beta / problem.num_groups
-        gain = float16_gain(hidden.dtype, per_group + objective.mle_weight / float(problem.num_target_tokens))
+        per_group = abs(objective.contrast_weight) * objective.beta / problem.num_groups
+        gain = float16_gain(hidden.dtype, per_group + abs(objective.mle_weight) / float(problem.num_target_tokens))
 
     def coefficients(sums: Tensor, groups: range) -> Tensor:
         segments = slice(call.cu_groups[groups.start], call.cu_groups[groups.stop])
@@ -122,16 +123,19 @@ def run_loss_fn(
 ) -> LossResult:
     """Any loss of the log-likelihoods: ``loss_fn`` sees (groups, candidates), or packed segments if that is None."""
     linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
-    gain = float16_gain(hidden.dtype, 1.0 / max(1, len(call.cu_groups) - 1))
+    gain: float | None = None
     losses: list[Tensor] = []
 
     def coefficients(sums: Tensor, groups: range) -> Tensor:
+        nonlocal gain
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
             loss = loss_fn(leaf if candidates is None else leaf.view(len(groups), candidates), groups)
             check_loss(loss)
             (coef,) = torch.autograd.grad(loss, leaf)
         losses.append(loss.detach())
+        if gain is None:
+            gain = loss_fn_gain(coef, hidden.dtype, len(call.cu_groups) - 1)
         return coef * gain
 
     plan = call.plan(tokens, hidden, weight, needs)
@@ -142,7 +146,17 @@ def run_loss_fn(
             for chunk in plan.chunks
             for part in [sums[call.cu_groups[chunk.groups.start] : call.cu_groups[chunk.groups.stop]]]
         ]
-    return LossResult(torch.stack(losses).sum(), sums, tokens.lengths, grads.result(), gain)
+    return LossResult(torch.stack(losses).sum(), sums, tokens.lengths, grads.result(), gain or 1.0)
+
+
+def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float:
+    """Gain of a user's loss from its first coefficients: not more than for a mean over groups, not less than 1.
+
+    A plain sum has coefficients near 1, which the gain of a mean would push beyond float16.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    return max(1.0, float16_gain(dtype, max(float(coef.abs().max()), 1.0 / num_groups)))
 
 
 def check_loss(loss: Tensor) -> None:
