@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Eager's own error is a matter of luck when it comes near zero (a loss may be exact by chance). The floor is 4 roundings
-# of what accumulates the result; for results stored in half precision it is the one rounding that storing takes.
+# Eager's own error is a matter of luck when it comes near zero (a loss may be exact by chance). The floor is 4
+# roundings of what accumulates the result; for results stored in half precision, the one rounding of storing them.
+# Float64 has no better oracle than itself, so its floor also covers the oracle's own error.
 FLOOR = {
-    torch.float64: 4 * torch.finfo(torch.float64).eps,
+    torch.float64: 16 * torch.finfo(torch.float64).eps,
     torch.float32: 4 * torch.finfo(torch.float32).eps,
     torch.bfloat16: torch.finfo(torch.bfloat16).eps / 2,
     torch.float16: torch.finfo(torch.float16).eps / 2,

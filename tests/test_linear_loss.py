@@ -1,0 +1,617 @@
+"""``linear_cpo_loss`` and ``linear_sequence_loss``: loss and gradients against the dense reference, and their cost."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from problems import (
+    BACKEND_DTYPE_IDS,
+    BACKEND_DTYPES,
+    PROBLEMS,
+    GemmCounter,
+    budget_of,
+    dense,
+    eager_loss,
+    fused_loss,
+    loss_and_grads,
+    packed_problem,
+    random_problem,
+)
+from tolerance import assert_accurate, relative_error
+from torch.utils.checkpoint import checkpoint
+
+from cpo_kernels import (
+    CandidateLayout,
+    LinearCPOLoss,
+    backends,
+    contrastive_loss,
+    linear_cpo_loss,
+    linear_sequence_logps,
+    linear_sequence_loss,
+    plan,
+)
+
+BACKENDS = backends.available()
+# Rows that the budget holds: all; about one group of the problems; less than a group, so that logits are recomputed.
+BUDGETS = {"one_chunk": None, "several_chunks": 13, "recomputed": 3}
+
+
+def assert_problem_accurate(problem, dtype, upstream=1.0, **head):
+    """Loss and every gradient obey the rule of tolerance.py."""
+    exact, rounded = problem.to(dtype).to(torch.float64), problem.to(dtype)
+    oracle = loss_and_grads(eager_loss(exact), exact, upstream)
+    eager = loss_and_grads(eager_loss(rounded), rounded, upstream)
+    fused = loss_and_grads(fused_loss(rounded, **head), rounded, upstream)
+    for name, wanted in oracle.items():
+        assert fused[name].dtype == eager[name].dtype
+        assert_accurate(fused[name], eager[name], wanted, name)
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_loss_and_gradients(backend, dtype, name, rows):
+    problem = PROBLEMS[name]()
+    budget = None if rows is None else budget_of(problem.to(dtype), rows)
+    assert_problem_accurate(problem, dtype, upstream=1.7, backend=backend, max_logits_bytes=budget)
+
+
+def test_the_budgets_of_the_grid_do_what_their_names_say():
+    problem = random_problem().to(torch.float32)
+    budgets = {name: rows and budget_of(problem, rows) for name, rows in BUDGETS.items()}
+    plans = {name: plan(**problem.arguments(), max_logits_bytes=budget) for name, budget in budgets.items()}
+    assert len(plans["one_chunk"].chunks) == 1
+    assert len(plans["several_chunks"].chunks) > 1
+    assert not any(chunk.recomputed for chunk in plans["several_chunks"].chunks)
+    assert all(chunk.recomputed for chunk in plans["recomputed"].chunks)
+
+
+NEEDS = [n for n in product([False, True], repeat=3) if any(n)]
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("needs", NEEDS, ids=lambda n: "".join(x for x, y in zip("hwb", n, strict=True) if y))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_subset_of_requires_grad(backend, needs, rows):
+    """The gradients that are asked for are those of the full set, and the others are not made."""
+    problem = random_problem(bias=True).to(torch.float32)
+    head = {"backend": backend, "max_logits_bytes": rows and budget_of(problem, rows)}
+    full = loss_and_grads(fused_loss(problem, **head), problem)
+    for tensor, need in zip(problem.tensors, needs, strict=True):
+        tensor.requires_grad_(need)
+    part = loss_and_grads(fused_loss(problem, **head), problem)
+    assert len(part) == 1 + sum(needs)
+    for name, grad in part.items():
+        assert torch.equal(grad, full[name]), name
+
+
+@pytest.mark.parametrize("problem", [random_problem, packed_problem])
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_two_runs_are_bitwise_equal(backend, dtype, problem):
+    torch.set_num_threads(2)
+    problem = problem(H=64, V=1009, bias=True).to(dtype)
+    head = {"backend": backend, "max_logits_bytes": budget_of(problem, 9)}
+    first, second = (loss_and_grads(fused_loss(problem, **head), problem) for _ in range(2))
+    for name, value in first.items():
+        assert value.isfinite().all()
+        assert torch.equal(value, second[name]), name
+
+
+def strided(problem):
+    """The same numbers behind every kind of stride: transposed, sliced, reversed order of dimensions."""
+    G, C, T = problem.targets.shape
+    H = problem.hidden.shape[-1]
+    wide = torch.zeros(T, G, C, 2 * H, dtype=problem.hidden.dtype)
+    wide[..., ::2] = problem.hidden.permute(2, 0, 1, 3)
+    targets = torch.zeros(C, T, G, 3, dtype=torch.int64)
+    targets[..., 1] = problem.targets.permute(1, 2, 0)
+    ranks = torch.tensor([0, 1, 1]).expand(G, C)
+    result = replace(
+        problem,
+        hidden=wide[..., ::2].permute(1, 2, 0, 3),
+        weight=problem.weight.t().contiguous().t(),
+        targets=targets[..., 1].permute(2, 0, 1),
+        bias=problem.bias.repeat_interleave(2)[::2],
+        ref_logps=problem.ref_logps.t().contiguous().t(),
+        ranks=ranks,
+    )
+    tensors = (*result.tensors, result.targets, result.ref_logps, result.ranks)
+    assert not any(t.is_contiguous() for t in tensors)
+    return result
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend, rows):
+    problem = random_problem(bias=True)
+    plain, odd = problem.to(torch.float32), strided(problem)
+    leaves = [t.to(torch.float32).requires_grad_() for t in odd.tensors]
+    odd = replace(odd, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
+    assert not any(t.is_contiguous() for t in leaves[:2])
+    head = {"backend": backend, "max_logits_bytes": rows and budget_of(plain, rows)}
+    expected, result = (loss_and_grads(fused_loss(p, **head), p) for p in (plain, odd))
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_strided_and_expanded_hidden(backend):
+    """A row stride of 0: every row is the same memory."""
+    problem = packed_problem().to(torch.float32)
+    row = problem.hidden[:1].detach()
+    expanded = replace(problem, hidden=row.expand(18, -1).requires_grad_())
+    copied = replace(problem, hidden=row.repeat(18, 1).requires_grad_())
+    results = [loss_and_grads(fused_loss(p, backend=backend), p) for p in (expanded, copied)]
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("upstream", ["stride_0", "minus_two", "zero", "twice_used"])
+def test_upstream_gradient(backend, upstream):
+    problem = random_problem(bias=True).to(torch.float32)
+    unit = loss_and_grads(fused_loss(problem, backend=backend), problem)
+    loss = fused_loss(problem, backend=backend)
+    if upstream == "stride_0":
+        total, factor = loss.expand(4).sum(), 4.0
+    elif upstream == "twice_used":
+        total, factor = loss + 0.5 * loss, 1.5
+    else:
+        factor = -2.0 if upstream == "minus_two" else 0.0
+        total = loss * factor
+    for name, grad in loss_and_grads(total, problem).items():
+        if name != "loss":
+            torch.testing.assert_close(grad, factor * unit[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_retained_graph_gives_the_same_gradients_again(backend, dtype):
+    problem = random_problem(bias=True).to(dtype)
+    loss = fused_loss(problem, backend=backend)
+    first = torch.autograd.grad(3 * loss, problem.tensors, retain_graph=True)
+    copies = [g.clone() for g in first]
+    second = torch.autograd.grad(3 * loss, problem.tensors, retain_graph=True)
+    other = torch.autograd.grad(6 * loss, problem.tensors)
+    for a, b, c, d in zip(first, copies, second, other, strict=True):
+        assert torch.equal(a, b), "a second backward changed gradients that were handed out"
+        assert torch.equal(b, c)
+        torch.testing.assert_close(d, 2 * b, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    problem = random_problem().to(torch.float32)
+    expected = loss_and_grads(fused_loss(problem), problem)
+
+    def loss(hidden, weight):
+        return fused_loss(replace(problem, hidden=hidden, weight=weight))
+
+    again = checkpoint(loss, problem.hidden, problem.weight, use_reentrant=use_reentrant)
+    again.backward()
+    assert torch.equal(problem.hidden.grad, expected["hidden"])
+    assert torch.equal(problem.weight.grad, expected["weight"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
+def test_autocast_equals_inputs_in_its_dtype(backend, logits_dtype):
+    """Float32 parameters under autocast(bfloat16): the computation of bfloat16 inputs, gradients in float32."""
+    problem = random_problem(bias=True).to(torch.float32)
+    head = {"backend": backend, "logits_dtype": logits_dtype, "max_logits_bytes": 13 * 31 * 4}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_loss(problem, **head)
+        inside = loss_and_grads(loss, problem)
+    half = problem.to(torch.bfloat16)
+    expected = loss_and_grads(fused_loss(half, **head), half)
+    for name, value in inside.items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, expected[name].float()), name
+
+
+def test_tied_weight_sums_both_gradients():
+    """The head is the embedding: its gradient is the sum of both uses."""
+    weight = torch.randn(31, 7, requires_grad=True)
+    tokens, targets = torch.randint(0, 31, (2, 2, 4)), torch.randint(0, 31, (2, 2, 4))
+
+    def grad(loss_of_logits_or_hidden):
+        return torch.autograd.grad(loss_of_logits_or_hidden(torch.tanh(weight[tokens])), weight)[0]
+
+    fused = grad(lambda hidden: linear_cpo_loss(hidden, weight, targets).loss)
+    problem = random_problem(ref=False)
+    dense_grad = grad(lambda h: eager_loss(replace(problem, hidden=h, weight=weight, targets=targets)))
+    torch.testing.assert_close(fused, dense_grad)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_predict_nothing_get_exactly_zero(backend, layout):
+    """Even where they hold NaN: they enter no product."""
+    problem = (random_problem if layout == "padded" else packed_problem)().to(torch.float32)
+    used = torch.zeros(problem.hidden.shape[:-1], dtype=torch.bool)
+    if layout == "padded":
+        used = problem.targets != -100
+    else:
+        used[problem.layout.rows[problem.targets != -100]] = True
+    assert 0 < (~used).sum() < used.numel()
+    expected = loss_and_grads(fused_loss(problem, backend=backend), problem)
+    with torch.no_grad():
+        problem.hidden[~used] = torch.nan
+    result = loss_and_grads(fused_loss(problem, backend=backend), problem)
+    for name, value in expected.items():
+        assert torch.equal(result[name], value), name
+    assert (result["hidden"][~used] == 0).all()
+    assert (result["hidden"][used] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["hidden", "weight", "bias"])
+def test_nan_and_infinity_propagate(backend, bad, where):
+    problem = random_problem(bias=True).to(torch.float32)
+    with torch.no_grad():
+        getattr(problem, where).view(-1)[-1] = bad
+    if where == "hidden":
+        problem.targets[-1, -1, -1] = 3
+    out = linear_cpo_loss(**problem.arguments(), backend=backend)
+    assert not out.loss.isfinite()
+
+
+def test_fully_masked_candidate_is_absent_and_never_nan():
+    problem = random_problem(G=2, C=3).to(torch.float32)
+    problem.targets[0, 1] = -100
+    out = linear_cpo_loss(**problem.arguments(), mle_weight=0.1)
+    assert out.logps[0, 1] == 0
+    assert out.rewards[0, 1] == 0
+    assert all(value.isfinite().all() for value in out)
+    without = replace(
+        problem,
+        hidden=problem.hidden.detach()[:1, [0, 2]].requires_grad_(),
+        targets=problem.targets[:1, [0, 2]],
+        ref_logps=problem.ref_logps[:1, [0, 2]],
+    )
+    with_absent = replace(
+        problem,
+        hidden=problem.hidden.detach()[:1].requires_grad_(),
+        targets=problem.targets[:1],
+        ref_logps=problem.ref_logps[:1],
+    )
+    one, other = (linear_cpo_loss(**p.arguments(), mle_weight=0.1) for p in (without, with_absent))
+    for name in ("loss", "contrastive_loss", "nll_loss", "accuracy", "margin"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("length_normalized", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_survive_until_the_loss_scale_arrives(backend, length_normalized):
+    """1 / num_groups pushes every gradient under float16's smallest number; the loss scale brings them back."""
+    problem = random_problem(mle_weight=0.3).with_options(
+        num_groups=2.0**16, num_target_tokens=2.0**20, length_normalized=length_normalized
+    )
+    rounded = problem.to(torch.float16)
+    result = loss_and_grads(fused_loss(rounded, backend=backend), rounded, upstream=2.0**16)
+    options = dict(problem.options, num_groups=None, num_target_tokens=None)
+    exact = replace(problem.to(torch.float16).to(torch.float64), options=options)
+    plain = loss_and_grads(fused_loss(exact.with_options(mle_weight=0.0)), exact)
+    nll = loss_and_grads(fused_loss(exact.with_options(mle_weight=1.0, contrast_weight=0.0)), exact)
+    tokens = int((problem.targets[:, 0] != -100).sum())
+    for name in ("hidden", "weight"):
+        wanted = 2.0**16 * (plain[name] * 3 / 2.0**16 + 0.3 * nll[name] * tokens / 2.0**20)
+        assert relative_error(result[name], wanted) < 8 * torch.finfo(torch.float16).eps
+
+
+def test_float16_gradient_of_a_plain_sum_over_many_groups_does_not_overflow():
+    """A loss_fn whose coefficients are 1, and not the 1 / groups that a mean would have."""
+    G, T = 1024, 8
+    hidden = torch.ones(G, 1, T, 4, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
+    targets = torch.zeros(G, 1, T, dtype=torch.int64)
+    linear_sequence_loss(hidden, weight, targets, lambda logps, groups: -logps.sum()).backward()
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).unsqueeze(1).expand(3, 4) * (G * T)
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_float16_gain_survives_coefficients_that_are_not_finite(bad):
+    problem = random_problem().to(torch.float16)
+    loss = linear_sequence_loss(
+        problem.hidden, problem.weight, problem.targets, lambda logps, groups: (logps * bad).sum()
+    )
+    loss.backward()
+    assert not loss.isfinite()
+    assert not problem.weight.grad.isfinite().all()
+
+
+def test_global_denominators():
+    problem = random_problem(mle_weight=0.5).to(torch.float32)
+    whole = linear_cpo_loss(**problem.arguments(), **problem.options)
+    tokens = int((problem.targets[:, 0] != -100).sum())
+    scaled = problem.with_options(num_groups=torch.tensor(12), num_target_tokens=2 * tokens)
+    out = linear_cpo_loss(**scaled.arguments(), **scaled.options)
+    torch.testing.assert_close(out.contrastive_loss, whole.contrastive_loss * 3 / 12)
+    torch.testing.assert_close(out.nll_loss, whole.nll_loss / 2)
+    grads = [loss_and_grads(fused_loss(p), p)["weight"] for p in (scaled, problem)]
+    contrast_only = problem.with_options(mle_weight=0.0)
+    contrast_grad = loss_and_grads(fused_loss(contrast_only), contrast_only)["weight"]
+    torch.testing.assert_close(grads[0], contrast_grad / 4 + (grads[1] - contrast_grad) / 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_micro_batches_with_global_denominators_add_up(backend):
+    problem = random_problem(G=4, mle_weight=0.4).to(torch.float32)
+    expected = loss_and_grads(fused_loss(problem, backend=backend), problem)
+    tokens = int((problem.targets[:, 0] != -100).sum())
+    total = dict.fromkeys(("loss", "weight"), 0.0)
+    for g in range(4):
+        part = replace(
+            problem,
+            hidden=problem.hidden[g : g + 1],
+            targets=problem.targets[g : g + 1],
+            ref_logps=problem.ref_logps[g : g + 1],
+        ).with_options(num_groups=4, num_target_tokens=tokens)
+        loss = fused_loss(part, backend=backend)
+        total["loss"] += loss.detach()
+        total["weight"] += torch.autograd.grad(loss, problem.weight)[0]
+    for name, value in total.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [2, 1, 0]])
+def test_order_of_groups_and_candidates_does_not_matter(order):
+    problem = random_problem().to(torch.float64)
+    moved = replace(
+        problem,
+        hidden=problem.hidden.detach()[order].flip(1).requires_grad_(),
+        targets=problem.targets[order].flip(1),
+        ref_logps=problem.ref_logps[order].flip(1),
+        ranks=torch.tensor([[1, 1, 0]] * 3),
+    )
+    before, after = (loss_and_grads(fused_loss(p), p) for p in (problem, moved))
+    torch.testing.assert_close(after["loss"], before["loss"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(after["weight"], before["weight"], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(after["hidden"], before["hidden"][order].flip(1), rtol=1e-10, atol=1e-12)
+
+
+def test_padded_and_packed_forms_agree():
+    problem = random_problem(mle_weight=0.2).to(torch.float32)
+    G, C, T = problem.targets.shape
+    layout = CandidateLayout(range(0, G * C * T + 1, T), range(0, G * C + 1, C))
+    padded = linear_cpo_loss(**problem.arguments(), **problem.options)
+    packed = linear_cpo_loss(
+        problem.hidden.reshape(-1, 7),
+        problem.weight,
+        problem.targets.reshape(-1),
+        layout=layout,
+        ref_logps=problem.ref_logps.reshape(-1),
+        **problem.options,
+    )
+    assert packed.logps.shape == (G * C,)
+    assert padded.logps.shape == (G, C)
+    for name, a, b in zip(padded._fields, padded, packed, strict=True):
+        assert torch.equal(a.reshape(-1), b.reshape(-1)), name
+
+
+GRADCHECKED = (
+    "one_word",
+    "one_token_segments",
+    "whole_head",
+    "length_normalized_with_margin",
+    "ranked",
+    "several_positives",
+    "packed_shared_rows",
+    "packed_whole_head",
+)
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("name", GRADCHECKED)
+def test_gradcheck(name, rows):
+    problem = PROBLEMS[name]().to(torch.float64)
+    head = {"max_logits_bytes": rows and budget_of(problem, rows)}
+
+    def loss(hidden, weight, bias=None):
+        return fused_loss(replace(problem, hidden=hidden, weight=weight, bias=bias), **head)
+
+    torch.autograd.gradcheck(loss, [t for t in problem.tensors if t is not None], fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_gradcheck_of_any_loss(layout):
+    problem = (random_problem if layout == "padded" else packed_problem)(bias=True).to(torch.float64)
+
+    def loss(hidden, weight, bias):
+        def squares(logps, groups):
+            return (logps.reshape(-1) ** 2).sum() / 50 + logps.sum()
+
+        return linear_sequence_loss(
+            hidden,
+            weight,
+            problem.targets,
+            squares,
+            layout=problem.layout,
+            bias=bias,
+            max_logits_bytes=budget_of(problem, 9),
+        )
+
+    torch.autograd.gradcheck(loss, problem.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_loss_sees_whole_groups_and_which_they_are(backend, layout, rows):
+    """A contrast with references looked up by group equals the built-in one."""
+    problem = (random_problem if layout == "padded" else packed_problem)(beta=0.3).to(torch.float32)
+    cu_groups = None if problem.layout is None else problem.layout.cu_groups
+    ranks = [0, 1, 0, 1, 2, 0, 0, 1, 3]
+    seen = []
+
+    def loss_fn(logps, groups):
+        assert isinstance(groups, range)
+        seen.extend(groups)
+        if cu_groups is None:
+            assert logps.shape == (len(groups), 3)
+            ref = problem.ref_logps[groups.start : groups.stop].float()
+            scores, present = 0.3 * (logps - ref), (problem.targets != -100).any(-1)[groups.start : groups.stop]
+            worse = scores[:, 1:].masked_fill(~present[:, 1:], -torch.inf)
+            return (torch.cat([scores[:, :1], worse], 1).logsumexp(1) - scores[:, 0]).sum()
+        segments = slice(cu_groups[groups.start], cu_groups[groups.stop])
+        assert logps.shape == (segments.stop - segments.start,)
+        total = logps.new_zeros(())
+        for g in groups:
+            members = [s for s in range(cu_groups[g], cu_groups[g + 1]) if s != 3]  # segment 3 is absent
+            scores = {s: 0.3 * (logps[s - segments.start] - problem.ref_logps[s].float()) for s in members}
+            for i in members:
+                lower = [scores[j] for j in members if ranks[j] > ranks[i]]
+                total = total + (torch.stack([scores[i], *lower]).logsumexp(0) - scores[i] if lower else 0.0)
+        return total
+
+    head = {"backend": backend, "max_logits_bytes": rows and budget_of(problem, rows)}
+    loss = linear_sequence_loss(problem.hidden, problem.weight, problem.targets, loss_fn, layout=problem.layout, **head)
+    assert seen == [0, 1, 2]
+    built_in = replace(problem, layout=problem.layout and replace(problem.layout, ranks=ranks))
+    expected = loss_and_grads(3 * fused_loss(built_in, **head), built_in)
+    for name, value in loss_and_grads(loss, problem).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        again = linear_sequence_loss(
+            problem.hidden, problem.weight, problem.targets, loss_fn, layout=problem.layout, **head
+        )
+    torch.testing.assert_close(again, loss.detach())
+
+
+def gemm_problem(layout):
+    """Sizes that no two share, so that a recorded shape says which product it was."""
+    if layout == "packed":
+        return packed_problem(H=64, V=131).to(torch.float32)
+    return random_problem(G=4, C=3, T=6, H=64, V=131).to(torch.float32)
+
+
+PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomputed": 4, "recomputed_frozen": 3}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_number_of_products(backend, case, layout):
+    """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed."""
+    problem = gemm_problem(layout)
+    if case.endswith("frozen"):
+        problem.weight.requires_grad_(False)
+    if case == "head_only":
+        problem.hidden.requires_grad_(False)
+    head = {"backend": backend}
+    if case.startswith("recomputed"):
+        head["max_logits_bytes"] = budget_of(problem, 2)
+    expected = PRODUCTS[case]
+    counter = GemmCounter()
+    with torch.set_grad_enabled(case != "no_grad"):
+        planned = plan(**problem.arguments(), **head)
+        with counter:
+            loss = fused_loss(problem, **head)
+            if case != "no_grad":
+                loss.backward()
+    present = problem.targets != -100
+    rows = int(present.sum()) if layout == "padded" else problem.layout.rows[present].unique().numel()
+    assert planned.gemms == pytest.approx(expected)
+    if case.startswith("recomputed") and layout == "packed":
+        rows = planned.num_rows  # a row shared by two groups is in both of their chunks
+    assert counter.products(rows, problem.weight) == pytest.approx(expected)
+    if case.startswith("recomputed"):
+        assert counter.largest_row_count(problem.weight) == 2
+
+
+def test_rows_in_use_are_views_where_they_are_consecutive():
+    """All tokens present: no copy of hidden is made, so GEMM 1 reads its memory."""
+    problem = random_problem(C=2, T=1).to(torch.float32)
+    reads = []
+
+    class Reads(GemmCounter):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in self.FACTORS:
+                reads.extend(a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with torch.no_grad(), Reads():
+        fused_loss(problem)
+    assert problem.hidden.untyped_storage()._cdata in reads
+
+
+def test_nothing_is_kept_alive_after_the_loss_is_gone():
+    problem = random_problem().to(torch.float32)
+    fused_loss(problem).backward()
+    gc.collect()
+    before = sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    for _ in range(3):
+        fused_loss(problem).backward()
+    gc.collect()
+    assert sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor)) == before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_likelihoods_of_long_sequences_in_float32(backend):
+    """T = 1024 from bfloat16 inputs: at most 2e-3 nats off with logits_dtype=float32."""
+    T, H, V = 1024, 64, 2003
+    hidden = torch.randn(1, 2, T, H).bfloat16()
+    weight = (torch.randn(V, H) * 2 / H**0.5).bfloat16()
+    targets = torch.randint(0, V, (1, 2, T))
+    exact = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(-1, targets.unsqueeze(-1)).sum((-1, -2))
+    out = linear_cpo_loss(hidden, weight, targets, backend=backend, logits_dtype=torch.float32)
+    assert (out.logps.double() - exact).abs().max() <= 2e-3
+    rounded = linear_cpo_loss(hidden, weight, targets, backend=backend)
+    assert (rounded.logps.double() - exact).abs().max() > 2e-3, "the case must be one where float32 logits matter"
+
+
+@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_with_float32_logits(dtype, backend, rows):
+    problem = packed_problem(bias=True, mle_weight=0.2)
+    budget = rows and rows * 31 * 4
+    assert_problem_accurate(problem, dtype, backend=backend, logits_dtype=torch.float32, max_logits_bytes=budget)
+
+
+def test_many_chunks_sum_half_precision_gradients_like_one():
+    """40 chunks into one bfloat16 grad_weight: a plain sum would lose the small terms."""
+    problem = random_problem(G=40, C=2, T=4, H=8, V=11)
+    dtype = torch.bfloat16
+    assert_problem_accurate(problem, dtype, max_logits_bytes=budget_of(problem.to(dtype), 8))
+
+
+def test_module_form():
+    problem = random_problem(mle_weight=0.2).to(torch.float32)
+    module = LinearCPOLoss(mle_weight=0.2, beta=0.3)
+    out = module(problem.hidden, problem.weight, problem.targets, ref_logps=problem.ref_logps)
+    expected = linear_cpo_loss(**problem.arguments(), mle_weight=0.2, beta=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert "beta=0.3" in repr(module)
+
+
+def test_contrast_from_the_output_of_the_log_likelihoods():
+    """linear_sequence_logps and contrastive_loss compose into the same loss and gradients."""
+    problem = random_problem(G=2, C=2, beta=0.3).to(torch.float32)
+    logps = linear_sequence_logps(problem.hidden, problem.weight, problem.targets)
+    loss = contrastive_loss(logps, ref_logps=problem.ref_logps, beta=0.3)
+    expected = loss_and_grads(fused_loss(problem), problem)
+    for name, value in loss_and_grads(loss, problem).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_output_is_detached_but_for_the_loss():
+    problem = random_problem().to(torch.float32)
+    out = linear_cpo_loss(**problem.arguments())
+    assert out.loss.requires_grad
+    assert not any(value.requires_grad for value in out[1:])
+    with torch.no_grad():
+        assert not linear_cpo_loss(**problem.arguments()).loss.requires_grad
+    logits, targets = dense(problem)
+    tokens = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    sums = (tokens * (targets >= 0)).sum(-1)
+    torch.testing.assert_close(out.logps, sums.detach())
+    present = (targets >= 0).any(-1)
+    rewards = (0.1 * (sums - problem.ref_logps.float())).where(present, 0.0)
+    torch.testing.assert_close(out.rewards, rewards.detach())
