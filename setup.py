@@ -1,7 +1,8 @@
 """Builds cpo_kernels._cpu always, and cpo_kernels._cuda where csrc/cuda has sources and nvcc is found.
 
-The C++ needs neither torch nor a CPU of the kind it will run on: a file named `*_<isa>.cpp` is compiled for that instruction
-set only, and the module picks one at run time. Objects and build.ninja stay in build/ninja-*, so a rebuild is incremental.
+The C++ needs neither torch nor a CPU of the kind it will run on: a file named `*_<isa>.cpp` is compiled for that
+instruction set only, and the module picks one at run time. Objects and build.ninja stay in build/ninja-*, so that a
+rebuild is incremental.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CPO_KERNELS_CUDA=0 (never) or 1 (fail if CUDA cannot be built);
 CUDA_HOME; CPO_KERNELS_CUDA_ARCHS (default "80 90a 100+PTX").
@@ -155,8 +156,8 @@ class NinjaBuild(build_ext):
     def include_flags(self, work: Path) -> list[str]:
         """Python's and pybind11's headers, as system headers.
 
-        pip's isolated environment lies in another folder each time. The link keeps its path, and so the command line, the
-        same for one version of pybind11, and `-MMD` leaves system headers out of the dependencies.
+        pip's isolated environment lies in another folder each time. The link keeps its path, and so the command line,
+        the same for one version of pybind11, and `-MMD` leaves system headers out of the dependencies.
         """
         link = work / f"pybind11-{pybind11.__version__}"
         link.unlink(missing_ok=True)

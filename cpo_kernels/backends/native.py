@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
@@ -63,6 +64,24 @@ def isa() -> str:
     if forced not in supported:
         raise ValueError(f"{ISA_VARIABLE} is {forced!r}; this machine runs {', '.join(supported)}")
     return forced
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """How the extension was compiled, and what of it this machine runs; instruction sets from slowest to fastest."""
+
+    compiler: str
+    openmp: bool
+    compiled_isas: list[str]
+    supported_isas: list[str]
+
+
+def build_info() -> BuildInfo | None:
+    """Facts about the extension, or None where it is not available."""
+    module = _load()[0]
+    if module is None:
+        return None
+    return BuildInfo(module.compiler, module.openmp, module.compiled_isas(), module.supported_isas())
 
 
 def register() -> None:
@@ -171,11 +190,6 @@ def row_backward_(
     Raises:
         ValueError: as :func:`row_backward`, and for rows that overlap in memory.
     """
-    if logits.dim() == 2 and logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
-            f"overwritten; expected a row stride of at least {logits.shape[1]}"
-        )
     head = (bias, logit_scale, softcap, temperature)
     _backward_into(logits, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
 
@@ -197,10 +211,15 @@ def _backward_into(
 ) -> None:
     batch = _row_batch(logits, targets, row_starts, bias, logit_scale, softcap, temperature, isa, threads)
     rows, tokens = logits.shape[0], targets.shape[0]
+    if out is logits and rows > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {logits.shape[1]}"
+        )
     _check("stats", stats, (2, rows), (torch.float32,))
     _check("coef", coef, (tokens,), (torch.float32,))
     stats, coef = stats.contiguous(), coef.contiguous()
-    coef_sum = torch.empty(rows, dtype=torch.float64)
+    coef_sum = torch.empty(rows, dtype=torch.float32)
     token_grad = torch.empty(tokens, dtype=torch.float32)
     _extension().row_backward(
         **batch.arguments,
@@ -305,7 +324,7 @@ def _row_batch(
 
 
 def _transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
-    """y = cap * tanh((x + bias) * mult), or (x + bias) * mult where cap is 0; slope is dy/dx at tanh = 0."""
+    """mult, cap, slope of y = cap * tanh((x + bias) * mult), or (x + bias) * mult for cap 0; slope is dy/dx at y = 0."""
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
     if not (math.isfinite(softcap) and softcap >= 0):
@@ -322,7 +341,6 @@ def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tup
         raise ValueError(f"{name} is on {tensor.device}; expected a CPU tensor")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
-    sizes_fit = tensor.dim() == len(shape) and all(e is None or s == e for s, e in zip(tensor.shape, shape, strict=True))
-    if not sizes_fit:
+    if tensor.dim() != len(shape) or any(e not in (None, s) for s, e in zip(tensor.shape, shape, strict=True)):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({expected})")

@@ -46,10 +46,10 @@ void row_backward(const std::string& isa, int dtype, Address logits, Size rows, 
   const cpo::Isa chosen = cpo::parse_isa(isa);
   const cpo::RowBatch batch{at<void>(logits), rows, vocab, row_stride, at<Size>(targets), at<Size>(row_starts), tokens, at<float>(bias)};
   const cpo::BackwardArgs args{batch,          {mult, cap, slope},    at<float>(stats), at<float>(stats) + rows, at<float>(coef),
-                               at<double>(coef_sum), at<float>(token_grad), at<void>(out),    out_stride};
+                               at<float>(coef_sum), at<float>(token_grad), at<void>(out),    out_stride};
   const cpo::DType type = parse_dtype(dtype);
   py::gil_scoped_release release;
-  cpo::row_backward(chosen, type, args, at<double>(coef_sum), threads);
+  cpo::row_backward(chosen, type, args, at<float>(coef_sum), threads);
 }
 
 void accumulate_pair(Address high, Address low, Address term, bool term_is_bf16, Size n, int threads) {

@@ -42,7 +42,7 @@ struct BackwardArgs {
   const float* max;
   const float* logsum;
   const float* coef;        // (N,)
-  const double* coef_sum;   // (R,): sum of the row's coefs
+  const float* coef_sum;    // (R,): sum of the row's coefs
   float* token_grad;        // (N,): in, the summed coefs of the row's tokens with this target; out, their gradient
   void* out;                // (R, V), may be batch.logits itself
   std::int64_t out_stride;  // elements

@@ -19,10 +19,10 @@ inline bool row_is_active(const cpo::BackwardArgs& args, TokenRange tokens) {
 template <class P>
 struct RowGradient {
   const P& p;
-  Vec minus_max;
+  Vec max;
   Vec factor;  // -(sum of coefs) * slope0 / sum_j exp(y_j - max): what exp(y - max) * slope is multiplied by
 
-  Vec operator()(const Vec& key) const { return exp(p.shifted(key, minus_max)) * p.slope(key) * factor; }
+  Vec operator()(const Vec& y) const { return exp(y - max) * p.slope(y) * factor; }
 };
 
 // The gradient at each token's own column, before an in-place pass overwrites it. Kept in float32 until it is rounded once.
@@ -31,9 +31,9 @@ inline void token_gradients(const cpo::BackwardArgs& args, const T* x, TokenRang
   for (int64_t n = tokens.begin; n < tokens.end; ++n) {
     const int64_t target = args.batch.targets[n];
     if (target == cpo::kNoToken) continue;
-    const Vec key = column_key(x, args.batch.bias, target, gradient.p);
-    const Vec own = set1(args.token_grad[n] * gradient.p.slope0) * gradient.p.slope(key);
-    args.token_grad[n] = first_lane(own + gradient(key));
+    const Vec y = column_y(x, args.batch.bias, target, gradient.p);
+    const Vec own = set1(args.token_grad[n] * gradient.p.slope0) * gradient.p.slope(y);
+    args.token_grad[n] = first_lane(own + gradient(y));
   }
 }
 
@@ -49,13 +49,14 @@ inline void gradient_row(const T* x, T* out, const float* bias, int64_t vocab, c
   Vec a, b;
   int64_t j = 0;
   for (; j + kPair <= vocab; j += kPair) {
-    load_keys(x + j, bias ? bias + j : nullptr, gradient.p, a, b);
+    prefetch_ahead(x + j);
+    load_y(x + j, bias ? bias + j : nullptr, gradient.p, a, b);
     store2(out + j, gradient(a), gradient(b));
   }
   if (j < vocab) {
     const int n = static_cast<int>(vocab - j);
     Tail<T> tail(x + j, bias ? bias + j : nullptr, n);
-    load_keys(tail.x, tail.bias, gradient.p, a, b);
+    load_y(tail.x, tail.bias, gradient.p, a, b);
     store2(tail.x, gradient(a), gradient(b));
     for (int i = 0; i < n; ++i) out[j + i] = tail.x[i];
   }
@@ -72,8 +73,9 @@ void backward_rows(const cpo::BackwardArgs& args, const P& p, int64_t begin, int
       zero_row(out, batch.vocab);
       continue;
     }
-    const double factor = -args.coef_sum[row] * static_cast<double>(p.slope0) * ::exp(-static_cast<double>(args.logsum[row]));
-    const RowGradient<P> gradient{p, set1(-args.max[row]), set1(static_cast<float>(factor))};
+    const double coef = static_cast<double>(args.coef_sum[row]) * static_cast<double>(p.slope0);
+    const double factor = -coef * ::exp(-static_cast<double>(args.logsum[row]));
+    const RowGradient<P> gradient{p, set1(args.max[row]), set1(static_cast<float>(factor))};
     token_gradients(args, x, tokens, gradient);
     gradient_row(x, out, batch.bias, batch.vocab, gradient);
     for (int64_t n = tokens.begin; n < tokens.end; ++n) {
@@ -84,14 +86,7 @@ void backward_rows(const cpo::BackwardArgs& args, const P& p, int64_t begin, int
 
 template <class T>
 void backward(const cpo::BackwardArgs& args, int64_t begin, int64_t end) {
-  const cpo::LogitTransform& t = args.transform;
-  if (scale_only(args.batch, t)) {
-    backward_rows<T>(args, ScaleOnly(t), begin, end);
-  } else if (t.cap == 0.0f) {
-    backward_rows<T>(args, General<false>(t), begin, end);
-  } else {
-    backward_rows<T>(args, General<true>(t), begin, end);
-  }
+  with_transform(args.batch, args.transform, [&](const auto& p) { backward_rows<T>(args, p, begin, end); });
 }
 
 }  // namespace

@@ -31,7 +31,7 @@ void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads) {
   for_rows(row_kernels(isa).forward[static_cast<int>(dtype)], args, threads);
 }
 
-void row_backward(Isa isa, DType dtype, const BackwardArgs& args, double* coef_sum, int threads) {
+void row_backward(Isa isa, DType dtype, const BackwardArgs& args, float* coef_sum, int threads) {
   check_tokens(args.batch);
   sum_coefs(args.batch, args.coef, coef_sum, args.token_grad);
   for_rows(row_kernels(isa).backward[static_cast<int>(dtype)], args, threads);

@@ -11,6 +11,6 @@ namespace cpo {
 void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads);
 
 // Fills args.token_grad and coef_sum itself; both are workspace of the caller.
-void row_backward(Isa isa, DType dtype, const BackwardArgs& args, double* coef_sum, int threads);
+void row_backward(Isa isa, DType dtype, const BackwardArgs& args, float* coef_sum, int threads);
 
 }  // namespace cpo

@@ -8,25 +8,26 @@
 namespace {
 
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kFirstLook = 512;  // columns whose maximum is the first ref
 constexpr float kHeadroom = 32.0f;  // kBlock * e^32 is far from overflow
 
 struct Block {
-  float max_key;
+  float max;
   double sum;  // of exp(y - ref)
 };
 
 template <class T, class P>
-inline float block_max_key(const T* x, const float* bias, int64_t n, const P& p) {
+inline float block_max(const T* x, const float* bias, int64_t n, const P& p) {
   Vec max_a = set1(-INFINITY), max_b = max_a, a, b;
   int64_t j = 0;
   for (; j + kPair <= n; j += kPair) {
-    load_keys(x + j, bias ? bias + j : nullptr, p, a, b);
+    load_y(x + j, bias ? bias + j : nullptr, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
   }
   if (j < n) {
     const Tail<T> tail(x + j, bias ? bias + j : nullptr, static_cast<int>(n - j));
-    load_keys(tail.x, tail.bias, p, a, b);
+    load_y(tail.x, tail.bias, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
   }
@@ -39,21 +40,22 @@ inline Block sum_block(const T* x, const float* bias, int64_t n, const P& p, flo
   Vec max_a = set1(-INFINITY), max_b = max_a, sum_a = set1(0.0f), sum_b = sum_a, a, b;
   int64_t j = 0;
   for (; j + kPair <= n; j += kPair) {
-    load_keys(x + j, bias ? bias + j : nullptr, p, a, b);
+    prefetch_ahead(x + j);
+    load_y(x + j, bias ? bias + j : nullptr, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
-    sum_a = sum_a + exp(p.shifted(a, minus_ref));
-    sum_b = sum_b + exp(p.shifted(b, minus_ref));
+    sum_a = sum_a + exp(a + minus_ref);
+    sum_b = sum_b + exp(b + minus_ref);
   }
   if (j < n) {
     const Tail<T> tail(x + j, bias ? bias + j : nullptr, static_cast<int>(n - j));
     Vec valid_a, valid_b;
-    load_keys(tail.x, tail.bias, p, a, b);
+    load_y(tail.x, tail.bias, p, a, b);
     load2(tail.valid, valid_a, valid_b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
-    sum_a = fma(exp(p.shifted(a, minus_ref)), valid_a, sum_a);
-    sum_b = fma(exp(p.shifted(b, minus_ref)), valid_b, sum_b);
+    sum_a = fma(exp(a + minus_ref), valid_a, sum_a);
+    sum_b = fma(exp(b + minus_ref), valid_b, sum_b);
   }
   return {reduce_max(max(max_a, max_b)), sum(sum_a, sum_b)};
 }
@@ -68,15 +70,14 @@ struct RowStats {
 
 template <class T, class P>
 inline RowStats row_stats(const T* x, const float* bias, int64_t vocab, const P& p) {
-  float max_key = block_max_key(x, bias, vocab < kBlock ? vocab : kBlock, p);
-  float ref = p.value(max_key);
+  float top = block_max(x, bias, vocab < kFirstLook ? vocab : kFirstLook, p);
+  float ref = top;
   double total = 0.0;
   for (int64_t j = 0; j < vocab; j += kBlock) {
     const int64_t n = vocab - j < kBlock ? vocab - j : kBlock;
     const float* block_bias = bias ? bias + j : nullptr;
     Block block = sum_block(x + j, block_bias, n, p, usable(ref));
-    max_key = block.max_key > max_key ? block.max_key : max_key;
-    const float top = p.value(max_key);
+    top = block.max > top ? block.max : top;
     if (top > ref + kHeadroom) {
       total *= ::exp(static_cast<double>(ref) - static_cast<double>(top));
       ref = top;
@@ -84,7 +85,6 @@ inline RowStats row_stats(const T* x, const float* bias, int64_t vocab, const P&
     }
     total += block.sum;
   }
-  const float top = p.value(max_key);
   // NaN is ignored by the maximum but not by the sum.
   const float reported = total != total && top < INFINITY ? NAN : top;
   return {reported, ::log(total) + (static_cast<double>(ref) - static_cast<double>(top))};
@@ -103,7 +103,7 @@ void forward_rows(const cpo::ForwardArgs& args, const P& p, int64_t begin, int64
       const int64_t target = batch.targets[n];
       float logp = 0.0f;
       if (target != cpo::kNoToken) {
-        const Vec shifted = p.shifted(column_key(x, batch.bias, target, p), set1(-stats.max));
+        const Vec shifted = column_y(x, batch.bias, target, p) - set1(stats.max);
         logp = static_cast<float>(static_cast<double>(first_lane(shifted)) - stats.logsum);
       }
       args.logps[n] = logp;
@@ -113,14 +113,7 @@ void forward_rows(const cpo::ForwardArgs& args, const P& p, int64_t begin, int64
 
 template <class T>
 void forward(const cpo::ForwardArgs& args, int64_t begin, int64_t end) {
-  const cpo::LogitTransform& t = args.transform;
-  if (scale_only(args.batch, t)) {
-    forward_rows<T>(args, ScaleOnly(t), begin, end);
-  } else if (t.cap == 0.0f) {
-    forward_rows<T>(args, General<false>(t), begin, end);
-  } else {
-    forward_rows<T>(args, General<true>(t), begin, end);
-  }
+  with_transform(args.batch, args.transform, [&](const auto& p) { forward_rows<T>(args, p, begin, end); });
 }
 
 }  // namespace

@@ -57,14 +57,14 @@ void check_tokens(const RowBatch& batch) {
   }
 }
 
-void sum_coefs(const RowBatch& batch, const float* coef, double* coef_sum, float* token_coef) {
+void sum_coefs(const RowBatch& batch, const float* coef, float* coef_sum, float* token_coef) {
   for (std::int64_t row = 0; row < batch.rows; ++row) {
     const std::int64_t begin = batch.row_starts ? batch.row_starts[row] : row;
     const std::int64_t end = batch.row_starts ? batch.row_starts[row + 1] : row + 1;
     const std::int64_t count = end - begin;
     double total = 0.0;
     for (std::int64_t n = begin; n < end; ++n) total += batch.targets[n] == kNoToken ? 0.0 : static_cast<double>(coef[n]);
-    coef_sum[row] = total;
+    coef_sum[row] = static_cast<float>(total);
     const auto merge = count <= kMaxPairwise ? merge_pairwise : merge_sorted;
     merge(batch.targets + begin, coef + begin, count, token_coef + begin);
   }

@@ -10,7 +10,7 @@ namespace cpo {
 void check_tokens(const RowBatch& batch);
 
 // coef_sum (R,): the sum of each row's coefs.  token_coef (N,): for each token the sum of the coefs of all tokens of its row
-// that have the same target. Tokens with target -100 are left out; sums run in token order, in double.
-void sum_coefs(const RowBatch& batch, const float* coef, double* coef_sum, float* token_coef);
+// that have the same target. Tokens with target -100 are left out; sums run in token order, in double, and are rounded to float32 once.
+void sum_coefs(const RowBatch& batch, const float* coef, float* coef_sum, float* token_coef);
 
 }  // namespace cpo

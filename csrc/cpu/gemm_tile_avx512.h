@@ -1,0 +1,123 @@
+// A register tile of C for AVX-512: 8 rows x 48 columns are 24 of the 32 registers, and need 11 loads for 24 multiply-adds.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/gemm_pack_avx512.h"
+
+namespace {
+
+constexpr int kTileRows = 8, kTileVectors = 3, kTileCols = kTileVectors * kVector;
+
+// Memory to bring closer while tiles are multiplied, a line every few units: runs of lines at equal distances.
+struct Prefetch {
+  const char* line;
+  Size run_lines, left_in_run;
+  Size skip;  // bytes from the end of a run to the next
+  Size left;  // lines in all
+};
+
+struct Tile {
+  const float *a, *b;  // a panel of each
+  Size units;
+  int rows, cols;      // the part of the tile that is inside C
+  const float* in;     // added to the product if `read`
+  Size in_stride;
+  void* out;           // bf16 if `narrow`, else fp32
+  Size out_stride;
+  bool read, narrow;
+  Prefetch* next;
+};
+
+// To bf16, to nearest even; NaN stays NaN. The conversion of AVX512_BF16 would flush subnormals.
+inline __m256i narrow_to_bf16(__m512 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
+}
+
+template <int R, int V>
+inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
+  const __mmask16 last = first_lanes(t.cols - kVector * (V - 1));
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) {
+      const __mmask16 mask = j + 1 < V ? first_lanes(kVector) : last;
+      const Size col = kVector * j;
+      __m512 x = sum[i][j];
+      if (t.read) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, t.in + i * t.in_stride + col), x);
+      if (t.narrow)
+        _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(t.out) + i * t.out_stride + col, mask, narrow_to_bf16(x));
+      else
+        _mm512_mask_storeu_ps(static_cast<float*>(t.out) + i * t.out_stride + col, mask, x);
+    }
+  }
+}
+
+// R rows and V vectors of columns; the padding of a panel beyond them is neither read nor multiplied.
+template <class Arithmetic, int R, int V>
+void multiply_tile(const Tile& t) {
+  constexpr Size kUnitsPerLine = 4;
+  __m512 sum[R][V];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    const char* row = static_cast<const char*>(t.out) + i * t.out_stride * (t.narrow ? 2 : 4);
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) {
+      __builtin_prefetch(row + kLineBytes * j, 1);
+      sum[i][j] = _mm512_setzero_ps();
+    }
+  }
+  const float *a = t.a, *b = t.b;
+  const auto multiply_unit = [&]() __attribute__((always_inline)) {
+    __m512 right[V];
+#pragma GCC unroll 3
+    for (int j = 0; j < V; ++j) right[j] = _mm512_loadu_ps(b + kVector * j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const __m512 left = _mm512_set1_ps(a[i]);
+#pragma GCC unroll 3
+      for (int j = 0; j < V; ++j) sum[i][j] = Arithmetic::multiply_add(left, right[j], sum[i][j]);
+    }
+    a += kTileRows;
+    b += kTileCols;
+  };
+  Size u = 0;
+  if (t.next->left > 0) {
+    Prefetch next = *t.next;
+    for (; u + kUnitsPerLine <= t.units; u += kUnitsPerLine) {
+      __builtin_prefetch(next.line, 0, 2);
+      next.line += kLineBytes;
+      if (--next.left_in_run == 0) next.line += next.skip, next.left_in_run = next.run_lines;
+#pragma GCC unroll 4
+      for (int i = 0; i < kUnitsPerLine; ++i) multiply_unit();
+    }
+    next.left -= t.units / kUnitsPerLine;
+    *t.next = next;
+  }
+#pragma GCC unroll 4
+  for (; u < t.units; ++u) multiply_unit();
+  store_tile(t, sum);
+}
+
+// What the driver asks of an instruction set. Arithmetic supplies kUnit, multiply_add and pack<W>.
+template <class Arithmetic>
+struct TileKernel : Arithmetic {
+  static constexpr int kRows = kTileRows, kCols = kTileCols;
+
+  static void multiply(const Tile& t) {
+    using Function = void (*)(const Tile&);
+    static constexpr Function kByRows[kTileRows][kTileVectors] = {
+        by_vectors<1>(0), by_vectors<1>(1), by_vectors<1>(2),
+    };
+    kByRows[t.rows - 1][(t.cols - 1) / kVector](t);
+  }
+};
+
+}  // namespace
