@@ -55,7 +55,8 @@ class FusedLoss(torch.autograd.Function):
         inputs = ctx.saved_tensors
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            result = ctx.compute(*inputs, ctx.needs)
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                result = ctx.compute(*inputs, ctx.needs)
             grads = result.grads, result.gain
         return (*scale_grads_(grads[0], grad_loss, grads[1]), None, None)
 
@@ -81,12 +82,16 @@ class LinearTokenLogps(torch.autograd.Function):
             return scale_rows(ctx.call, unscaled, grad_logps), None, None, None, None
         # The kept logits are overwritten, so a retained graph recomputes them the second time.
         kept, ctx.kept = ctx.kept, None
-        return (*token_logps_grads(ctx.call, kept, grad_logps, hidden, weight, bias, ctx.needs), None, None)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = token_logps_grads(ctx.call, kept, grad_logps, hidden, weight, bias, ctx.needs)
+        return (*grads, None, None)
 
 
 def scale_rows(call: LinearCall, unscaled: Tensor, grad_logps: Tensor) -> Tensor:
     """Gradient (R, H) of hidden from that of the plain sum: each row times the gradient of its one token."""
-    per_row = grad_logps.where(call.targets >= 0, 0)
+    present = call.targets >= 0
+    per_row = grad_logps.where(present, 0)
     if call.rows is not None:
-        per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows, per_row)
+        # The row of an absent token may be any number.
+        per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows.where(present, 0), per_row)
     return (unscaled * per_row.unsqueeze(1)).to(unscaled.dtype)
