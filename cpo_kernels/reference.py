@@ -105,11 +105,17 @@ def row_forward(
     softcap: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics (2, R) of the rows (max, log-sum-exp minus max) and the log-probability (N,) of each token."""
-    y = transform_logits(logits.to(accumulate_dtype(logits.dtype)), bias, logit_scale, softcap, temperature)
+    """Statistics (2, R) of the rows (max, log-sum-exp minus max) and the log-probability (N,) of each token.
+
+    The statistics of rows without a token mean nothing.
+    """
+    rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
+    x = logits.to(accumulate_dtype(logits.dtype))
+    # A row that predicts nothing has gradient 0 even where it holds NaN, which 0 * NaN would not give.
+    silent = x.new_zeros(x.shape[0]).index_add_(0, rows, present.to(x.dtype)) == 0
+    y = transform_logits(x.masked_fill(silent[:, None], 0.0), bias, logit_scale, softcap, temperature)
     row_max = y.detach().amax(-1)
     log_sum = (y - row_max[:, None]).exp().sum(-1).log()
-    rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
     logps = y[rows, targets.where(present, 0)] - row_max[rows] - log_sum[rows]
     return torch.stack([row_max, log_sum]), torch.where(present, logps, torch.zeros_like(logps))
 
