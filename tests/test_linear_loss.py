@@ -197,6 +197,14 @@ def test_gradient_checkpointing(use_reentrant):
     assert torch.equal(problem.weight.grad, expected["weight"])
 
 
+def test_second_backward_inside_autocast_is_the_same():
+    problem = random_problem().to(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused_loss(problem, logits_dtype=torch.float32)
+        first, second = (torch.autograd.grad(loss, problem.weight, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
 def test_autocast_equals_inputs_in_its_dtype(backend, logits_dtype):
