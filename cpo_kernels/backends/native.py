@@ -263,6 +263,88 @@ def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor, *, threads: int | 
     )
 
 
+def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
+
+    It is with AVX-512, except for half precision on a machine with AMX: torch multiplies that in tile registers.
+    """
+    module = _load()[0]
+    if module is None or dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
+        return False
+    in_tiles = dtype != torch.float32 and module.has_amx_bf16()
+    return module.gemm_available(isa()) and not in_tiles
+
+
+def gemm(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, isa: str | None = None, threads: int | None = None
+) -> None:
+    """``out[:] = a @ b``, or ``out += a @ b``, with float32 accumulators whatever the dtypes.
+
+    Where both inputs are bfloat16 and the machine has AVX512_BF16, products are of bfloat16 pairs (subnormal inputs
+    count as zero); otherwise half precision is widened to float32 first. The result is bitwise the same for any number
+    of threads. The workspace is at most 4 MiB a thread, and 8 MiB where half-precision results are summed over blocks
+    of k.
+
+    Args:
+        a: (M, K) float32, bfloat16 or float16, with any strides; ``x.T`` costs no more than ``x``.
+        b: (K, N) likewise, not necessarily of the dtype of ``a``.
+        out: (M, N) float32, bfloat16 or float16 with unit column stride, sharing no memory with ``a`` and ``b``.
+        accumulate: add to ``out``, which must be float32, instead of overwriting it.
+        isa: instruction set, by default that of :func:`isa`.
+        threads: by default ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError: a tensor that does not fit this description, or an instruction set without a matrix product.
+    """
+    dtypes = tuple(DTYPE_CODES)
+    _check("a", a, (None, None), dtypes)
+    (m, k), n = a.shape, b.shape[-1] if b.dim() else 0
+    _check("b", b, (k, None), dtypes)
+    _check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
+    if (n > 1 and out.stride(1) != 1) or (m > 1 and out.stride(0) < n):
+        raise ValueError(f"out has strides {out.stride()}; expected a column stride of 1 and rows that do not overlap")
+    for name, operand in (("a", a), ("b", b)):
+        if _share_memory(operand, out):
+            raise ValueError(f"{name} and out share memory; expected an out of its own")
+    size: dict[str, str | int] = {
+        "isa": isa or globals()["isa"](),
+        "m": m,
+        "n": n,
+        "k": k,
+        "a_dtype": DTYPE_CODES[a.dtype],
+        "b_dtype": DTYPE_CODES[b.dtype],
+        "out_dtype": DTYPE_CODES[out.dtype],
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+    workspace = torch.empty(_extension().gemm_workspace_bytes(**size), dtype=torch.uint8)
+    _extension().gemm(
+        **size,
+        a=a.data_ptr(),
+        a_row_stride=a.stride(0),
+        a_col_stride=a.stride(1),
+        b=b.data_ptr(),
+        b_row_stride=b.stride(0),
+        b_col_stride=b.stride(1),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        accumulate=accumulate,
+        workspace=workspace.data_ptr(),
+    )
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether the address ranges of two tensors overlap."""
+
+    def address_range(tensor: Tensor) -> tuple[int, int]:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+    if x.numel() == 0 or y.numel() == 0:
+        return False
+    (x_begin, x_end), (y_begin, y_end) = address_range(x), address_range(y)
+    return x_begin < y_end and y_begin < x_end
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor for a large workspace, in huge pages where the system has them."""
     workspace = torch.empty(shape, dtype=dtype, device=device)
@@ -324,7 +406,7 @@ def _row_batch(
 
 
 def _transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
-    """mult, cap, slope of y = cap * tanh((x + bias) * mult), or (x + bias) * mult for cap 0; slope is dy/dx at y = 0."""
+    """mult, cap, slope of y = cap * tanh((x + bias) * mult), or (x + bias) * mult for cap 0; slope: dy/dx at y = 0."""
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
     if not (math.isfinite(softcap) and softcap >= 0):
