@@ -66,6 +66,10 @@ def isa() -> str:
     return forced
 
 
+def _isa_or_default(name: str | None) -> str:
+    return name or isa()
+
+
 @dataclass(frozen=True)
 class BuildInfo:
     """How the extension was compiled, and what of it this machine runs; instruction sets from slowest to fastest."""
@@ -307,7 +311,7 @@ def gemm(
         if _share_memory(operand, out):
             raise ValueError(f"{name} and out share memory; expected an out of its own")
     size: dict[str, str | int] = {
-        "isa": isa or globals()["isa"](),
+        "isa": _isa_or_default(isa),
         "m": m,
         "n": n,
         "k": k,
@@ -387,7 +391,7 @@ def _row_batch(
     targets = targets.contiguous()
     mult, cap, slope = _transform(logit_scale, softcap, temperature)
     arguments: dict[str, str | int | float] = {
-        "isa": isa_name or isa(),
+        "isa": _isa_or_default(isa_name),
         "dtype": DTYPE_CODES[logits.dtype],
         "logits": logits.data_ptr(),
         "rows": rows,

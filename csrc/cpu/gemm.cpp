@@ -7,9 +7,6 @@
 namespace cpo {
 
 #if defined(__x86_64__)
-extern const GemmKernel kGemmAvx512;      // any inputs, multiplied in fp32
-extern const GemmKernel kGemmAvx512Bf16;  // bf16 inputs
-
 const GemmKernel* gemm_kernel(Isa isa, DType a, DType b) {
   if (isa != Isa::kAvx512 && isa != Isa::kAvx512Bf16) return nullptr;
   const bool pairs = isa == Isa::kAvx512Bf16 && a == DType::kBF16 && b == DType::kBF16;

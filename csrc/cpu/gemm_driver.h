@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpu/gemm.h"
+#include "cpu/gemm_args.h"
 #include "cpu/gemm_pack_avx512.h"
 #include "cpu/gemm_tile_avx512.h"
 
@@ -91,8 +91,6 @@ struct Blocking {
   Size bytes() const { return sizeof(float) * (a_floats + b_floats + c_floats); }
 };
 
-inline Size bytes_of(cpo::DType dtype) { return dtype == cpo::DType::kF32 ? 4 : 2; }
-
 inline const char* address(const GemmOperand& x, Size row, Size col) {
   return static_cast<const char*>(x.data) + (row * x.row_stride + col * x.col_stride) * bytes_of(x.dtype);
 }
@@ -165,7 +163,7 @@ class Worker {
     t.units = units.size();
     t.next = &next_;
     t.read = !first || args_.accumulate;
-    t.narrow = args_.out_dtype != cpo::DType::kF32 && last;
+    t.out_dtype = to_stage ? cpo::DType::kF32 : args_.out_dtype;
     t.in_stride = blocking_.staged ? blocking_.span : args_.out_stride;
     t.out_stride = to_stage ? blocking_.span : args_.out_stride;
     for (Size i = rows.begin; i < rows.end; i += Kernel::kRows) {
@@ -177,7 +175,7 @@ class Worker {
         char* const out = static_cast<char*>(args_.out) + (i * args_.out_stride + j) * bytes_of(args_.out_dtype);
         float* const stage = c_ + (i - rows.begin) * blocking_.span + (j - origin);
         t.in = blocking_.staged ? stage : reinterpret_cast<const float*>(out);
-        t.out = to_stage ? reinterpret_cast<char*>(stage) : out;
+        t.out = to_stage ? reinterpret_cast<void*>(stage) : out;
         Kernel::multiply(t);
       }
     }

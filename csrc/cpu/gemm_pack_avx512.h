@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace {
 
 using Size = std::int64_t;
@@ -19,6 +21,8 @@ template <int W>
 constexpr Size panel_floats(Size units) {
   return units * W + kVector;
 }
+
+inline Size bytes_of(cpo::DType dtype) { return dtype == cpo::DType::kF32 ? 4 : 2; }
 
 // A matrix seen as (panel index, k), as the pack functions read it.
 struct PackSource {

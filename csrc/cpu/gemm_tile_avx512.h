@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cpu/gemm_pack_avx512.h"
 
 namespace {
@@ -23,11 +24,12 @@ struct Tile {
   const float *a, *b;  // a panel of each
   Size units;
   int rows, cols;      // the part of the tile that is inside C
-  const float* in;     // added to the product if `read`
+  bool read;           // add `in` to the product
+  const float* in;
   Size in_stride;
-  void* out;           // bf16 if `narrow`, else fp32
+  void* out;
+  cpo::DType out_dtype;
   Size out_stride;
-  bool read, narrow;
   Prefetch* next;
 };
 
@@ -41,6 +43,10 @@ inline __m256i narrow_to_bf16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
+inline __m256i narrow(__m512 x, cpo::DType dtype) {
+  return dtype == cpo::DType::kBF16 ? narrow_to_bf16(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 template <int R, int V>
 inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
   const __mmask16 last = first_lanes(t.cols - kVector * (V - 1));
@@ -52,10 +58,11 @@ inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
       const Size col = kVector * j;
       __m512 x = sum[i][j];
       if (t.read) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, t.in + i * t.in_stride + col), x);
-      if (t.narrow)
-        _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(t.out) + i * t.out_stride + col, mask, narrow_to_bf16(x));
+      const Size at = i * t.out_stride + col;
+      if (t.out_dtype == cpo::DType::kF32)
+        _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, x);
       else
-        _mm512_mask_storeu_ps(static_cast<float*>(t.out) + i * t.out_stride + col, mask, x);
+        _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(t.out) + at, mask, narrow(x, t.out_dtype));
     }
   }
 }
@@ -67,7 +74,7 @@ void multiply_tile(const Tile& t) {
   __m512 sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    const char* row = static_cast<const char*>(t.out) + i * t.out_stride * (t.narrow ? 2 : 4);
+    const char* row = static_cast<const char*>(t.out) + i * t.out_stride * bytes_of(t.out_dtype);
 #pragma GCC unroll 3
     for (int j = 0; j < V; ++j) {
       __builtin_prefetch(row + kLineBytes * j, 1);
@@ -111,13 +118,18 @@ template <class Arithmetic>
 struct TileKernel : Arithmetic {
   static constexpr int kRows = kTileRows, kCols = kTileCols;
 
-  static void multiply(const Tile& t) {
-    using Function = void (*)(const Tile&);
-    static constexpr Function kByRows[kTileRows][kTileVectors] = {
-        by_vectors<1>(0), by_vectors<1>(1), by_vectors<1>(2),
-    };
-    kByRows[t.rows - 1][(t.cols - 1) / kVector](t);
-  }
+  static void multiply(const Tile& t) { kFunctions[t.rows - 1][(t.cols - 1) / kVector](t); }
+
+ private:
+  using Function = void (*)(const Tile&);
+  template <int R, int V>
+  static constexpr Function kFunction = multiply_tile<Arithmetic, R, V>;
+  static constexpr Function kFunctions[kTileRows][kTileVectors] = {
+      {kFunction<1, 1>, kFunction<1, 2>, kFunction<1, 3>}, {kFunction<2, 1>, kFunction<2, 2>, kFunction<2, 3>},
+      {kFunction<3, 1>, kFunction<3, 2>, kFunction<3, 3>}, {kFunction<4, 1>, kFunction<4, 2>, kFunction<4, 3>},
+      {kFunction<5, 1>, kFunction<5, 2>, kFunction<5, 3>}, {kFunction<6, 1>, kFunction<6, 2>, kFunction<6, 3>},
+      {kFunction<7, 1>, kFunction<7, 2>, kFunction<7, 3>}, {kFunction<8, 1>, kFunction<8, 2>, kFunction<8, 3>},
+  };
 };
 
 }  // namespace

@@ -1,0 +1,40 @@
+// What crosses the border between baseline code and the GEMM compiled per instruction set: plain structs, no inline code.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace cpo {
+
+// Strides count elements and may be anything, 0 included.
+struct GemmOperand {
+  const void* data;
+  DType dtype;
+  std::int64_t row_stride;
+  std::int64_t col_stride;
+};
+
+struct GemmArgs {
+  std::int64_t m, n, k;
+  GemmOperand a;            // (m, k)
+  GemmOperand b;            // (k, n)
+  void* out;                // (m, n), unit column stride, sharing no memory with a or b
+  DType out_dtype;
+  std::int64_t out_stride;  // elements between rows
+  bool accumulate;          // add to `out`, which is fp32 then
+  int threads;
+};
+
+// One instruction set's product. The packed panels live in `workspace`, of workspace_bytes(args) bytes at any alignment.
+struct GemmKernel {
+  std::int64_t (*workspace_bytes)(const GemmArgs& args);
+  void (*run)(const GemmArgs& args, void* workspace);
+};
+
+#if defined(__x86_64__)
+extern const GemmKernel kGemmAvx512;      // any dtypes, multiplied in fp32
+extern const GemmKernel kGemmAvx512Bf16;  // both inputs bf16
+#endif
+
+}  // namespace cpo

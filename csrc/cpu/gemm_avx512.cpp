@@ -1,0 +1,27 @@
+// setup.py compiles this file for the instruction set in its name. Products in fp32: half precision is widened when packed.
+#include "cpu/gemm_driver.h"
+
+namespace {
+
+struct Fp32Arithmetic {
+  static constexpr int kUnit = 1;
+
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+  template <int W>
+  static void pack(cpo::DType dtype, const PackSource& source, Size units, float* out) {
+    switch (dtype) {
+      case cpo::DType::kF32: return ::pack<W, F32Source>(source, units, out);
+      case cpo::DType::kBF16: return ::pack<W, WidenedSource<widen_bf16>>(source, units, out);
+      case cpo::DType::kF16: return ::pack<W, WidenedSource<widen_f16>>(source, units, out);
+    }
+  }
+};
+
+}  // namespace
+
+namespace cpo {
+
+extern const GemmKernel kGemmAvx512 = {workspace_bytes<TileKernel<Fp32Arithmetic>>, run<TileKernel<Fp32Arithmetic>>};
+
+}  // namespace cpo

@@ -1,0 +1,24 @@
+// setup.py compiles this file for the instruction set in its name. vdpbf16ps adds two products of bf16 to an fp32 sum; it
+// takes subnormals as zero.
+#include "cpu/gemm_driver.h"
+
+namespace {
+
+struct Bf16PairArithmetic {
+  static constexpr int kUnit = 2;
+
+  static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+  template <int W>
+  static void pack(cpo::DType, const PackSource& source, Size units, float* out) {
+    ::pack<W, PairSource>(source, units, out);
+  }
+};
+
+}  // namespace
+
+namespace cpo {
+
+extern const GemmKernel kGemmAvx512Bf16 = {workspace_bytes<TileKernel<Bf16PairArithmetic>>, run<TileKernel<Bf16PairArithmetic>>};
+
+}  // namespace cpo
