@@ -19,15 +19,6 @@ EMPTY_PROMPT = {"prompt": "", "completion": "sat"}
 LIMITS = {"max_length": 32, "max_prompt_length": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose more to a second thread than they gain, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config(path, **kwargs) -> CPOConfig:
     defaults = {
         "max_steps": 3,
