@@ -78,11 +78,11 @@ struct Blocking {
     const Size m = largest_part(args.m, grid.rows, Kernel::kRows), n = largest_part(args.n, grid.cols, Kernel::kCols);
     total_units = ceil_div(args.k, Kernel::kUnit);
     units = even_block(total_units, kUnits, 16);
-    rows = even_block(m, kFloatsOfA / units, 2 * Kernel::kRows);
-    cols = even_block(n, kFloatsOfB / units, Kernel::kCols);
     const bool one_pass = total_units <= units;
-    span = one_pass ? round_up(n, cols) : even_block(n, kSpan, cols);
     staged = !one_pass && args.out_dtype != cpo::DType::kF32;
+    rows = even_block(m, staged ? smaller(kSpan, kFloatsOfA / units) : kFloatsOfA / units, 2 * Kernel::kRows);
+    cols = even_block(n, kFloatsOfB / units, Kernel::kCols);
+    span = one_pass ? round_up(n, cols) : even_block(n, kSpan, cols);
     a_floats = rows / Kernel::kRows * panel_floats<Kernel::kRows>(units);
     b_floats = cols / Kernel::kCols * panel_floats<Kernel::kCols>(units);
     c_floats = staged ? round_up(rows * span, 16) : 0;

@@ -1,0 +1,249 @@
+"""The compiled matrix product, on every instruction set that has one, against torch in float64."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerance import assert_accurate
+
+from cpo_kernels.backends import native
+
+BUILD = native.build_info()
+assert BUILD is not None, native.unavailable_reason()
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NO_PRODUCT = ["scalar", "avx2"]
+
+SIZES = {  # (M, K, N); a tile is 8 x 48, a block of k 768 units
+    "one number": (1, 1, 1),
+    "one row": (1, 50, 97),
+    "one column": (97, 50, 1),
+    "k of one": (9, 1, 49),
+    "one tile": (8, 16, 48),
+    "tile edges": (17, 33, 49),
+    "primes": (61, 101, 131),
+    "two blocks of fp32, one of bf16 pairs": (41, 769, 53),
+    "odd k over several blocks": (23, 3079, 101),
+    "several blocks of rows": (2011, 1543, 50),
+    "several spans of columns": (19, 1601, 2203),
+}
+
+
+@pytest.fixture(params=[name for name in BUILD.compiled_isas if name not in NO_PRODUCT])
+def isa(request):
+    if request.param not in BUILD.supported_isas:
+        pytest.skip(f"this machine does not run {request.param}")
+    return request.param
+
+
+def row_major(rows, cols):
+    return torch.randn(rows, cols)
+
+
+def transposed(rows, cols):
+    return torch.randn(cols, rows).t()
+
+
+def slice_of_wider(rows, cols):
+    return torch.randn(rows, cols + 5)[:, 3 : 3 + cols]
+
+
+def strided(rows, cols):
+    return torch.randn(2 * rows, 3 * cols)[::2, ::3]
+
+
+def repeated_row(rows, cols):
+    return torch.randn(1, cols).expand(rows, cols)
+
+
+LAYOUTS = [row_major, transposed, slice_of_wider, strided, repeated_row]
+
+
+def with_dtype(x, dtype):
+    """``x`` in another dtype, keeping its strides: a conversion would make it contiguous."""
+    if 0 in x.stride():
+        return x[:1].to(dtype).expand(x.shape)
+    out = torch.zeros(x.untyped_storage().nbytes() // 4, dtype=dtype)
+    return out.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
+
+
+def guarded_out(rows, cols, dtype):
+    """NaN-filled (rows, cols) inside a wider buffer, and the buffer's columns beside it."""
+    buffer = torch.full((rows, cols + 7), torch.nan, dtype=dtype)
+    return buffer[:, 2 : 2 + cols], (buffer[:, :2], buffer[:, 2 + cols :])
+
+
+def check(a, b, out_dtype, isa, *, accumulate=False, threads=2):
+    out, guards = guarded_out(a.shape[0], b.shape[1], out_dtype)
+    start = torch.randn(out.shape) if accumulate else torch.zeros(out.shape)
+    if accumulate:
+        out.copy_(start)
+    native.gemm(a, b, out, accumulate=accumulate, isa=isa, threads=threads)
+    oracle = a.double() @ b.double() + start.double()
+    # Float32 products of the same numbers, rounded once: stricter than torch.mm in half precision.
+    eager = (torch.mm(a.float(), b.float()) + start).to(out_dtype)
+    assert_accurate(out, eager, oracle, "product")
+    assert all(guard.isnan().all() for guard in guards)
+    return out
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes(isa, dtype, out_dtype, size):
+    m, k, n = size
+    check(torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), out_dtype, isa)
+
+
+@pytest.mark.parametrize("b_layout", LAYOUTS)
+@pytest.mark.parametrize("a_layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(isa, dtype, a_layout, b_layout):
+    a, b = with_dtype(a_layout(37, 67), dtype), with_dtype(b_layout(67, 71), dtype)
+    check(a, b, torch.float32, isa)
+
+
+def test_layouts_keep_their_strides():
+    for layout in LAYOUTS:
+        x = layout(37, 67)
+        assert with_dtype(x, torch.bfloat16).stride() == x.stride()
+
+
+@pytest.mark.parametrize("a_dtype, b_dtype", [p for p in itertools.product(DTYPES, repeat=2) if p[0] != p[1]], ids=str)
+def test_mixed_dtypes(isa, a_dtype, b_dtype):
+    check(torch.randn(33, 801).to(a_dtype), torch.randn(801, 65).to(b_dtype), torch.float32, isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [0, 5, 2000])
+def test_accumulate(isa, dtype, k):
+    check(torch.randn(27, k).to(dtype), torch.randn(k, 59).to(dtype), torch.float32, isa, accumulate=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sum(isa, dtype):
+    """The gradient of the hidden rows is a sum over the vocabulary."""
+    check(torch.randn(9, 50257).to(dtype), torch.randn(50257, 50).to(dtype), dtype, isa)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (0, 0, 0)], ids=str)
+def test_empty(isa, shape):
+    m, k, n = shape
+    out = torch.full((m, n), torch.nan)
+    native.gemm(torch.randn(m, k), torch.randn(k, n), out, isa=isa)
+    assert torch.equal(out, torch.zeros(m, n))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_for_any_number_of_threads(isa, dtype, out_dtype):
+    a, b = torch.randn(331, 2003).to(dtype), torch.randn(2003, 401).to(dtype)
+    first, *others = [check(a, b, out_dtype, isa, threads=threads) for threads in (1, 1, 2, 3, 7, 16)]
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_reach_their_row_and_column_only(isa, dtype):
+    a, b = torch.randn(20, 31).to(dtype), torch.randn(31, 60).to(dtype)
+    a[3, 30], b[30, 50] = torch.inf, torch.nan
+    out = torch.empty(20, 60)
+    native.gemm(a, b, out, isa=isa)
+    expected = a.float() @ b.float()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES[1:], ids=str)
+def test_results_are_rounded_to_nearest_even(isa, out_dtype):
+    values = torch.randn(64, 64) * torch.logspace(-44, 38, 64)  # subnormal to overflowing, in either format
+    values[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1 + 2**-9, 1 + 3 * 2**-9])
+    out = torch.empty(64, 64, dtype=out_dtype)
+    native.gemm(values, torch.eye(64), out, isa=isa)
+    finite = values.isfinite().all(1)  # infinity times 0 is NaN in the others
+    assert torch.equal(out[finite], (values[finite] @ torch.eye(64)).to(out_dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("shape", [(512, 50257, 768), (4096, 4096, 128256), (3, 1, 10**6), (5000, 770, 5000)], ids=str)
+def test_workspace_is_bounded(isa, shape, threads):
+    m, k, n = shape
+    for dtype, out_dtype in itertools.product((0, 1), repeat=2):
+        size = {"a_dtype": dtype, "b_dtype": dtype, "out_dtype": out_dtype, "threads": threads}
+        allocated = native._extension().gemm_workspace_bytes(isa=isa, m=m, n=n, k=k, **size)
+        assert allocated <= threads * (4 if out_dtype == 0 else 8) * 2**20
+
+
+A, B, OUT = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
+
+
+@pytest.mark.parametrize(
+    "a, b, out, message",
+    [
+        (A[0], B, OUT, r"a has shape \(4,\); expected \(any, any\)"),
+        (A, B[:3], OUT, r"b has shape \(3, 5\); expected \(4, any\)"),
+        (A, B[0], OUT, r"b has shape \(5,\); expected \(4, any\)"),
+        (A, torch.tensor(1.0), OUT, r"b has shape \(\); expected \(4, any\)"),
+        (A, B, OUT[:, :4], r"out has shape \(3, 4\); expected \(3, 5\)"),
+        (A.double(), B, OUT, "a has dtype torch.float64; expected torch.float32 or"),
+        (A, B.long(), OUT, "b has dtype torch.int64"),
+        (A, B, OUT.double(), "out has dtype torch.float64"),
+        (A.to("meta"), B, OUT, "a is on meta; expected a CPU tensor"),
+        (A, B.to("meta"), OUT, "b is on meta"),
+        (A, B, OUT.to("meta"), "out is on meta"),
+        (A, B, torch.zeros(5, 3).t(), r"out has strides \(1, 3\)"),
+        (A, B, torch.zeros(1, 5).expand(3, 5), r"out has strides \(0, 1\)"),
+        (A, OUT.as_strided((4, 5), (1, 1)), OUT, "b and out share memory"),
+    ],
+)
+def test_wrong_tensors_are_refused(a, b, out, message):
+    before = out.clone() if out.device.type == "cpu" else None
+    with pytest.raises(ValueError, match=message):
+        native.gemm(a, b, out)
+    assert before is None or torch.equal(out, before)
+
+
+def test_an_input_that_is_the_output_is_refused():
+    x = torch.zeros(4, 4)
+    with pytest.raises(ValueError, match="a and out share memory"):
+        native.gemm(x, torch.zeros(4, 4), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_sums_are_kept_in_float32_only(dtype):
+    with pytest.raises(ValueError, match=f"out has dtype {dtype}; expected torch.float32"):
+        native.gemm(A, B, OUT.to(dtype), accumulate=True)
+
+
+@pytest.mark.parametrize("name", NO_PRODUCT)
+def test_instruction_sets_without_a_product_say_so(name):
+    if name not in BUILD.supported_isas:
+        pytest.skip(f"this machine does not run {name}")
+    with pytest.raises(ValueError, match=f"no matrix product for instruction set '{name}'"):
+        native.gemm(A, B, OUT, isa=name)
+
+
+@pytest.mark.parametrize("name", BUILD.supported_isas)
+def test_supported_follows_the_instruction_set(name):
+    """In a process of its own, as the environment chooses the instruction set once."""
+    code = (
+        "import torch; from cpo_kernels.backends.native import gemm_supported as s;"
+        "print(s(torch.float32, torch.float32), s(torch.float64, torch.float32), s(torch.float32, torch.int8))"
+    )
+    environment = {**os.environ, native.ISA_VARIABLE: name}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.split() == [str(name not in NO_PRODUCT), "False", "False"]
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_half_precision_is_left_to_amx(monkeypatch, amx):
+    if native.isa() in NO_PRODUCT:
+        pytest.skip(f"{native.isa()} has no matrix product")
+    monkeypatch.setattr(native._extension(), "has_amx_bf16", lambda: amx)
+    assert native.gemm_supported(torch.float32, torch.float32)
+    assert native.gemm_supported(torch.bfloat16, torch.float32) != amx
+    assert native.gemm_supported(torch.float16, torch.float32) != amx
