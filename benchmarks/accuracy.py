@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contestants import OURS
+from benchmarks.contestants import OURS, OURS_FP32_LOGITS
 from benchmarks.peers import BUILDERS, Peer, ours
 from benchmarks.problem import Dense, draw
 from benchmarks.shapes import Shape
-
-OURS_FP32_LOGITS = "cpo-kernels, fp32 logits"
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ def measure(shape: Shape) -> list[LogpError]:
     problem = draw(shape)
     exact = Dense.of(problem).sequence_logps(problem).flatten()
     entries: list[tuple[str, Peer]] = [
-        (OURS, ours()),
-        (OURS_FP32_LOGITS, ours(logits_dtype=torch.float32)),
+        (OURS, ours(OURS)),
+        (OURS_FP32_LOGITS, ours(OURS_FP32_LOGITS, logits_dtype=torch.float32)),
         *((name, build()) for name, build in BUILDERS.items()),
     ]
     errors = []

@@ -16,6 +16,7 @@ from benchmarks.shapes import tiny
 FLOOR = "floor (three torch.mm)"
 FLOOR_REUSED = "floor, outputs reused"
 OURS = "cpo-kernels"
+OURS_FP32_LOGITS = "cpo-kernels, fp32 logits"
 OURS_PAIRS = "cpo-kernels, K = 1"
 
 
@@ -54,10 +55,12 @@ def line_up(problem: Problem, peer_names: Sequence[str]) -> list[Contestant]:
     """Floor, ours and the named peers. Where a peer contrasts pairs only, ours also runs on pairs."""
     budget = smallest_budget(problem) if problem.shape.smallest_budget else None
     floors = [floor(problem, budget), floor(problem, budget, fresh=False)]
-    entries = [contestant(ours(budget, name=OURS), problem)]
+    entries = [contestant(ours(OURS, budget), problem)]
+    if problem.shape.dtype.itemsize < 4:
+        entries.append(contestant(ours(OURS_FP32_LOGITS, budget, torch.float32), problem))
     peers = [BUILDERS[name]() for name in peer_names]
     if any(peer.pairs_only for peer in peers):
-        entries.append(contestant(ours(budget, name=OURS_PAIRS), problem.as_pairs()))
+        entries.append(contestant(ours(OURS_PAIRS, budget), problem.as_pairs()))
     return [*floors, *entries, *(contestant(peer, problem) for peer in peers)]
 
 

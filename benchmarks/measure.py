@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.contestants import FLOOR, Contestant, forget_compiled, line_up, smallest_budget
+from benchmarks.contestants import (
+    FLOOR,
+    FLOOR_REUSED,
+    OURS,
+    OURS_PAIRS,
+    Contestant,
+    forget_compiled,
+    line_up,
+    smallest_budget,
+)
 from benchmarks.floor import plan_of
 from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
 from benchmarks.shapes import Shape
@@ -62,7 +71,13 @@ def measure_case(shape: Shape, peer_names: Sequence[str], effort: Effort) -> Cas
     check = Check(problem, entries)
     for entry in entries.values():
         entry.warm_up()
-    timings = round_robin({name: entry.call for name, entry in entries.items()}, effort, FLOOR, after=check)
+    timings = round_robin(
+        {name: entry.call for name, entry in entries.items()},
+        effort,
+        reference=FLOOR,
+        always=(FLOOR_REUSED, OURS, OURS_PAIRS),
+        after=check,
+    )
     rows = tuple(
         Row(name, entry.problem is not None and entry.problem is not problem, timings[name], check.errors.get(name))
         for name, entry in entries.items()

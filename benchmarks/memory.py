@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,7 +53,8 @@ def resident_growth(call: Callable[[], T]) -> tuple[int, T]:
 
 
 def measure(name: str, shape: Shape, num_tokens: int) -> Peak:
-    """Measure one contestant in a fresh process."""
+    """Measure one contestant on groups of the given kind, N = `num_tokens`, in a fresh process."""
+    shape = shape.with_tokens(num_tokens)
     command = [sys.executable, "-m", "benchmarks.memory", name, shape.name, str(num_tokens)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -63,7 +65,7 @@ def measure(name: str, shape: Shape, num_tokens: int) -> Peak:
 def measure_here(name: str, shape: Shape) -> Peak:
     """Measure one contestant in this process, which should have done nothing else."""
     problem = draw(shape)
-    builders = {**BUILDERS, OURS: ours}
+    builders = {**BUILDERS, OURS: partial(ours, OURS)}
     entry = floor(problem, None) if name == FLOOR else contestant(builders[name](), problem)
     entry.warm_up()
     planned = plan_of(problem, None).bytes if name in (OURS, FLOOR) else None

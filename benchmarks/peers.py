@@ -113,9 +113,7 @@ def _liger() -> Peer:
     return Peer("Liger CPO", loss, sequence_logps, pairs_only=True, compiles=True)
 
 
-def ours(
-    max_logits_bytes: int | None = None, logits_dtype: torch.dtype | None = None, name: str = "cpo-kernels"
-) -> Peer:
+def ours(name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dtype | None = None) -> Peer:
     """This project's loss, within `max_logits_bytes` of logits held in `logits_dtype` (None: its defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps
 

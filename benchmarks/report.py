@@ -62,9 +62,10 @@ def measure_peaks(shape: Shape, *, quick: bool) -> list[Peak]:
     """Everyone at one shape, and ours at few and at many tokens."""
     log(f"peak memory on {shape.name}, each in its own process ...")
     names = [FLOOR, OURS, *BUILDERS]
-    peaks = [memory.measure(name, shape, shape.num_tokens) for name in (names[:2] if quick else names)]
-    few, many = (64, 256) if quick else shapes.PEAK_MEMORY_TOKENS
-    return [*peaks, *(memory.measure(OURS, shape, tokens) for tokens in (few, many))]
+    if quick:
+        return [memory.measure(OURS, shape, shape.num_tokens)]
+    peaks = [memory.measure(name, shape, shape.num_tokens) for name in names]
+    return [*peaks, *(memory.measure(OURS, shape, tokens) for tokens in shapes.PEAK_MEMORY_TOKENS)]
 
 
 def write(report: Report, folder: Path, name: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from benchmarks.accuracy import OURS_FP32_LOGITS
-from benchmarks.contestants import FLOOR, FLOOR_REUSED, OURS, OURS_PAIRS
+from benchmarks.contestants import FLOOR, FLOOR_REUSED, OURS, OURS_FP32_LOGITS, OURS_PAIRS
 from benchmarks.measure import CaseResult, Row
+from benchmarks.peers import BUILDERS
 
 if TYPE_CHECKING:
     from benchmarks.report import Report
@@ -40,11 +40,10 @@ def summary(report: Report) -> str:
 
 
 def contestants(report: Report) -> list[str]:
-    """Every name, in the order of the widest case; fp32 logits have a row for their accuracy."""
-    widest = max(report.cases, key=lambda case: len(case.rows))
-    names = [row.contestant for row in widest.rows]
-    names.insert(names.index(OURS) + 1, OURS_FP32_LOGITS)
-    return names
+    """Every name: the floors and ours first, then the peers in their order."""
+    ran = {row.contestant for case in report.cases for row in case.rows} | {e.contestant for e in report.logps}
+    everyone = (FLOOR, FLOOR_REUSED, OURS, OURS_FP32_LOGITS, OURS_PAIRS, *BUILDERS)
+    return [name for name in everyone if name in ran]
 
 
 def summary_row(report: Report, name: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 Call = Callable[[], object]
@@ -29,7 +29,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Effort:
-    """How many rounds a contestant gets, from what its first timed call took compared with the reference's.
+    """How often a contestant is timed, from its best time so far compared with the reference's.
 
     A peer that needs several times the floor does not come closer by being timed more often, and would take most of
     the run. The number of rounds is in the results.
@@ -37,41 +37,41 @@ class Effort:
 
     rounds: int = 5
     seconds: float = 20.0  # per contestant: calls that take long get fewer rounds, but no fewer than three
-    far: float = 1.4  # from here on two rounds
+    far: float = 1.5  # from here on two rounds
     very_far: float = 2.5  # from here on one round
 
-    def rounds_for(self, first: float, reference: float) -> int:
-        """Rounds of a contestant whose first timed call took `first` seconds."""
-        if first >= self.very_far * reference:
-            return min(1, self.rounds)
-        if first >= self.far * reference:
-            return min(2, self.rounds)
-        return min(self.rounds, max(3, int(self.seconds / first)))
+    def again(self, times: Sequence[float], reference: Sequence[float], *, always: bool) -> bool:
+        """Whether a contestant with these times runs in the next round; `always`: however far it is."""
+        if not times:
+            return True
+        if len(times) >= min(self.rounds, max(3, int(self.seconds / min(times)))):
+            return False
+        return always or min(times) < (self.very_far if len(times) == 1 else self.far) * min(reference)
 
 
 def round_robin(
-    calls: Mapping[str, Call], effort: Effort, reference: str, after: Callable[[str, object], None] | None = None
+    calls: Mapping[str, Call],
+    effort: Effort,
+    *,
+    reference: str,
+    always: Collection[str] = (),
+    after: Callable[[str, object], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time every call, all of them in every round, each round starting with another one.
+    """Time every call, one after the other in every round, each round starting with another one.
 
-    `reference` names the call the others are measured against (see :class:`Effort`). `after(name, result)` gets each
-    result, outside the timed region.
+    `reference` names the call the others are compared with and `always` those that run however far they are from it
+    (see :class:`Effort`). `after(name, result)` gets each result, outside the timed region.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    wanted = dict.fromkeys(names, 1)
+    always = {reference, *always}
     for round_index in range(effort.rounds):
-        start = round_index % len(names)
+        names = [n for n in calls if effort.again(seconds[n], seconds[reference], always=n in always)]
+        start = round_index % max(1, len(names))
         for name in names[start:] + names[:start]:
-            if len(seconds[name]) >= wanted[name]:
-                continue
             begin = time.perf_counter()
             result = calls[name]()
             seconds[name].append(time.perf_counter() - begin)
             if after is not None:
                 after(name, result)
             del result  # or the next call would run beside this one's gradients
-        if round_index == 0:
-            baseline = seconds[reference][0]
-            wanted = {name: effort.rounds_for(first, baseline) for name, (first,) in seconds.items()}
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
