@@ -161,11 +161,11 @@ def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float:
 
 def check_loss(loss: Tensor) -> None:
     """Raise ``ValueError`` unless a user's loss is a differentiable scalar."""
+    expected = "loss_fn must return a scalar tensor that depends differentiably on logps, got"
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{expected} {type(loss).__name__}")
     if loss.dim() != 0 or not loss.requires_grad:
-        raise ValueError(
-            "loss_fn must return a scalar that depends differentiably on logps, "
-            f"got shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}"
-        )
+        raise ValueError(f"{expected} shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}")
 
 
 class TokenLogps(NamedTuple):

@@ -58,7 +58,8 @@ def contrastive_loss(
         A scalar, or (G,) for ``"none"``; float32, or float64 for float64.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a pair loss with K > 1.
+        ValueError: shapes, dtypes or devices that do not fit, a pair loss with K > 1, or a group that is empty, has
+            no rank-0 candidate or has nothing to contrast.
     """
     if logps.dim() != 2 or not logps.is_floating_point():
         raise ValueError(f"logps must be floating point (G, C), got {logps.dtype} {tuple(logps.shape)}")
@@ -66,10 +67,15 @@ def contrastive_loss(
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     objective = Objective(beta=beta, margin=margin, label_smoothing=label_smoothing, loss_type=loss_type)
     groups, candidates = logps.shape
+    if logps.numel() == 0:
+        raise ValueError(f"group 0 is empty: logps have shape {(groups, candidates)}")
     objective.check_candidates(candidates)
     shape = (groups, candidates)
     ref = per_segment("ref_logps", ref_logps, shape, logps)
     flat_ranks = per_segment("ranks", ranks, shape, logps)
+    if (flat_ranks is not None or candidates == 1) and not torch.compiler.is_compiling():
+        boundaries, lengths = list(range(0, groups * candidates + 1, candidates)), torch.ones_like(logps).reshape(-1)
+        check_problem(make_problem(objective, boundaries, lengths, None, flat_ranks))
     values = logps.to(accumulate_dtype(logps.dtype))
     loss = contrast(
         values,
@@ -103,8 +109,8 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
         raise ValueError(f"logits must be one of {FLOAT_DTYPES}, got {logits.dtype}")
     if targets.shape != logits.shape[:-1] or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"targets must have shape {tuple(logits.shape[:-1])} and V >= 1, got {tuple(targets.shape)}")
-    if bias is not None and bias.shape != logits.shape[-1:]:
-        raise ValueError(f"bias must have shape {tuple(logits.shape[-1:])}, got {tuple(bias.shape)}")
+    if bias is not None and (bias.shape != logits.shape[-1:] or bias.dtype not in FLOAT_DTYPES):
+        raise ValueError(f"bias must be floating point ({logits.shape[-1]},), got {bias.dtype} {tuple(bias.shape)}")
     check_targets(targets)
     for name, tensor in (("targets", targets), ("bias", bias)):
         if tensor is not None and tensor.device != logits.device:

@@ -82,10 +82,14 @@ def prepare(
     grouped: bool = True,
 ) -> Inputs:
     """Check and flatten; ``grouped`` asks for the (G, C, T, H) form when there is no layout."""
+    if hidden.dim() == 0:
+        raise ValueError("hidden must be (..., H), got a scalar of shape ()")
     if targets.shape != hidden.shape[:-1] and layout is None:
         raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     hidden, weight, bias = autocast(hidden.device, hidden, weight, bias)  # type: ignore[assignment]
     check_head(hidden, weight, bias, targets)
+    if head.logits_dtype is not None and hidden.dtype == torch.float64:
+        raise ValueError(f"logits_dtype={head.logits_dtype} is less exact than hidden, which is {hidden.dtype}")
     if layout is not None:
         if hidden.dim() != 2 or targets.shape != (layout.num_tokens,):
             raise ValueError(

@@ -26,7 +26,7 @@ class CandidateLayout:
             group is best and the others are equal.
 
     Raises:
-        ValueError: boundaries that do not start at 0 or that decrease, or a group without segments.
+        ValueError: boundaries that do not start at 0 or that decrease, no group, or a group without segments.
     """
 
     cu_tokens: Sequence[int]
@@ -37,6 +37,8 @@ class CandidateLayout:
     def __post_init__(self) -> None:
         check_boundaries("cu_tokens", self.cu_tokens)
         check_boundaries("cu_groups", self.cu_groups)
+        if self.num_groups == 0:
+            raise ValueError(f"cu_groups must bound at least one group, got {list(self.cu_groups)}")
         if self.cu_groups[-1] != len(self.cu_tokens) - 1:
             raise ValueError(
                 f"cu_groups must end at the number of segments, {len(self.cu_tokens) - 1}, got {self.cu_groups[-1]}"
