@@ -137,8 +137,9 @@ def row_backward(
     rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
     coef = torch.where(present, coef, torch.zeros_like(coef))
     row_coef = x.new_zeros(x.shape[0]).index_add_(0, rows, coef)
-    grad = -row_coef[:, None] * (y - stats[0][:, None] - stats[1][:, None]).exp()
-    grad.index_put_((rows, targets.where(present, 0)), coef, accumulate=True)
+    # The words of a row first, summed as row_coef is: where one has all the probability, the difference is exactly 0.
+    grad = torch.zeros_like(x).index_put_((rows, targets.where(present, 0)), coef, accumulate=True)
+    grad = grad - row_coef[:, None] * (y - stats[0][:, None] - stats[1][:, None]).exp()
     if softcap:
         capped = y * temperature / softcap
         grad = grad * (1 - capped * capped)
