@@ -1,0 +1,109 @@
+"""The operators: schemas, fake kernels and autograd as torch.library checks them, and kernels against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES
+from tolerance import assert_accurate
+
+from cpo_kernels import backends, reference
+
+OPS = torch.ops.cpo_kernels
+ROW_STARTS = {"one_per_row": None, "shared": [0, 2, 2, 5, 6]}
+TRANSFORMS = {"plain": (1.0, 0.0, 1.0), "whole": (0.7, 3.0, 1.3)}
+
+
+def row_inputs(dtype, row_starts, V=31, bias=True):
+    starts = None if row_starts is None else torch.tensor(row_starts)
+    N = 4 if row_starts is None else row_starts[-1]
+    targets = torch.randint(0, V, (N,))
+    targets[1] = -100
+    return torch.randn(4, V).to(dtype), targets, starts, torch.randn(V).to(dtype) if bias else None
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("row_starts", ROW_STARTS.values(), ids=ROW_STARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_row_operators(dtype, row_starts, transform):
+    logits, targets, starts, bias = row_inputs(dtype, row_starts)
+    stats, logps = OPS.row_forward(logits, targets, starts, bias, *transform)
+    torch.library.opcheck(OPS.row_forward.default, (logits.requires_grad_(), targets, starts, bias, *transform))
+    logits = logits.detach()
+    backward = (logits, targets, starts, stats, torch.randn_like(logps), bias, *transform)
+    torch.library.opcheck(OPS.row_backward.default, backward)
+    torch.library.opcheck(OPS.row_backward_.default, backward)
+
+
+@pytest.mark.parametrize("logits_shape", [(0, 5), (1, 1), (3, 2)])
+def test_opcheck_of_small_sizes(logits_shape):
+    targets = torch.zeros(logits_shape[0], dtype=torch.int64)
+    torch.library.opcheck(OPS.row_forward.default, (torch.randn(logits_shape), targets, None, None, 1.0, 0.0, 1.0))
+
+
+# The objective's numbers and the head's options, as the operators of compiled.py take them.
+OBJECTIVE = (0.1, 0.2, 0.0, "plackett_luce", False, 1.0, 0.5, None, None)
+HEAD = (0.9, 4.0, 1.1, "auto", None, None)
+
+
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False]], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_opcheck_of_the_fused_loss(packed, needs):
+    tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
+    tensors = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    targets, rows = torch.randint(0, 31, (12,)), torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9]) if packed else None
+    boundaries = [0, 3, 6, 9, 12], [0, 2, 4]
+    arguments = (*tensors, targets, rows, torch.randn(4), torch.tensor([0, 1, 1, 0]), *boundaries, needs)
+    torch.library.opcheck(OPS.linear_cpo.default, (*arguments, *OBJECTIVE, *HEAD))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_opcheck_of_the_fused_logps(packed):
+    tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
+    targets, rows = torch.randint(0, 31, (12,)), torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9]) if packed else None
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    torch.library.opcheck(OPS.linear_token_logps.default, (*leaves, targets, rows, *HEAD))
+    backward = (torch.randn(12), *tensors, targets, rows, [True, True, True], *HEAD)
+    torch.library.opcheck(OPS.linear_token_logps_backward.default, backward)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("row_starts", ROW_STARTS.values(), ids=ROW_STARTS)
+@pytest.mark.parametrize("V", [1, 2, 31, 1009])
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
+    """Forward, backward and backward in place against a float64 log-softmax."""
+    kernels = backends.BACKENDS[backend]
+    logits, targets, starts, bias = row_inputs(dtype, row_starts, V)
+    rows, coef = reference.token_rows(targets, starts), torch.randn(targets.shape, dtype=torch.float64)
+    names = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True))
+
+    def dense(to):
+        leaf = logits.to(to).requires_grad_()
+        logps = reference.token_logps(leaf[rows], targets, bias=bias.to(to), **names)
+        (grad,) = torch.autograd.grad((logps * coef).sum(), leaf)
+        return logps.detach(), grad
+
+    stats, logps = kernels.row_forward(logits, targets, starts, bias, *transform)
+    assert_accurate(logps, dense(dtype)[0], dense(torch.float64)[0], "logps")
+    coef_here = coef.to(stats.dtype)
+    grad = kernels.row_backward(logits, targets, starts, stats, coef_here, bias, *transform)
+    assert_accurate(grad, dense(dtype)[1], dense(torch.float64)[1], "grad")
+    in_place = logits.clone()
+    kernels.row_backward_(in_place, targets, starts, stats, coef_here, bias, *transform)
+    assert torch.equal(in_place, grad)
+
+
+@pytest.mark.parametrize("backend", backends.available())
+def test_gradient_of_several_tokens_a_row_counts_each_once(backend):
+    """The same word twice, and a cancelling pair of coefficients."""
+    kernels = backends.BACKENDS[backend]
+    logits, targets, starts = torch.randn(2, 5), torch.tensor([3, 3, 0, 1]), torch.tensor([0, 2, 4])
+    coef = torch.tensor([1.0, 0.5, 2.0, -2.0])
+    stats, _ = kernels.row_forward(logits, targets, starts, None, 1.0, 0.0, 1.0)
+    grad = kernels.row_backward(logits, targets, starts, stats, coef, None, 1.0, 0.0, 1.0)
+    probabilities = logits.softmax(-1)
+    expected = torch.stack([-1.5 * probabilities[0], torch.zeros(5)])
+    expected[0, 3] += 1.5
+    expected[1, 0], expected[1, 1] = 2.0, -2.0
+    torch.testing.assert_close(grad, expected)
