@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import tiny_models
 import torch
@@ -182,7 +183,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 def test_an_adapter_in_the_body_trains_through_the_fused_loss():
-    peft = pytest.importorskip("peft")
     base = attach_linear_loss(tiny_models.llama())
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     ids, targets, layout, ref_logps = contrast_inputs()
@@ -213,7 +213,6 @@ def scaled_hidden_model():
 
 
 def adapted_head():
-    peft = pytest.importorskip("peft")
     return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"]), tiny_models.llama())
 
 

@@ -6,6 +6,10 @@ import copy
 import json
 import logging
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -301,6 +305,29 @@ def test_a_short_last_accumulation_is_weighed_by_what_it_holds(tmp_path):
     assert steps(runs[1])[1]["loss"] == pytest.approx(steps(runs[0])[1]["loss"], rel=1e-5)
     for name, whole in parameters(runs[0]).items():
         torch.testing.assert_close(parameters(runs[1])[name], whole, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """DDP over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""
+    worker = Path(__file__).parent / "ddp_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    parts = torch.load(tmp_path / "run.pt")
+
+    kwargs = {"per_device_train_batch_size": 8, "optim": "sgd", "eval_dataset": tiny_models.examples(8, seed=5)}
+    whole = trainer(tmp_path, **kwargs)
+    whole.train()
+    metrics = whole.evaluate()
+    for want, got in zip(steps(whole), parts["steps"], strict=True):
+        for name in METRICS | {"loss", "grad_norm"}:
+            assert got[name] == pytest.approx(want[name], rel=1e-5, abs=1e-6), name
+    (evaluation,) = parts["evaluation"]
+    for name in {"eval_" + name for name in METRICS | {"loss", "perplexity"}}:
+        assert evaluation[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+    for name, value in parameters(whole).items():
+        torch.testing.assert_close(parts["parameters"][name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

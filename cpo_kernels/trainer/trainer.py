@@ -239,6 +239,7 @@ class CPOTrainer(Trainer):
 
         Every evaluation contrasts the same negatives, drawn from the evaluation set, whatever its batch size. With
         ``alpha=0`` they are drawn all the same, so that runs with and without a contrast can be compared.
+        With several processes, a set that they cannot share evenly has its first examples counted twice.
         """
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which training must not miss
             return super().evaluate(self._tokenize_all(eval_dataset), *args, **kwargs)
