@@ -470,8 +470,8 @@ def test_bfloat16_autocast_trains_in_step_with_float32(tmp_path):
     ("kwargs", "message"),
     [
         ({"alpha": 1.5}, r"alpha must be in \[0, 1\], got 1.5"),
-        ({"beta": 0.0}, "beta must be positive, got 0.0"),
-        ({"label_smoothing": 0.6}, r"label_smoothing must be in \[0, 0.5\), got 0.6"),
+        ({"beta": 0.0}, r"beta must be .* got 0.0"),
+        ({"label_smoothing": 0.6}, r"label_smoothing must be .* got 0.6"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 smooths cross entropy"),
         ({"loss_type": "dpo"}, "loss_type must be one of .* got 'dpo'"),
         ({"reference": "moving"}, r"reference must be one of .* got 'moving'"),
