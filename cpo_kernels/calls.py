@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, engine
+from . import backends, engine, gemm
 from .head import Head
 from .layout import Block, Tokens, find_tokens, split_blocks
 from .objective import Objective, check_problem, make_problem
@@ -200,7 +200,7 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
         block_stats, logps[block.order] = linear.forward(block, logits)
         if unscaled is not None:
             linear.backward_(block, logits, block_stats, torch.ones_like(logps[block.order]))
-            unscaled[block.rows] = engine.gemm.hidden_grad(logits, weight).to(hidden.dtype)
+            unscaled[block.rows] = gemm.hidden_grad(linear.backend, logits, linear.weight).to(hidden.dtype)
         if keep:
             stats.append(block_stats)
     everywhere = logps.new_zeros(call.targets.shape).index_copy_(0, tokens.positions, logps)

@@ -37,7 +37,7 @@ class LinearHead:
     def compute_logits(self, block: Block, out: Tensor) -> Tensor:
         """GEMM 1 into the first rows of ``out``; returns them, (r, V)."""
         logits = out[: block.num_rows]
-        gemm.logits(self.hidden[block.rows], self.weight, logits)
+        gemm.logits(self.backend, self.hidden[block.rows], self.weight, logits)
         return logits
 
     def forward(self, block: Block, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class Gradients:
     def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], num_blocks: int) -> None:
         self.linear = linear
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = gemm.WeightGrad(linear.weight, num_blocks, linear.backend.empty) if needs[1] else None
+        self.weight = gemm.WeightGrad(linear.backend, linear.weight, num_blocks) if needs[1] else None
         self.bias = None
         if needs[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
@@ -66,7 +66,7 @@ class Gradients:
         """GEMMs 2 and 3 of one block."""
         if self.hidden is not None:
             # A row may serve several chunks, so its gradient is a sum.
-            self.hidden[block.rows] += gemm.hidden_grad(dlogits, self.linear.weight)
+            self.hidden[block.rows] += gemm.hidden_grad(self.linear.backend, dlogits, self.linear.weight)
         if self.weight is not None:
             self.weight.add(dlogits, self.linear.hidden[block.rows])
         if self.bias is not None:

@@ -74,6 +74,17 @@ def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temp
     return logits.new_empty(logits.shape)
 
 
+@custom_op("cpo_kernels::gemm_", mutates_args=("out",))
+def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out[:] = a @ b``, or ``out += a @ b`` if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
+    reference.gemm_(a, b, out, accumulate)
+
+
+@gemm_.register_fake
+def _(a, b, out, accumulate):
+    return None
+
+
 @custom_op("cpo_kernels::accumulate_pair_", mutates_args=("high", "low"))
 def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
     """Add ``term`` to the sum held as ``high + low``, two tensors of one half-precision dtype and the shape of term."""

@@ -148,6 +148,46 @@ def row_backward(
     return torch.where(active[:, None], grad, torch.zeros_like(grad)).to(logits.dtype)
 
 
+# Elements of a matrix converted or accumulated at a time: a tile of that size stays in the cache.
+TILE_ELEMENTS = 2**21
+
+
+def long_slices(length: int, width: int) -> list[slice]:
+    """Slices of a long dimension of a (length, width) matrix, of about TILE_ELEMENTS elements each."""
+    step = max(1, TILE_ELEMENTS // max(1, width))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out[:] = a @ b``, or ``out += a @ b``; (m, k), (k, n), (m, n), multiplied in the widest of their dtypes."""
+    if a.dtype == b.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+        return
+    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+    (m, k), n = a.shape, b.shape[1]
+    if not accumulate:
+        out.zero_()
+    # Along the longest dimension, so that no converted copy is as large as the vocabulary's.
+    if n == max(m, k, n):
+        for tile in long_slices(n, k):
+            out[:, tile] += a.to(wide) @ b[:, tile].to(wide)
+    elif m == max(m, k, n):
+        for tile in long_slices(m, k):
+            out[tile] += a[tile].to(wide) @ b.to(wide)
+    else:
+        for tile in long_slices(k, m + n):
+            out += a[:, tile].to(wide) @ b[tile].to(wide)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the wider of their dtypes."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return a.to(wide) @ b.to(wide)
+
+
 def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
     """Add ``term`` to the sum held as ``high + low``: two tensors of a half-precision dtype, 16 more bits than one.
 

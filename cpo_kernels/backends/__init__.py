@@ -34,7 +34,11 @@ def reference_backward_(logits: Tensor, *args: Any) -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """The row kernels of one backend; signatures as in :mod:`cpo_kernels.ops`."""
+    """The kernels of one backend; signatures as in :mod:`cpo_kernels.ops`.
+
+    ``product(a, b)`` is ``a @ b`` in the widest dtype that costs no more than that of the inputs; ``empty`` allocates
+    a large workspace.
+    """
 
     name: str
     devices: tuple[str, ...] | None
@@ -42,6 +46,8 @@ class Backend:
     row_forward: Callable[..., tuple[Tensor, Tensor]]
     row_backward: Callable[..., Tensor]
     row_backward_: Callable[..., None]
+    gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
+    product: Callable[[Tensor, Tensor], Tensor] = reference.product
     empty: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor] = plain_empty
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -70,6 +76,7 @@ BACKENDS = {
         row_forward=reference.row_forward,
         row_backward=reference.row_backward,
         row_backward_=reference_backward_,
+        gemm_=reference.gemm_,
     ),
     "cpu": Backend(
         name="cpu",
@@ -78,6 +85,8 @@ BACKENDS = {
         row_forward=ops.row_forward,
         row_backward=ops.row_backward,
         row_backward_=ops.row_backward_,
+        gemm_=ops.gemm_,
+        product=native.product,
         empty=native.empty,
     ),
 }

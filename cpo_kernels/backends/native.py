@@ -97,6 +97,7 @@ def register() -> None:
     ops.row_backward.register_kernel("cpu")(row_backward)
     ops.row_backward_.register_kernel("cpu")(row_backward_)
     ops.accumulate_pair_.register_kernel("cpu")(accumulate_pair_)
+    ops.gemm_.register_kernel("cpu")(fastest_gemm_)
 
 
 def row_forward(
@@ -334,6 +335,23 @@ def gemm(
         accumulate=accumulate,
         workspace=workspace.data_ptr(),
     )
+
+
+def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """The CPU kernel of ``cpo_kernels::gemm_``: :func:`gemm` where it measured faster than torch's product."""
+    if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
+        gemm(a, b, out, accumulate=accumulate)
+    else:
+        reference.gemm_(a, b, out, accumulate)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``, in float32 from half precision where :func:`gemm` gives that for free."""
+    if not gemm_supported(a.dtype, torch.float32):
+        return reference.product(a, b)
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+    gemm(a, b, out)
+    return out
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
