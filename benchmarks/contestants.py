@@ -22,12 +22,13 @@ OURS_PAIRS = "cpo-kernels, K = 1"
 
 @dataclass(frozen=True)
 class Contestant:
-    """One entry of a shape. `problem` is None for the floor, which computes no loss that could be checked."""
+    """One entry of a shape: a call that returns (loss, gradients), with None for the loss of a floor."""
 
     name: str
     call: Callable[[], tuple[Tensor | None, tuple[Tensor, Tensor]]]
     warm_up: Callable[[], object]
-    problem: Problem | None
+    pairs: bool = False  # its loss is K = 1
+    fresh: bool = True  # its gradients are new memory
 
 
 def contestant(peer: Peer, problem: Problem) -> Contestant:
@@ -42,13 +43,14 @@ def contestant(peer: Peer, problem: Problem) -> Contestant:
         small = draw(tiny(problem.shape))
         return peer.run(small.as_pairs() if peer.pairs_only else small)
 
-    return Contestant(peer.name, lambda: peer.run(problem), warm_up, problem)
+    return Contestant(peer.name, lambda: peer.run(problem), warm_up, pairs=problem.ref_logps is None)
 
 
 def floor(problem: Problem, budget: int | None, *, fresh: bool = True) -> Contestant:
     """The bare products; with `fresh` outputs as any call that returns gradients has them."""
     call = Floor(problem, budget, fresh=fresh)
-    return Contestant(FLOOR if fresh else FLOOR_REUSED, call, Floor(draw(tiny(problem.shape)), None, fresh=True), None)
+    warm_up = Floor(draw(tiny(problem.shape)), None, fresh=True)
+    return Contestant(FLOOR if fresh else FLOOR_REUSED, call, warm_up, fresh=fresh)
 
 
 def line_up(problem: Problem, peer_names: Sequence[str]) -> list[Contestant]:

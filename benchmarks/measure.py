@@ -18,6 +18,7 @@ from benchmarks.contestants import (
     smallest_budget,
 )
 from benchmarks.floor import plan_of
+from benchmarks.memory import PeakMeter
 from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
 from benchmarks.shapes import Shape
 from benchmarks.timing import Effort, Timing, round_robin
@@ -39,6 +40,7 @@ class Row:
     pairs: bool  # its loss is K = 1
     timing: Timing
     errors: Errors | None
+    peak: int | None  # bytes beyond inputs and gradients, in this process; None where outputs are reused
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def measure_case(shape: Shape, peer_names: Sequence[str], effort: Effort) -> Cas
     forget_compiled()
     problem = draw(shape)
     entries = {entry.name: entry for entry in line_up(problem, peer_names)}
-    check = Check(problem, entries)
+    inspection = Inspection(problem, entries)
     for entry in entries.values():
         entry.warm_up()
     timings = round_robin(
@@ -76,35 +78,47 @@ def measure_case(shape: Shape, peer_names: Sequence[str], effort: Effort) -> Cas
         effort,
         reference=FLOOR,
         always=(FLOOR_REUSED, OURS, OURS_PAIRS),
-        after=check,
+        observer=inspection,
     )
     rows = tuple(
-        Row(name, entry.problem is not None and entry.problem is not problem, timings[name], check.errors.get(name))
+        Row(name, entry.pairs, timings[name], inspection.errors.get(name), inspection.peaks.get(name))
         for name, entry in entries.items()
     )
     budget = smallest_budget(problem) if shape.smallest_budget else None
     return CaseResult(shape, rows, plan_of(problem, budget))
 
 
-class Check:
-    """Compares the first result of every contestant with the oracle of the loss that it computes."""
+class Inspection:
+    """Holds the first result of every contestant against the oracle of its loss, and takes the peak of that call."""
 
     def __init__(self, problem: Problem, entries: Mapping[str, Contestant]) -> None:
         dense = Dense.of(problem)
-        self.oracle, self.pairs_oracle = Oracle(problem, dense), Oracle(problem.as_pairs(), dense)
-        self.entries, self.problem = entries, problem
+        self.oracles = {False: Oracle(problem, dense), True: Oracle(problem.as_pairs(), dense)}
+        self.shape = problem.shape
+        self.entries = entries
+        self.meter = PeakMeter()
+        self.seen: set[str] = set()
         self.errors: dict[str, Errors] = {}
+        self.peaks: dict[str, int] = {}
 
-    def __call__(self, name: str, result: object) -> None:
-        """Record the errors of a contestant's first result; the floor has none."""
-        computed = self.entries[name].problem
-        if computed is None or name in self.errors:
+    def before(self, name: str) -> None:
+        """Start the meter for a first call."""
+        if name not in self.seen:
+            self.meter.start()
+
+    def after(self, name: str, result: object) -> None:
+        """Record peak and errors of a first call."""
+        if name in self.seen:
             return
+        self.seen.add(name)
+        growth, entry = self.meter.growth(), self.entries[name]
         loss, grads = result  # type: ignore[misc]
-        oracle = self.oracle if computed is self.problem else self.pairs_oracle
-        errors = oracle.errors(loss, *grads)
-        bound = SAME_LOSS[self.problem.shape.dtype]
-        # not <=: NaN is another loss too
-        if not errors.worst() <= bound:
-            raise AnotherLossError(f"{name} on {self.problem.shape.name}: {errors}, expected at most {bound}")
+        if entry.fresh:
+            self.peaks[name] = growth - sum(grad.nbytes for grad in grads)
+        if loss is None:
+            return
+        errors = self.oracles[entry.pairs].errors(loss, *grads)
+        bound = SAME_LOSS[self.shape.dtype]
+        if not errors.worst() <= bound:  # not `>`: NaN is another loss too
+            raise AnotherLossError(f"{name} on {self.shape.name}: {errors}, expected at most {bound}")
         self.errors[name] = errors

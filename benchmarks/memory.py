@@ -12,11 +12,9 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from benchmarks.contestants import FLOOR, OURS, contestant, floor
 from benchmarks.floor import plan_of
@@ -24,7 +22,6 @@ from benchmarks.peers import BUILDERS, ours
 from benchmarks.problem import draw
 from benchmarks.shapes import BARS, QUICK, Shape
 
-T = TypeVar("T")
 _ROOT = Path(__file__).parent.parent
 
 
@@ -42,14 +39,22 @@ class Peak:
     planned: int | None
 
 
-def resident_growth(call: Callable[[], T]) -> tuple[int, T]:
-    """Peak of resident bytes during `call` over those before it, and what it returned."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide new allocations
-    before = _status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    result = call()
-    return _status_bytes("VmHWM") - before, result
+class PeakMeter:
+    """Peak of resident bytes since `start`, over those at `start`."""
+
+    def __init__(self) -> None:
+        self.before = 0
+
+    def start(self) -> None:
+        """Reset the high-water mark."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide new allocations
+        self.before = _status_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def growth(self) -> int:
+        """Bytes by which resident memory has grown at its peak."""
+        return _status_bytes("VmHWM") - self.before
 
 
 def measure(name: str, shape: Shape, num_tokens: int) -> Peak:
@@ -69,8 +74,11 @@ def measure_here(name: str, shape: Shape) -> Peak:
     entry = floor(problem, None) if name == FLOOR else contestant(builders[name](), problem)
     entry.warm_up()
     planned = plan_of(problem, None).bytes if name in (OURS, FLOOR) else None
-    growth, (_, grads) = resident_growth(entry.call)
-    return Peak(name, shape.name, shape.num_tokens, growth - sum(grad.nbytes for grad in grads), planned)
+    meter = PeakMeter()
+    meter.start()
+    _, grads = entry.call()
+    beyond = meter.growth() - sum(grad.nbytes for grad in grads)
+    return Peak(name, shape.name, shape.num_tokens, beyond, planned)
 
 
 def _status_bytes(field: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,8 +44,9 @@ class Errors:
     grad_weight: float
 
     def worst(self) -> float:
-        """The largest of the three."""
-        return max(self.loss, self.grad_hidden, self.grad_weight)
+        """The largest of the three, NaN if one is."""
+        errors = (self.loss, self.grad_hidden, self.grad_weight)
+        return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from benchmarks import accuracy, environment, memory, shapes, tables
@@ -47,7 +48,7 @@ def run(cases: Sequence[Shape], effort: Effort, *, quick: bool, argv: list[str])
         log(f"{shape.name}: N={shape.num_tokens}, V={shape.vocab}, H={shape.hidden} ...")
         results.append(measure_case(shape, peers_of(shape), effort))
         log(tables.progress(results[-1]))
-    peaks = measure_peaks(shapes.QUICK[0] if quick else shapes.PEAK_MEMORY, quick=quick)
+    peaks = measure_peaks(quick=quick)
     log("accuracy of sequence log-likelihoods ...")
     logps = accuracy.measure(shapes.QUICK[1] if quick else shapes.ACCURACY)
     return Report(described, results, peaks, logps, time.perf_counter() - started)
@@ -58,14 +59,13 @@ def peers_of(shape: Shape) -> tuple[str, ...]:
     return () if shape.smallest_budget else tuple(n for n in BUILDERS if n not in shape.without)
 
 
-def measure_peaks(shape: Shape, *, quick: bool) -> list[Peak]:
-    """Everyone at one shape, and ours at few and at many tokens."""
-    log(f"peak memory on {shape.name}, each in its own process ...")
-    names = [FLOOR, OURS, *BUILDERS]
+def measure_peaks(*, quick: bool) -> list[Peak]:
+    """The floor and ours at few and at many tokens, each in a process of its own."""
+    log("peak memory in processes of their own ...")
     if quick:
-        return [memory.measure(OURS, shape, shape.num_tokens)]
-    peaks = [memory.measure(name, shape, shape.num_tokens) for name in names]
-    return [*peaks, *(memory.measure(OURS, shape, tokens) for tokens in shapes.PEAK_MEMORY_TOKENS)]
+        return [memory.measure(OURS, shapes.QUICK[0], shapes.QUICK[0].num_tokens)]
+    runs = product(shapes.PEAK_MEMORY, (FLOOR, OURS), shapes.PEAK_MEMORY_TOKENS)
+    return [memory.measure(name, shape, tokens) for shape, name, tokens in runs]
 
 
 def write(report: Report, folder: Path, name: str) -> None:
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes; the times mean nothing")
     parser.add_argument("--only", default="", metavar="TEXT", help="only shapes whose name contains TEXT")
+    parser.add_argument("--all-peers", action="store_true", help="every peer on every shape: about twice the time")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the contestants that are close")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--name", default="cpu", help="name of the two result files (default: %(default)s)")
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     cases = [shape for shape in (shapes.QUICK if args.quick else shapes.CASES) if args.only in shape.name]
     if not cases:
         parser.error(f"no shape's name contains {args.only!r}")
+    if args.all_peers:
+        cases = [replace(shape, without=()) for shape in cases]
     report = run(cases, Effort(rounds=args.rounds), quick=args.quick, argv=argv)
     write(report, args.output, "quick" if args.quick else args.name)
     print(tables.summary(report))

@@ -35,7 +35,7 @@ def summary(report: Report) -> str:
     """The one table: a row for every contestant, a column for every shape."""
     header = ["", *(case.shape.name for case in report.cases), *QUALITIES]
     rows = [summary_row(report, name) for name in contestants(report)]
-    peak_shape = report.peaks[0].shape
+    peak_shape = peak_case(report).shape.name
     return f"{markdown(header, rows)}\n\n{LEGEND.format(peak_shape=peak_shape)}\n\n{conditions(report)}"
 
 
@@ -51,9 +51,18 @@ def summary_row(report: Report, name: str) -> list[str]:
     cells = [time_cell(case, name) for case in report.cases]
     cells += [error_cell(report.cases, name, dtype) for dtype in ("float32", "bfloat16")]
     logp = next((e.largest for e in report.logps if e.contestant == name), None)
-    peak = next((p.bytes for p in report.peaks if p.contestant == name), None)
-    cells += [NONE if logp is None else f"{logp:.2g}", NONE if peak is None else f"{peak / 2**20:.0f}"]
-    return [name, *cells]
+    peak = next((row.peak for row in peak_case(report).rows if row.contestant == name), None)
+    return [name, *cells, NONE if logp is None else f"{logp:.2g}", mib(peak)]
+
+
+def peak_case(report: Report) -> CaseResult:
+    """The case whose peaks are in the table: among those with most contestants, the one with most logits."""
+    return max(report.cases, key=lambda case: (len(case.rows), case.shape.num_tokens * case.shape.vocab))
+
+
+def mib(count: int | None) -> str:
+    """Bytes as MiB."""
+    return NONE if count is None else f"{count / 2**20:.0f}"
 
 
 def time_cell(case: CaseResult, name: str) -> str:
@@ -91,7 +100,7 @@ def conditions(report: Report) -> str:
 def details(case: CaseResult) -> str:
     """Every number of one shape."""
     header = ["", "min s", "median s", "rounds", "x floor", "median", "x floor, outputs reused", "x ours"]
-    header += ["error loss", "grad_hidden", "grad_weight"]
+    header += ["peak MiB", "error loss", "grad_hidden", "grad_weight"]
     return markdown(header, [details_row(case, row) for row in case.rows])
 
 
@@ -103,7 +112,7 @@ def details_row(case: CaseResult, row: Row) -> list[str]:
     time = row.timing
     cells = [f"{time.best:.4f}", f"{time.median:.4f}", str(len(time.seconds))]
     cells += [f"{time.best / base.best:.3f}", f"{time.median / base.median:.3f}", f"{time.best / reused.best:.3f}"]
-    cells.append(NONE if ours is None else f"{time.best / ours:.2f}")
+    cells += [NONE if ours is None else f"{time.best / ours:.2f}", mib(row.peak)]
     if row.errors is None:
         return [row.contestant, *cells, NONE, NONE, NONE]
     errors = (row.errors.loss, row.errors.grad_hidden, row.errors.grad_weight)
@@ -117,7 +126,7 @@ def progress(case: CaseResult) -> str:
 
 
 def peaks_table(report: Report) -> str:
-    """Every measurement of peak memory; the plan's bytes are what our bar compares with."""
+    """Peaks in processes of their own; what the floor takes beyond the plan is the GEMM library's."""
     rows = [
         [
             p.contestant,

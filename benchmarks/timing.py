@@ -6,8 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 Call = Callable[[], object]
+
+
+class Observer(Protocol):
+    """What happens around a timed call."""
+
+    def before(self, name: str) -> None:
+        """Called before each call."""
+
+    def after(self, name: str, result: object) -> None:
+        """Called with each result."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Effort:
     """
 
     rounds: int = 5
-    seconds: float = 20.0  # per contestant: calls that take long get fewer rounds, but no fewer than three
+    seconds: float = 15.0  # per contestant: calls that take long get fewer rounds, but no fewer than three
     far: float = 1.5  # from here on two rounds
     very_far: float = 2.5  # from here on one round
 
@@ -55,12 +66,12 @@ def round_robin(
     *,
     reference: str,
     always: Collection[str] = (),
-    after: Callable[[str, object], None] | None = None,
+    observer: Observer | None = None,
 ) -> dict[str, Timing]:
     """Time every call, one after the other in every round, each round starting with another one.
 
     `reference` names the call the others are compared with and `always` those that run however far they are from it
-    (see :class:`Effort`). `after(name, result)` gets each result, outside the timed region.
+    (see :class:`Effort`). The observer acts outside the timed region.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     always = {reference, *always}
@@ -68,10 +79,12 @@ def round_robin(
         names = [n for n in calls if effort.again(seconds[n], seconds[reference], always=n in always)]
         start = round_index % max(1, len(names))
         for name in names[start:] + names[:start]:
+            if observer is not None:
+                observer.before(name)
             begin = time.perf_counter()
             result = calls[name]()
             seconds[name].append(time.perf_counter() - begin)
-            if after is not None:
-                after(name, result)
+            if observer is not None:
+                observer.after(name, result)
             del result  # or the next call would run beside this one's gradients
     return {name: Timing(tuple(times)) for name, times in seconds.items()}

@@ -69,11 +69,19 @@ def other_loss(name: str) -> Peer:
     def not_a_number(hidden, weight, targets, ref_logps):
         return eager.loss(hidden, weight, targets, ref_logps) * float("nan")
 
-    losses = {"mean": mean_over_tokens, "no reference": without_reference, "nan": not_a_number}
+    def not_a_number_in_one_gradient(hidden, weight, targets, ref_logps):
+        return eager.loss(hidden, weight, targets, ref_logps) + (0 * weight[0, 0]).sqrt()
+
+    losses = {
+        "mean": mean_over_tokens,
+        "no reference": without_reference,
+        "nan": not_a_number,
+        "nan gradient": not_a_number_in_one_gradient,
+    }
     return dataclasses.replace(eager, name=name, loss=losses[name])
 
 
-@pytest.mark.parametrize("mistake", ["mean", "no reference", "nan"])
+@pytest.mark.parametrize("mistake", ["mean", "no reference", "nan", "nan gradient"])
 def test_another_loss_is_an_error(mistake, monkeypatch):
     monkeypatch.setitem(BUILDERS, mistake, lambda: other_loss(mistake))
     with pytest.raises(measure.AnotherLossError, match=f"{mistake} on quick bf16"):
@@ -129,11 +137,19 @@ def test_round_robin_runs_everyone_in_turn(monkeypatch):
 
     durations = {"floor": 1.0, "near": 1.1, "far": 2.0, "very far": 3.0}
     results = []
+
+    class Observer:
+        def before(self, name: str) -> None:
+            results.append(name)
+
+        def after(self, name: str, result: object) -> None:
+            results.append((name, result))
+
     timings = round_robin(
         {name: takes(name, seconds) for name, seconds in durations.items()},
         Effort(rounds=5),
         reference="floor",
-        after=lambda name, result: results.append((name, result)),
+        observer=Observer(),
     )
     assert calls[:4] == ["floor", "near", "far", "very far"]
     assert calls[4:7] == ["near", "far", "floor"]
@@ -146,7 +162,7 @@ def test_round_robin_runs_everyone_in_turn(monkeypatch):
     for name, timing in timings.items():
         assert timing.best == pytest.approx(durations[name])
         assert timing.median == pytest.approx(durations[name])
-    assert results == [(name, name) for name in calls]
+    assert results == [item for name in calls for item in (name, (name, name))]
 
 
 def test_long_calls_get_fewer_rounds_but_three():
@@ -164,20 +180,21 @@ def test_those_that_always_run_do_so_however_far():
     assert len(timings["ours"].seconds) == 4
 
 
-def test_resident_growth_sees_what_a_call_touches():
+def test_peak_meter_sees_what_was_touched_and_freed():
     size = 64 * 2**20
 
-    def touch() -> int:
+    def touch() -> None:
         with mmap.mmap(-1, size) as block:
             for page in range(0, size, mmap.PAGESIZE):
                 block[page] = 1
-        return 7
 
-    growth, result = memory.resident_growth(touch)
-    assert result == 7
-    slack = 2 * 2**20  # the kernel's counters of resident pages are batched per core
-    assert abs(growth - size) <= slack
-    assert abs(memory.resident_growth(lambda: None)[0]) <= slack
+    meter, slack = memory.PeakMeter(), 2 * 2**20  # the kernel's counters of resident pages are batched per core
+    meter.start()
+    assert abs(meter.growth()) <= slack
+    touch()
+    assert abs(meter.growth() - size) <= slack
+    meter.start()
+    assert abs(meter.growth()) <= slack
 
 
 def test_peak_memory_is_measured_in_another_process():
