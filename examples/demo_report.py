@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 
 def print_table(console: Console, models: dict[str, Any], head: dict[str, Any], title: str) -> None:
     """One table: a row per model, then a row per head."""
-    table = Table(title=title, title_justify="left", show_lines=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for heading in ("held-out\nperplexity", "truth beats\nother texts", "truth beats\ntruncations"):
-        table.add_column(heading, justify="right")
-    for heading in ("head time\nper step", "head peak\nmemory"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("head\ntime", "head\nmemory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, s in models.items():
         table.add_row(name, f"{s.perplexity:.2f}", f"{s.batch_wins:.1%}", f"{s.truncation_wins:.1%}", "", "")
     table.add_section()
@@ -32,6 +33,7 @@ def write_curves(path: Path, pretraining: Any, branches: dict[str, Any], chance:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     panels = (
         ("perplexity", "held-out perplexity", 1.0),
@@ -53,8 +55,8 @@ def write_curves(path: Path, pretraining: Any, branches: dict[str, Any], chance:
         axis.set_title(label)
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    for formatter in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
-        formatter("{x:.0f}")
+    axes[0].yaxis.set_major_formatter("{x:.0f}")
+    axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axis in axes[1:]:
         axis.axhline(100 * chance, color="0.6", linestyle="--", linewidth=1, label="chance")
         axis.set_ylim(0, 100)
