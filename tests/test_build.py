@@ -64,8 +64,8 @@ def test_source_distribution_builds_without_torch_and_rebuilds_only_what_changed
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for source in (ROOT / "csrc").rglob("*.*"):
-        assert (unpacked / source.relative_to(ROOT)).is_file(), f"{source.name} is missing from the sdist"
+    for source in (source_tree / "csrc").rglob("*.*"):
+        assert (unpacked / source.relative_to(source_tree)).is_file(), f"{source.name} is missing from the sdist"
 
     wheel = back_end("build_wheel", unpacked, tmp_path / "wheel", CPO_KERNELS_CUDA="0")
     installed = tmp_path / "installed"
