@@ -13,8 +13,9 @@ from torch.library import custom_op
 
 from .calls import LinearCall, run_cpo, run_token_logps, token_logps_grads
 from .head import Head
-from .objective import Objective
-from .reference import accumulate_dtype
+from .layout import check_range
+from .objective import Objective, check_problem, make_problem
+from .reference import IGNORE_INDEX, accumulate_dtype
 
 
 def make_head(
@@ -47,6 +48,33 @@ def _fake_grads(needs: Sequence[bool], *inputs: Tensor | None) -> list[Tensor]:
     ]
 
 
+# Checks of values cannot be traced. They are operators whose result is used, so that the compiler keeps them.
+
+
+@custom_op("cpo_kernels::checked_targets", mutates_args=())
+def checked_targets(targets: Tensor, vocab: int) -> Tensor:
+    """A copy of targets (N,); raises ``ValueError`` for one outside [0, V) other than -100."""
+    check_range("target", targets, targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+    return targets.clone()
+
+
+@checked_targets.register_fake
+def _(targets, vocab):
+    return torch.empty_like(targets)
+
+
+@custom_op("cpo_kernels::checked_lengths", mutates_args=())
+def checked_lengths(lengths: Tensor, ranks: Tensor | None, cu_groups: Sequence[int], contrast_weight: float) -> Tensor:
+    """A copy of lengths (S,); raises ``ValueError`` for a group without rank 0, or without a contrast if weighted."""
+    check_problem(make_problem(Objective(contrast_weight=contrast_weight), cu_groups, lengths, None, ranks))
+    return lengths.clone()
+
+
+@checked_lengths.register_fake
+def _(lengths, ranks, cu_groups, contrast_weight):
+    return torch.empty_like(lengths)
+
+
 @custom_op("cpo_kernels::linear_cpo", mutates_args=())
 def linear_cpo(
     hidden: Tensor,
@@ -74,8 +102,11 @@ def linear_cpo(
     backend: str,
     max_logits_bytes: int | None,
     logits_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, sums (S,), lengths (S,) and the gradients of hidden, weight and bias (empty where ``needs`` is false)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums (S,), lengths (S,), the gain of the gradients, and the gradients of hidden, weight and bias.
+
+    A gradient is empty where ``needs`` is false. Backward divides by the gain once it knows the upstream gradient.
+    """
     head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
     objective = Objective(
         beta,
@@ -90,12 +121,9 @@ def linear_cpo(
     )
     call = LinearCall(targets, rows, cu_tokens, cu_groups, head)
     result = run_cpo(call, objective, ref_logps, ranks, hidden, weight, bias, (needs[0], needs[1], needs[2]))
-    if result.gain != 1.0:
-        for grad in result.grads:
-            if grad is not None:
-                grad.div_(result.gain)
+    gain = result.loss.new_tensor(result.gain)
     grad_hidden, grad_weight, grad_bias = (_or_empty(grad, hidden) for grad in result.grads)
-    return result.loss, result.sums, result.lengths, grad_hidden, grad_weight, grad_bias
+    return result.loss, result.sums, result.lengths, gain, grad_hidden, grad_weight, grad_bias
 
 
 @linear_cpo.register_fake
@@ -106,20 +134,22 @@ def _(hidden, weight, bias, targets, rows, ref_logps, ranks, cu_tokens, cu_group
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((segments,), dtype=dtype),
         hidden.new_empty((segments,), dtype=torch.int64),
+        hidden.new_empty((), dtype=dtype),
         *_fake_grads(needs, hidden, weight, bias),
     )
 
 
 def _save_grads(ctx, inputs, output) -> None:
-    _, sums, lengths, *grads = output
+    _, sums, lengths, gain, *grads = output
     ctx.needs = inputs[9]
-    ctx.mark_non_differentiable(sums, lengths, *grads)
-    ctx.save_for_backward(*grads)
+    ctx.mark_non_differentiable(sums, lengths, gain, *grads)
+    ctx.save_for_backward(gain, *grads)
 
 
 def _linear_cpo_backward(ctx, grad_loss, *_unused):
-    grads = [grad * grad_loss if need else None for grad, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    return (*grads, *[None] * 22)
+    gain, *grads = ctx.saved_tensors
+    scale = grad_loss / gain
+    return (*[grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)], *[None] * 22)
 
 
 linear_cpo.register_autograd(_linear_cpo_backward, setup_context=_save_grads)

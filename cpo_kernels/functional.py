@@ -26,7 +26,7 @@ from .inputs import (
     split_options,
 )
 from .layout import CandidateLayout, check_range
-from .objective import CPOOutput, Objective, check_problem, contrast, default_ranks, make_problem, summarize
+from .objective import CPOOutput, CPOProblem, Objective, check_problem, make_problem, summarize
 from .planning import Plan
 from .reference import IGNORE_INDEX, accumulate_dtype
 
@@ -73,17 +73,11 @@ def contrastive_loss(
     shape = (groups, candidates)
     ref = per_segment("ref_logps", ref_logps, shape, logps)
     flat_ranks = per_segment("ranks", ranks, shape, logps)
-    if (flat_ranks is not None or candidates == 1) and not torch.compiler.is_compiling():
-        boundaries, lengths = list(range(0, groups * candidates + 1, candidates)), torch.ones_like(logps).reshape(-1)
-        check_problem(make_problem(objective, boundaries, lengths, None, flat_ranks))
     values = logps.to(accumulate_dtype(logps.dtype))
-    loss = contrast(
-        values,
-        None if ref is None else ref.to(values.dtype).view(shape),
-        default_ranks(shape, logps.device) if flat_ranks is None else flat_ranks.view(shape),
-        torch.ones_like(values, dtype=torch.bool),
-        objective,
-    ).loss
+    boundaries = list(range(0, groups * candidates + 1, candidates))
+    lengths = torch.ones(groups * candidates, dtype=torch.int64, device=logps.device)
+    problem = checked_problem(objective, boundaries, lengths, cast_ref(ref, values), flat_ranks)
+    loss = problem.contrast(values.reshape(-1)).loss
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -117,8 +111,10 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {tensor.device}")
     flat = logits.reshape(-1, logits.shape[-1])
     flat_targets = targets.reshape(-1).contiguous()
-    if not torch.compiler.is_compiling() and not flat.is_meta:
-        vocab = logits.shape[-1]
+    vocab = logits.shape[-1]
+    if torch.compiler.is_compiling():
+        flat_targets = torch.ops.cpo_kernels.checked_targets(flat_targets, vocab)
+    elif not flat.is_meta:
         check_range("target", flat_targets, flat_targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
     backend = backends.select(options.backend, logits.device, logits.dtype)
     if flat.stride(-1) != 1:
@@ -172,16 +168,30 @@ def cpo_loss(
     head_options = {name: getattr(head, name) for name in HEAD_NAMES}
     sums = sum_tokens(token_logps(logits, targets, bias=bias, **head_options)).reshape(-1)
     shape = (targets.shape[0], targets.shape[1])
-    problem = make_problem(
+    problem = checked_problem(
         objective,
         list(range(0, shape[0] * shape[1] + 1, shape[1])),
         (targets != IGNORE_INDEX).sum(-1).reshape(-1),
         cast_ref(per_segment("ref_logps", ref_logps, shape, logits), sums),
         per_segment("ranks", ranks, shape, logits),
     )
-    if not torch.compiler.is_compiling():
-        check_problem(problem)
     return summarize(problem, problem.loss(sums)[0], sums, shape)
+
+
+def checked_problem(
+    objective: Objective,
+    cu_groups: Sequence[int],
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+) -> CPOProblem:
+    """``make_problem`` and ``check_problem``, in compiled code too."""
+    if torch.compiler.is_compiling():
+        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, cu_groups, objective.contrast_weight)
+        return make_problem(objective, cu_groups, lengths, ref_logps, ranks)
+    problem = make_problem(objective, cu_groups, lengths, ref_logps, ranks)
+    check_problem(problem)
+    return problem
 
 
 def cast_ref(ref_logps: Tensor | None, sums: Tensor) -> Tensor | None:
