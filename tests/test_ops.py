@@ -57,6 +57,22 @@ def test_opcheck_of_the_fused_loss(packed, needs):
     torch.library.opcheck(OPS.linear_cpo.default, (*arguments, *OBJECTIVE, *HEAD))
 
 
+def test_opcheck_of_the_checks():
+    torch.library.opcheck(OPS.checked_targets.default, (torch.tensor([3, -100, 0]), 5))
+    lengths, ranks = torch.tensor([2, 1, 3, 4]), torch.tensor([0, 1, 1, 0])
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, ranks, [0, 2, 4], 1.0))
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, [0, 2, 4], 0.0))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_the_products(dtype, accumulate):
+    a, b = torch.randn(5, 7).to(dtype), torch.randn(3, 7).to(dtype).t()
+    torch.library.opcheck(OPS.gemm_.default, (a, b, torch.randn(5, 3), accumulate))
+    high, low = torch.randn(5, 3).bfloat16(), torch.zeros(5, 3).bfloat16()
+    torch.library.opcheck(OPS.accumulate_pair_.default, (high, low, torch.randn(5, 3).to(dtype)))
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_of_the_fused_logps(packed):
     tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
@@ -65,6 +81,19 @@ def test_opcheck_of_the_fused_logps(packed):
     torch.library.opcheck(OPS.linear_token_logps.default, (*leaves, targets, rows, *HEAD))
     backward = (torch.randn(12), *tensors, targets, rows, [True, True, True], *HEAD)
     torch.library.opcheck(OPS.linear_token_logps_backward.default, backward)
+
+
+def test_unwritten_memory_is_poisoned():
+    """The fixture of conftest.py that makes an output nobody wrote fail the tests above and elsewhere."""
+    like = torch.zeros(3, 2)
+    for tensor in (torch.empty(3, 2), torch.empty_like(like), like.new_empty(4), torch.empty_strided((3, 2), (1, 3))):
+        assert tensor.isnan().all()
+    assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
+    for name in backends.available():
+        workspace = backends.BACKENDS[name].empty((3, 2), torch.bfloat16, torch.device("cpu"))
+        assert workspace.isnan().all()
+        assert workspace.shape == (3, 2)
+    assert backends.select("auto", like.device, like.dtype).empty((2,), like.dtype, like.device).isnan().all()
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)

@@ -1,0 +1,186 @@
+"""``torch.compile(fullgraph=True)`` of every public function: the same numbers, the same errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import PROBLEMS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
+from tolerance import relative_error
+
+from cpo_kernels import (
+    CPOLoss,
+    LinearCPOLoss,
+    backends,
+    contrastive_loss,
+    cpo_loss,
+    linear_cpo_loss,
+    linear_sequence_logps,
+    linear_sequence_loss,
+    linear_token_logps,
+    sequence_logps,
+    token_logps,
+)
+
+OPTIONS = {"beta": 0.3, "margin": 0.1, "mle_weight": 0.2, "softcap": 4.0, "temperature": 1.2}
+HEAD = {"softcap": 4.0, "temperature": 1.2}
+
+
+def squares(logps, groups):
+    return (logps.reshape(-1) ** 2).sum() / 50
+
+
+# Each takes hidden states, which require a gradient, and a padded problem.
+FUNCTIONS = {
+    "linear_cpo_loss": lambda h, p: linear_cpo_loss(h, p.weight, p.targets, ref_logps=p.ref_logps, **OPTIONS).loss,
+    "linear_sequence_loss": lambda h, p: linear_sequence_loss(h, p.weight, p.targets, squares, **HEAD),
+    "linear_sequence_logps": lambda h, p: linear_sequence_logps(h, p.weight, p.targets, bias=p.bias, **HEAD).sum(),
+    "linear_token_logps": lambda h, p: linear_token_logps(h, p.weight, p.targets, bias=p.bias, **HEAD).square().sum(),
+    "cpo_loss": lambda h, p: cpo_loss(h @ p.weight.T, p.targets, ref_logps=p.ref_logps, bias=p.bias, **OPTIONS).loss,
+    "sequence_logps": lambda h, p: sequence_logps(h @ p.weight.T, p.targets, bias=p.bias, **HEAD).sum(),
+    "token_logps": lambda h, p: token_logps(h @ p.weight.T, p.targets, bias=p.bias, **HEAD).square().sum(),
+    "contrastive_loss": lambda h, p: contrastive_loss(h.sum((-1, -2)), ref_logps=p.ref_logps, beta=0.3),
+    "CPOLoss": lambda h, p: CPOLoss(**OPTIONS)(h @ p.weight.T, p.targets, ref_logps=p.ref_logps).loss,
+    "LinearCPOLoss": lambda h, p: LinearCPOLoss(**OPTIONS)(h, p.weight, p.targets, ref_logps=p.ref_logps).loss,
+}
+PACKED_FUNCTIONS = {
+    "linear_cpo_loss": lambda h, p: (
+        linear_cpo_loss(h, p.weight, p.targets, layout=p.layout, ref_logps=p.ref_logps, bias=p.bias, **OPTIONS).loss
+    ),
+    "linear_sequence_loss": lambda h, p: linear_sequence_loss(h, p.weight, p.targets, squares, layout=p.layout, **HEAD),
+    "linear_sequence_logps": lambda h, p: linear_sequence_logps(
+        h, p.weight, p.targets, layout=p.layout, bias=p.bias, **HEAD
+    ).sum(),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No graph of an earlier test, or of an earlier version of an operator from the cache on disk."""
+    torch.compiler.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch.compiler.reset()
+
+
+def assert_compiled_equals_eager(function, problem: Problem, compiler: str) -> None:
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    results = []
+    for call in (function, compiled):
+        loss = call(problem.hidden, problem)
+        tensors = [t for t in problem.tensors if t is not None]
+        results.append((loss.detach(), *torch.autograd.grad(3 * loss, tensors, allow_unused=True)))
+    assert any(grad is not None for grad in results[0][1:])
+    for eager, other in zip(*results, strict=True):
+        assert (eager is None) == (other is None)
+        if eager is not None:
+            torch.testing.assert_close(other, eager)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_padded_functions_compile_without_a_break(name):
+    assert_compiled_equals_eager(FUNCTIONS[name], random_problem(bias=True).to(torch.float32), "aot_eager")
+
+
+@pytest.mark.parametrize("name", PACKED_FUNCTIONS)
+def test_packed_functions_compile_without_a_break(name):
+    assert_compiled_equals_eager(PACKED_FUNCTIONS[name], packed_problem(bias=True).to(torch.float32), "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["linear_cpo_loss", "cpo_loss"])
+def test_inductor_gives_the_same(name):
+    assert_compiled_equals_eager(FUNCTIONS[name], random_problem(bias=True).to(torch.float32), "inductor")
+
+
+@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("name", ["ranked", "several_positives", "length_normalized_with_margin"])
+def test_objectives_and_backends(name, backend):
+    problem = PROBLEMS[name]().to(torch.float32)
+
+    def loss(hidden, problem):
+        return fused_loss(replace(problem, hidden=hidden), backend=backend)
+
+    assert_compiled_equals_eager(loss, problem, "aot_eager")
+
+
+@pytest.mark.parametrize("needs", ["hidden", "weight", "none"])
+def test_what_needs_no_gradient_gets_none(needs):
+    problem = random_problem(bias=True).to(torch.float32)
+    for name in ("hidden", "weight", "bias"):
+        getattr(problem, name).requires_grad_(name == needs)
+    compiled = torch.compile(lambda p: fused_loss(p), fullgraph=True, backend="aot_eager")
+    loss = compiled(problem)
+    torch.testing.assert_close(loss, fused_loss(problem))
+    assert loss.requires_grad == (needs != "none")
+    if needs != "none":
+        tensor = getattr(problem, needs)
+        torch.testing.assert_close(*(torch.autograd.grad(x, tensor)[0] for x in (loss, fused_loss(problem))))
+
+
+def test_compiled_inside_a_model_under_autocast():
+    problem = random_problem().to(torch.float32)
+
+    def step(hidden, weight):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cpo_loss(torch.tanh(hidden), weight, problem.targets).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    tensors = problem.hidden, problem.weight
+    losses = step(*tensors), compiled(*tensors)
+    torch.testing.assert_close(*losses)
+    for eager, other in zip(*(torch.autograd.grad(loss, tensors) for loss in losses), strict=True):
+        torch.testing.assert_close(other, eager)
+
+
+def test_float16_gradients_survive_until_the_loss_scale_arrives():
+    problem = random_problem(num_groups=2.0**16).to(torch.float16)
+    compiled = torch.compile(lambda p: fused_loss(p), fullgraph=True, backend="aot_eager")
+    expected = loss_and_grads(fused_loss(problem), problem, upstream=2.0**16)
+    result = loss_and_grads(compiled(problem), problem, upstream=2.0**16)
+    for name, value in expected.items():
+        assert relative_error(result[name], value) < 4 * torch.finfo(torch.float16).eps, name
+
+
+CHECKED = {
+    "linear_cpo_loss": lambda h, w, y, b: linear_cpo_loss(h, w, y, backend=b).loss,
+    "linear_token_logps": lambda h, w, y, b: linear_token_logps(h, w, y, backend=b),
+    "token_logps": lambda h, w, y, b: token_logps(h @ w.T, y, backend=b),
+    "cpo_loss": lambda h, w, y, b: cpo_loss(h @ w.T, y, backend=b).loss,
+}
+
+
+@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("name", CHECKED)
+def test_bad_targets_are_errors_in_compiled_code_too(name, backend):
+    """Found at run time, by the graph that was made for good ones."""
+    problem = random_problem(ref=False)
+    compiled = torch.compile(CHECKED[name], fullgraph=True, backend="aot_eager")
+    good = problem.hidden.float(), problem.weight.float()
+    compiled(*good, problem.targets, backend)
+    for bad in (31, -1, -(2**40), 2**40):
+        targets = problem.targets.clone()
+        targets[1, 1, 1] = bad
+        with pytest.raises((ValueError, RuntimeError), match="target"):
+            compiled(*good, targets, backend)
+
+
+def test_bad_ranks_are_errors_in_compiled_code_too():
+    compiled = torch.compile(lambda x, ranks: contrastive_loss(x, ranks=ranks), fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(2, 2), torch.tensor([[0, 1], [1, 0]]))
+    with pytest.raises((ValueError, RuntimeError), match="group 1 has no rank-0"):
+        compiled(torch.randn(2, 2), torch.tensor([[0, 1], [1, 2]]))
+
+
+@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("name", ["linear_cpo_loss", "cpo_loss"])
+def test_groups_without_a_contrast_are_errors_in_compiled_code_too(name, backend):
+    problem = random_problem(ref=False)
+    compiled = torch.compile(CHECKED[name], fullgraph=True, backend="aot_eager")
+    good = problem.hidden.float(), problem.weight.float()
+    compiled(*good, problem.targets, backend)
+    for absent, message in (((1, 0), "rank-0"), ((1, slice(1, 3)), "contrast")):
+        targets = problem.targets.clone()
+        targets[absent] = -100
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            compiled(*good, targets, backend)
