@@ -12,7 +12,7 @@ from rich.table import Table
 
 def print_table(console: Console, models: dict[str, Any], head: dict[str, Any], title: str) -> None:
     """One table: a row per model, then a row per head."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for heading in ("held-out\nperplexity", "truth beats\nother texts", "truth beats\ntruncations"):
         table.add_column(heading, justify="right", no_wrap=True)
