@@ -17,15 +17,17 @@ BUILD = native.build_info()
 assert BUILD is not None, native.unavailable_reason()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_PRODUCT = ["scalar", "avx2"]
+NO_PRODUCT = ["scalar"]
 
-SIZES = {  # (M, K, N); a tile is 8 x 48, a block of k 768 units
+SIZES = {  # (M, K, N); tiles are 8 x 48 (AVX-512) and 6 x 16 (AVX2), a block of k 768 units
     "one number": (1, 1, 1),
     "one row": (1, 50, 97),
     "one column": (97, 50, 1),
     "k of one": (9, 1, 49),
     "one tile": (8, 16, 48),
+    "one tile of AVX2": (6, 8, 16),
     "tile edges": (17, 33, 49),
+    "tile edges of AVX2": (7, 9, 25),
     "primes": (61, 101, 131),
     "two blocks of fp32, one of bf16 pairs": (41, 769, 53),
     "odd k over several blocks": (23, 3079, 101),

@@ -271,7 +271,7 @@ def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor, *, threads: int | 
 def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
 
-    It is with AVX-512, except for half precision on a machine with AMX: torch multiplies that in tile registers.
+    It is with AVX2 and AVX-512, except for half precision where the machine has AMX: torch uses its tile registers.
     """
     module = _load()[0]
     if module is None or dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:

@@ -8,9 +8,13 @@ namespace cpo {
 
 #if defined(__x86_64__)
 const GemmKernel* gemm_kernel(Isa isa, DType a, DType b) {
-  if (isa != Isa::kAvx512 && isa != Isa::kAvx512Bf16) return nullptr;
-  const bool pairs = isa == Isa::kAvx512Bf16 && a == DType::kBF16 && b == DType::kBF16;
-  return pairs ? &kGemmAvx512Bf16 : &kGemmAvx512;
+  switch (isa) {
+    case Isa::kScalar: return nullptr;
+    case Isa::kAvx2: return &kGemmAvx2;
+    case Isa::kAvx512: return &kGemmAvx512;
+    case Isa::kAvx512Bf16: return a == DType::kBF16 && b == DType::kBF16 ? &kGemmAvx512Bf16 : &kGemmAvx512;
+  }
+  return nullptr;
 }
 
 bool machine_has_amx_bf16() {

@@ -33,7 +33,8 @@ struct GemmKernel {
 };
 
 #if defined(__x86_64__)
-extern const GemmKernel kGemmAvx512;      // any dtypes, multiplied in fp32
+extern const GemmKernel kGemmAvx2;        // any dtypes, multiplied in fp32
+extern const GemmKernel kGemmAvx512;      // likewise
 extern const GemmKernel kGemmAvx512Bf16;  // both inputs bf16
 #endif
 

@@ -1,5 +1,6 @@
 // setup.py compiles this file for the instruction set in its name. Products in fp32: half precision is widened when packed.
 #include "cpu/gemm_driver.h"
+#include "cpu/gemm_tile_avx512.h"
 
 namespace {
 

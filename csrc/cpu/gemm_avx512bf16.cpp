@@ -1,6 +1,7 @@
 // setup.py compiles this file for the instruction set in its name. vdpbf16ps adds two products of bf16 to an fp32 sum; it
 // takes subnormals as zero.
 #include "cpu/gemm_driver.h"
+#include "cpu/gemm_tile_avx512.h"
 
 namespace {
 

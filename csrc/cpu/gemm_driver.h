@@ -7,8 +7,7 @@
 #include <cstdint>
 
 #include "cpu/gemm_args.h"
-#include "cpu/gemm_pack_avx512.h"
-#include "cpu/gemm_tile_avx512.h"
+#include "cpu/gemm_panel.h"
 
 namespace {
 

@@ -7,29 +7,11 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "cpu/gemm_panel.h"
 
 namespace {
 
-using Size = std::int64_t;
-
-constexpr Size kLineBytes = 64;
 constexpr int kVector = 16;  // units
-
-// Distance between panels. The extra line keeps panels that are written together out of each other's cache sets.
-template <int W>
-constexpr Size panel_floats(Size units) {
-  return units * W + kVector;
-}
-
-inline Size bytes_of(cpo::DType dtype) { return dtype == cpo::DType::kF32 ? 4 : 2; }
-
-// A matrix seen as (panel index, k), as the pack functions read it.
-struct PackSource {
-  const char* data;
-  Size panel_stride, k_stride;  // elements
-  Size size, k;
-};
 
 inline __mmask16 first_lanes(Size count) {
   return count >= kVector ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);

@@ -5,33 +5,11 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
 #include "cpu/gemm_pack_avx512.h"
 
 namespace {
 
 constexpr int kTileRows = 8, kTileVectors = 3, kTileCols = kTileVectors * kVector;
-
-// Memory to bring closer while tiles are multiplied, a line every few units: runs of lines at equal distances.
-struct Prefetch {
-  const char* line;
-  Size run_lines, left_in_run;
-  Size skip;  // bytes from the end of a run to the next
-  Size left;  // lines in all
-};
-
-struct Tile {
-  const float *a, *b;  // a panel of each
-  Size units;
-  int rows, cols;      // the part of the tile that is inside C
-  bool read;           // add `in` to the product
-  const float* in;
-  Size in_stride;
-  void* out;
-  cpo::DType out_dtype;
-  Size out_stride;
-  Prefetch* next;
-};
 
 // To bf16, to nearest even; NaN stays NaN. The conversion of AVX512_BF16 would flush subnormals.
 inline __m256i narrow_to_bf16(__m512 x) {

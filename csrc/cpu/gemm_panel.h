@@ -1,0 +1,51 @@
+// What the driver and an instruction set's packing and tiles have in common.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace {
+
+using Size = std::int64_t;
+
+constexpr Size kLineBytes = 64;
+
+// Distance between panels. The extra line keeps panels that are written together out of each other's cache sets.
+template <int W>
+constexpr Size panel_floats(Size units) {
+  return units * W + kLineBytes / 4;
+}
+
+inline Size bytes_of(cpo::DType dtype) { return dtype == cpo::DType::kF32 ? 4 : 2; }
+
+// A matrix seen as (panel index, k), as the pack functions read it.
+struct PackSource {
+  const char* data;
+  Size panel_stride, k_stride;  // elements
+  Size size, k;
+};
+
+// Memory to bring closer while tiles are multiplied, a line every few units: runs of lines at equal distances.
+struct Prefetch {
+  const char* line;
+  Size run_lines, left_in_run;
+  Size skip;  // bytes from the end of a run to the next
+  Size left;  // lines in all
+};
+
+// A product of two panels, and where it goes: `in` is read where sums over earlier blocks of k, or C itself, are added.
+struct Tile {
+  const float *a, *b;  // a panel of each
+  Size units;
+  int rows, cols;      // the part of the tile that is inside C
+  bool read;           // add `in` to the product
+  const float* in;
+  Size in_stride;
+  void* out;
+  cpo::DType out_dtype;
+  Size out_stride;
+  Prefetch* next;
+};
+
+}  // namespace
