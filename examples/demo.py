@@ -286,7 +286,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", metavar="FILE", help="plain text, paragraphs separated by blank lines")
     parser.add_argument("--minutes", type=float, default=4.0, help="about how long to take (default: 4)")
     parser.add_argument("--steps", type=int, help="steps of each continuation, and twice as many from scratch")
-    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where to write (default: demo-out)")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="where to write (default: demo_output)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
