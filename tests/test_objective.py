@@ -222,8 +222,10 @@ def test_nan_and_infinity_reach_the_loss(value):
     assert not contrastive_loss(torch.tensor([[-value, 0.0, 1.0]])).isfinite()
 
 
-def test_summary_equals_a_loop():
+@pytest.mark.parametrize("seed", range(8))
+def test_summary_equals_a_loop(seed):
     """accuracy, margin, rewards and nll of ragged groups with ties and absent candidates, one number at a time."""
+    torch.manual_seed(seed)
     cu_groups, lengths = [0, 3, 5, 9, 11], torch.tensor([4, 3, 5, 2, 3, 1, 0, 3, 2, 4, 0])
     ranks = torch.tensor([0, 1, 1, 1, 0, 0, 0, 2, 1, 0, 1])
     sums = torch.where(lengths > 0, -4.0 * torch.rand(11, dtype=F64), 0.0)
@@ -244,7 +246,6 @@ def test_summary_equals_a_loop():
         if others:
             wins.append(min(reward[s] for s in best) > max(reward[s] for s in others))
             margins.append(sum(reward[s] for s in best) / len(best) - sum(reward[s] for s in others) / len(others))
-    assert len(set(wins)) == 2, "the case must have a group that is won and one that is lost"
     assert out.accuracy.item() == pytest.approx(sum(wins) / len(wins))
     assert out.margin.item() == pytest.approx(sum(margins) / len(margins), rel=1e-12)
     assert out.nll_loss.item() == pytest.approx(nll / tokens, rel=1e-12)

@@ -1,0 +1,94 @@
+"""Peak memory beyond inputs and gradients: within the budget + 2 %, and the same for 1,024 and 8,192 tokens.
+
+Each case is a process of its own, whose high-water mark the kernel resets right before a call. The first call in it is
+a small one: what libraries allocate once is not the call's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, plan
+
+MIB = 2**20
+BUDGET = 64 * MIB
+V, H, T, CANDIDATES = 16381, 64, 32, 4
+
+
+def status_bytes(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def step(kind: str, hidden, weight, targets) -> int:
+    """One call with its gradients; returns the bytes of the gradients."""
+    head = {"backend": "cpu", "max_logits_bytes": BUDGET}
+    if kind == "no_grad":
+        with torch.no_grad():
+            linear_cpo_loss(hidden, weight, targets, **head)
+        return 0
+    if kind == "sequence_logps":
+        linear_sequence_logps(hidden, weight, targets, **head).sum().backward()
+    else:
+        linear_cpo_loss(hidden, weight, targets, **head).loss.backward()
+    return sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
+
+
+def inputs(kind: str, dtype: torch.dtype, groups: int):
+    hidden = torch.randn(groups, CANDIDATES, T, H).to(dtype).requires_grad_()
+    weight = torch.randn(V, H).to(dtype).requires_grad_(kind != "frozen")
+    return hidden, weight, torch.randint(0, V, (groups, CANDIDATES, T))
+
+
+def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
+    """Bytes at the peak of one call beyond inputs and gradients, and what the plan promised."""
+    tensors = inputs(kind, dtype, num_tokens // (CANDIDATES * T))
+    promised = plan(*tensors, backend="cpu", max_logits_bytes=BUDGET).bytes
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds would hide new allocations
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    grads = step(kind, *tensors)
+    return {"beyond": status_bytes("VmHWM") - before - grads, "promised": promised}
+
+
+def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
+    """Run in the subprocess: for 1,024 and for 8,192 tokens."""
+    torch.set_num_threads(2)
+    dtype = getattr(torch, dtype_name)
+    step(kind, *inputs(kind, dtype, 2))
+    return [measure(kind, dtype, num_tokens) for num_tokens in (1024, 8192)]
+
+
+needs_the_kernels = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists() or "cpu" not in backends.available(),
+    reason="needs Linux, to reset the high-water mark, and the compiled backend: the reference is not made to be lean",
+)
+
+
+@needs_the_kernels
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["trainable", "frozen", "no_grad", "sequence_logps"])
+def test_peak_is_within_the_budget_and_flat_in_the_number_of_tokens(kind, dtype):
+    done = subprocess.run([sys.executable, __file__, kind, dtype], capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads(done.stdout)
+    for result in (short, long):
+        assert result["promised"] <= BUDGET
+        assert result["beyond"] <= 1.02 * BUDGET, f"{result['beyond'] / MIB:.1f} MiB of {BUDGET / MIB:.0f}"
+    assert abs(long["beyond"] - short["beyond"]) <= 0.02 * BUDGET + (long["promised"] - short["promised"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_both(*sys.argv[1:])))
