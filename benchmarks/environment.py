@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -21,7 +22,7 @@ _ROOT = Path(__file__).parent.parent
 def describe(argv: list[str]) -> dict[str, object]:
     """JSON-ready description of this run."""
     return {
-        "command": "python -m benchmarks.report " + " ".join(argv),
+        "command": shlex.join(["python", "-m", "benchmarks.report", *argv]),
         "commit": commit(),
         "device": device(),
         "threads": torch.get_num_threads(),

@@ -151,7 +151,7 @@ def page(report: Report) -> str:
             f"## {shape.name}",
             f"V={shape.vocab}, H={shape.hidden}, N={shape.num_tokens} (G={shape.groups}, C={shape.candidates}, "
             f"T={shape.tokens}, of which prompt {shape.prompt_tokens}), {shape.dtype_name}. {shape.reason}. "
-            f"Our plan: {len(plan.chunks)} chunks, {plan.num_rows} rows, {plan.bytes / 2**20:.1f} MiB, "
+            f"Our plan: {plan.num_rows} rows in chunks of {[chunk.num_rows for chunk in plan.chunks]}, {plan.bytes / 2**20:.1f} MiB, "
             f"{plan.gemms:g} GEMMs{'; ' + plan.note if plan.note else ''}.",
             details(case),
         ]
