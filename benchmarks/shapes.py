@@ -70,8 +70,8 @@ def _both(
     )
 
 
-# Peers left out where a call takes seconds, by what they need at "gpt2 1k", where everyone is timed: two to thirty times
-# the floor; about as much as eager, and our K = 1 to compare with; 1.3 times. `report --all-peers` leaves nobody out.
+# Peers left out where a call takes seconds, by what they need at "gpt2 1k", where everyone is timed: two to thirty
+# times the floor; as much as eager, and our K = 1 to compare with; 1.3 times. `report --all-peers` leaves nobody out.
 FAR_BEHIND = ("F.linear_cross_entropy, chunked", "TRL fused head")
 AND_PAIRS = (*FAR_BEHIND, "Liger CPO")
 AND_BEHIND = (*AND_PAIRS, "eager", "F.linear_cross_entropy")

@@ -151,8 +151,8 @@ def page(report: Report) -> str:
             f"## {shape.name}",
             f"V={shape.vocab}, H={shape.hidden}, N={shape.num_tokens} (G={shape.groups}, C={shape.candidates}, "
             f"T={shape.tokens}, of which prompt {shape.prompt_tokens}), {shape.dtype_name}. {shape.reason}. "
-            f"Our plan: {plan.num_rows} rows in chunks of {[chunk.num_rows for chunk in plan.chunks]}, {plan.bytes / 2**20:.1f} MiB, "
-            f"{plan.gemms:g} GEMMs{'; ' + plan.note if plan.note else ''}.",
+            f"Our plan: {plan.num_rows} rows in chunks of {[chunk.num_rows for chunk in plan.chunks]}, "
+            f"{plan.bytes / 2**20:.1f} MiB, {plan.gemms:g} GEMMs{'; ' + plan.note if plan.note else ''}.",
             details(case),
         ]
     parts += ["## Log-likelihoods of 1024 tokens, bf16 inputs", logps_table(report)]
