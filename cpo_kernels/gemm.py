@@ -6,9 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .ops import accumulate_pair_
-from .reference import long_slices
-
 if TYPE_CHECKING:
     from .backends import Backend
 
@@ -28,8 +25,8 @@ def hidden_grad(backend: Backend, dlogits: Tensor, weight: Tensor) -> Tensor:
 class WeightGrad:
     """GEMM 3: the sum over blocks of ``dlogits.T @ hidden``, (V, H) in the weight's dtype.
 
-    Float32 sums in place. A half-precision sum over several blocks is held as two halves (``accumulate_pair_``), of
-    which ``value`` is the high one: float32-like accumulation for 2 more bytes an element instead of 4.
+    Float32 sums in place. A half-precision sum over several blocks is held as two halves (``gemm_pair_``), of which
+    ``value`` is the high one: float32-like accumulation for 2 more bytes an element instead of 4.
     """
 
     def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
@@ -45,17 +42,8 @@ class WeightGrad:
         if self.low is None:
             self.backend.gemm_(dlogits.t(), hidden, self.value, not self.empty)
         else:
-            self._add_to_pair(dlogits, hidden, self.low)
+            self.backend.gemm_pair_(dlogits.t(), hidden, self.value, self.low, not self.empty)
         self.empty = False
-
-    def _add_to_pair(self, dlogits: Tensor, hidden: Tensor, low: Tensor) -> None:
-        """A tile of the vocabulary at a time, so that each product is added while it is in the cache."""
-        for tile in long_slices(*self.value.shape):
-            term = self.backend.product(dlogits[:, tile].t(), hidden)
-            if self.empty:
-                self.value[tile].zero_()
-                low[tile].zero_()
-            accumulate_pair_(self.value[tile], low[tile], term)
 
     def result(self) -> Tensor:
         """The sum; zero when no block was added."""

@@ -85,14 +85,14 @@ def _(a, b, out, accumulate):
     return None
 
 
-@custom_op("cpo_kernels::accumulate_pair_", mutates_args=("high", "low"))
-def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
-    """Add ``term`` to the sum held as ``high + low``, two tensors of one half-precision dtype and the shape of term."""
-    reference.accumulate_pair_(high, low, term)
+@custom_op("cpo_kernels::gemm_pair_", mutates_args=("high", "low"))
+def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
+    """:func:`gemm_` into the sum ``high + low``, two tensors of one half-precision dtype; ``high`` is its rounding."""
+    reference.gemm_pair_(a, b, high, low, accumulate)
 
 
-@accumulate_pair_.register_fake
-def _(high, low, term):
+@gemm_pair_.register_fake
+def _(a, b, high, low, accumulate):
     return None
 
 

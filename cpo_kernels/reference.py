@@ -182,12 +182,6 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
             out += a[:, tile].to(wide) @ b[tile].to(wide)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in the wider of their dtypes."""
-    wide = torch.promote_types(a.dtype, b.dtype)
-    return a.to(wide) @ b.to(wide)
-
-
 def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
     """Add ``term`` to the sum held as ``high + low``: two tensors of a half-precision dtype, 16 more bits than one.
 
@@ -196,3 +190,13 @@ def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:
     total = term.float().add_(low).add_(high)
     high.copy_(total)
     low.copy_(total.sub_(high))
+
+
+def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
+    """``high + low = a @ b``, or ``+= a @ b``, a tile of rows at a time."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    if not accumulate:
+        high.zero_()
+        low.zero_()
+    for tile in long_slices(*high.shape):
+        accumulate_pair_(high[tile], low[tile], a[tile].to(wide) @ b.to(wide))

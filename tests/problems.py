@@ -200,6 +200,7 @@ class GemmCounter(TorchDispatchMode):
         "aten::addmm": (1, 2),
         "aten::addmm_": (1, 2),
         "cpo_kernels::gemm_": (0, 1),
+        "cpo_kernels::gemm_pair_": (0, 1),
     }
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from tolerance import assert_accurate
+from tolerance import assert_accurate, relative_error
 
 from cpo_kernels.backends import native
 
@@ -249,3 +249,50 @@ def test_half_precision_is_left_to_amx(monkeypatch, amx):
     assert native.gemm_supported(torch.float32, torch.float32)
     assert native.gemm_supported(torch.bfloat16, torch.float32) != amx
     assert native.gemm_supported(torch.float16, torch.float32) != amx
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 49, 5), (61, 97, 33), (40, 128, 1601)])
+def test_a_pair_keeps_sixteen_more_bits(isa, dtype, m, n, k):
+    """Eight products are summed: the pair is as exact as a float32 sum of them, its high half its rounding."""
+    terms = [(torch.randn(k, m).to(dtype).t(), torch.randn(k, n).to(dtype)) for _ in range(8)]
+    wide = torch.full((2, m, n + 3), torch.nan, dtype=torch.bfloat16)
+    high, low = wide[0, :, :n], wide[1, :, :n]
+    single = torch.empty(m, n)
+    for index, (a, b) in enumerate(terms):
+        native.gemm(a, b, high, low=low, accumulate=index > 0, isa=isa)
+        native.gemm(a, b, single, accumulate=index > 0, isa=isa)
+    exact = sum(a.double() @ b.double() for a, b in terms)
+    pair = high.double() + low.double()
+    limit = relative_error(single, exact) + len(terms) * 2.0**-16
+    assert relative_error(pair, exact) <= limit
+    assert (low.double().abs() <= high.double().abs() * 2.0**-8).all()  # half a unit in the last place, at most
+    assert relative_error(high, exact) <= relative_error(exact.bfloat16(), exact) + limit
+    assert wide[:, :, n:].isnan().all()
+
+
+def test_pairs_are_bitwise_the_same_for_any_number_of_threads(isa):
+    a, b = torch.randn(300, 210).bfloat16(), torch.randn(210, 97).bfloat16()
+    results = []
+    for threads in (1, 2, 3):
+        high, low = torch.ones(300, 97).bfloat16(), torch.full((300, 97), 2.0**-12).bfloat16()
+        native.gemm(a, b, high, low=low, accumulate=True, isa=isa, threads=threads)
+        results.append(torch.stack([high, low]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_nan_and_inf_stay_in_a_pair(isa):
+    high, low = torch.zeros(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
+    a = torch.tensor([[torch.nan], [torch.inf]])
+    native.gemm(a, torch.ones(1, 3), high, low=low, accumulate=True, isa=isa)
+    assert high[0].isnan().all() and (high[1] == torch.inf).all()
+
+
+def test_a_pair_must_be_two_like_tensors():
+    high = OUT.bfloat16()
+    with pytest.raises(ValueError, match=r"low has strides .* expected those of out"):
+        native.gemm(A, B, high, low=high.clone().t().contiguous().t())
+    with pytest.raises(ValueError, match="out and low share memory"):
+        native.gemm(A, B, high, low=high)
+    with pytest.raises(ValueError, match="out has dtype torch.float32; expected torch.bfloat16"):
+        native.gemm(A, B, OUT, low=high)

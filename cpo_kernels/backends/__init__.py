@@ -36,8 +36,7 @@ def reference_backward_(logits: Tensor, *args: Any) -> None:
 class Backend:
     """The kernels of one backend; signatures as in :mod:`cpo_kernels.ops`.
 
-    ``product(a, b)`` is ``a @ b`` in the widest dtype that costs no more than that of the inputs; ``empty`` allocates
-    a large workspace.
+    ``empty`` allocates a large workspace.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Backend:
     row_backward: Callable[..., Tensor]
     row_backward_: Callable[..., None]
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
-    product: Callable[[Tensor, Tensor], Tensor] = reference.product
+    gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     empty: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor] = plain_empty
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -77,6 +76,7 @@ BACKENDS = {
         row_backward=reference.row_backward,
         row_backward_=reference_backward_,
         gemm_=reference.gemm_,
+        gemm_pair_=reference.gemm_pair_,
     ),
     "cpu": Backend(
         name="cpu",
@@ -86,7 +86,7 @@ BACKENDS = {
         row_backward=ops.row_backward,
         row_backward_=ops.row_backward_,
         gemm_=ops.gemm_,
-        product=native.product,
+        gemm_pair_=ops.gemm_pair_,
         empty=native.empty,
     ),
 }

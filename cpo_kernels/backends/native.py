@@ -96,8 +96,8 @@ def register() -> None:
     ops.row_forward.register_kernel("cpu")(row_forward)
     ops.row_backward.register_kernel("cpu")(row_backward)
     ops.row_backward_.register_kernel("cpu")(row_backward_)
-    ops.accumulate_pair_.register_kernel("cpu")(accumulate_pair_)
     ops.gemm_.register_kernel("cpu")(fastest_gemm_)
+    ops.gemm_pair_.register_kernel("cpu")(fastest_gemm_pair_)
 
 
 def row_forward(
@@ -237,37 +237,6 @@ def _backward_into(
     )
 
 
-def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor, *, threads: int | None = None) -> None:
-    """The CPU kernel of ``cpo_kernels::accumulate_pair_``, for bfloat16 pairs; others take the reference.
-
-    Args:
-        high: bfloat16, contiguous; the sum so far, rounded.
-        low: like ``high``; what rounding left over.
-        term: float32 or bfloat16 of the same shape.
-        threads: by default ``torch.get_num_threads()``.
-
-    Raises:
-        ValueError: a tensor that does not fit this description.
-    """
-    if high.dtype != torch.bfloat16:
-        reference.accumulate_pair_(high, low, term)
-        return
-    _check("low", low, tuple(high.shape), (torch.bfloat16,))
-    _check("term", term, tuple(high.shape), (torch.float32, torch.bfloat16))
-    for name, tensor in (("high", high), ("low", low)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}; expected a contiguous tensor")
-    term = term.contiguous()
-    _extension().accumulate_pair(
-        high=high.data_ptr(),
-        low=low.data_ptr(),
-        term=term.data_ptr(),
-        term_is_bf16=term.dtype == torch.bfloat16,
-        n=high.numel(),
-        threads=torch.get_num_threads() if threads is None else threads,
-    )
-
-
 def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
 
@@ -281,7 +250,14 @@ def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
 
 
 def gemm(
-    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, isa: str | None = None, threads: int | None = None
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    low: Tensor | None = None,
+    accumulate: bool = False,
+    isa: str | None = None,
+    threads: int | None = None,
 ) -> None:
     """``out[:] = a @ b``, or ``out += a @ b``, with float32 accumulators whatever the dtypes.
 
@@ -294,7 +270,9 @@ def gemm(
         a: (M, K) float32, bfloat16 or float16, with any strides; ``x.T`` costs no more than ``x``.
         b: (K, N) likewise, not necessarily of the dtype of ``a``.
         out: (M, N) float32, bfloat16 or float16 with unit column stride, sharing no memory with ``a`` and ``b``.
-        accumulate: add to ``out``, which must be float32, instead of overwriting it.
+        low: like ``out``, both bfloat16 with the same strides, or None. What rounding to ``out`` leaves over: the sum
+            is ``out + low``, 16 bits more than ``out`` alone.
+        accumulate: add to ``out``, which must be float32, or to ``out + low``, instead of overwriting it.
         isa: instruction set, by default that of :func:`isa`.
         threads: by default ``torch.get_num_threads()``.
 
@@ -305,12 +283,20 @@ def gemm(
     _check("a", a, (None, None), dtypes)
     (m, k), n = a.shape, b.shape[-1] if b.dim() else 0
     _check("b", b, (k, None), dtypes)
-    _check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
+    if low is None:
+        _check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
+    else:
+        _check("out", out, (m, n), (torch.bfloat16,))
+        _check("low", low, (m, n), (torch.bfloat16,))
+        if low.stride() != out.stride():
+            raise ValueError(f"low has strides {low.stride()}; expected those of out, {out.stride()}")
     if (n > 1 and out.stride(1) != 1) or (m > 1 and out.stride(0) < n):
         raise ValueError(f"out has strides {out.stride()}; expected a column stride of 1 and rows that do not overlap")
     for name, operand in (("a", a), ("b", b)):
-        if _share_memory(operand, out):
+        if _share_memory(operand, out) or (low is not None and _share_memory(operand, low)):
             raise ValueError(f"{name} and out share memory; expected an out of its own")
+    if low is not None and _share_memory(out, low):
+        raise ValueError("out and low share memory; expected two tensors")
     size: dict[str, str | int] = {
         "isa": _isa_or_default(isa),
         "m": m,
@@ -332,6 +318,7 @@ def gemm(
         b_col_stride=b.stride(1),
         out=out.data_ptr(),
         out_stride=out.stride(0),
+        low=0 if low is None else low.data_ptr(),
         accumulate=accumulate,
         workspace=workspace.data_ptr(),
     )
@@ -345,13 +332,12 @@ def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         reference.gemm_(a, b, out, accumulate)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b``, in float32 from half precision where :func:`gemm` gives that for free."""
-    if not gemm_supported(a.dtype, torch.float32):
-        return reference.product(a, b)
-    out = torch.empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-    gemm(a, b, out)
-    return out
+def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
+    """The CPU kernel of ``cpo_kernels::gemm_pair_``: :func:`gemm` for bfloat16 pairs where it is the faster product."""
+    if high.dtype == torch.bfloat16 and gemm_supported(a.dtype, high.dtype) and gemm_supported(b.dtype, high.dtype):
+        gemm(a, b, high, low=low, accumulate=accumulate)
+    else:
+        reference.gemm_pair_(a, b, high, low, accumulate)
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

@@ -24,15 +24,16 @@ const GemmKernel& kernel_for(const std::string& isa, const GemmArgs& args) {
 }
 
 Size workspace_bytes(const std::string& isa, Size m, Size n, Size k, int a_dtype, int b_dtype, int out_dtype, int threads) {
-  const GemmArgs args{m, n, k, operand(0, a_dtype, k, 1), operand(0, b_dtype, n, 1), nullptr, static_cast<DType>(out_dtype), n, false, threads};
+  const GemmArgs args{m, n, k, operand(0, a_dtype, k, 1), operand(0, b_dtype, n, 1), nullptr, static_cast<DType>(out_dtype), n, nullptr, false, threads};
   return kernel_for(isa, args).workspace_bytes(args);
 }
 
 void gemm(const std::string& isa, Size m, Size n, Size k, Address a, int a_dtype, Size a_row_stride, Size a_col_stride, Address b,
-          int b_dtype, Size b_row_stride, Size b_col_stride, Address out, int out_dtype, Size out_stride, bool accumulate, int threads,
-          Address workspace) {
+          int b_dtype, Size b_row_stride, Size b_col_stride, Address out, int out_dtype, Size out_stride, Address low, bool accumulate,
+          int threads, Address workspace) {
   const GemmArgs args{m, n, k, operand(a, a_dtype, a_row_stride, a_col_stride), operand(b, b_dtype, b_row_stride, b_col_stride),
-                      reinterpret_cast<void*>(out), static_cast<DType>(out_dtype), out_stride, accumulate, threads};
+                      reinterpret_cast<void*>(out), static_cast<DType>(out_dtype), out_stride,
+                      reinterpret_cast<std::uint16_t*>(low), accumulate, threads};
   const GemmKernel& kernel = kernel_for(isa, args);
   py::gil_scoped_release release;
   kernel.run(args, reinterpret_cast<void*>(workspace));
@@ -46,7 +47,7 @@ void bind_gemm(py::module_& m) {
   m.def("gemm_workspace_bytes", &workspace_bytes, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "a_dtype"_a, "b_dtype"_a, "out_dtype"_a,
         "threads"_a);
   m.def("gemm", &gemm, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "a"_a, "a_dtype"_a, "a_row_stride"_a, "a_col_stride"_a, "b"_a,
-        "b_dtype"_a, "b_row_stride"_a, "b_col_stride"_a, "out"_a, "out_dtype"_a, "out_stride"_a, "accumulate"_a, "threads"_a, "workspace"_a);
+        "b_dtype"_a, "b_row_stride"_a, "b_col_stride"_a, "out"_a, "out_dtype"_a, "out_stride"_a, "low"_a, "accumulate"_a, "threads"_a, "workspace"_a);
 }
 
 }  // namespace cpo

@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/accumulate_pair.h"
 #include "cpu/bind_gemm.h"
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
@@ -53,11 +52,6 @@ void row_backward(const std::string& isa, int dtype, Address logits, Size rows, 
   cpo::row_backward(chosen, type, args, at<float>(coef_sum), threads);
 }
 
-void accumulate_pair(Address high, Address low, Address term, bool term_is_bf16, Size n, int threads) {
-  py::gil_scoped_release release;
-  cpo::accumulate_pair(at<std::uint16_t>(high), at<std::uint16_t>(low), at<void>(term), term_is_bf16, n, threads);
-}
-
 std::string compiler() {
 #if defined(__clang__)
   return "Clang " __clang_version__;
@@ -80,7 +74,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("supported_isas", &cpo::supported_isas, "Those of them that this machine runs, slowest first.");
   m.def("advise_huge_pages", &cpo::advise_huge_pages, "address"_a, "bytes"_a);
   cpo::bind_gemm(m);
-  m.def("accumulate_pair", &accumulate_pair, py::kw_only(), "high"_a, "low"_a, "term"_a, "term_is_bf16"_a, "n"_a, "threads"_a);
   m.def("row_forward", &row_forward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
         "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a, "threads"_a);
   m.def("row_backward", &row_backward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,

@@ -22,7 +22,8 @@ struct GemmArgs {
   void* out;                // (m, n), unit column stride, sharing no memory with a or b
   DType out_dtype;
   std::int64_t out_stride;  // elements between rows
-  bool accumulate;          // add to `out`, which is fp32 then
+  std::uint16_t* low;       // (m, n) like a bf16 `out`, or null: the sum is out + low, two bf16 numbers with `out` its rounding
+  bool accumulate;          // add to `out`, which is fp32 then, or to out + low
   int threads;
 };
 

@@ -87,6 +87,19 @@ inline __m128i narrow(__m256 x, cpo::DType dtype) {
   return dtype == cpo::DType::kBF16 ? narrow_to_bf16(x) : _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 }
 
+inline void store_pair(std::uint16_t* high, std::uint16_t* low, Size values, __m256 x, bool add) {
+  alignas(16) std::uint16_t top[kLanes] = {}, rest[kLanes] = {};
+  if (add) {
+    std::memcpy(top, high, values * sizeof *high);
+    std::memcpy(rest, low, values * sizeof *low);
+    x = _mm256_add_ps(_mm256_add_ps(x, Bf16Source::eight(rest)), Bf16Source::eight(top));
+  }
+  _mm_store_si128(reinterpret_cast<__m128i*>(top), narrow_to_bf16(x));
+  _mm_store_si128(reinterpret_cast<__m128i*>(rest), narrow_to_bf16(_mm256_sub_ps(x, Bf16Source::eight(top))));
+  std::memcpy(high, top, values * sizeof *high);
+  std::memcpy(low, rest, values * sizeof *low);
+}
+
 // Eight columns of a row, of which `count` are inside C: partial vectors go through a buffer.
 inline void store_eight(const Tile& t, Size row, Size col, Size count, __m256 x) {
   const Size values = count < kLanes ? count : kLanes, bytes = bytes_of(t.out_dtype);
@@ -96,6 +109,10 @@ inline void store_eight(const Tile& t, Size row, Size col, Size count, __m256 x)
   if (t.read) {
     if (values < kLanes) std::memcpy(buffer, in, values * sizeof(float));
     x = _mm256_add_ps(values < kLanes ? _mm256_load_ps(buffer) : _mm256_loadu_ps(in), x);
+  }
+  if (t.low) {
+    store_pair(reinterpret_cast<std::uint16_t*>(out), t.low + row * t.out_stride + col, values, x, t.add_pair);
+    return;
   }
   if (t.out_dtype == cpo::DType::kF32)
     _mm256_store_ps(buffer, x);

@@ -161,7 +161,8 @@ class Worker {
     Tile t;
     t.units = units.size();
     t.next = &next_;
-    t.read = !first || args_.accumulate;
+    t.read = !first || (args_.accumulate && args_.low == nullptr);
+    t.add_pair = args_.accumulate;
     t.out_dtype = to_stage ? cpo::DType::kF32 : args_.out_dtype;
     t.in_stride = blocking_.staged ? blocking_.span : args_.out_stride;
     t.out_stride = to_stage ? blocking_.span : args_.out_stride;
@@ -175,6 +176,7 @@ class Worker {
         float* const stage = c_ + (i - rows.begin) * blocking_.span + (j - origin);
         t.in = blocking_.staged ? stage : reinterpret_cast<const float*>(out);
         t.out = to_stage ? reinterpret_cast<void*>(stage) : out;
+        t.low = to_stage || args_.low == nullptr ? nullptr : args_.low + i * args_.out_stride + j;
         Kernel::multiply(t);
       }
     }

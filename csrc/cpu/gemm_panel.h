@@ -45,6 +45,8 @@ struct Tile {
   void* out;
   cpo::DType out_dtype;
   Size out_stride;
+  std::uint16_t* low;  // what rounding to a bf16 `out` leaves over; null where nothing keeps it
+  bool add_pair;       // add out + low to the product
   Prefetch* next;
 };
 

@@ -25,6 +25,18 @@ inline __m256i narrow(__m512 x, cpo::DType dtype) {
   return dtype == cpo::DType::kBF16 ? narrow_to_bf16(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+inline __m512 widen_from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+inline void store_pair(std::uint16_t* high, std::uint16_t* low, __mmask16 mask, __m512 x, bool add) {
+  if (add) {
+    x = _mm512_add_ps(x, widen_from_bf16(_mm256_maskz_loadu_epi16(mask, low)));
+    x = _mm512_add_ps(x, widen_from_bf16(_mm256_maskz_loadu_epi16(mask, high)));
+  }
+  const __m256i top = narrow_to_bf16(x);
+  _mm256_mask_storeu_epi16(high, mask, top);
+  _mm256_mask_storeu_epi16(low, mask, narrow_to_bf16(_mm512_sub_ps(x, widen_from_bf16(top))));
+}
+
 template <int R, int V>
 inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
   const __mmask16 last = first_lanes(t.cols - kVector * (V - 1));
@@ -39,6 +51,8 @@ inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
       const Size at = i * t.out_stride + col;
       if (t.out_dtype == cpo::DType::kF32)
         _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, x);
+      else if (t.low)
+        store_pair(static_cast<std::uint16_t*>(t.out) + at, t.low + at, mask, x, t.add_pair);
       else
         _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(t.out) + at, mask, narrow(x, t.out_dtype));
     }
