@@ -62,16 +62,20 @@ class LinearCall:
         """The tokens that count; raises ``ValueError`` for targets or rows out of range."""
         return find_tokens(self.targets, hidden.shape[0], weight.shape[0], self.rows, self.cu_tokens, self.cu_groups)
 
-    def plan(self, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs) -> Plan:
+    def plan(self, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs, *, whole_groups: bool = True) -> Plan:
         """The chunks of this call."""
+        dtype = self.head.logits_dtype or hidden.dtype
+        backend = backends.select(self.head.backend, hidden.device, dtype)
         return make_plan(
             tokens,
             vocab=weight.shape[0],
             hidden_size=weight.shape[1],
-            logits_dtype=self.head.logits_dtype or hidden.dtype,
+            logits_dtype=dtype,
             weight_dtype=weight.dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
+            workspace_bytes=backend.gemm_workspace(tokens.num_rows, weight.shape[0], weight.shape[1], weight.dtype),
+            whole_groups=whole_groups,
         )
 
 
@@ -200,7 +204,7 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
         block_stats, logps[block.order] = linear.forward(block, logits)
         if unscaled is not None:
             linear.backward_(block, logits, block_stats, torch.ones_like(logps[block.order]))
-            unscaled[block.rows] = gemm.hidden_grad(linear.backend, logits, linear.weight).to(hidden.dtype)
+            gemm.hidden_grad(linear.backend, logits, linear.weight, unscaled, block.rows, once=True)
         if keep:
             stats.append(block_stats)
     everywhere = logps.new_zeros(call.targets.shape).index_copy_(0, tokens.positions, logps)
@@ -211,7 +215,7 @@ def token_blocks(
     call: LinearCall, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs
 ) -> tuple[list[Block], Plan]:
     """Blocks of rows within the budget, whatever the groups, and the plan that they come from."""
-    plan = call.plan(tokens.as_one_group(), hidden, weight, needs)
+    plan = call.plan(tokens.as_one_group(), hidden, weight, needs, whole_groups=False)
     return split_blocks(tokens, 0, tokens.targets.numel(), plan.chunks[0].rows_per_block), plan
 
 
@@ -228,7 +232,7 @@ def token_logps_grads(
     linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
     blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
     coef = grad_logps[tokens.positions].to(engine.accumulate_dtype(linear.logits_dtype))
-    grads = engine.Gradients(linear, needs, len(blocks))
+    grads = engine.Gradients(linear, needs, num_blocks=len(blocks), rows_once=True)
     rows = plan.logits_bytes // (weight.shape[0] * linear.logits_dtype.itemsize)
     buffer = linear.workspace(rows) if kept is None else kept[0]
     for index, block in enumerate(blocks):

@@ -52,10 +52,14 @@ class LinearHead:
 
 
 class Gradients:
-    """Gradients of (hidden, weight, bias), summed over blocks; None where not needed."""
+    """Gradients of (hidden, weight, bias), summed over blocks; None where not needed.
 
-    def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], num_blocks: int) -> None:
+    ``rows_once``: no row is in two blocks. A row that predicts several tokens may serve several chunks.
+    """
+
+    def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], *, num_blocks: int, rows_once: bool) -> None:
         self.linear = linear
+        self.rows_once = rows_once
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.weight = gemm.WeightGrad(linear.backend, linear.weight, num_blocks) if needs[1] else None
         self.bias = None
@@ -65,8 +69,8 @@ class Gradients:
     def add(self, block: Block, dlogits: Tensor) -> None:
         """GEMMs 2 and 3 of one block."""
         if self.hidden is not None:
-            # A row may serve several chunks, so its gradient is a sum.
-            self.hidden[block.rows] += gemm.hidden_grad(self.linear.backend, dlogits, self.linear.weight)
+            linear = self.linear
+            gemm.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, block.rows, once=self.rows_once)
         if self.weight is not None:
             self.weight.add(dlogits, self.linear.hidden[block.rows])
         if self.bias is not None:
@@ -83,7 +87,8 @@ def run(
 ) -> tuple[Tensor, Gradients]:
     """One pass over all chunks: log-likelihood sums (S,) and the gradients that ``needs`` asks for."""
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
-    grads = Gradients(linear, needs, num_blocks=sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks))
+    num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
+    grads = Gradients(linear, needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
     buffer = linear.workspace(max(min(c.num_rows, c.rows_per_block) for c in plan.chunks))
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]

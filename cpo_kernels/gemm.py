@@ -15,11 +15,19 @@ def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> Non
     backend.gemm_(hidden, weight.t(), out, False)
 
 
-def hidden_grad(backend: Backend, dlogits: Tensor, weight: Tensor) -> Tensor:
-    """GEMM 2: ``dlogits @ weight``; (r, V), (V, H) -> (r, H) in the dtype of ``dlogits``."""
-    grad = dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
-    backend.gemm_(dlogits, weight, grad, False)
-    return grad
+def hidden_grad(
+    backend: Backend, dlogits: Tensor, weight: Tensor, grad: Tensor, rows: Tensor | slice, *, once: bool
+) -> None:
+    """GEMM 2: ``grad[rows] += dlogits @ weight``; (r, V), (V, H) -> r rows of (R, H).
+
+    ``once`` says that no other block has these rows, which are still 0: a slice of them is then written in place.
+    """
+    if once and isinstance(rows, slice) and grad.dtype == dlogits.dtype:
+        backend.gemm_(dlogits, weight, grad[rows], False)
+        return
+    term = dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
+    backend.gemm_(dlogits, weight, term, False)
+    grad[rows] += term
 
 
 class WeightGrad:

@@ -40,6 +40,7 @@ class Plan:
         logits_bytes: size of the one logits buffer.
         accumulator_bytes: size of the low halves of grad_weight, kept when a half-precision gradient is summed over
             several chunks.
+        workspace_bytes: what the backend's products take besides their operands.
         budget_bytes: the budget that was asked for, or the default.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
             gradients, up to one more for the share of rows whose logits are recomputed.
@@ -51,6 +52,7 @@ class Plan:
     num_tokens: int
     logits_bytes: int
     accumulator_bytes: int
+    workspace_bytes: int
     budget_bytes: int
     gemms: float
     note: str = ""
@@ -58,7 +60,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes held at the peak beyond inputs and gradients, index tensors of the tokens aside."""
-        return self.logits_bytes + self.accumulator_bytes
+        return self.logits_bytes + self.accumulator_bytes + self.workspace_bytes
 
 
 def make_plan(
@@ -70,8 +72,13 @@ def make_plan(
     weight_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     max_logits_bytes: int | None,
+    workspace_bytes: int = 0,
+    whole_groups: bool = True,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
+
+    The low halves of grad_weight and the workspace of the products count towards an explicit budget, where it holds
+    them besides the largest group without losing more than half of itself; where not, they come on top.
 
     Args:
         tokens: the tokens that count.
@@ -81,51 +88,65 @@ def make_plan(
         weight_dtype: dtype of the head's weight and of its gradient.
         needs: whether hidden, weight and bias need gradients.
         max_logits_bytes: the budget; None for the default.
+        workspace_bytes: what the backend's products take besides their operands.
+        whole_groups: whether the rows of a group must be held together to be computed only once.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
     """
     row_bytes = vocab * logits_dtype.itemsize
     total, needs_grad = tokens.num_rows, any(needs)
-    budget = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes)
-    if budget < row_bytes:
-        raise ValueError(f"max_logits_bytes={budget} does not hold one row of logits: V={vocab} takes {row_bytes}")
-    largest = max(tokens.rows_per_group, default=0)
+    asked = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes)
+    if asked < row_bytes:
+        raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
+    largest = max(tokens.rows_per_group, default=0) if whole_groups else 1
+
+    def left_for_logits(overhead: int) -> int:
+        fits = asked - overhead >= max(largest * row_bytes, asked // 2)
+        return asked - overhead if fits and max_logits_bytes is not None else asked
+
     accumulator = vocab * hidden_size * weight_dtype.itemsize if needs[1] and weight_dtype.itemsize < 4 else 0
-    notes = []
-    if total * row_bytes <= budget:
+    if total * row_bytes <= left_for_logits(workspace_bytes):
         accumulator = 0
-    elif accumulator and max_logits_bytes is not None:
-        # The budget holds both where it can; a budget too small for that is spent on logits.
-        if budget - accumulator >= max(largest * row_bytes, budget // 4):
-            budget -= accumulator
-        else:
-            notes.append(f"the low halves of grad_weight ({accumulator} bytes) come on top of the budget")
+    budget = left_for_logits(workspace_bytes + accumulator)
+    notes = []
     rows_per_chunk = budget // row_bytes
     chunks = tuple(
-        Chunk(groups, rows, max(1, min(rows, rows_per_chunk)), recomputed=needs_grad and rows > rows_per_chunk)
+        Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=needs_grad and rows > rows_per_chunk)
         for groups, rows in fill_chunks(tokens.rows_per_group, rows_per_chunk)
     )
     recomputed = sum(chunk.num_rows for chunk in chunks if chunk.recomputed)
     if recomputed:
         notes.append(f"a group of {largest} rows does not fit the budget of {rows_per_chunk}: logits are recomputed")
     held = max(min(chunk.num_rows, chunk.rows_per_block) for chunk in chunks)
+    on_top = held * row_bytes + accumulator + workspace_bytes - asked
+    if on_top > 0:
+        notes.append(
+            f"{on_top} bytes come on top of the budget, with {accumulator} for the low halves of grad_weight and "
+            f"{workspace_bytes} for the workspace of the products"
+        )
     return Plan(
         chunks=chunks,
         num_rows=total,
         num_tokens=tokens.targets.numel(),
         logits_bytes=held * row_bytes,
         accumulator_bytes=accumulator,
-        budget_bytes=max_logits_bytes or DEFAULT_LOGITS_BYTES,
+        workspace_bytes=workspace_bytes,
+        budget_bytes=asked,
         gemms=1 + needs[0] + needs[1] + (recomputed / total if recomputed else 0.0),
         note="; ".join(notes),
     )
 
 
+def even_share(total: int, limit: int) -> int:
+    """The size, at least 1, of the fewest parts of at most ``limit`` that ``total`` splits into evenly."""
+    parts = max(1, -(-total // limit))
+    return max(1, -(-total // parts))
+
+
 def fill_chunks(rows_per_group: list[int], rows_per_chunk: int) -> list[tuple[range, int]]:
     """Consecutive groups with their rows, filled evenly: a last chunk of few rows would waste its pass over V x H."""
-    num_chunks = max(1, -(-sum(rows_per_group) // rows_per_chunk))
-    fair_share = -(-sum(rows_per_group) // num_chunks)
+    fair_share = even_share(sum(rows_per_group), rows_per_chunk)
     chunks: list[tuple[range, int]] = []
     start, rows = 0, 0
     for group, more in enumerate(rows_per_group):

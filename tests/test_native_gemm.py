@@ -294,5 +294,5 @@ def test_a_pair_must_be_two_like_tensors():
         native.gemm(A, B, high, low=high.clone().t().contiguous().t())
     with pytest.raises(ValueError, match="out and low share memory"):
         native.gemm(A, B, high, low=high)
-    with pytest.raises(ValueError, match="out has dtype torch.float32; expected torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"out has dtype torch\.float32; expected torch\.bfloat16"):
         native.gemm(A, B, OUT, low=high)

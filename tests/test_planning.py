@@ -36,7 +36,8 @@ def test_default_budget_and_nothing_to_say():
     present = int((problem.targets != -100).sum())
     assert result.budget_bytes == DEFAULT_LOGITS_BYTES
     assert (result.num_rows, result.num_tokens) == (present, present)
-    assert result.bytes == result.logits_bytes == budget_of(problem, present)
+    assert result.logits_bytes == budget_of(problem, present)
+    assert result.bytes == result.logits_bytes + result.workspace_bytes
     assert result.note == ""
     assert result.gemms == 3
 
@@ -50,8 +51,8 @@ def test_bytes_never_pass_the_budget(rows, dtype):
     result = plan(**problem.arguments(), max_logits_bytes=budget)
     assert result.logits_bytes <= budget == result.budget_bytes
     if result.bytes > budget:
-        assert f"{result.accumulator_bytes} bytes" in result.note
-        assert result.accumulator_bytes == problem.weight.numel() * 2
+        assert f"{result.bytes - budget} bytes come on top of the budget" in result.note
+        assert f"{result.accumulator_bytes} for the low halves" in result.note
     assert dtype == torch.bfloat16 or result.accumulator_bytes == 0
     for chunk in result.chunks:
         assert chunk.rows_per_block * problem.weight.shape[0] * dtype.itemsize <= budget
@@ -62,13 +63,25 @@ def test_low_halves_come_out_of_the_budget_where_they_fit():
     problem = random_problem(G=16, H=2, V=31).to(torch.bfloat16)
     accumulator = 31 * 2 * 2
     budget = budget_of(problem, 40) + accumulator
-    result = plan(**problem.arguments(), max_logits_bytes=budget)
+    result = plan(**problem.arguments(), max_logits_bytes=budget, backend="torch")
     assert result.accumulator_bytes == accumulator
     assert result.bytes <= budget
     assert result.note == ""
     frozen = random_problem(G=16, H=2, V=31).to(torch.bfloat16)
     frozen.weight.requires_grad_(False)
     assert plan(**frozen.arguments(), max_logits_bytes=budget).accumulator_bytes == 0
+
+
+def test_the_workspace_of_the_products_comes_out_of_the_budget_where_it_fits():
+    problem = random_problem(G=16, H=2, V=31).to(torch.float32)
+    workspace = plan(**problem.arguments()).workspace_bytes
+    budget = 2 * workspace + budget_of(problem, 40)
+    result = plan(**problem.arguments(), max_logits_bytes=budget)
+    assert result.bytes <= budget
+    assert result.note == ""
+    tight = plan(**problem.arguments(), max_logits_bytes=budget_of(problem, 40))
+    assert tight.logits_bytes <= tight.budget_bytes
+    assert ("on top of the budget" in tight.note) == (workspace > 0)
 
 
 def test_recomputation_is_announced_and_counted_by_rows():
@@ -85,7 +98,7 @@ def test_recomputation_is_announced_and_counted_by_rows():
     with torch.no_grad():
         without = plan(**problem.arguments(), max_logits_bytes=budget_of(problem, largest - 1))
     assert without.gemms == 1
-    assert without.note == ""
+    assert "recomputed" not in without.note
     assert not any(chunk.recomputed for chunk in without.chunks)
 
 

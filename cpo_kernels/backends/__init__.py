@@ -27,6 +27,11 @@ def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Torch's products do not tell."""
+    return 0
+
+
 def reference_backward_(logits: Tensor, *args: Any) -> None:
     """:func:`cpo_kernels.reference.row_backward`, written over the logits."""
     logits.copy_(reference.row_backward(logits, *args))
@@ -36,7 +41,7 @@ def reference_backward_(logits: Tensor, *args: Any) -> None:
 class Backend:
     """The kernels of one backend; signatures as in :mod:`cpo_kernels.ops`.
 
-    ``empty`` allocates a large workspace.
+    ``empty`` allocates a large tensor; ``gemm_workspace(R, V, H, dtype)`` bounds the bytes that the products take.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Backend:
     row_backward_: Callable[..., None]
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
+    gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
     empty: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor] = plain_empty
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -87,6 +93,7 @@ BACKENDS = {
         row_backward_=ops.row_backward_,
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
+        gemm_workspace=native.gemm_workspace,
         empty=native.empty,
     ),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -307,7 +308,7 @@ def gemm(
         "out_dtype": DTYPE_CODES[out.dtype],
         "threads": torch.get_num_threads() if threads is None else threads,
     }
-    workspace = torch.empty(_extension().gemm_workspace_bytes(**size), dtype=torch.uint8)
+    workspace = _workspace(_extension().gemm_workspace_bytes(**size))
     _extension().gemm(
         **size,
         a=a.data_ptr(),
@@ -321,6 +322,30 @@ def gemm(
         low=0 if low is None else low.data_ptr(),
         accumulate=accumulate,
         workspace=workspace.data_ptr(),
+    )
+
+
+_kept = threading.local()
+
+
+def _workspace(size: int) -> Tensor:
+    """At least ``size`` bytes, kept for the next product of this thread: fresh pages would cost each call a fault."""
+    if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < size:
+        _kept.workspace = None
+        _kept.workspace = torch.empty(size, dtype=torch.uint8)
+    workspace: Tensor = _kept.workspace
+    return workspace
+
+
+def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept afterwards."""
+    if not gemm_supported(dtype, dtype):
+        return 0
+    code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
+    dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
+    products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
+    return max(
+        _extension().gemm_workspace_bytes(isa=isa(), m=m, n=n, k=k, threads=threads, **dtypes) for m, n, k in products
     )
 
 
