@@ -142,7 +142,10 @@ class NinjaBuild(build_ext):
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(work / target.name, target)
+            # Renamed into place: a process that has the old module loaded keeps it whole.
+            fresh = target.with_name(target.name + ".new")
+            shutil.copy2(work / target.name, fresh)
+            os.replace(fresh, target)
 
     def write_rules(self, ninja: NinjaFile) -> None:
         cxx = compiler()

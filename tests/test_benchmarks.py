@@ -201,7 +201,7 @@ def test_peak_memory_is_measured_in_another_process():
     shape = QUICK["quick fp32"]
     peak = memory.measure(contestants.OURS, shape, 2 * shape.num_tokens)
     assert (peak.contestant, peak.num_tokens) == (contestants.OURS, 512)
-    assert peak.planned == 512 * shape.vocab * 4
+    assert 512 * shape.vocab * 4 <= peak.planned <= 512 * shape.vocab * 4 + 16 * 2**20  # logits, workspace
     with pytest.raises(ValueError, match="must be a multiple"):
         memory.measure(contestants.OURS, shape, shape.num_tokens + 1)
 
