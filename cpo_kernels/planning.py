@@ -41,7 +41,8 @@ class Plan:
         accumulator_bytes: size of the low halves of grad_weight, kept when a half-precision gradient is summed over
             several chunks.
         workspace_bytes: what the backend's products take besides their operands.
-        budget_bytes: the budget that was asked for, or the default.
+        budget_bytes: the budget that was asked for. The default is 256 MiB (or a row, if that is more) for logits,
+            and what the low halves and the workspace take.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
             gradients, up to one more for the share of rows whose logits are recomputed.
         note: why logits are recomputed or the budget is passed, or "".
@@ -96,16 +97,17 @@ def make_plan(
     """
     row_bytes = vocab * logits_dtype.itemsize
     total, needs_grad = tokens.num_rows, any(needs)
-    asked = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes)
+    accumulator = vocab * hidden_size * weight_dtype.itemsize if needs[1] and weight_dtype.itemsize < 4 else 0
+    asked = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes) + accumulator + workspace_bytes
     if asked < row_bytes:
         raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
     largest = max(tokens.rows_per_group, default=0) if whole_groups else 1
 
     def left_for_logits(overhead: int) -> int:
         fits = asked - overhead >= max(largest * row_bytes, asked // 2)
-        return asked - overhead if fits and max_logits_bytes is not None else asked
+        return asked - overhead if fits or max_logits_bytes is None else asked
 
-    accumulator = vocab * hidden_size * weight_dtype.itemsize if needs[1] and weight_dtype.itemsize < 4 else 0
+    # One chunk needs no low halves, so it may be larger by what they would take.
     if total * row_bytes <= left_for_logits(workspace_bytes):
         accumulator = 0
     budget = left_for_logits(workspace_bytes + accumulator)

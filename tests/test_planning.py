@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from problems import budget_of, packed_problem, random_problem
 
 from cpo_kernels import linear_cpo_loss, plan
-from cpo_kernels.planning import DEFAULT_LOGITS_BYTES, fill_chunks
+from cpo_kernels.layout import find_tokens
+from cpo_kernels.planning import DEFAULT_LOGITS_BYTES, Plan, fill_chunks, make_plan
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(1, 40))
@@ -34,7 +35,7 @@ def test_default_budget_and_nothing_to_say():
     problem = random_problem().to(torch.float32)
     result = plan(**problem.arguments())
     present = int((problem.targets != -100).sum())
-    assert result.budget_bytes == DEFAULT_LOGITS_BYTES
+    assert result.budget_bytes == DEFAULT_LOGITS_BYTES + result.workspace_bytes
     assert (result.num_rows, result.num_tokens) == (present, present)
     assert result.logits_bytes == budget_of(problem, present)
     assert result.bytes == result.logits_bytes + result.workspace_bytes
@@ -82,6 +83,34 @@ def test_the_workspace_of_the_products_comes_out_of_the_budget_where_it_fits():
     tight = plan(**problem.arguments(), max_logits_bytes=budget_of(problem, 40))
     assert tight.logits_bytes <= tight.budget_bytes
     assert ("on top of the budget" in tight.note) == (workspace > 0)
+
+
+def plan_of_rows(rows: int, max_logits_bytes: int | None) -> Plan:
+    """A half-precision head of V = 1,048,576 and H = 64: 2 MiB a row, 128 MiB of low halves; groups of 4 rows."""
+    vocab = 2**20
+    targets = torch.zeros(rows, dtype=torch.int64)
+    tokens = find_tokens(targets, rows, vocab, None, list(range(rows + 1)), list(range(0, rows + 1, 4)))
+    return make_plan(
+        tokens,
+        vocab=vocab,
+        hidden_size=64,
+        logits_dtype=torch.bfloat16,
+        weight_dtype=torch.bfloat16,
+        needs=(True, True, False),
+        max_logits_bytes=max_logits_bytes,
+        workspace_bytes=2**20,
+    )
+
+
+@pytest.mark.parametrize("rows", [4, 128, 192, 196, 1024])
+@pytest.mark.parametrize("budget", [None, 400 * 2**20])
+def test_one_chunk_may_use_what_low_halves_would_take(rows, budget):
+    result = plan_of_rows(rows, budget)
+    one = rows * 2 * 2**20 + 2**20 <= result.budget_bytes
+    assert (len(result.chunks) == 1) == one
+    assert (result.accumulator_bytes == 0) == one
+    assert result.bytes <= result.budget_bytes
+    assert result.note == ""
 
 
 def test_recomputation_is_announced_and_counted_by_rows():
