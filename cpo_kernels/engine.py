@@ -32,7 +32,7 @@ class LinearHead:
 
     def workspace(self, rows: int) -> Tensor:
         """The logits buffer, (rows, V)."""
-        return self.backend.empty((rows, self.weight.shape[0]), self.logits_dtype, self.hidden.device)
+        return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=self.logits_dtype)
 
     def compute_logits(self, block: Block, out: Tensor) -> Tensor:
         """GEMM 1 into the first rows of ``out``; returns them, (r, V)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,10 +40,9 @@ class WeightGrad:
 
     def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
         self.backend = backend
-        shape = (weight.shape[0], weight.shape[1])
-        self.value = backend.empty(shape, weight.dtype, weight.device)
+        self.value = torch.empty_like(weight, memory_format=torch.contiguous_format)
         half = weight.dtype.itemsize < 4 and num_blocks > 1
-        self.low = backend.empty(shape, weight.dtype, weight.device) if half else None
+        self.low = torch.empty_like(self.value) if half else None
         self.empty = True
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:

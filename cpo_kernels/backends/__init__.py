@@ -22,11 +22,6 @@ from . import native
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def plain_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A workspace from torch's allocator."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
     """Torch's products do not tell."""
     return 0
@@ -41,7 +36,7 @@ def reference_backward_(logits: Tensor, *args: Any) -> None:
 class Backend:
     """The kernels of one backend; signatures as in :mod:`cpo_kernels.ops`.
 
-    ``empty`` allocates a large tensor; ``gemm_workspace(R, V, H, dtype)`` bounds the bytes that the products take.
+    ``gemm_workspace(R, V, H, dtype)`` bounds the bytes that the products take.
     """
 
     name: str
@@ -53,7 +48,6 @@ class Backend:
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
-    empty: Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor] = plain_empty
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
@@ -94,7 +88,6 @@ BACKENDS = {
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=native.gemm_workspace,
-        empty=native.empty,
     ),
 }
 

@@ -378,13 +378,6 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
     return x_begin < y_end and y_begin < x_end
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor for a large workspace, in huge pages where the system has them."""
-    workspace = torch.empty(shape, dtype=dtype, device=device)
-    _extension().advise_huge_pages(workspace.data_ptr(), workspace.nbytes)
-    return workspace
-
-
 class _RowBatch:
     """The checked arguments that forward and backward share, and the tensors whose addresses are among them."""
 

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "cpu/bind_gemm.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "cpu/row_dispatch.h"
 
@@ -72,7 +71,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
 #endif
   m.def("compiled_isas", &cpo::compiled_isas, "Instruction sets compiled in, slowest first.");
   m.def("supported_isas", &cpo::supported_isas, "Those of them that this machine runs, slowest first.");
-  m.def("advise_huge_pages", &cpo::advise_huge_pages, "address"_a, "bytes"_a);
   cpo::bind_gemm(m);
   m.def("row_forward", &row_forward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
         "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a, "threads"_a);
