@@ -1,9 +1,16 @@
-"""Seeds, threads, and allocations that hold garbage: an output that nobody wrote cannot pass a test."""
+"""Device, seeds, threads, and allocations that hold garbage: an output that nobody wrote cannot pass a test."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+from devices import DEVICE
+
+# Triton reads it when its modules are imported, which importing the package under test does.
+if DEVICE.type == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -22,6 +29,25 @@ def poisoned(allocate):
         return poison_(allocate(*args, **kwargs))
 
     return allocate_poisoned
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of CUDA itself are skipped where the tests run on another device."""
+    missing = pytest.mark.skip(reason=f"needs an NVIDIA GPU; the tests run on {DEVICE}")
+    for item in items:
+        if item.get_closest_marker("cuda") and DEVICE.type != "cuda":
+            item.add_marker(missing)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest):
+    """Factories without a device create on the device under test, except in tests of what runs on the CPU alone."""
+    if DEVICE.type == "cpu" or request.node.get_closest_marker("cpu"):
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import PROBLEMS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
+from problems import BACKENDS, PROBLEMS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
 from tolerance import relative_error
 
 from cpo_kernels import (
     CPOLoss,
     LinearCPOLoss,
-    backends,
     contrastive_loss,
     cpo_loss,
     linear_cpo_loss,
@@ -93,7 +92,7 @@ def test_inductor_gives_the_same(name):
     assert_compiled_equals_eager(FUNCTIONS[name], random_problem(bias=True).to(torch.float32), "inductor")
 
 
-@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["ranked", "several_positives", "length_normalized_with_margin"])
 def test_objectives_and_backends(name, backend):
     problem = PROBLEMS[name]().to(torch.float32)
@@ -150,7 +149,7 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHECKED)
 def test_bad_targets_are_errors_in_compiled_code_too(name, backend):
     """Found at run time, by the graph that was made for good ones."""
@@ -172,7 +171,7 @@ def test_bad_ranks_are_errors_in_compiled_code_too():
         compiled(torch.randn(2, 2), torch.tensor([[0, 1], [1, 2]]))
 
 
-@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["linear_cpo_loss", "cpo_loss"])
 def test_groups_without_a_contrast_are_errors_in_compiled_code_too(name, backend):
     problem = random_problem(ref=False)

@@ -10,6 +10,7 @@ import torch
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
+    BACKENDS,
     PROBLEMS,
     GemmCounter,
     Problem,
@@ -22,9 +23,8 @@ from tolerance import assert_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cpo_kernels import backends, linear_sequence_logps, linear_token_logps, reference
+from cpo_kernels import linear_sequence_logps, linear_token_logps, reference
 
-BACKENDS = backends.available()
 BUDGETS = {"kept": None, "recomputed": 3}
 SHAPES = {
     "plain": random_problem,

@@ -11,6 +11,7 @@ import torch
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
+    BACKENDS,
     PROBLEMS,
     GemmCounter,
     budget_of,
@@ -27,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 from cpo_kernels import (
     CandidateLayout,
     LinearCPOLoss,
-    backends,
     contrastive_loss,
     linear_cpo_loss,
     linear_sequence_logps,
@@ -35,7 +35,6 @@ from cpo_kernels import (
     plan,
 )
 
-BACKENDS = backends.available()
 # Rows that the budget holds: all; about one group of the problems; less than a group, so that logits are recomputed.
 BUDGETS = {"one_chunk": None, "several_chunks": 13, "recomputed": 3}
 

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, PROBLEMS, dense, random_problem
+from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, PROBLEMS, dense, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import CPOLoss, backends, cpo_loss, linear_cpo_loss, reference, sequence_logps, token_logps
+from cpo_kernels import CPOLoss, cpo_loss, linear_cpo_loss, reference, sequence_logps, token_logps
 
-BACKENDS = backends.available()
 PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES
+from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS
 from tolerance import assert_accurate
 
 from cpo_kernels import backends, reference
@@ -120,7 +120,7 @@ def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
     assert torch.equal(in_place, grad)
 
 
-@pytest.mark.parametrize("backend", backends.available())
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_several_tokens_a_row_counts_each_once(backend):
     """The same word twice, and a cancelling pair of coefficients."""
     kernels = backends.BACKENDS[backend]

@@ -1,0 +1,15 @@
+"""Which device the tests run on; importable before anything that imports Triton."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def chosen_device() -> torch.device:
+    """``CPO_KERNELS_TEST_DEVICE``, or the GPU where there is one, or the CPU."""
+    return torch.device(os.environ.get("CPO_KERNELS_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+DEVICE = chosen_device()
