@@ -1,0 +1,73 @@
+"""Block sizes by (kernel, architecture, vocabulary, dtype), from a committed table; nothing is tuned at run time.
+
+``tuning.json`` holds ``source`` (where its figures come from) and ``entries``, searched in order: the first that
+matches on the architecture of the device, else the first that matches on ``"default"``. An entry has ``kernel``,
+``arch``, ``dtype`` (or ``"any"``), optionally ``vocab_at_most`` and ``hidden_at_most``, and ``config``: the constexpr
+sizes, ``num_warps`` and ``num_stages`` of a launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+DEFAULT = "default"
+
+
+@cache
+def entries() -> tuple[dict[str, Any], ...]:
+    """The table, as it stands in the file."""
+    table = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())
+    return tuple(table["entries"])
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, ...; ``"default"`` for a CPU, where kernels run in Triton's interpreter."""
+    if device.type != "cuda":
+        return DEFAULT
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _matches(entry: dict[str, Any], kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int) -> bool:
+    return (
+        entry["kernel"] == kernel
+        and entry["arch"] == arch
+        and entry["dtype"] in (dtype, "any")
+        and vocab <= entry.get("vocab_at_most", vocab)
+        and hidden_size <= entry.get("hidden_at_most", hidden_size)
+    )
+
+
+@cache
+def _lookup(kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int) -> dict[str, int]:
+    for name in (arch, DEFAULT):
+        for entry in entries():
+            if _matches(entry, kernel, name, vocab, dtype, hidden_size):
+                found: dict[str, int] = entry["config"]
+                return found
+    raise LookupError(
+        f"tuning.json has no entry for kernel {kernel!r}, {arch}, V = {vocab}, H = {hidden_size}, {dtype}"
+    )
+
+
+def config(kernel: str, device: torch.device, vocab: int, dtype: torch.dtype, hidden_size: int = 0) -> dict[str, int]:
+    """The constexpr sizes, num_warps and num_stages of a launch of ``kernel``, as a dictionary of its own.
+
+    Raises:
+        LookupError: the table has no such kernel, or no entry that covers these sizes.
+    """
+    return dict(_lookup(kernel, architecture(device), vocab, str(dtype).removeprefix("torch."), hidden_size))
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of ``tensor`` current: Triton launches on the current device's stream."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
