@@ -11,6 +11,8 @@ from devices import DEVICE
 # Triton reads it when its modules are imported, which importing the package under test does.
 if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    torch.set_default_device(DEVICE)  # from here on, so that what test modules make at import lies there too
 
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -40,14 +42,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def default_device(request: pytest.FixtureRequest):
-    """Factories without a device create on the device under test, except in tests of what runs on the CPU alone."""
-    if DEVICE.type == "cpu" or request.node.get_closest_marker("cpu"):
+def host_tensors_by_default(request: pytest.FixtureRequest):
+    """In tests of what runs on the CPU alone; the others get the device under test."""
+    if DEVICE.type == "cpu" or not request.node.get_closest_marker("cpu"):
         yield
         return
-    torch.set_default_device(DEVICE)
-    yield
-    torch.set_default_device(None)
+    with torch.device("cpu"):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The backends that take tensors of the device under test.
-BACKENDS = [name for name in backends.available() if not backends.BACKENDS[name].refuses(DEVICE, torch.float32)]
+
+
+def backends_on(device: torch.device) -> list[str]:
+    """The backends that take tensors of ``device``."""
+    return [name for name in backends.available() if not backends.BACKENDS[name].refuses(device, torch.float32)]
+
+
+BACKENDS = backends_on(DEVICE)
 # float64 is the reference backend's alone.
 BACKEND_DTYPES = [(name, dtype) for name in BACKENDS for dtype in DTYPES] + [("torch", torch.float64)]
 BACKEND_DTYPE_IDS = [f"{name}-{str(dtype)[6:]}" for name, dtype in BACKEND_DTYPES]

@@ -24,6 +24,8 @@ from cpo_kernels import (
     token_logps,
 )
 
+pytestmark = pytest.mark.cpu  # values are checked on the host there; test_cuda_device.py has the device's assertions
+
 
 def padded() -> Problem:
     return random_problem(bias=True).to(torch.float32)

@@ -22,6 +22,8 @@ from benchmarks.peers import BUILDERS, Peer, ours
 from benchmarks.problem import Dense, Oracle, contrast, draw
 from benchmarks.timing import Effort, round_robin
 
+pytestmark = pytest.mark.cpu  # small dry runs on the host
+
 QUICK = {shape.name: shape for shape in shapes.QUICK}
 # Peers that compile take seconds each, so they are run once, by the smoke run of the whole report
 COMPILING = ("torch.compile", "Liger CPO", "Cut Cross-Entropy")

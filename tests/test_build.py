@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cpu  # files and compilers, no device
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cpo_kernels"
 BUILD_INPUTS = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "cpo_kernels"]

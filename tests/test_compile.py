@@ -6,7 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import BACKENDS, PROBLEMS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
+from devices import DEVICE
+from problems import (
+    BACKENDS,
+    PROBLEMS,
+    Problem,
+    backends_on,
+    fused_loss,
+    loss_and_grads,
+    packed_problem,
+    random_problem,
+)
 from tolerance import relative_error
 
 from cpo_kernels import (
@@ -22,6 +32,7 @@ from cpo_kernels import (
     token_logps,
 )
 
+HOST_BACKENDS = backends_on(torch.device("cpu"))
 OPTIONS = {"beta": 0.3, "margin": 0.1, "mle_weight": 0.2, "softcap": 4.0, "temperature": 1.2}
 HEAD = {"softcap": 4.0, "temperature": 1.2}
 
@@ -121,7 +132,7 @@ def test_compiled_inside_a_model_under_autocast():
     problem = random_problem().to(torch.float32)
 
     def step(hidden, weight):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return linear_cpo_loss(torch.tanh(hidden), weight, problem.targets).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -149,7 +160,8 @@ CHECKED = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.cpu  # on a GPU these are device assertions: test_cuda_device.py
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("name", CHECKED)
 def test_bad_targets_are_errors_in_compiled_code_too(name, backend):
     """Found at run time, by the graph that was made for good ones."""
@@ -164,6 +176,7 @@ def test_bad_targets_are_errors_in_compiled_code_too(name, backend):
             compiled(*good, targets, backend)
 
 
+@pytest.mark.cpu  # on a GPU these are device assertions: test_cuda_device.py
 def test_bad_ranks_are_errors_in_compiled_code_too():
     compiled = torch.compile(lambda x, ranks: contrastive_loss(x, ranks=ranks), fullgraph=True, backend="aot_eager")
     compiled(torch.randn(2, 2), torch.tensor([[0, 1], [1, 0]]))
@@ -171,7 +184,8 @@ def test_bad_ranks_are_errors_in_compiled_code_too():
         compiled(torch.randn(2, 2), torch.tensor([[0, 1], [1, 2]]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.cpu  # on a GPU these are device assertions: test_cuda_device.py
+@pytest.mark.parametrize("backend", HOST_BACKENDS)
 @pytest.mark.parametrize("name", ["linear_cpo_loss", "cpo_loss"])
 def test_groups_without_a_contrast_are_errors_in_compiled_code_too(name, backend):
     problem = random_problem(ref=False)

@@ -17,6 +17,8 @@ import torch
 
 from cpo_kernels import attach_linear_loss
 
+pytestmark = pytest.mark.cpu  # the demo runs on the CPU
+
 PARAGRAPHS = 56
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -7,6 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from devices import DEVICE
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
@@ -256,9 +257,9 @@ def test_backward_inside_autocast_is_the_same(backend, rows, logits_dtype):
     head = {"backend": backend, "logits_dtype": logits_dtype, "max_logits_bytes": rows and rows * 31 * 4}
     grads = []
     for inside in (False, True):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             logps = fused_logps(problem, **head)
-        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=inside):
             grads.append(torch.autograd.grad(logps.sum(), problem.tensors))
     for outside, inside in zip(*grads, strict=True):
         assert torch.equal(outside, inside)

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from devices import DEVICE
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
@@ -198,7 +199,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 def test_second_backward_inside_autocast_is_the_same():
     problem = random_problem().to(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = fused_loss(problem, logits_dtype=torch.float32)
         first, second = (torch.autograd.grad(loss, problem.weight, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -210,7 +211,7 @@ def test_autocast_equals_inputs_in_its_dtype(backend, logits_dtype):
     """Float32 parameters under autocast(bfloat16): the computation of bfloat16 inputs, gradients in float32."""
     problem = random_problem(bias=True).to(torch.float32)
     head = {"backend": backend, "logits_dtype": logits_dtype, "max_logits_bytes": 13 * 31 * 4}
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         loss = fused_loss(problem, **head)
         inside = loss_and_grads(loss, problem)
     half = problem.to(torch.bfloat16)

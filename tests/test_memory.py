@@ -1,7 +1,7 @@
 """Peak memory beyond inputs and gradients: what the plan says + 2 % of the budget, for 1,024 and for 8,192 tokens.
 
-Each case is a process of its own, whose high-water mark the kernel resets right before a call. The first call in it is
-a small one: what libraries allocate once is not the call's.
+Each case is a process of its own, whose high-water mark is reset right before a call: the kernel's on the CPU, that of
+torch's allocator on a GPU. The first call in it is a small one: what libraries allocate once is not the call's.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DEVICE
 
 from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, plan
 
 MIB = 2**20
 BUDGET = 64 * MIB
 V, H, T, CANDIDATES = 16381, 64, 32, 4
+BACKEND = "triton" if DEVICE.type == "cuda" else "cpu"  # the reference is not made to be lean
 
 
 def status_bytes(name: str) -> int:
@@ -31,9 +33,26 @@ def status_bytes(name: str) -> int:
     raise KeyError(name)
 
 
+def start_meter() -> int:
+    """Forget earlier peaks; returns the bytes in use now."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds would hide new allocations
+    before = status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return before
+
+
+def peak_bytes() -> int:
+    """Most bytes in use at once since the meter was started."""
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else status_bytes("VmHWM")
+
+
 def step(kind: str, hidden, weight, targets) -> int:
     """One call with its gradients; returns the bytes of the gradients."""
-    head = {"backend": "cpu", "max_logits_bytes": BUDGET}
+    head = {"backend": BACKEND, "max_logits_bytes": BUDGET}
     if kind == "no_grad":
         with torch.no_grad():
             linear_cpo_loss(hidden, weight, targets, **head)
@@ -54,28 +73,26 @@ def inputs(kind: str, dtype: torch.dtype, groups: int):
 def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
     """Bytes at the peak of one call beyond inputs and gradients, and what the plan promised, within the budget."""
     tensors = inputs(kind, dtype, num_tokens // (CANDIDATES * T))
-    promised = plan(*tensors, backend="cpu", max_logits_bytes=BUDGET).bytes
+    promised = plan(*tensors, backend=BACKEND, max_logits_bytes=BUDGET).bytes
     if kind == "sequence_logps":  # its blocks need not be whole groups, so the plan is not its own
         promised = BUDGET
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still holds would hide new allocations
-    before = status_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = start_meter()
     grads = step(kind, *tensors)
-    return {"beyond": status_bytes("VmHWM") - before - grads, "promised": promised}
+    return {"beyond": peak_bytes() - before - grads, "promised": promised}
 
 
 def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
     """Run in the subprocess: for 1,024 and for 8,192 tokens."""
     torch.set_num_threads(2)
+    torch.set_default_device(DEVICE)
     dtype = getattr(torch, dtype_name)
     step(kind, *inputs(kind, dtype, 2))
     return [measure(kind, dtype, num_tokens) for num_tokens in (1024, 8192)]
 
 
 needs_the_kernels = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists() or "cpu" not in backends.available(),
-    reason="needs Linux, to reset the high-water mark, and the compiled backend: the reference is not made to be lean",
+    BACKEND not in backends.available() or (DEVICE.type == "cpu" and not Path("/proc/self/clear_refs").exists()),
+    reason="needs the device's compiled backend and, on the CPU, Linux, to reset the high-water mark",
 )
 
 

@@ -13,6 +13,8 @@ from tolerance import assert_accurate, relative_error
 
 from cpo_kernels.backends import native
 
+pytestmark = pytest.mark.cpu  # the CPU extension
+
 BUILD = native.build_info()
 assert BUILD is not None, native.unavailable_reason()
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from cpo_kernels import ops
 from cpo_kernels.backends import native
 
+pytestmark = pytest.mark.cpu  # the CPU extension
+
 BUILD = native.build_info()
 assert BUILD is not None, native.unavailable_reason()
 

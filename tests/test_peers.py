@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import DEVICE
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -57,7 +58,7 @@ def trl_cpo(loss_type: str, *, label_smoothing: float = 0.0, simpo_gamma: float 
         loss_type=loss_type,
         label_smoothing=label_smoothing,
         simpo_gamma=simpo_gamma,
-        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        accelerator=SimpleNamespace(device=DEVICE),
     )
 
 
@@ -129,7 +130,7 @@ def trl_dpo_loss(loss_type: str, hidden: Tensor, weight: Tensor, targets: Tensor
     """`DPOTrainer._compute_loss` with precomputed reference log-likelihoods."""
     trainer = SimpleNamespace(
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x),
+        accelerator=SimpleNamespace(device=DEVICE, gather=lambda x: x, gather_for_metrics=lambda x: x),
         aux_loss_enabled=False,
         ld_alpha=None,
         precompute_ref_logps=True,

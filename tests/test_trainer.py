@@ -17,6 +17,8 @@ import torch
 
 from cpo_kernels import CPOConfig, CPOTrainer
 
+pytestmark = pytest.mark.cpu  # samplers draw from host generators; test_cuda_device.py trains on the GPU
+
 
 def config(path, **kwargs) -> CPOConfig:
     defaults = {

@@ -8,6 +8,8 @@ import torch
 
 from cpo_kernels.trainer import ContrastBatch, NegativeSampler, tokenize_examples
 
+pytestmark = pytest.mark.cpu  # batches are made on the host
+
 EOS = 2
 EMPTY_PROMPT = {"prompt": "", "completion": "sat"}
 LIMITS = {"max_length": 32, "max_prompt_length": 8}
