@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 ARGS ?=
+# For gpu-check: a Python whose torch has CUDA, what to run, and the folder of the results.
+GPU_PYTHON ?= python3
+PARTS ?= build tests sanitizer bench tune
+OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench info clean
+.PHONY: demo test lint types check bench gpu-check info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +29,10 @@ check: lint types test
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+# Makes no virtual environment and needs no network; each part takes less than 8 minutes.
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
 
 info: $(VENV)/.trainer
 	$(BIN)/python -m cpo_kernels info

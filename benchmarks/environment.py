@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -16,15 +17,18 @@ import torch
 import cpo_kernels
 
 PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy")
+SOURCE_SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
 _ROOT = Path(__file__).parent.parent
 
 
-def describe(argv: list[str]) -> dict[str, object]:
-    """JSON-ready description of this run."""
+def describe(argv: list[str], kind: str = "cpu") -> dict[str, object]:
+    """JSON-ready description of a run of `python -m benchmarks.` + argv on a device of this kind."""
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.report", *argv]),
+        "command": shlex.join(["python", "-m", "benchmarks." + argv[0], *argv[1:]]),
         "commit": commit(),
+        "sources": sources(),
         "device": device(),
+        **({"gpu": gpu()} if kind.startswith("cuda") else {}),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
@@ -40,12 +44,58 @@ def device() -> str:
     return f"{found.group(1) if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
-def commit() -> str:
-    """Hash of HEAD, marked when the tree has changes; "unknown" outside a checkout."""
-    git = ["git", "-C", str(_ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if head.returncode:
+def gpu() -> dict[str, object]:
+    """The current GPU, its driver and the CUDA version of torch."""
+    if not torch.cuda.is_available():
+        return {"name": "none"}
+    properties = torch.cuda.get_device_properties()
+    return {
+        "name": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory GiB": round(properties.total_memory / 2**30, 1),
+        "L2 MiB": round(properties.L2_cache_size / 2**20, 1),
+        "driver": driver(),
+        "CUDA of torch": torch.version.cuda or torch.version.hip,
+    }
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
+
+
+def sources() -> str:
+    """Digest of the code that runs, which names it where there is no checkout to name a commit."""
+    digest = hashlib.sha256()
+    files = (f for folder in ("csrc", "cpo_kernels", "benchmarks") for f in (_ROOT / folder).rglob("*"))
+    for path in sorted(f for f in files if f.suffix in SOURCE_SUFFIXES):
+        digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def as_markdown(described: dict[str, object]) -> str:
+    """A list of what :func:`describe` found."""
+    lines = []
+    for name, value in described.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        lines.append(f"- {name}: {text}")
+    return "\n".join(lines)
+
+
+def commit() -> str:
+    """Hash of HEAD, marked when the tree has changes; outside a checkout CPO_KERNELS_COMMIT, or "unknown"."""
+    git = ["git", "-C", str(_ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git
+        return os.environ.get("CPO_KERNELS_COMMIT", "unknown")
+    if head.returncode:
+        return os.environ.get("CPO_KERNELS_COMMIT", "unknown")
     changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
     return head.stdout.strip() + (" with uncommitted changes" if changes.stdout else "")
 

@@ -42,7 +42,7 @@ class Report:
 def run(cases: Sequence[Shape], effort: Effort, *, quick: bool, argv: list[str]) -> Report:
     """Measure the cases, then peak memory and accuracy."""
     started = time.perf_counter()
-    described = environment.describe(argv)
+    described = environment.describe(["report", *argv])
     results = []
     for shape in cases:
         log(f"{shape.name}: N={shape.num_tokens}, V={shape.vocab}, H={shape.hidden} ...")

@@ -1,0 +1,282 @@
+"""One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks and tuning, with their results.
+
+`make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
+Every part has a time limit, after which its processes are ended and it counts as failed; what it had found until then
+is kept, because results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*,
+tests.xml, tuning.json. The exit status is 1 if a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks import environment
+from benchmarks.environment import log
+from benchmarks.tables import markdown
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
+TAIL = 60  # lines of a failed part's output that go into the page
+# In the order in which they are run: what is new on a GPU first, so that a limit costs what the CPU has tested too.
+FIRST_TESTS = ("test_cuda_device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss.py", "test_linear_logps.py")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+FOUND = 99  # exit status of compute-sanitizer when it found something
+
+
+@dataclass
+class Outcome:
+    """One part: "passed", "failed", "timed out" or "nothing to do", and the numbers or reasons behind it."""
+
+    part: str
+    status: str
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    tail: str = ""
+
+    @property
+    def good(self) -> bool:
+        """Whether the part does not make the whole check fail."""
+        return self.status in ("passed", "nothing to do")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says."""
+
+    device: str
+    out: Path
+    limit: float
+    quick: bool
+    workers: int
+
+    def environment(self) -> dict[str, str]:
+        """That of the parts: this checkout first, and the device of the tests."""
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        return os.environ | chosen
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished command: its exit status, None if it ran past its limit, and its output."""
+
+    status: int | None
+    output: str
+
+
+def run_command(command: Sequence[str], settings: Settings, limit: float, **extra: str) -> Run:
+    """Run in a process group of its own, output appended to gpu-check.log as it comes; ended at ``limit`` seconds."""
+    path = settings.out / "gpu-check.log"
+    with path.open("ab") as sink:
+        sink.write(f"\n$ {' '.join(command)}\n".encode())
+        sink.flush()
+        start = sink.tell()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=settings.environment() | extra,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(max(limit, 1.0))
+        except subprocess.TimeoutExpired:
+            end_group(process)
+            status = None
+    with path.open("rb") as source:
+        source.seek(start)
+        return Run(status, source.read().decode(errors="replace"))
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ask a command and its children to end, then end them."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+            process.wait(10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def outcome(part: str, run: Run, notes: list[str]) -> Outcome:
+    """The part whose only command this was."""
+    status = "timed out" if run.status is None else "passed" if run.status == 0 else "failed"
+    tail = "" if status == "passed" else "\n".join(run.output.splitlines()[-TAIL:])
+    return Outcome(part, status, notes=notes, tail=tail)
+
+
+def extension(name: str) -> Path | None:
+    """The compiled module in this checkout, for this Python."""
+    found = ROOT / "cpo_kernels" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return found if found.exists() else None
+
+
+def build(settings: Settings) -> Outcome:
+    """Install the checkout without a network; where pip cannot, compile the extensions in place."""
+    started = time.monotonic()
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
+    run = run_command(pip, settings, settings.limit)
+    notes = ["installed with pip install -e"]
+    if run.status:
+        left = settings.limit - (time.monotonic() - started)
+        notes = ["pip could not install the checkout; extensions compiled in place"]
+        run = run_command([sys.executable, "setup.py", "build_ext", "--inplace"], settings, left)
+    built = [name for name in ("_cpu", "_cuda") if extension(name)]
+    return outcome("build", run, [*notes, f"extensions: {', '.join(built) or 'none'}"])
+
+
+def test_files(quick: bool) -> list[str]:
+    """Every test file, those of FIRST_TESTS first."""
+    if quick:
+        return ["tests/test_layout.py"]
+    folder = ROOT / "tests"
+    first = [path for pattern in FIRST_TESTS for path in sorted(folder.glob(pattern))]
+    files = dict.fromkeys([*first, *sorted(folder.glob("test_*.py"))])
+    return [str(path.relative_to(ROOT)) for path in files]
+
+
+def tests(settings: Settings) -> Outcome:
+    """The whole suite on the device."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-n",
+        str(settings.workers),
+        "--color=no",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += [f"--junitxml={settings.out / 'tests.xml'}", *test_files(settings.quick)]
+    run = run_command(command, settings, settings.limit)
+    return outcome("tests", run, count_tests(run.output))
+
+
+def count_tests(output: str) -> list[str]:
+    """How many passed, failed and were skipped, from the lines of a verbose run, which may have been cut short."""
+    counts = {
+        word: len(set(re.findall(rf"(?:{word} (tests/\S+))|(tests/\S+.*) {word}\b", output)))
+        for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+    }
+    lines = [", ".join(f"{count} {word.lower()}" for word, count in counts.items())]
+    skipped = re.findall(r"^SKIPPED \[(\d+)\] (\S+?): (.+)$", output, re.MULTILINE)
+    return lines + [f"skipped {count}: {where}: {why}" for count, where, why in skipped]
+
+
+def sanitizer(settings: Settings) -> Outcome:
+    """compute-sanitizer's four tools over a small run of every kernel of the compiled CUDA extension."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if extension("_cuda") is None:
+        return Outcome(
+            "sanitizer", "nothing to do", notes=["no CUDA kernels in this build (cpo_kernels/_cuda is absent)"]
+        )
+    if tool is None:
+        return Outcome("sanitizer", "failed", notes=["compute-sanitizer was not found"])
+    started, notes, bad = time.monotonic(), [], []
+    for name in TOOLS:
+        command = [tool, "--tool", name, "--error-exitcode", str(FOUND), sys.executable, "-m", "benchmarks.small_run"]
+        left = settings.limit - (time.monotonic() - started)
+        # Blocks that torch's allocator hands out again would hide accesses beyond their ends.
+        run = run_command([*command, "cuda"], settings, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        verdict = {0: "clean", FOUND: "found errors", None: "ran past the limit"}.get(run.status, "did not run")
+        notes.append(f"{name}: {verdict}")
+        bad += [run] if run.status != 0 else []
+    return outcome("sanitizer", bad[0] if bad else Run(0, ""), notes)
+
+
+def bench(settings: Settings) -> Outcome:
+    """The bars of a GPU; bench.json and bench.md grow case by case."""
+    command = [sys.executable, "-m", "benchmarks.gpu_bench", "--out", str(settings.out), "--device", settings.device]
+    command += ["--seconds", str(settings.limit - 20)] + ["--quick"] * settings.quick
+    return outcome("bench", run_command(command, settings, settings.limit), ["results: bench.md, bench.json"])
+
+
+def tune(settings: Settings) -> Outcome:
+    """Measure block sizes into tuning.json in the results' folder; the committed table stays as it is."""
+    command = [sys.executable, "-m", "benchmarks.tune", "--out", str(settings.out / "tuning.json")]
+    command += ["--device", settings.device, "--seconds", str(settings.limit - 20)] + ["--quick"] * settings.quick
+    note = "tuning.json; to adopt it, copy it over cpo_kernels/backends/triton/tuning.json"
+    return outcome("tune", run_command(command, settings, settings.limit), [note])
+
+
+PARTS = {"build": build, "tests": tests, "sanitizer": sanitizer, "bench": bench, "tune": tune}
+
+
+def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list[Outcome]:
+    """Run parts in order, a build first where there is none, and write the results after each."""
+    if "build" not in names and extension("_cpu") is None:
+        names = ["build", *names]
+    described = environment.describe(["gpu_check", *argv], settings.device)
+    outcomes: list[Outcome] = []
+    for name in names:
+        log(f"{name} ...")
+        started = time.monotonic()
+        try:
+            result = PARTS[name](settings)
+        except OSError as error:  # a program that is not there
+            result = Outcome(name, "failed", notes=[str(error)])
+        result.seconds = time.monotonic() - started
+        log(f"{name}: {result.status} after {result.seconds:.0f} s; " + "; ".join(result.notes))
+        outcomes.append(result)
+        write(outcomes, described, settings.out)
+    return outcomes
+
+
+def write(outcomes: list[Outcome], described: dict[str, object], folder: Path) -> None:
+    """gpu-check.json and gpu-check.md."""
+    content = {"environment": described, "parts": [asdict(result) for result in outcomes]}
+    (folder / "gpu-check.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "gpu-check.md").write_text(page(outcomes, described))
+
+
+def page(outcomes: list[Outcome], described: dict[str, object]) -> str:
+    """The summary as Markdown, with the end of the output of what failed."""
+    rows = [[r.part, r.status, f"{r.seconds:.0f}", r.notes[0] if r.notes else ""] for r in outcomes]
+    parts = ["# GPU check", markdown(["part", "status", "seconds", ""], rows), environment.as_markdown(described)]
+    for result in outcomes:
+        if result.notes[1:] or result.tail:
+            parts += [f"## {result.part}", *("- " + note for note in result.notes)]
+        if result.tail:
+            parts += [f"```\n{result.tail}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts; 0 if none failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{list(PARTS)}")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
+    parser.add_argument("--device", default="cuda", help="cpu for a dry run")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="a dry run: one test file, tiny shapes")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    settings = Settings(args.device, out, args.limit, args.quick, args.workers)
+    outcomes = run_parts(args.parts, settings, argv)
+    print((out / "gpu-check.md").read_text())
+    failed = [result.part for result in outcomes if not result.good]
+    print(f"failed: {', '.join(failed)}" if failed else "every part passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""A small forward and backward of everything that a backend computes: what compute-sanitizer watches.
+
+`python -m benchmarks.small_run cuda`. Sizes are odd, so that tails, masks and unaligned rows are among what runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, linear_sequence_logps, token_logps
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+V, H = 1009, 64
+HEADS = ({}, {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.2})
+
+
+def logits_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Row kernels over logits that exist."""
+    targets = torch.randint(0, V, (5, 3), device=device)
+    targets[1, 1] = -100
+    for head in HEADS:
+        logits = torch.randn(5, 3, V, device=device).to(dtype).requires_grad_()
+        token_logps(logits, targets, backend=backend, **head).sum().backward()
+
+
+def linear_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """The engine, padded and packed with shared rows, and log-likelihoods without gradients."""
+    weight = torch.randn(V, H, device=device).to(dtype).requires_grad_()
+    hidden = torch.randn(3, 3, 4, H, device=device).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (3, 3, 4), device=device)
+    targets[1, 2, 1:] = -100
+    rows = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9], device=device)
+    layout = CandidateLayout([0, 3, 6, 9, 12], [0, 2, 4], rows=rows)
+    for head in HEADS:
+        for budget in (None, 5 * V * dtype.itemsize):
+            given = {"backend": backend, "max_logits_bytes": budget, **head}
+            linear_cpo_loss(hidden, weight, targets, **given).loss.backward()
+            packed = linear_cpo_loss(hidden.flatten(0, 2)[:10], weight, targets.flatten()[:12], layout=layout, **given)
+            packed.loss.backward()
+            with torch.no_grad():
+                linear_sequence_logps(hidden, weight, targets, **given)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one backend on the device it is for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backend", choices=backends.available())
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        logits_form(args.backend, args.device, dtype)
+        linear_form(args.backend, args.device, dtype)
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
