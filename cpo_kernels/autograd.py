@@ -23,15 +23,13 @@ def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
     )
 
 
-def scale_grads_(grads: Grads, factor: Tensor, gain: float) -> Grads:
-    """Multiply gradients in place by ``factor / gain``; a factor of 1 costs nothing where reading it needs no sync."""
-    scale = factor / gain
-    if scale.device.type == "cpu" and float(scale) == 1.0:
-        return grads
-    for grad in grads:
+def scale_grads_(result: LossResult, factor: Tensor) -> Grads:
+    """The gradients of a result times ``factor``, in place; undoes the gain they were built with."""
+    scale = factor / result.gain
+    for grad in result.grads:
         if grad is not None:
-            grad.mul_(scale)
-    return grads
+            result.scale_(grad, scale)
+    return result.grads
 
 
 class FusedLoss(torch.autograd.Function):
@@ -39,26 +37,25 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, compute: Compute, needs: Needs):
-        """Returns loss, sums (S,) and lengths (S,); only the loss is differentiable."""
+        """Returns loss, sums (S,), lengths (S,) and the dropped share; only the loss is differentiable."""
         with torch.autocast(hidden.device.type, enabled=False):
             result = compute(hidden, weight, bias, needs)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.compute, ctx.needs = compute, needs
-        ctx.grads = (result.grads, result.gain)
-        ctx.mark_non_differentiable(result.sums, result.lengths)
-        return result.loss, result.sums, result.lengths
+        ctx.result = result
+        ctx.mark_non_differentiable(result.sums, result.lengths, result.dropped)
+        return result.loss, result.sums, result.lengths, result.dropped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _sums, _lengths):
+    def backward(ctx, grad_loss, _sums, _lengths, _dropped):
         """Hand over the stored gradients without a copy; a retained graph builds them anew."""
         inputs = ctx.saved_tensors
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
+        result, ctx.result = ctx.result, None
+        if result is None:
             with torch.autocast(inputs[0].device.type, enabled=False):
                 result = ctx.compute(*inputs, ctx.needs)
-            grads = result.grads, result.gain
-        return (*scale_grads_(grads[0], grad_loss, grads[1]), None, None)
+        return (*scale_grads_(result, grad_loss), None, None)
 
 
 class LinearTokenLogps(torch.autograd.Function):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, engine, gemm
+from .filtering import GradientFilter, Kept
 from .head import Head
-from .layout import Block, Tokens, find_tokens, split_blocks
-from .objective import Objective, check_problem, make_problem
-from .planning import Plan, make_plan
+from .layout import Block, Tokens, dense_tokens, find_tokens, split_blocks
+from .objective import CPOProblem, Objective, check_problem, make_problem
+from .planning import Plan, default_logits_bytes, make_plan
 
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -23,13 +25,25 @@ FLOAT16_TARGET = 2.0**-4
 
 
 class LossResult(NamedTuple):
-    """A loss computed with its gradients: loss, sums (S,) of token log-probabilities, lengths (S,), gradients."""
+    """A loss computed with its gradients.
+
+    Attributes:
+        loss: scalar.
+        sums: (S,) sums of token log-probabilities.
+        lengths: (S,) tokens of each segment.
+        dropped: share of the gradient's mass left out, scalar.
+        grads: gradients of hidden, weight and bias, times the gain.
+        gain: see :func:`float16_gain`.
+        scale_: the backend's way to scale them in place.
+    """
 
     loss: Tensor
     sums: Tensor
     lengths: Tensor
+    dropped: Tensor
     grads: Grads
-    gain: float
+    gain: float | Tensor
+    scale_: Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -50,16 +64,27 @@ class LinearCall:
     cu_groups: Sequence[int]
     head: Head
 
-    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> engine.LinearHead:
+    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> engine.LinearHead:
         """The head with the backend that will run it."""
         dtype = self.head.logits_dtype or hidden.dtype
         backend = backends.select(self.head.backend, hidden.device, dtype)
-        return engine.LinearHead(
-            hidden.detach(), weight.detach(), None if bias is None else bias.detach(), self.head, backend, dtype
-        )
+        fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
+        leaves = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        return engine.LinearHead(*leaves, self.head, backend, dtype, fused)
+
+    def is_dense(self) -> bool:
+        """Whether every row enters the products, so that no value is looked at on the host."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        slots = {end - start for start, end in pairwise(self.cu_tokens)}
+        padded = self.rows is None and len(slots) == 1
+        if capturing and not padded:
+            raise RuntimeError("a CUDA graph can capture the padded form only: this call has a layout")
+        return padded and (capturing or not self.head.skip_absent_rows)
 
     def tokens(self, hidden: Tensor, weight: Tensor) -> Tokens:
         """The tokens that count; raises ``ValueError`` for targets or rows out of range."""
+        if self.is_dense():
+            return dense_tokens(self.targets, weight.shape[0], self.cu_tokens, self.cu_groups)
         return find_tokens(self.targets, hidden.shape[0], weight.shape[0], self.rows, self.cu_tokens, self.cu_groups)
 
     def plan(self, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs, *, whole_groups: bool = True) -> Plan:
@@ -69,24 +94,64 @@ class LinearCall:
         return make_plan(
             tokens,
             vocab=weight.shape[0],
-            hidden_size=weight.shape[1],
             logits_dtype=dtype,
-            weight_dtype=weight.dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
+            default_bytes=default_logits_bytes(hidden.device),
+            accumulator_bytes=gemm.accumulator_bytes(weight),
             workspace_bytes=backend.gemm_workspace(tokens.num_rows, weight.shape[0], weight.shape[1], weight.dtype),
             whole_groups=whole_groups,
         )
 
 
-def float16_gain(dtype: torch.dtype, largest_coefficient: float) -> float:
+def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:
     """Power of two that lifts coefficients of a float16 gradient out of its subnormals; 1 for every other dtype.
 
     Gradients are built before the upstream gradient (a loss scale, say) is known, so they must not underflow first.
     """
-    if dtype != torch.float16 or not 0 < largest_coefficient < math.inf:
+    if dtype != torch.float16:
+        return 1.0
+    if isinstance(largest_coefficient, Tensor):
+        gain = torch.exp2(torch.floor(torch.log2(FLOAT16_TARGET / largest_coefficient)))
+        return gain.where(gain.isfinite() & (gain > 0), 1.0)
+    if not 0 < largest_coefficient < math.inf:
         return 1.0
     return 2.0 ** math.floor(math.log2(FLOAT16_TARGET / largest_coefficient))
+
+
+def unit_coefficient(objective: Objective, num_groups: float, num_target_tokens: float | Tensor) -> float | Tensor:
+    """The largest coefficient that the objective gives a token's log-probability."""
+    per_group = abs(objective.contrast_weight) * objective.beta / num_groups
+    return per_group + abs(objective.mle_weight) / num_target_tokens if objective.mle_weight else per_group
+
+
+def make_filter(
+    linear: engine.LinearHead, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
+) -> GradientFilter | None:
+    """The filters that the head asks for; None for exact gradients."""
+    head = linear.head
+    if not head.filtered:
+        return None
+    return GradientFilter(
+        candidate_threshold=None if head.candidate_eps is None else head.candidate_eps * candidate_unit,
+        column_threshold=None if head.grad_filter_eps is None else head.grad_filter_eps * token_unit * gain,
+        slope=head.logit_scale / head.temperature,
+        hidden_size=linear.weight.shape[1],
+    )
+
+
+def dropped_share(filters: GradientFilter | None, loss: Tensor) -> Tensor:
+    """What the filters left out, 0 without any, as a scalar like the loss."""
+    return loss.new_zeros(()).detach() if filters is None else filters.share.to(loss)
+
+
+def check_groups_of(
+    objective: Objective, problem: CPOProblem, tokens: Tokens, cu_groups: Sequence[int], ranks: Tensor | None
+) -> None:
+    """:func:`check_problem`, on the host if the host knows the lengths anyway."""
+    if tokens.host_lengths is not None and problem.lengths.device.type != "cpu":
+        problem = make_problem(objective, cu_groups, tokens.host_lengths, None, None if ranks is None else ranks.cpu())
+    check_problem(problem)
 
 
 def run_cpo(
@@ -100,20 +165,69 @@ def run_cpo(
     needs: Needs,
 ) -> LossResult:
     """The CPO loss and its gradients; ref_logps and ranks are (S,)."""
-    linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
+    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
     problem = make_problem(objective, call.cu_groups, tokens.lengths, ref_logps, ranks)
-    check_problem(problem)
-    gain = 1.0
-    if any(needs):
-        per_group = abs(objective.contrast_weight) * objective.beta / problem.num_groups
-        gain = float16_gain(hidden.dtype, per_group + abs(objective.mle_weight) / float(problem.num_target_tokens))
+    check_groups_of(objective, problem, tokens, call.cu_groups, ranks)
+    unit = unit_coefficient(objective, problem.num_groups, problem.num_target_tokens)
+    gain = float16_gain(hidden.dtype, unit) if any(needs) else 1.0
+    filters = make_filter(linear, objective.beta / problem.num_groups, unit, gain) if any(needs) else None
+    always = problem.best if objective.mle_weight else None
 
-    def coefficients(sums: Tensor, groups: range) -> Tensor:
-        segments = slice(call.cu_groups[groups.start], call.cu_groups[groups.stop])
-        return problem.chunk(groups, segments).coefficients(sums) * gain
+    def general(logps: Tensor, part: engine.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        sums = engine.segment_sums(logps, part)
+        if not wanted:
+            return sums, None
+        here = problem.chunk(part.groups, part.segments)
+        contrast = here.contrast_coefficients(sums)
+        coef = here.sum_coefficients(contrast) * gain
+        if filters is None:
+            return sums, coef.repeat_interleave(part.slots, output_size=logps.numel())
+        also = None if always is None else always[part.segments]
+        return sums, filters.drop_candidates(contrast, coef, logps, part.slots, also)
 
-    sums, grads = engine.run(linear, tokens, call.plan(tokens, hidden, weight, needs), needs, coefficients)
-    return LossResult(problem.loss(sums)[0], sums, tokens.lengths, grads.result(), gain)
+    one_launch = filters is None and any(needs) and linear.backend.contrast is not None
+    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch else general
+    sums, grads = engine.run(linear, tokens, call.plan(tokens, hidden, weight, needs), needs, contrast, filters)
+    loss = problem.loss(sums)[0]
+    dropped = dropped_share(filters, loss)
+    return LossResult(loss, sums, tokens.lengths, dropped, grads.result(), gain, linear.backend.scale_)
+
+
+def backend_contrast(
+    backend: backends.Backend, problem: CPOProblem, ranks: Tensor | None, gain: float | Tensor
+) -> engine.Contrast:
+    """The contrast of a chunk by the backend's one launch."""
+    objective, launch = problem.objective, backend.contrast
+    assert launch is not None
+    segment_starts = None
+    sizes = problem.groups.sizes
+    if sizes is not None:
+        segment_starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+
+    def contrast(logps: Tensor, part: engine.ChunkTokens, _wanted: bool) -> tuple[Tensor, Tensor | None]:
+        here = part.segments
+        sums, coef = launch(
+            logps,
+            part.starts,
+            None if segment_starts is None else segment_starts[part.groups.start : part.groups.stop + 1],
+            problem.lengths[here],
+            None if problem.ref_logps is None else problem.ref_logps[here],
+            None if ranks is None else ranks[here],
+            beta=objective.beta,
+            margin=objective.margin,
+            label_smoothing=objective.label_smoothing,
+            loss_type=objective.loss_type,
+            length_normalized=objective.length_normalized,
+            contrast_weight=objective.contrast_weight,
+            mle_weight=objective.mle_weight,
+            num_groups=problem.num_groups,
+            num_target_tokens=problem.num_target_tokens,
+            gain=1.0 if isinstance(gain, Tensor) else gain,
+            max_candidates=problem.groups.shape[1],
+        )
+        return sums, coef * gain if isinstance(gain, Tensor) else coef
+
+    return contrast
 
 
 def run_loss_fn(
@@ -126,41 +240,52 @@ def run_loss_fn(
     needs: Needs,
 ) -> LossResult:
     """Any loss of the log-likelihoods: ``loss_fn`` sees (groups, candidates), or packed segments if that is None."""
-    linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
-    gain: float | None = None
+    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
+    gain: float | Tensor | None = None
     losses: list[Tensor] = []
+    num_groups = len(call.cu_groups) - 1
+    # A loss of one's own has no beta: a candidate's coefficient is taken to be at most that of a mean over groups.
+    filters = make_filter(linear, 1.0 / num_groups, 1.0 / num_groups, 1.0) if any(needs) else None
 
-    def coefficients(sums: Tensor, groups: range) -> Tensor:
+    def contrast(logps: Tensor, part: engine.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         nonlocal gain
+        sums = engine.segment_sums(logps, part)
+        if not wanted:
+            losses.append(loss_fn(grouped(sums, part.groups), part.groups))
+            return sums, None
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
-            loss = loss_fn(leaf if candidates is None else leaf.view(len(groups), candidates), groups)
+            loss = loss_fn(grouped(leaf, part.groups), part.groups)
             check_loss(loss)
             (coef,) = torch.autograd.grad(loss, leaf)
         losses.append(loss.detach())
         if gain is None:
-            gain = loss_fn_gain(coef, hidden.dtype, len(call.cu_groups) - 1)
-        return coef * gain
+            gain = loss_fn_gain(coef, hidden.dtype, num_groups)
+            if filters is not None and filters.column_threshold is not None:
+                filters.column_threshold = filters.column_threshold * gain
+        if filters is None:
+            return sums, (coef * gain).repeat_interleave(part.slots, output_size=logps.numel())
+        return sums, filters.drop_candidates(coef, coef * gain, logps, part.slots)
+
+    def grouped(sums: Tensor, groups: range) -> Tensor:
+        return sums if candidates is None else sums.view(len(groups), candidates)
 
     plan = call.plan(tokens, hidden, weight, needs)
-    sums, grads = engine.run(linear, tokens, plan, needs, coefficients)
-    if not any(needs):
-        losses = [
-            loss_fn(part if candidates is None else part.view(len(chunk.groups), candidates), chunk.groups)
-            for chunk in plan.chunks
-            for part in [sums[call.cu_groups[chunk.groups.start] : call.cu_groups[chunk.groups.stop]]]
-        ]
-    return LossResult(torch.stack(losses).sum(), sums, tokens.lengths, grads.result(), gain or 1.0)
+    sums, grads = engine.run(linear, tokens, plan, needs, contrast, filters)
+    loss, scale_ = torch.stack(losses).sum(), linear.backend.scale_
+    return LossResult(
+        loss, sums, tokens.lengths, dropped_share(filters, loss), grads.result(), 1.0 if gain is None else gain, scale_
+    )
 
 
-def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float:
+def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | Tensor:
     """Gain of a user's loss from its first coefficients: not more than for a mean over groups, not less than 1.
 
     A plain sum has coefficients near 1, which the gain of a mean would push beyond float16.
     """
     if dtype != torch.float16:
         return 1.0
-    return max(1.0, float16_gain(dtype, max(float(coef.abs().max()), 1.0 / num_groups)))
+    return torch.clamp(torch.as_tensor(float16_gain(dtype, coef.abs().max().clamp(min=1.0 / num_groups))), min=1.0)
 
 
 def check_loss(loss: Tensor) -> None:
@@ -192,22 +317,25 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
     A frozen head with one token a row: the gradient of each row is built now and scaled later (two GEMMs). Otherwise
     the logits are kept if all of them fit the budget (three), and recomputed if not (four).
     """
-    linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
+    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
     blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
     scale_later = needs == (True, False, False) and tokens.one_per_row
     keep = any(needs) and not scale_later and len(blocks) == 1
     unscaled = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if scale_later else None
-    buffer, stats = linear.workspace(plan.logits_bytes // (weight.shape[0] * linear.logits_dtype.itemsize)), []
+    buffer, stats = linear.workspace(0 if linear.fused_forward else plan.rows_held), []
     logps = hidden.new_zeros(tokens.targets.shape, dtype=engine.accumulate_dtype(linear.logits_dtype))
     for block in blocks:
+        if linear.fused_forward:
+            logps[block.order] = linear.forward_without_logits(block)
+            continue
         logits = linear.compute_logits(block, buffer)
         block_stats, logps[block.order] = linear.forward(block, logits)
         if unscaled is not None:
-            linear.backward_(block, logits, block_stats, torch.ones_like(logps[block.order]))
-            gemm.hidden_grad(linear.backend, logits, linear.weight, unscaled, block.rows, once=True)
+            dlogits = linear.backward_(block, logits, block_stats, torch.ones_like(logps[block.order]))
+            gemm.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
         if keep:
             stats.append(block_stats)
-    everywhere = logps.new_zeros(call.targets.shape).index_copy_(0, tokens.positions, logps)
+    everywhere = tokens.among_all(logps, call.targets.numel())
     return TokenLogps(everywhere, (buffer, stats) if keep else None, unscaled)
 
 
@@ -229,18 +357,16 @@ def token_logps_grads(
     needs: Needs,
 ) -> Grads:
     """Gradients of ``sum_n grad_logps_n * logp_n``, over the kept logits (which it overwrites) or recomputed ones."""
-    linear, tokens = call.linear(hidden, weight, bias), call.tokens(hidden, weight)
+    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
     blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
-    coef = grad_logps[tokens.positions].to(engine.accumulate_dtype(linear.logits_dtype))
+    coef = tokens.of_slots(grad_logps).to(engine.accumulate_dtype(linear.logits_dtype))
     grads = engine.Gradients(linear, needs, num_blocks=len(blocks), rows_once=True)
-    rows = plan.logits_bytes // (weight.shape[0] * linear.logits_dtype.itemsize)
-    buffer = linear.workspace(rows) if kept is None else kept[0]
+    buffer = linear.workspace(plan.rows_held) if kept is None else kept[0]
     for index, block in enumerate(blocks):
         if kept is None:
             logits = linear.compute_logits(block, buffer)
             stats, _ = linear.forward(block, logits)
         else:
             logits, stats = buffer[: block.num_rows], kept[1][index]
-        linear.backward_(block, logits, stats, coef[block.order])
-        grads.add(block, logits)
+        grads.add(Kept(linear.backward_(block, logits, stats, coef[block.order]), block.rows))
     return grads.result()

@@ -6,6 +6,7 @@ Outside of a compiled region the autograd functions are used, which hand gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +26,24 @@ def make_head(
     backend: str,
     max_logits_bytes: int | None,
     logits_dtype: torch.dtype | None,
+    grad_filter_eps: float | None,
+    candidate_eps: float | None,
+    skip_absent_rows: bool,
 ) -> Head:
     """The head from the arguments that an operator can carry."""
-    return Head(logit_scale, softcap or None, temperature, backend, max_logits_bytes, logits_dtype)
+    filters = (grad_filter_eps, candidate_eps)
+    head = (logit_scale, softcap or None, temperature, backend, max_logits_bytes, logits_dtype)
+    return Head(*head, *filters, skip_absent_rows)
 
 
-def flatten_head(head: Head) -> tuple[float, float, float, str, int | None, torch.dtype | None]:
+def flatten_head(head: Head) -> tuple[Any, ...]:
     """The inverse of :func:`make_head`."""
-    return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype)
+    filters = (head.grad_filter_eps, head.candidate_eps)
+    return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype, *filters, head.skip_absent_rows)
+
+
+# Position of logits_dtype among the options of a head.
+LOGITS_DTYPE = -4
 
 
 def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -102,12 +113,18 @@ def linear_cpo(
     backend: str,
     max_logits_bytes: int | None,
     logits_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, sums (S,), lengths (S,), the gain of the gradients, and the gradients of hidden, weight and bias.
+    grad_filter_eps: float | None,
+    candidate_eps: float | None,
+    skip_absent_rows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, sums (S,), lengths (S,), dropped share, gain of the gradients, gradients of hidden, weight and bias.
 
     A gradient is empty where ``needs`` is false. Backward divides by the gain once it knows the upstream gradient.
     """
-    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    filters = (grad_filter_eps, candidate_eps)
+    head = make_head(
+        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
+    )
     objective = Objective(
         beta,
         margin,
@@ -121,35 +138,36 @@ def linear_cpo(
     )
     call = LinearCall(targets, rows, cu_tokens, cu_groups, head)
     result = run_cpo(call, objective, ref_logps, ranks, hidden, weight, bias, (needs[0], needs[1], needs[2]))
-    gain = result.loss.new_tensor(result.gain)
+    gain = result.loss.new_ones(()) * result.gain
     grad_hidden, grad_weight, grad_bias = (_or_empty(grad, hidden) for grad in result.grads)
-    return result.loss, result.sums, result.lengths, gain, grad_hidden, grad_weight, grad_bias
+    return result.loss, result.sums, result.lengths, result.dropped, gain, grad_hidden, grad_weight, grad_bias
 
 
 @linear_cpo.register_fake
 def _(hidden, weight, bias, targets, rows, ref_logps, ranks, cu_tokens, cu_groups, needs, *options):
-    dtype = accumulate_dtype(options[-1] or hidden.dtype)
+    dtype = accumulate_dtype(options[LOGITS_DTYPE] or hidden.dtype)
     segments = len(cu_tokens) - 1
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty((segments,), dtype=dtype),
         hidden.new_empty((segments,), dtype=torch.int64),
         hidden.new_empty((), dtype=dtype),
+        hidden.new_empty((), dtype=dtype),
         *_fake_grads(needs, hidden, weight, bias),
     )
 
 
 def _save_grads(ctx, inputs, output) -> None:
-    _, sums, lengths, gain, *grads = output
+    _, sums, lengths, dropped, gain, *grads = output
     ctx.needs = inputs[9]
-    ctx.mark_non_differentiable(sums, lengths, gain, *grads)
+    ctx.mark_non_differentiable(sums, lengths, dropped, gain, *grads)
     ctx.save_for_backward(gain, *grads)
 
 
 def _linear_cpo_backward(ctx, grad_loss, *_unused):
     gain, *grads = ctx.saved_tensors
     scale = grad_loss / gain
-    return (*[grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)], *[None] * 22)
+    return (*[grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)], *[None] * 25)
 
 
 linear_cpo.register_autograd(_linear_cpo_backward, setup_context=_save_grads)
@@ -168,16 +186,22 @@ def linear_token_logps(
     backend: str,
     max_logits_bytes: int | None,
     logits_dtype: torch.dtype | None,
+    grad_filter_eps: float | None,
+    candidate_eps: float | None,
+    skip_absent_rows: bool,
 ) -> Tensor:
     """Log-probabilities (N,) of all tokens; the gradient recomputes the logits."""
-    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    filters = (grad_filter_eps, candidate_eps)
+    head = make_head(
+        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
+    )
     call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
     return run_token_logps(call, hidden, weight, bias, (False, False, False)).logps
 
 
 @linear_token_logps.register_fake
 def _(hidden, weight, bias, targets, rows, *options):
-    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(options[-1] or hidden.dtype))
+    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(options[LOGITS_DTYPE] or hidden.dtype))
 
 
 @custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
@@ -195,9 +219,15 @@ def linear_token_logps_backward(
     backend: str,
     max_logits_bytes: int | None,
     logits_dtype: torch.dtype | None,
+    grad_filter_eps: float | None,
+    candidate_eps: float | None,
+    skip_absent_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where ``needs`` is false)."""
-    head = make_head(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype)
+    filters = (grad_filter_eps, candidate_eps)
+    head = make_head(
+        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
+    )
     call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
     grads = token_logps_grads(call, None, grad_logps, hidden, weight, bias, (needs[0], needs[1], needs[2]))
     return _or_empty(grads[0], hidden), _or_empty(grads[1], hidden), _or_empty(grads[2], hidden)
@@ -216,7 +246,7 @@ def _save_inputs(ctx, inputs, output) -> None:
 def _linear_token_logps_backward(ctx, grad_logps):
     needs = list(ctx.needs_input_grad[:3])
     grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
-    return (*[grad if need else None for grad, need in zip(grads, needs, strict=True)], *[None] * 8)
+    return (*[grad if need else None for grad, need in zip(grads, needs, strict=True)], *[None] * 11)
 
 
 linear_token_logps.register_autograd(_linear_token_logps_backward, setup_context=_save_inputs)

@@ -4,19 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gemm
 from .backends import Backend
+from .filtering import GradientFilter, Kept
 from .head import Head
 from .layout import Block, Tokens, split_blocks
 from .planning import Plan
-from .reference import accumulate_dtype
+from .reference import accumulate_dtype, narrow_view
 
-# Takes the log-likelihoods of some whole groups and their indices, returns dloss / dlogp of each of their segments.
-Coefficients = Callable[[Tensor, range], Tensor]
+
+class ChunkTokens(NamedTuple):
+    """The slots of some whole groups: n of them in s segments.
+
+    Attributes:
+        groups: indices of the groups.
+        segments: their segments, among all.
+        starts: (s + 1,) prefix count of the slots of each segment, from anywhere.
+        slots_per_segment: slots of every segment, where they all have as many and the host knows it.
+    """
+
+    groups: range
+    segments: slice
+    starts: Tensor
+    slots_per_segment: int | None
+
+    @property
+    def slots(self) -> Tensor:
+        """(s,) slots of each segment."""
+        return self.starts.diff()
+
+
+# Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
+# argument), dloss / dlogp (n,) of each slot.
+Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -29,6 +54,7 @@ class LinearHead:
     head: Head
     backend: Backend
     logits_dtype: torch.dtype
+    fused_forward: bool = False
 
     def workspace(self, rows: int) -> Tensor:
         """The logits buffer, (rows, V)."""
@@ -42,13 +68,21 @@ class LinearHead:
 
     def forward(self, block: Block, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The one read of the logits: statistics (2, r) and token log-probabilities in the block's order."""
-        return self.backend.row_forward(logits, block.targets, block.row_starts, self.bias, *self.head.transform)
+        return self.backend.rows.forward(logits, block.targets, block.row_starts, self.bias, *self.head.transform)
 
-    def backward_(self, block: Block, logits: Tensor, stats: Tensor, coef: Tensor) -> None:
-        """The gradient of ``sum_n coef_n * logp_n`` over the logits, in place."""
-        self.backend.row_backward_(
-            logits, block.targets, block.row_starts, stats, coef, self.bias, *self.head.transform
-        )
+    def forward_without_logits(self, block: Block) -> Tensor:
+        """Token log-probabilities in the block's order, by the backend's fused linear path."""
+        assert self.backend.linear_forward is not None
+        rows = self.hidden[block.rows]
+        head = (self.bias, *self.head.transform)
+        logps: Tensor = self.backend.linear_forward(rows, self.weight, block.targets, block.row_starts, *head).logps
+        return logps
+
+    def backward_(self, block: Block, logits: Tensor, stats: Tensor, coef: Tensor) -> Tensor:
+        """The gradient (r, V) of ``sum_n coef_n * logp_n``, in the dtype of hidden, over the logits."""
+        head, dtype = (self.bias, *self.head.transform), self.hidden.dtype
+        self.backend.rows.backward_(logits, block.targets, block.row_starts, stats, coef, *head, dtype)
+        return narrow_view(logits, dtype)
 
 
 class Gradients:
@@ -66,15 +100,31 @@ class Gradients:
         if needs[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
 
-    def add(self, block: Block, dlogits: Tensor) -> None:
+    def add(self, kept: Kept) -> None:
         """GEMMs 2 and 3 of one block."""
+        if kept.columns is not None:
+            self.add_columns(kept, kept.columns)
+            return
+        linear, (dlogits, rows, *_) = self.linear, kept
         if self.hidden is not None:
-            linear = self.linear
-            gemm.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, block.rows, once=self.rows_once)
+            gemm.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, rows, once=self.rows_once)
         if self.weight is not None:
-            self.weight.add(dlogits, self.linear.hidden[block.rows])
+            self.weight.add(dlogits, linear.hidden[rows])
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def add_columns(self, kept: Kept, columns: Tensor) -> None:
+        """The same where only some ``columns`` (c,) of the vocabulary have a gradient."""
+        linear, (dlogits, rows, _, spare) = self.linear, kept
+        assert spare is not None
+        if self.hidden is not None:
+            weight = spare[: columns.numel() * linear.weight.shape[1]].view(columns.numel(), -1)
+            torch.index_select(linear.weight, 0, columns, out=weight)
+            gemm.hidden_grad(linear.backend, dlogits, weight, self.hidden, rows, once=self.rows_once)
+        if self.weight is not None:
+            self.weight.add_columns(dlogits, linear.hidden[rows], columns, spare)
+        if self.bias is not None:
+            self.bias.index_add_(0, columns, dlogits.sum(0, dtype=self.bias.dtype))
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(grad_hidden, grad_weight, grad_bias) in the dtypes of what they belong to."""
@@ -83,34 +133,55 @@ class Gradients:
 
 
 def run(
-    linear: LinearHead, tokens: Tokens, plan: Plan, needs: tuple[bool, bool, bool], coefficients: Coefficients
+    linear: LinearHead,
+    tokens: Tokens,
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
+    contrast: Contrast,
+    filters: GradientFilter | None = None,
 ) -> tuple[Tensor, Gradients]:
     """One pass over all chunks: log-likelihood sums (S,) and the gradients that ``needs`` asks for."""
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    buffer = linear.workspace(max(min(c.num_rows, c.rows_per_block) for c in plan.chunks))
+    buffer = linear.workspace(0 if linear.fused_forward else plan.rows_held)
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks = split_blocks(tokens, first, last, chunk.rows_per_block)
         logps, stats = sums.new_zeros(last - first), []
         for block in blocks:
+            if linear.fused_forward:
+                logps[block.order] = linear.forward_without_logits(block)
+                continue
             logits = linear.compute_logits(block, buffer)
             block_stats, logps[block.order] = linear.forward(block, logits)
             stats.append(block_stats)
-        segments = slice(tokens.segment_starts[chunk.groups.start], tokens.segment_starts[chunk.groups.stop])
-        sums[segments] = segment_sums(logps, tokens.lengths[segments])
-        if not any(needs):
+        part = chunk_tokens(tokens, chunk.groups)
+        sums[part.segments], coef = contrast(logps, part, any(needs))
+        if coef is None:
             continue
-        coef = coefficients(sums[segments], chunk.groups).repeat_interleave(tokens.lengths[segments])
         for block, block_stats in zip(blocks, stats, strict=True):
             if chunk.recomputed:
                 logits = linear.compute_logits(block, buffer)
-            linear.backward_(block, logits, block_stats, coef[block.order])
-            grads.add(block, logits)
+            dlogits = linear.backward_(block, logits, block_stats, coef[block.order])
+            kept: Kept | None = Kept(dlogits, block.rows)
+            if filters is not None:
+                kept = filters.compact(linear.backend, block, dlogits, coef[block.order])
+            if kept is not None:
+                grads.add(kept)
     return sums, grads
 
 
-def segment_sums(logps: Tensor, lengths: Tensor) -> Tensor:
-    """Sums (S,) of consecutive tokens, accumulated in float64: a thousand terms of -10 lose nothing."""
-    return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(logps.dtype)
+def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:
+    """The slots of some whole groups."""
+    segments = slice(tokens.segment_starts[groups.start], tokens.segment_starts[groups.stop])
+    starts = tokens.token_starts[segments.start : segments.stop + 1]
+    return ChunkTokens(groups, segments, starts, tokens.slots_per_segment)
+
+
+def segment_sums(logps: Tensor, part: ChunkTokens) -> Tensor:
+    """Sums (s,) of consecutive slots, accumulated in float64: a thousand terms of -10 lose nothing."""
+    if part.slots_per_segment is not None:
+        return logps.view(-1, part.slots_per_segment).sum(-1, dtype=torch.float64).to(logps.dtype)
+    total = torch.segment_reduce(logps.double(), "sum", lengths=part.slots, unsafe=True, initial=0)
+    return total.to(logps.dtype)

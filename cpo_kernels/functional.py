@@ -99,6 +99,7 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
         ValueError: shapes, dtypes, devices or target values that do not fit.
     """
     options = Head(**head)
+    options.check_exact("a loss of logits that already exist")
     if logits.dtype not in FLOAT_DTYPES:
         raise ValueError(f"logits must be one of {FLOAT_DTYPES}, got {logits.dtype}")
     if targets.shape != logits.shape[:-1] or logits.dim() == 0 or logits.shape[-1] == 0:
@@ -119,7 +120,7 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
     backend = backends.select(options.backend, logits.device, logits.dtype)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    return backend.row_forward(flat, flat_targets, None, bias, *options.transform)[1].reshape(targets.shape)
+    return backend.rows.forward(flat, flat_targets, None, bias, *options.transform)[1].reshape(targets.shape)
 
 
 def sum_tokens(logps: Tensor) -> Tensor:
@@ -225,6 +226,7 @@ def linear_token_logps(
 def packed_token_logps(inputs: Inputs) -> Tensor:
     """Log-probabilities (N,) of flattened inputs."""
     call = inputs.call
+    call.head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
     if torch.compiler.is_compiling():
         tensors = inputs.hidden, inputs.weight, inputs.bias, call.targets, call.rows
         return compiled.linear_token_logps(*tensors, *compiled.flatten_head(call.head))
@@ -303,7 +305,7 @@ def linear_cpo_loss(
     needs = needs_grad(*tensors)
     ref = None if ref is None else ref.to(accumulate_dtype(head.logits_dtype or inputs.hidden.dtype))
     if torch.compiler.is_compiling():
-        loss, sums, lengths, *_ = compiled.linear_cpo(
+        loss, sums, lengths, dropped, *_ = compiled.linear_cpo(
             *tensors,
             *(call.targets, call.rows, ref, flat_ranks, call.cu_tokens, call.cu_groups, needs),
             *astuple(objective),
@@ -311,9 +313,9 @@ def linear_cpo_loss(
         )
     else:
         compute = partial(run_cpo, call, objective, ref, flat_ranks)
-        loss, sums, lengths = FusedLoss.apply(*tensors, compute, needs)
+        loss, sums, lengths, dropped = FusedLoss.apply(*tensors, compute, needs)
     problem = make_problem(objective, call.cu_groups, lengths, ref, flat_ranks)
-    return summarize(problem, loss, sums, inputs.shape)
+    return summarize(problem, loss, sums, inputs.shape, dropped)
 
 
 def largest_group(cu_groups: Sequence[int]) -> int:
@@ -342,7 +344,7 @@ def linear_sequence_loss(
             sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
         layout: the packed form, or None.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.head.Head`.
+        **head: see :class:`cpo_kernels.head.Head`; the filters take ``1 / G`` for the largest coefficient.
 
     Returns:
         The sum over all groups, a scalar.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .reference import accumulate_pair_, long_slices
+
 if TYPE_CHECKING:
     from .backends import Backend
 
@@ -31,18 +33,33 @@ def hidden_grad(
     grad[rows] += term
 
 
+def float32_sums(device: torch.device) -> bool:
+    """Whether a product of half precision can be added to float32 on ``device``: cuBLAS can."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def accumulator_bytes(weight: Tensor) -> int:
+    """What :class:`WeightGrad` holds besides the gradient when several blocks of half precision are summed."""
+    if weight.dtype.itemsize >= 4:
+        return 0
+    return weight.numel() * (4 if float32_sums(weight.device) else weight.dtype.itemsize)
+
+
 class WeightGrad:
     """GEMM 3: the sum over blocks of ``dlogits.T @ hidden``, (V, H) in the weight's dtype.
 
-    Float32 sums in place. A half-precision sum over several blocks is held as two halves (``gemm_pair_``), of which
-    ``value`` is the high one: float32-like accumulation for 2 more bytes an element instead of 4.
+    Float32 sums in place. A half-precision sum over several blocks is accumulated in float32 where the product itself
+    can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the gradient being the
+    high one: float32-like accumulation for 2 more bytes an element instead of 4.
     """
 
     def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
         self.backend = backend
-        self.value = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        half = weight.dtype.itemsize < 4 and num_blocks > 1
-        self.low = torch.empty_like(self.value) if half else None
+        self.dtype = weight.dtype
+        half_sum, wide = weight.dtype.itemsize < 4 and num_blocks > 1, float32_sums(weight.device)
+        sum_dtype = torch.float32 if half_sum and wide else weight.dtype
+        self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format)
+        self.low = torch.empty_like(self.value) if half_sum and not wide else None
         self.empty = True
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
@@ -53,6 +70,29 @@ class WeightGrad:
             self.backend.gemm_pair_(dlogits.t(), hidden, self.value, self.low, not self.empty)
         self.empty = False
 
+    def add_columns(self, dlogits: Tensor, hidden: Tensor, columns: Tensor, spare: Tensor) -> None:
+        """Add the product of some columns: (r, c), (r, H), increasing (c,); ``spare`` has room for (c, H) numbers."""
+        self.zero_if_empty()
+        term = spare[: columns.numel() * hidden.shape[1]].view(columns.numel(), -1)
+        self.backend.gemm_(dlogits.t(), hidden, term, False)
+        for tile in long_slices(*term.shape):
+            # No column is there twice, so that adding by index is deterministic.
+            if self.low is None:
+                self.value.index_add_(0, columns[tile], term[tile].to(self.value.dtype))
+            else:
+                high, low = self.value[columns[tile]], self.low[columns[tile]]
+                accumulate_pair_(high, low, term[tile])
+                self.value[columns[tile]], self.low[columns[tile]] = high, low
+
+    def zero_if_empty(self) -> None:
+        """Zeros, unless a block was added."""
+        if self.empty:
+            self.value.zero_()
+            if self.low is not None:
+                self.low.zero_()
+        self.empty = False
+
     def result(self) -> Tensor:
         """The sum; zero when no block was added."""
-        return self.value.zero_() if self.empty else self.value
+        self.zero_if_empty()
+        return self.value.to(self.dtype)

@@ -20,6 +20,7 @@ class HeadOptions(TypedDict, total=False):
     logits_dtype: torch.dtype | None
     grad_filter_eps: float | None
     candidate_eps: float | None
+    skip_absent_rows: bool
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class Head:
         temperature: divisor of the logits, > 0.
         backend: ``"auto"`` or a name of :func:`cpo_kernels.backends.available`.
         max_logits_bytes: budget of the logits held at once, in bytes; None for the backend's default.
-        logits_dtype: None (the dtype of ``hidden``) or ``torch.float32``: GEMMs and logits in float32 from
-            half-precision inputs, for log-likelihoods that are exact to float32 at the cost of slower GEMMs.
-        grad_filter_eps: None. Filtering is not available yet; a number raises ``ValueError``.
-        candidate_eps: None. Likewise.
+        logits_dtype: None (the dtype of ``hidden``) or ``torch.float32``: logits kept as float32, as the products
+            accumulate them, so that log-likelihoods of half-precision inputs are exact to float32. The gradient of the
+            logits is rounded to the dtype of ``hidden``, as without it. Costs memory traffic and twice the budget.
+        grad_filter_eps: leave vocabulary columns out of GEMMs 2 and 3 in which no gradient of the chunk's logits is
+            above ``grad_filter_eps`` times the largest coefficient of a token (``beta / num_groups`` for the contrast
+            alone); None for exact gradients. ``CPOOutput.dropped`` says what was left out.
+        candidate_eps: leave candidates out of GEMMs 2 and 3 whose coefficient in the contrast is at most
+            ``candidate_eps * beta / num_groups``; None for exact gradients.
+        skip_absent_rows: keep rows that predict nothing out of the products, which the host must count: on a GPU, one
+            synchronisation a call. False (and always while a CUDA graph is captured): every row of the padded form
+            enters the products, and nothing waits for the device.
     """
 
     logit_scale: float = 1.0
@@ -49,6 +57,7 @@ class Head:
     logits_dtype: torch.dtype | None = None
     grad_filter_eps: float | None = None
     candidate_eps: float | None = None
+    skip_absent_rows: bool = True
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.logit_scale):
@@ -62,9 +71,21 @@ class Head:
         if self.logits_dtype not in (None, torch.float32):
             raise ValueError(f"logits_dtype must be None or torch.float32, got {self.logits_dtype}")
         for name in ("grad_filter_eps", "candidate_eps"):
+            eps = getattr(self, name)
+            if eps is not None and not 0 <= eps < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0 or None, got {eps}")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether gradients may leave something out."""
+        return self.grad_filter_eps is not None or self.candidate_eps is not None
+
+    def check_exact(self, function: str) -> None:
+        """Raise ``ValueError`` where ``function`` has no contrast or product that a filter could shorten."""
+        for name in ("grad_filter_eps", "candidate_eps"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: filtered gradients are not available yet; pass None (exact)"
+                    f"{name}={getattr(self, name)}: {function} has no filters; linear_cpo_loss and linear_sequence_loss do"
                 )
 
     @property

@@ -101,10 +101,12 @@ class Groups(NamedTuple):
     Attributes:
         slots: (S,) place of each segment in the flattened (G, C), or None when every group has C segments.
         shape: (G, C).
+        sizes: (G,) segments of each group, or None when every group has C.
     """
 
     slots: Tensor | None
     shape: tuple[int, int]
+    sizes: Tensor | None = None
 
     def pad(self, values: Tensor, fill: float = 0) -> Tensor:
         """(S,) -> (G, C)."""
@@ -127,7 +129,7 @@ def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
     if all(size == width for size in sizes):
         return Groups(None, shape)
     slots = [group * width + c for group, size in enumerate(sizes) for c in range(size)]
-    return Groups(torch.tensor(slots, device=device), shape)
+    return Groups(torch.tensor(slots, device=device), shape, torch.tensor(sizes, device=device))
 
 
 def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -244,10 +246,17 @@ class CPOProblem:
 
     def coefficients(self, sums: Tensor) -> Tensor:
         """``dloss / dsums`` (S,), in closed form."""
-        coef = self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
+        return self.sum_coefficients(self.contrast_coefficients(sums))
+
+    def contrast_coefficients(self, sums: Tensor) -> Tensor:
+        """The contrast's share of ``dloss / dlogps`` (S,): of the means where length_normalized."""
+        return self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
+
+    def sum_coefficients(self, coef: Tensor) -> Tensor:
+        """``dloss / dsums`` (S,) from the contrast's coefficients (S,): per token where length_normalized, and the NLL."""
         if self.objective.length_normalized:
             coef = coef / self.lengths.clamp(min=1)
-        return coef - self.best.to(sums.dtype) * (self.objective.mle_weight / self.num_target_tokens)
+        return coef - self.best.to(coef.dtype) * (self.objective.mle_weight / self.num_target_tokens)
 
     def chunk(self, groups: range, segments: slice) -> CPOProblem:
         """The problem of some consecutive groups, with the denominators of the whole."""
@@ -290,20 +299,24 @@ def make_problem(
 
 
 def check_problem(problem: CPOProblem) -> None:
-    """Raise ``ValueError`` naming the first group without a rank-0 candidate or, if contrasted, without a contrast."""
-    ranks, present, objective = problem.ranks, problem.present, problem.objective
-    best = ((ranks == 0) & present).any(-1)
-    if not best.all():
-        group = int((~best).nonzero()[0])
-        raise ValueError(f"group {group} has no rank-0 candidate with tokens: {describe_group(problem, group)}")
-    if objective.contrast_weight > 0:
+    """Raise ``ValueError`` naming the first group without a rank-0 candidate or, if contrasted, without a contrast.
+
+    On a GPU the check runs there, without waiting for it, and surfaces as a device assertion.
+    """
+    ranks, present, weight = problem.ranks, problem.present, problem.objective.contrast_weight
+    check_groups(problem, ((ranks == 0) & present).any(-1), "has no rank-0 candidate with tokens")
+    if weight > 0:
         contrasted = preferences(ranks, present).flatten(-2).any(-1)
-        if not contrasted.all():
-            group = int((~contrasted).nonzero()[0])
-            raise ValueError(
-                f"group {group} has nothing to contrast while contrast_weight={objective.contrast_weight}: "
-                + describe_group(problem, group)
-            )
+        check_groups(problem, contrasted, f"has nothing to contrast while contrast_weight={weight}")
+
+
+def check_groups(problem: CPOProblem, good: Tensor, complaint: str) -> None:
+    """Raise ``ValueError`` naming the first group that is not ``good`` (G,)."""
+    if good.device.type != "cpu":
+        torch._assert_async(good.all(), f"a group {complaint}")
+    elif not good.all():
+        group = int((~good).nonzero()[0])
+        raise ValueError(f"group {group} {complaint}: {describe_group(problem, group)}")
 
 
 def describe_group(problem: CPOProblem, group: int) -> str:
@@ -335,7 +348,9 @@ class CPOOutput(NamedTuple):
     dropped: Tensor
 
 
-def summarize(problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int, ...]) -> CPOOutput:
+def summarize(
+    problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int, ...], dropped: Tensor | None = None
+) -> CPOOutput:
     """The output for a loss whose segments have log-likelihood sums (S,); logps and rewards come in ``shape``."""
     sums = sums.detach()
     _, contrastive, nll = problem.loss(sums)
@@ -357,5 +372,5 @@ def summarize(problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int,
         rewards=problem.groups.unpad(rewards).reshape(shape),
         accuracy=wins / counted.sum(),
         margin=((means[0] - means[1]) * counted).sum() / counted.sum(),
-        dropped=loss.new_zeros(()).detach(),
+        dropped=loss.new_zeros(()).detach() if dropped is None else dropped,
     )

@@ -1,77 +1,133 @@
 """The operators between the engine and its backends: schema, fake kernel and reference body, in one place.
 
-Backends register kernels for their device (``row_forward.register_kernel("cpu")``); callers reach them through
-``torch.ops.cpo_kernels``. Tokens are grouped by row: those of row r are ``targets[row_starts[r]:row_starts[r + 1]]``;
+The row operators exist once per backend that can serve several devices: ``cpo_kernels::row_forward`` has the reference
+as its body and the compiled extension as its kernel for CPU tensors, ``cpo_kernels::triton_row_forward`` is Triton's
+wherever that runs. Tokens are grouped by row: those of row r are ``targets[row_starts[r]:row_starts[r + 1]]``;
 ``row_starts=None`` means one token a row. ``softcap=0.0`` means none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import CustomOpDef, custom_op
 
 from . import reference
 from .reference import accumulate_dtype
 
 
-@custom_op("cpo_kernels::row_forward", mutates_args=())
-def row_forward(
-    logits: Tensor,
-    targets: Tensor,
-    row_starts: Tensor | None,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """(R, V), (N,) -> stats (2, R): max and log-sum-exp minus max; log-probabilities (N,), 0 where target is -100."""
-    return reference.row_forward(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+class RowKernels(NamedTuple):
+    """The row functions of a backend; arguments as in :func:`declare_rows`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    backward_: Callable[..., None]
 
 
-@row_forward.register_fake
-def _(logits, targets, row_starts, bias, logit_scale, softcap, temperature):
-    dtype = accumulate_dtype(logits.dtype)
-    return logits.new_empty((2, logits.shape[0]), dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+class RowOperators(NamedTuple):
+    """The same as operators, the first differentiable."""
+
+    forward: CustomOpDef
+    backward: CustomOpDef
+    backward_: CustomOpDef
 
 
-def _save_for_row_backward(ctx, inputs, output) -> None:
-    logits, targets, row_starts, bias, *ctx.transform = inputs
-    stats, _ = output
-    ctx.mark_non_differentiable(stats)
-    ctx.save_for_backward(logits, targets, row_starts, bias, stats)
+def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
+    """The operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
+
+    @custom_op(f"cpo_kernels::{prefix}row_forward", mutates_args=())
+    def row_forward(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(R, V), (N,) -> stats (2, R): max, log-sum-exp minus max; log-probabilities (N,), 0 where target is -100."""
+        return body.forward(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+
+    @custom_op(f"cpo_kernels::{prefix}row_backward", mutates_args=())
+    def row_backward(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        stats: Tensor,
+        coef: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> Tensor:
+        """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype."""
+        return body.backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
+
+    @custom_op(f"cpo_kernels::{prefix}row_backward_", mutates_args=("logits",))
+    def row_backward_(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        stats: Tensor,
+        coef: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+
+        The gradient is then ``logits.view(grad_dtype)[:, :V]``, see :func:`cpo_kernels.reference.narrow_view`.
+        """
+        head = (bias, logit_scale, softcap, temperature)
+        body.backward_(logits, targets, row_starts, stats, coef, *head, grad_dtype)
+
+    operators = RowOperators(row_forward, row_backward, row_backward_)
+    _register_fakes(operators)
+    _register_autograd(operators)
+    return operators
 
 
-def _row_forward_backward(ctx, _grad_stats, grad_logps):
-    logits, targets, row_starts, bias, stats = ctx.saved_tensors
-    coef = grad_logps.to(stats.dtype).contiguous()
-    grad = row_backward(logits, targets, row_starts, stats, coef, bias, *ctx.transform)
-    needs_logits, _, _, needs_bias, *_ = ctx.needs_input_grad
-    grad_bias = grad.sum(0, dtype=stats.dtype).to(bias.dtype) if needs_bias else None
-    return (grad if needs_logits else None), None, None, grad_bias, None, None, None
+def _register_fakes(operators: RowOperators) -> None:
+    @operators.forward.register_fake
+    def _(logits, targets, row_starts, bias, logit_scale, softcap, temperature):
+        dtype = accumulate_dtype(logits.dtype)
+        return logits.new_empty((2, logits.shape[0]), dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+
+    @operators.backward.register_fake
+    def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature):
+        return logits.new_empty(logits.shape)
+
+    @operators.backward_.register_fake
+    def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature, grad_dtype=None):
+        return None
 
 
-row_forward.register_autograd(_row_forward_backward, setup_context=_save_for_row_backward)
+def _register_autograd(operators: RowOperators) -> None:
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, targets, row_starts, bias, *ctx.transform = inputs
+        stats, _ = output
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(logits, targets, row_starts, bias, stats)
+
+    def backward(ctx: Any, _grad_stats: Tensor, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, row_starts, bias, stats = ctx.saved_tensors
+        coef = grad_logps.to(stats.dtype).contiguous()
+        grad = operators.backward(logits, targets, row_starts, stats, coef, bias, *ctx.transform)
+        needs_logits, _, _, needs_bias, *_ = ctx.needs_input_grad
+        grad_bias = grad.sum(0, dtype=stats.dtype).to(bias.dtype) if needs_bias else None
+        return (grad if needs_logits else None), None, None, grad_bias, None, None, None
+
+    operators.forward.register_autograd(backward, setup_context=save_for_backward)
 
 
-@custom_op("cpo_kernels::row_backward", mutates_args=())
-def row_backward(
-    logits: Tensor,
-    targets: Tensor,
-    row_starts: Tensor | None,
-    stats: Tensor,
-    coef: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-) -> Tensor:
-    """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, as a new (R, V) tensor of their dtype."""
-    return reference.row_backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
-
-
-@row_backward.register_fake
-def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature):
-    return logits.new_empty(logits.shape)
+row_forward, row_backward, row_backward_ = declare_rows(
+    "", RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
+)
 
 
 @custom_op("cpo_kernels::gemm_", mutates_args=("out",))
@@ -93,27 +149,4 @@ def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool
 
 @gemm_pair_.register_fake
 def _(a, b, high, low, accumulate):
-    return None
-
-
-@custom_op("cpo_kernels::row_backward_", mutates_args=("logits",))
-def row_backward_(
-    logits: Tensor,
-    targets: Tensor,
-    row_starts: Tensor | None,
-    stats: Tensor,
-    coef: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-) -> None:
-    """:func:`row_backward`, written over the logits."""
-    logits.copy_(
-        reference.row_backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
-    )
-
-
-@row_backward_.register_fake
-def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature):
     return None

@@ -10,6 +10,17 @@ from .layout import Tokens
 
 # Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
 DEFAULT_LOGITS_BYTES = 256 * 2**20
+# A GPU's products are faster in the thousands of rows, and its memory is larger: this share of it, up to the limit.
+GPU_MEMORY_SHARE = 1 / 32
+GPU_LOGITS_BYTES = 2 * 2**30
+
+
+def default_logits_bytes(device: torch.device) -> int:
+    """Bytes of logits held at once where the user names no budget."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return DEFAULT_LOGITS_BYTES
+    share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
+    return min(max(DEFAULT_LOGITS_BYTES, share), GPU_LOGITS_BYTES)
 
 
 @dataclass(frozen=True)
@@ -38,11 +49,11 @@ class Plan:
         num_rows: rows that enter the GEMMs (rows that predict nothing do not).
         num_tokens: tokens that count.
         logits_bytes: size of the one logits buffer.
-        accumulator_bytes: size of the low halves of grad_weight, kept when a half-precision gradient is summed over
-            several chunks.
+        accumulator_bytes: what a half-precision gradient of the weight takes besides itself when it is summed over
+            several chunks: its low halves, or on a GPU a float32 sum.
         workspace_bytes: what the backend's products take besides their operands.
-        budget_bytes: the budget that was asked for. The default is 256 MiB (or a row, if that is more) for logits,
-            and what the low halves and the workspace take.
+        budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
+            its memory; a row, if that is more), and what the accumulator and the workspace take.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
             gradients, up to one more for the share of rows whose logits are recomputed.
         note: why logits are recomputed or the budget is passed, or "".
@@ -59,6 +70,11 @@ class Plan:
     note: str = ""
 
     @property
+    def rows_held(self) -> int:
+        """Rows of logits held at once."""
+        return max(min(chunk.num_rows, chunk.rows_per_block) for chunk in self.chunks)
+
+    @property
     def bytes(self) -> int:
         """Bytes held at the peak beyond inputs and gradients, index tensors of the tokens aside."""
         return self.logits_bytes + self.accumulator_bytes + self.workspace_bytes
@@ -67,28 +83,28 @@ class Plan:
 def make_plan(
     tokens: Tokens,
     vocab: int,
-    hidden_size: int,
     *,
     logits_dtype: torch.dtype,
-    weight_dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
     max_logits_bytes: int | None,
+    default_bytes: int = DEFAULT_LOGITS_BYTES,
+    accumulator_bytes: int = 0,
     workspace_bytes: int = 0,
     whole_groups: bool = True,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
-    The low halves of grad_weight and the workspace of the products count towards an explicit budget, where it holds
+    The accumulator of grad_weight and the workspace of the products count towards an explicit budget, where it holds
     them besides the largest group without losing more than half of itself; where not, they come on top.
 
     Args:
         tokens: the tokens that count.
         vocab: V.
-        hidden_size: H.
         logits_dtype: dtype of the logits buffer.
-        weight_dtype: dtype of the head's weight and of its gradient.
         needs: whether hidden, weight and bias need gradients.
         max_logits_bytes: the budget; None for the default.
+        default_bytes: the default for logits.
+        accumulator_bytes: what the gradient of the weight takes besides itself if there are several chunks.
         workspace_bytes: what the backend's products take besides their operands.
         whole_groups: whether the rows of a group must be held together to be computed only once.
 
@@ -97,8 +113,8 @@ def make_plan(
     """
     row_bytes = vocab * logits_dtype.itemsize
     total, needs_grad = tokens.num_rows, any(needs)
-    accumulator = vocab * hidden_size * weight_dtype.itemsize if needs[1] and weight_dtype.itemsize < 4 else 0
-    asked = max_logits_bytes or max(DEFAULT_LOGITS_BYTES, row_bytes) + accumulator + workspace_bytes
+    accumulator = accumulator_bytes if needs[1] else 0
+    asked = max_logits_bytes or max(default_bytes, row_bytes) + accumulator + workspace_bytes
     if asked < row_bytes:
         raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
     largest = max(tokens.rows_per_group, default=0) if whole_groups else 1
@@ -107,7 +123,7 @@ def make_plan(
         fits = asked - overhead >= max(largest * row_bytes, asked // 2)
         return asked - overhead if fits or max_logits_bytes is None else asked
 
-    # One chunk needs no low halves, so it may be larger by what they would take.
+    # One chunk needs no accumulator, so it may be larger by what they would take.
     if total * row_bytes <= left_for_logits(workspace_bytes):
         accumulator = 0
     budget = left_for_logits(workspace_bytes + accumulator)
@@ -124,7 +140,7 @@ def make_plan(
     on_top = held * row_bytes + accumulator + workspace_bytes - asked
     if on_top > 0:
         notes.append(
-            f"{on_top} bytes come on top of the budget, with {accumulator} for the low halves of grad_weight and "
+            f"{on_top} bytes come on top of the budget, with {accumulator} for the accumulator of grad_weight and "
             f"{workspace_bytes} for the workspace of the products"
         )
     return Plan(

@@ -148,13 +148,51 @@ def row_backward(
     return torch.where(active[:, None], grad, torch.zeros_like(grad)).to(logits.dtype)
 
 
+def narrow_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (R, V) gradient of ``dtype`` at the front of each row of the memory of ``logits`` (R, V)."""
+    return logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+) -> None:
+    """:func:`row_backward` of ``grad_dtype`` (default: that of the logits), written over the logits."""
+    grad = row_backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
+    narrow_view(logits, grad_dtype or logits.dtype).copy_(grad)
+
+
+def column_stats(grad: Tensor) -> Tensor:
+    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V)."""
+    stats = grad.new_zeros((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
+    for tile in long_slices(*grad.shape):
+        size = grad[tile].abs().to(stats.dtype)
+        torch.maximum(stats[0], size.amax(0), out=stats[0])
+        stats[1] += size.sum(0)
+    return stats
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """``tensor *= factor``, a scalar; a factor of 1 costs nothing where reading it waits for no device."""
+    if factor.device.type != "cpu" or float(factor) != 1.0:
+        tensor.mul_(factor)
+
+
 # Elements of a matrix converted or accumulated at a time: a tile of that size stays in the cache.
 TILE_ELEMENTS = 2**21
 
 
-def long_slices(length: int, width: int) -> list[slice]:
-    """Slices of a long dimension of a (length, width) matrix, of about TILE_ELEMENTS elements each."""
-    step = max(1, TILE_ELEMENTS // max(1, width))
+def long_slices(length: int, width: int, elements: int = TILE_ELEMENTS) -> list[slice]:
+    """Slices of a long dimension of a (length, width) matrix, of about so many elements each."""
+    step = max(1, elements // max(1, width))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
@@ -167,6 +205,13 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
             torch.mm(a, b, out=out)
         return
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+    if out.dtype == torch.float32 and a.dtype == b.dtype and a.is_cuda and torch.version.hip is None:
+        # cuBLAS writes and adds up its float32 accumulators.
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return
     (m, k), n = a.shape, b.shape[1]
     if not accumulate:
         out.zero_()

@@ -175,12 +175,16 @@ def token_rows(problem: Problem) -> Tensor:
 
 def eager_loss(problem: Problem) -> Tensor:
     """The loss by the reference, from dense logits in the dtype of the problem."""
-    logits, targets = dense(problem)
+    return eager_loss_of(problem, *dense(problem), problem.bias)
+
+
+def eager_loss_of(problem: Problem, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
+    """The same from logits (G, C, T, V) and targets (G, C, T)."""
     ranks = problem.ranks
     if problem.layout is not None and problem.layout.ranks is not None:
         ranks = segments_as_padded(problem, torch.as_tensor(problem.layout.ranks), 9)
     ref = segments_as_padded(problem, problem.ref_logps, 0.0)
-    return reference.cpo_loss(logits, targets, ref_logps=ref, ranks=ranks, bias=problem.bias, **problem.options)
+    return reference.cpo_loss(logits, targets, ref_logps=ref, ranks=ranks, bias=bias, **problem.options)
 
 
 def fused_loss(problem: Problem, **head: Any) -> Tensor:

@@ -43,7 +43,7 @@ def test_opcheck_of_small_sizes(logits_shape):
 
 # The objective's numbers and the head's options, as the operators of compiled.py take them.
 OBJECTIVE = (0.1, 0.2, 0.0, "plackett_luce", False, 1.0, 0.5, None, None)
-HEAD = (0.9, 4.0, 1.1, "auto", None, None)
+HEAD = (0.9, 4.0, 1.1, "auto", None, None, None, None, True)
 
 
 @pytest.mark.parametrize("needs", [[True, True, True], [True, False, False]], ids=["trainable", "frozen"])
@@ -99,7 +99,7 @@ def test_unwritten_memory_is_poisoned():
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
 def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
     """Forward, backward and backward in place against a float64 log-softmax."""
-    kernels = backends.BACKENDS[backend]
+    kernels = backends.BACKENDS[backend].rows
     logits, targets, starts, bias = row_inputs(dtype, row_starts, V)
     rows, coef = reference.token_rows(targets, starts), torch.randn(targets.shape, dtype=torch.float64)
     names = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True))
@@ -110,24 +110,24 @@ def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
         (grad,) = torch.autograd.grad((logps * coef).sum(), leaf)
         return logps.detach(), grad
 
-    stats, logps = kernels.row_forward(logits, targets, starts, bias, *transform)
+    stats, logps = kernels.forward(logits, targets, starts, bias, *transform)
     assert_accurate(logps, dense(dtype)[0], dense(torch.float64)[0], "logps")
     coef_here = coef.to(stats.dtype)
-    grad = kernels.row_backward(logits, targets, starts, stats, coef_here, bias, *transform)
+    grad = kernels.backward(logits, targets, starts, stats, coef_here, bias, *transform)
     assert_accurate(grad, dense(dtype)[1], dense(torch.float64)[1], "grad")
     in_place = logits.clone()
-    kernels.row_backward_(in_place, targets, starts, stats, coef_here, bias, *transform)
+    kernels.backward_(in_place, targets, starts, stats, coef_here, bias, *transform)
     assert torch.equal(in_place, grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_several_tokens_a_row_counts_each_once(backend):
     """The same word twice, and a cancelling pair of coefficients."""
-    kernels = backends.BACKENDS[backend]
+    kernels = backends.BACKENDS[backend].rows
     logits, targets, starts = torch.randn(2, 5), torch.tensor([3, 3, 0, 1]), torch.tensor([0, 2, 4])
     coef = torch.tensor([1.0, 0.5, 2.0, -2.0])
-    stats, _ = kernels.row_forward(logits, targets, starts, None, 1.0, 0.0, 1.0)
-    grad = kernels.row_backward(logits, targets, starts, stats, coef, None, 1.0, 0.0, 1.0)
+    stats, _ = kernels.forward(logits, targets, starts, None, 1.0, 0.0, 1.0)
+    grad = kernels.backward(logits, targets, starts, stats, coef, None, 1.0, 0.0, 1.0)
     probabilities = logits.softmax(-1)
     expected = torch.stack([-1.5 * probabilities[0], torch.zeros(5)])
     expected[0, 3] += 1.5

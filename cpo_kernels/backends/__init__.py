@@ -1,7 +1,7 @@
 """Which backends exist, which are available here, and which one a call uses.
 
-A backend supplies the row kernels; the engine exists once. ``selection.json`` orders the backends by measured speed
-for each device type, and says where the measurements are.
+A backend supplies the row kernels and may supply the contrast in one launch and a fused linear path; the engine exists
+once. ``selection.json`` orders the backends by measured speed for each device type, and says where it was measured.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
+from importlib import import_module, resources
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native
+from . import native, triton_support
+from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = ops.RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
 
 
 def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -27,27 +29,35 @@ def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) ->
     return 0
 
 
-def reference_backward_(logits: Tensor, *args: Any) -> None:
-    """:func:`cpo_kernels.reference.row_backward`, written over the logits."""
-    logits.copy_(reference.row_backward(logits, *args))
-
-
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one backend; signatures as in :mod:`cpo_kernels.ops`.
+    """The kernels of one backend.
 
-    ``gemm_workspace(R, V, H, dtype)`` bounds the bytes that the products take.
+    Attributes:
+        name: as users write it.
+        devices: device types it runs on; None for all.
+        dtypes: dtypes of logits it takes.
+        rows: row kernels; signatures as in :mod:`cpo_kernels.ops`. ``forward`` is differentiable.
+        gemm_: ``(a, b, out, accumulate)``, the matrix product.
+        gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
+        gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
+        column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
+        scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
+        contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
+        linear_forward: log-probabilities without logits in memory, or None.
     """
 
     name: str
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
-    row_forward: Callable[..., tuple[Tensor, Tensor]]
-    row_backward: Callable[..., Tensor]
-    row_backward_: Callable[..., None]
+    rows: ops.RowKernels | ops.RowOperators
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
+    column_stats: Callable[[Tensor], Tensor] = reference.column_stats
+    scale_: Callable[[Tensor, Tensor], None] = reference.scale_
+    contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
+    linear_forward: Callable[..., Any] | None = None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
@@ -56,6 +66,30 @@ class Backend:
         if dtype not in self.dtypes:
             return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
         return None
+
+
+def triton_backend() -> Backend:
+    """Triton's kernels, with the device's own matrix products; importing them imports triton."""
+    rows = import_module("cpo_kernels.backends.triton.rows")
+    gradients = import_module("cpo_kernels.backends.triton.gradients")
+    contrast = import_module("cpo_kernels.backends.triton.contrast")
+    try:
+        linear_forward = import_module("cpo_kernels.backends.triton.linear").linear_forward
+    except ModuleNotFoundError:
+        linear_forward = None
+    return Backend(
+        name="triton",
+        devices=("cpu", "cuda") if triton_support.interpreted() else ("cuda",),
+        dtypes=HALF_AND_SINGLE,
+        rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
+        gemm_=ops.gemm_,
+        gemm_pair_=ops.gemm_pair_,
+        gemm_workspace=native.gemm_workspace if triton_support.interpreted() else no_workspace,
+        column_stats=gradients.column_stats,
+        scale_=gradients.scale_,
+        contrast=contrast.contrast,
+        linear_forward=linear_forward,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,9 +106,7 @@ BACKENDS = {
         name="torch",
         devices=None,
         dtypes=(*HALF_AND_SINGLE, torch.float64),
-        row_forward=reference.row_forward,
-        row_backward=reference.row_backward,
-        row_backward_=reference_backward_,
+        rows=ROWS,
         gemm_=reference.gemm_,
         gemm_pair_=reference.gemm_pair_,
     ),
@@ -82,31 +114,27 @@ BACKENDS = {
         name="cpu",
         devices=("cpu",),
         dtypes=HALF_AND_SINGLE,
-        row_forward=ops.row_forward,
-        row_backward=ops.row_backward,
-        row_backward_=ops.row_backward_,
+        rows=ops.RowOperators(ops.row_forward, ops.row_backward, ops.row_backward_),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=native.gemm_workspace,
     ),
 }
 
-PLANNED = {
-    "triton": "not part of this version of cpo_kernels; backend='torch' runs on any device",
-    "cuda": "not part of this version of cpo_kernels; backend='torch' runs on any device",
-}
-
 if native.available():
     native.register()
+if triton_support.unavailable_reason() is None:
+    BACKENDS["triton"] = triton_backend()
 
 
 def describe() -> list[Status]:
     """The state of every backend of the project, in the order of the documentation."""
-    cpu_reason = native.unavailable_reason()
+    cpu_reason, triton_reason = native.unavailable_reason(), triton_support.unavailable_reason()
     return [
         Status("torch", True, "plain PyTorch, any device"),
         Status("cpu", cpu_reason is None, cpu_reason or f"compiled extension, instruction set {native.isa()}"),
-        *(Status(name, False, reason) for name, reason in PLANNED.items()),
+        Status("triton", triton_reason is None, triton_reason or triton_support.description()),
+        Status("cuda", False, "not part of this version of cpo_kernels; backend='triton' runs on NVIDIA GPUs"),
     ]
 
 
@@ -117,7 +145,9 @@ def available() -> list[str]:
 
 # Read once, at import, and as data: `select` is traced by torch.compile, which can neither open files nor call _cpu.
 AVAILABLE = tuple(available())
-PREFERRED: dict[str, list[str]] = json.loads(resources.files(__name__).joinpath("selection.json").read_text())["prefer"]
+SELECTION = json.loads(resources.files(__name__).joinpath("selection.json").read_text())
+PREFERRED: dict[str, list[str]] = SELECTION["prefer"]
+FUSED_FORWARD: dict[str, dict[str, dict[str, int]]] = SELECTION["fused_forward_up_to_hidden_size"]
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
@@ -145,3 +175,15 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     if refusal:
         raise ValueError(refusal)
     return BACKENDS[name]
+
+
+def prefers_fused_forward(backend: Backend, hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the backend's fused linear path measured faster than a product and the row kernel, for (R, H), (V, H).
+
+    ``selection.json`` lists up to which H it does, by backend, architecture and dtype; what it does not list does not.
+    """
+    if backend.linear_forward is None:
+        return False
+    arch = tuning.architecture(hidden.device)
+    largest: int = FUSED_FORWARD.get(backend.name, {}).get(arch, {}).get(str(hidden.dtype).removeprefix("torch."), 0)
+    return weight.shape[1] <= largest

@@ -1,0 +1,181 @@
+"""Filtered gradients: easy candidates and quiet vocabulary columns left out of GEMMs 2 and 3, and what that leaves out.
+
+Both thresholds are in units of the largest coefficient that the loss gives a token, so that they do not depend on beta
+or on the size of the batch. The mass of a gradient is the sum of the absolute values of the gradient with respect to
+the logits, token by token: ``2 |coef| (1 - p)`` for a token of probability p. A row of ``dlogits`` moves the gradient
+of hidden by at most its mass times the largest norm of a row of the weight, and likewise for the weight, so the mass
+dropped bounds the error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import Block, to_device
+from .reference import IGNORE_INDEX, TILE_ELEMENTS, long_slices
+
+if TYPE_CHECKING:
+    from .backends import Backend
+
+# Columns are compacted only if at most this share remains: a pass over the gradient must save more than it costs.
+WORTHWHILE_COLUMNS = 0.75
+
+
+class Kept(NamedTuple):
+    """What of a block's gradient enters GEMMs 2 and 3.
+
+    Attributes:
+        dlogits: (k, c), within the memory of the block's logits.
+        rows: (k,) or a slice, rows of ``hidden``.
+        columns: (c,) vocabulary entries, or None for all of them.
+        spare: memory of the block's logits that ``dlogits`` does not need, for (c, H) numbers; None for all columns.
+    """
+
+    dlogits: Tensor
+    rows: Tensor | slice
+    columns: Tensor | None = None
+    spare: Tensor | None = None
+
+
+@dataclass
+class GradientFilter:
+    """The filters of one call and the mass that they have seen and dropped.
+
+    Attributes:
+        candidate_threshold: absolute coefficient up to which a candidate is dropped; None keeps all.
+        column_threshold: absolute gradient up to which a column is dropped; None keeps all.
+        slope: derivative of the transformed logit by the raw one, without a softcap.
+        hidden_size: H.
+        total: mass of the exact gradient.
+        dropped: mass left out.
+    """
+
+    candidate_threshold: float | Tensor | None
+    column_threshold: float | Tensor | None
+    slope: float
+    hidden_size: int
+    total: float | Tensor = 0.0
+    dropped: float | Tensor = 0.0
+
+    @property
+    def share(self) -> Tensor:
+        """Dropped mass over total mass, 0 without any gradient."""
+        total = torch.as_tensor(self.total)
+        return (self.dropped / total).where(total > 0, 0.0).clamp(max=1.0)
+
+    def drop_candidates(
+        self, contrast: Tensor, coef: Tensor, logps: Tensor, slots: Tensor, always: Tensor | None = None
+    ) -> Tensor:
+        """Coefficients (n,) of a chunk's slots, 0 for candidates that the contrast has settled.
+
+        Args:
+            contrast: (S,) coefficient of each candidate in the contrast.
+            coef: (S,) coefficient of each of its tokens.
+            logps: (n,) log-probabilities.
+            slots: (S,) slots of each candidate.
+            always: (S,) bool, candidates that count whatever the contrast says (those of an NLL), or None.
+        """
+
+        def of_slots(values: Tensor) -> Tensor:
+            return values.repeat_interleave(slots, output_size=logps.numel())
+
+        mass = of_slots(coef).abs() * (-2 * abs(self.slope) * torch.expm1(logps))
+        self.total = self.total + mass.sum(dtype=torch.float64)
+        if self.candidate_threshold is None:
+            return of_slots(coef)
+        settled = contrast.abs() <= self.candidate_threshold  # NaN is not settled
+        if always is not None:
+            settled &= ~always
+        self.dropped = self.dropped + mass.masked_fill(~of_slots(settled), 0.0).sum(dtype=torch.float64)
+        return of_slots(coef.masked_fill(settled, 0.0))
+
+    def compact(self, backend: Backend, block: Block, dlogits: Tensor, coef: Tensor) -> Kept | None:
+        """The rows and columns of ``dlogits`` (r, V) that are kept, moved to its front; None if nothing is.
+
+        Costs a GPU one synchronisation, after which the host knows the sizes.
+
+        Args:
+            backend: supplies the statistics of the columns.
+            block: the rows.
+            dlogits: (r, V), overwritten.
+            coef: (n,) coefficients of the block's slots.
+        """
+        device = dlogits.device
+        counts = (coef != 0) & (block.targets != IGNORE_INDEX)
+        if self.column_threshold is None:
+            rows, columns = active_rows(block, counts.cpu()), None
+        else:
+            largest, mass = backend.column_stats(dlogits)
+            quiet = largest <= self.column_threshold  # NaN is not quiet
+            rows_flags, loud = torch.cat([counts, ~quiet]).cpu().split([counts.numel(), quiet.numel()])
+            rows, columns = active_rows(block, rows_flags), loud.nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return None
+        if columns is None or not worth_compacting(dlogits, rows.numel(), columns.numel(), self.hidden_size):
+            if rows.numel() == block.num_rows:
+                return Kept(dlogits, block.rows)
+            moved, rows = move_rows_(dlogits, rows)
+            return Kept(moved, block.row_indices(device)[to_device(rows, device)])
+        self.dropped = self.dropped + mass.masked_fill(~quiet, 0.0).sum(dtype=torch.float64)
+        if columns.numel() == 0:
+            return None
+        rows, columns = to_device(rows, device), to_device(columns, device)
+        kept, spare = move_elements_(dlogits, rows, columns)
+        return Kept(kept, block.row_indices(device)[rows], columns, spare)
+
+
+def active_rows(block: Block, active: Tensor) -> Tensor:
+    """Rows of a block, as increasing host integers, any of whose slots is ``active`` (n,)."""
+    if block.host_row_starts is None:
+        return active.nonzero().squeeze(1)
+    counted = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
+    return counted[block.host_row_starts].diff().nonzero().squeeze(1)
+
+
+def worth_compacting(dlogits: Tensor, rows: int, columns: int, hidden_size: int) -> bool:
+    """Whether few enough columns remain, and leave room for their rows of the weight in the memory of the logits."""
+    room = columns * (rows + hidden_size) <= flat_view(dlogits).numel()
+    return room and columns <= WORTHWHILE_COLUMNS * dlogits.shape[1]
+
+
+def flat_view(matrix: Tensor) -> Tensor:
+    """The memory from the first to the last element of a matrix of unit column stride, gaps between rows included."""
+    return matrix.as_strided(((matrix.shape[0] - 1) * matrix.stride(0) + matrix.shape[1],), (1,))
+
+
+def move_rows_(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The k given ``rows``, increasing host integers, in the first rows of ``matrix``; returns those, and their order.
+
+    Only rows beyond the first k move, into the places of rows that are not kept: at most half of the matrix.
+    """
+    order = torch.arange(rows.numel(), device="cpu")
+    stay = rows < rows.numel()
+    hole = torch.ones(rows.numel(), dtype=torch.bool, device="cpu")
+    hole[rows[stay]] = False
+    order[hole] = rows[~stay]
+    holes, movers = (to_device(t, matrix.device) for t in (hole.nonzero().squeeze(1), rows[~stay]))
+    for tile in moving_tiles(matrix, movers.numel()):
+        matrix.index_copy_(0, holes[tile], matrix.index_select(0, movers[tile]))
+    return matrix[: rows.numel()], order
+
+
+def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
+    """Slices of ``rows`` rows, a copy of which is small beside the matrix and large beside a launch."""
+    return long_slices(rows, matrix.shape[1], TILE_ELEMENTS if matrix.device.type == "cpu" else 8 * TILE_ELEMENTS)
+
+
+def move_elements_(matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix[rows][:, columns]`` densely at the front of its memory, and the memory left; both index increasing.
+
+    Element (i, j) of the result lies at or before the start of its source row, which no later tile reads any more.
+    """
+    flat, width = flat_view(matrix), columns.numel()
+    for tile in moving_tiles(matrix, rows.numel()):
+        part = matrix.index_select(0, rows[tile]).index_select(1, columns)
+        flat[tile.start * width : tile.stop * width].view(-1, width).copy_(part)
+    size = rows.numel() * width
+    return flat[:size].view(-1, width), flat[size:]

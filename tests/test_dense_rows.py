@@ -1,0 +1,90 @@
+"""``skip_absent_rows=False``: every row enters the products, the result is the same, and nothing waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import (
+    BACKEND_DTYPE_IDS,
+    BACKEND_DTYPES,
+    PROBLEMS,
+    GemmCounter,
+    budget_of,
+    eager_loss,
+    fused_loss,
+    loss_and_grads,
+    random_problem,
+)
+from tolerance import assert_accurate
+
+from cpo_kernels import linear_cpo_loss, linear_token_logps, plan
+from cpo_kernels.calls import LinearCall, run_cpo, run_token_logps, token_logps_grads
+from cpo_kernels.head import Head
+from cpo_kernels.objective import Objective, make_problem, summarize
+
+PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
+
+
+@pytest.mark.parametrize("rows", [None, 13, 2], ids=["one_chunk", "chunks", "recomputed"])
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_loss_and_gradients(backend, dtype, name, rows):
+    problem = PROBLEMS[name]().to(dtype)
+    budget = None if rows is None else budget_of(problem, rows)
+    loss = fused_loss(problem, backend=backend, skip_absent_rows=False, max_logits_bytes=budget)
+    out, eager = loss_and_grads(loss, problem), loss_and_grads(eager_loss(problem), problem)
+    exact = problem.to(torch.float64)
+    oracle = loss_and_grads(eager_loss(exact), exact)
+    for what in oracle:
+        assert_accurate(out[what], eager[what], oracle[what], what)
+    absent = problem.targets == -100
+    assert not out["hidden"][absent].any()
+
+
+def test_outputs_and_plan():
+    problem = random_problem(bias=True, mle_weight=0.4).to(torch.float32)
+    skipping = linear_cpo_loss(**problem.arguments(), **problem.options)
+    dense = linear_cpo_loss(**problem.arguments(), **problem.options, skip_absent_rows=False)
+    for ours, theirs in zip(dense, skipping, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert plan(**problem.arguments(), skip_absent_rows=False).num_rows == problem.targets.numel()
+    with GemmCounter() as counter:
+        fused_loss(problem, skip_absent_rows=False)
+    assert counter.products(problem.targets.numel(), problem.weight) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_token_logps(frozen):
+    problem = random_problem().to(torch.float32)
+    problem.weight.requires_grad_(not frozen)
+    leaves = [t for t in (problem.hidden, problem.weight) if t.requires_grad]
+    upstream, results = torch.randn(problem.targets.shape), []
+    for skip in (True, False):
+        logps = linear_token_logps(problem.hidden, problem.weight, problem.targets, skip_absent_rows=skip)
+        results.append([logps, *torch.autograd.grad(logps, leaves, upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "max_logits_bytes": 31 * 12 * 8}], ids=["plain", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_waits_for_the_device(dtype, options):
+    """A meta tensor has no values: whatever reads one on the host, as a copy from a GPU would, raises."""
+    hidden, weight = (torch.empty(size, device="meta", dtype=dtype) for size in ((24, 8), (31, 8)))
+    bias, targets = weight[:, 0], torch.empty(24, device="meta", dtype=torch.int64)
+    ref_logps = torch.empty(6, device="meta")
+    objective = Objective(mle_weight=0.5, label_smoothing=0.1, length_normalized=True)
+
+    def call(skip: bool) -> LinearCall:
+        head = Head(backend="torch", skip_absent_rows=skip, **options)
+        return LinearCall(targets, None, range(0, 25, 4), range(0, 7, 2), head)
+
+    needs = (True, True, True)
+    result = run_cpo(call(False), objective, ref_logps, None, hidden, weight, bias, needs)
+    problem = make_problem(objective, range(0, 7, 2), result.lengths, ref_logps, None)
+    assert summarize(problem, result.loss, result.sums, (3, 2)).rewards.shape == (3, 2)
+    assert [grad.shape for grad in result.grads] == [hidden.shape, weight.shape, bias.shape]
+    logps = run_token_logps(call(False), hidden, weight, bias, needs).logps
+    token_logps_grads(call(False), None, logps, hidden, weight, bias, needs)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        run_cpo(call(True), objective, ref_logps, None, hidden, weight, bias, needs)

@@ -1,0 +1,243 @@
+"""Filtered gradients: what they leave out is what they say, it bounds their error, and they save products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import (
+    BACKEND_DTYPE_IDS,
+    BACKEND_DTYPES,
+    GemmCounter,
+    Problem,
+    budget_of,
+    dense,
+    eager_loss_of,
+    fused_loss,
+    loss_and_grads,
+    packed_problem,
+    random_problem,
+)
+from torch import Tensor
+
+from cpo_kernels import linear_cpo_loss, linear_sequence_loss, reference
+from cpo_kernels.filtering import move_elements_, move_rows_
+
+EPS = (0.0, 1e-4, 1e-2, 0.1, 0.5)
+FILTERS = ("candidate_eps", "grad_filter_eps")
+
+
+def untrained(**options) -> Problem:
+    """Near-uniform softmax, contrasts undecided."""
+    problem = random_problem(G=4, C=5, T=6, H=16, V=211, ref=False, **options)
+    return replace(problem, hidden=0.05 * problem.hidden)
+
+
+def trained(**options) -> Problem:
+    """A head that predicts the first candidates well and half of the others fairly: most contrasts are settled."""
+    problem = random_problem(G=4, C=5, T=6, H=16, V=211, ref=False, **options)
+    skill = torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0], dtype=torch.float64)[:, None, None]
+    right = problem.weight[problem.targets.clamp(min=0)]
+    return replace(problem, hidden=skill * right + 0.1 * problem.hidden)
+
+
+PROBLEMS = {"untrained": untrained, "trained": trained}
+
+
+def output_and_grads(problem: Problem, **head) -> tuple[Tensor, dict[str, Tensor]]:
+    out = linear_cpo_loss(**problem.arguments(), **problem.options, **head)
+    return out.dropped, loss_and_grads(out.loss, problem)
+
+
+def dense_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Gradient of the loss with respect to the dense logits (G, C, T, V), and to the log-likelihoods (G, C), exactly."""
+    logits = (problem.hidden.double() @ problem.weight.double().T).detach().requires_grad_()
+    loss = reference.cpo_loss(logits, problem.targets, **problem.options)
+    (grad,) = torch.autograd.grad(loss, logits)
+    # At its target, a token has the gradient coef * (1 - p).
+    target = problem.targets.clamp(min=0).unsqueeze(-1)
+    coef = grad.gather(-1, target) / (1 - logits.detach().softmax(-1).gather(-1, target))
+    present = problem.targets != reference.IGNORE_INDEX
+    return grad, torch.where(present, coef.squeeze(-1), 0.0).abs().amax(-1)
+
+
+def expected_share(problem: Problem, unit: float, candidate_eps=None, grad_filter_eps=None) -> float:
+    """Share of the mass of the dense gradient that the definition leaves out, all groups being one chunk."""
+    grad, coef = dense_gradient(problem)
+    kept = grad.clone()
+    if candidate_eps is not None:
+        kept[coef <= candidate_eps * unit] = 0.0
+    if grad_filter_eps is not None:
+        kept[..., kept.abs().amax((0, 1, 2)) <= grad_filter_eps * unit] = 0.0
+    return float((grad - kept).abs().sum() / grad.abs().sum())
+
+
+@pytest.mark.parametrize("eps", EPS)
+@pytest.mark.parametrize(
+    "which", [("candidate_eps",), ("grad_filter_eps",), FILTERS], ids=["candidates", "columns", "both"]
+)
+@pytest.mark.parametrize("make", PROBLEMS.values(), ids=PROBLEMS)
+def test_dropped_is_the_share_of_the_mass_and_bounds_the_error(make, which, eps):
+    """Row by row, the error of a gradient is at most the mass dropped times the largest vector it multiplies."""
+    problem = make(beta=0.5).to(torch.float64)
+    filters = {name: eps for name in which}
+    _, exact = output_and_grads(problem, backend="torch")
+    dropped, filtered = output_and_grads(problem, backend="torch", **filters)
+    share = expected_share(problem, 0.5 / 4, **filters)
+    if dropped.item() != pytest.approx(share, rel=1e-9, abs=1e-15):
+        # Columns stay where compacting them is not worth it: then only candidates are left out.
+        assert "grad_filter_eps" in filters
+        filters.pop("grad_filter_eps")
+        share = expected_share(problem, 0.5 / 4, **filters)
+    assert dropped.item() == pytest.approx(share, rel=1e-9, abs=1e-15)
+    mass = dense_gradient(problem)[0].abs().sum().item()
+    sources = {"hidden": problem.weight, "weight": problem.hidden.flatten(0, 2)}
+    for name, source in sources.items():
+        error = (filtered[name] - exact[name]).flatten(0, -2).norm(dim=-1)
+        assert error.sum().item() <= dropped.item() * mass * source.norm(dim=-1).max().item() * (1 + 1e-9) + 1e-15
+    assert filtered["loss"] == exact["loss"]
+
+
+def test_something_is_dropped():
+    """The tests above would pass if nothing ever were."""
+    problem = trained(beta=0.5).to(torch.float64)
+    dropped = {name: output_and_grads(problem, **{name: 0.01})[0].item() for name in FILTERS}
+    assert all(0 < share < 0.5 for share in dropped.values()), dropped
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_dropping_saves_products(name):
+    problem = trained(beta=0.5).to(torch.float32)
+    present = int((problem.targets != reference.IGNORE_INDEX).sum())
+    products = {}
+    for eps in (None, 0.01):
+        with GemmCounter() as counter:
+            fused_loss(problem, **{name: eps})
+        products[eps] = counter.products(present, problem.weight)
+    assert products[None] == 3
+    assert 1 < products[0.01] < 2.5
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_dropping_everything(name):
+    problem = untrained().to(torch.float32)
+    dropped, grads = output_and_grads(problem, **{name: 1e6})
+    assert dropped == pytest.approx(1.0, rel=1e-5)
+    assert not grads["hidden"].any()
+    assert not grads["weight"].any()
+
+
+def test_an_nll_keeps_its_candidates():
+    """The contrast has settled them, but the NLL still wants them more likely."""
+    problem = trained(beta=0.1, mle_weight=1.0).to(torch.float64)
+    dropped, grads = output_and_grads(problem, candidate_eps=1e6)
+    only_nll = replace(problem, options={**problem.options, "contrast_weight": 0.0})
+    _, expected = output_and_grads(only_nll)
+    rank0 = torch.zeros_like(problem.hidden, dtype=torch.bool)
+    rank0[:, 0] = True
+    assert not grads["hidden"][~rank0].any()
+    exact = output_and_grads(problem)[1]["hidden"]
+    assert torch.allclose(grads["hidden"][rank0], exact[rank0], rtol=1e-12)
+    assert grads["hidden"][rank0].norm() > 0.5 * expected["hidden"].norm()
+    assert 0 < dropped < 1
+
+
+CASES = {
+    "padded": lambda: trained(beta=0.5),
+    "bias_and_softcap": lambda: random_problem(G=3, C=4, T=5, H=8, V=101, bias=True, softcap=4.0, logit_scale=1.3),
+    "shared_rows": lambda: packed_problem(bias=True, beta=1.0),
+}
+
+
+@pytest.mark.parametrize("rows", [None, 31, 3], ids=["one_chunk", "chunks", "recomputed"])
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_every_backend_in_every_layout(backend, dtype, make, rows):
+    """The filtered gradient is the exact one within what was dropped and the roundings of the dtype."""
+    problem = make().to(dtype)
+    head = {"backend": backend, "max_logits_bytes": None if rows is None else budget_of(problem, rows)}
+    _, exact = output_and_grads(problem, **head)
+    dropped, filtered = output_and_grads(problem, **head, candidate_eps=0.02, grad_filter_eps=0.02)
+    assert 0 < dropped < 0.6
+    largest = problem.weight.double().norm(dim=-1).max().item()
+    error = (filtered["hidden"].double() - exact["hidden"].double()).flatten(0, -2).norm(dim=-1).sum().item()
+    roundings = 8 * torch.finfo(dtype).eps * exact["hidden"].double().flatten(0, -2).norm(dim=-1).sum().item()
+    assert error <= dropped.item() * token_mass(problem) * largest + roundings
+    assert filtered["loss"] == exact["loss"]
+
+
+def token_mass(problem: Problem) -> float:
+    """At least the mass of the tokens' gradients, which counts a softcap's derivative as 1."""
+    logits, targets = dense(problem)
+    logits = logits.detach().double().requires_grad_()
+    bias = None if problem.bias is None else problem.bias.detach().double()
+    (grad,) = torch.autograd.grad(eager_loss_of(problem, logits, targets, bias), logits)
+    softcap = problem.options.get("softcap")
+    if softcap is None:
+        return grad.abs().sum().item()
+    capped = reference.transform_logits(logits.detach(), bias, problem.options.get("logit_scale", 1.0), softcap)
+    return (grad / (1 - (capped / softcap).square())).abs().sum().item()
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
+def test_each_subset_of_requires_grad(needs):
+    problem = CASES["bias_and_softcap"]().to(torch.float64)
+    filters = {"candidate_eps": 0.02, "grad_filter_eps": 0.02}
+    whole = output_and_grads(problem, **filters)[1]
+    for tensor, need in zip(problem.tensors, needs, strict=True):
+        tensor.requires_grad_(need)
+    dropped, part = output_and_grads(problem, **filters)
+    assert dropped > 0
+    for name, grad in part.items():
+        torch.testing.assert_close(grad, whole[name], rtol=1e-12, atol=1e-15)
+
+
+def test_exact_calls_and_calls_without_gradients_drop_nothing():
+    problem = trained().to(torch.float32)
+    assert output_and_grads(problem)[0] == 0
+    with torch.no_grad():
+        assert linear_cpo_loss(**problem.arguments(), candidate_eps=0.1, grad_filter_eps=0.1).dropped == 0
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_nan_is_never_dropped(name):
+    problem = trained().to(torch.float32)
+    with torch.no_grad():
+        problem.hidden[1, 0, 2, 3] = torch.nan
+    _, grads = output_and_grads(problem, **{name: 1e6})
+    assert grads["hidden"][1].isnan().any()
+
+
+def test_a_loss_of_ones_own():
+    problem = trained().to(torch.float64)
+
+    def loss_fn(logps: Tensor, groups: range) -> Tensor:
+        return -torch.log_softmax(0.1 * logps, -1)[:, 0].sum()
+
+    def grads(**head) -> Tensor:
+        loss = linear_sequence_loss(problem.hidden, problem.weight, problem.targets, loss_fn, **head)
+        return torch.autograd.grad(loss, problem.hidden)[0]
+
+    exact, filtered = grads(), grads(candidate_eps=0.01)
+    assert 0 < (exact - filtered).norm() < 0.2 * exact.norm()
+    assert (filtered == 0).all(-1).sum() > (exact == 0).all(-1).sum()
+
+
+@pytest.mark.parametrize("stride", [7, 10])
+@pytest.mark.parametrize("rows", [[], [0], [5], [1, 4, 5], [0, 1, 2], [3, 4, 5], [0, 1, 2, 3, 4, 5]])
+def test_rows_and_elements_move_to_the_front(rows, stride):
+    source, columns = torch.randn(6, stride)[:, :7], torch.tensor([0, 2, 3, 6])
+    kept = torch.tensor(rows, dtype=torch.int64)
+    matrix = source.clone(memory_format=torch.preserve_format).as_strided((6, 7), (7, 1))
+    moved, order = move_rows_(matrix, kept)
+    assert sorted(order.tolist()) == rows
+    assert torch.equal(moved, source[order])
+    memory = torch.empty(6 * stride)
+    matrix = memory.as_strided((6, 7), (stride, 1)).copy_(source)
+    dense, spare = move_elements_(matrix, kept, columns)
+    assert torch.equal(dense, source[kept][:, columns])
+    assert spare.data_ptr() == matrix.data_ptr() + dense.numel() * 4
+    assert spare.numel() == 5 * stride + 7 - dense.numel()
