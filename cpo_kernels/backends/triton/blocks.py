@@ -5,6 +5,8 @@ row that does not begin at a vector boundary (an odd V) is read from its first b
 its lead, come last: place p of the row is column (lead + p) mod V.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from cpo_kernels.reference import IGNORE_INDEX
 
 VECTOR_BYTES = 16
+SPECIALIZED_DIVISOR = 16  # Triton compiles apart for integer arguments that it divides
 IGNORE = tl.constexpr(IGNORE_INDEX)
 
 
@@ -20,11 +23,24 @@ def vector_size(x: Tensor) -> int:
     return VECTOR_BYTES // x.element_size()
 
 
-def align(x: Tensor) -> tuple[Tensor, int, bool]:
-    """A view from the vector boundary at or before ``x``, the elements between, and whether a row is off boundary."""
+class RowAddress(NamedTuple):
+    """Row r of a matrix begins ``r * stride + misaligned`` elements from ``base``, which is at a vector boundary.
+
+    ``shifted``: some row may begin off a boundary, or at one by a stride whose divisor Triton does not look at.
+    """
+
+    base: Tensor
+    stride: int
+    misaligned: int
+    shifted: bool
+
+
+def row_address(x: Tensor) -> RowAddress:
+    """Where the rows of ``x`` (R, V), of unit column stride, begin."""
     misaligned = int(x.storage_offset()) % vector_size(x)
-    shifted = misaligned != 0 or (x.shape[0] > 1 and x.stride(0) % vector_size(x) != 0)
-    return x.as_strided((1,), (1,), x.storage_offset() - misaligned) if misaligned else x, misaligned, shifted
+    stride = x.stride(0) if x.shape[0] > 1 else 0
+    base = x.as_strided((1,), (1,), x.storage_offset() - misaligned) if misaligned else x
+    return RowAddress(base, stride, misaligned, misaligned != 0 or stride % SPECIALIZED_DIVISOR != 0)
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -15,19 +15,19 @@ from cpo_kernels.reference import narrow_view
 from . import tuning
 from .blocks import (
     IGNORE,
-    align,
     any_present,
     block_places,
     contiguous,
     load_bias,
     load_coefs,
+    row_address,
     row_lead,
     sum_coefs,
     token_range,
     vector_size,
     wrap,
 )
-from .transform import fold_transform, transform, transform_slope
+from .transform import exp, fold_transform, transform, transform_slope
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
 
@@ -36,7 +36,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST 
 def online_softmax(running_max, running_sum, y):
     """Takes a block (lanes, K) into each lane's maximum and sum of exp(y - maximum): one exp an element, one a lane."""
     new_max = tl.maximum(running_max, tl.max(y, 1))
-    running_sum = running_sum * tl.exp(running_max - new_max) + tl.sum(tl.exp(y - new_max[:, None]), 1)
+    running_sum = running_sum * exp(running_max - new_max) + tl.sum(exp(y - new_max[:, None]), 1)
     return new_max, running_sum
 
 
@@ -80,7 +80,7 @@ def row_softmax(
         y = transform(x, load_bias(bias, column, inside, HAS_BIAS), mult, cap, HAS_BIAS, SOFTCAP, SCALED)
         running_max, running_sum = online_softmax(running_max, running_sum, tl.where(inside, y, float("-inf")))
     row_max = tl.max(running_max, 0)
-    return row_max, tl.sum(running_sum * tl.exp(running_max - row_max), 0)
+    return row_max, tl.sum(running_sum * exp(running_max - row_max), 0)
 
 
 @triton.jit(do_not_specialize=["misaligned"])
@@ -172,12 +172,12 @@ def row_forward(
     if R == 0:
         return stats, logps
     folded = fold_transform(logit_scale, softcap, temperature)
-    base, misaligned, shifted = align(logits)
+    address = row_address(logits)
     with tuning.on_device_of(logits):
         row_forward_kernel[(R,)](
-            base, targets.contiguous(), contiguous(row_starts), contiguous(bias), stats[0], stats[1], logps,
-            V, logits.stride(0), misaligned, folded.mult, folded.cap,
-            HAS_BIAS=bias is not None, SHARED_ROWS=row_starts is not None, SHIFTED=shifted, K=K, **folded.flags,
+            address.base, targets.contiguous(), contiguous(row_starts), contiguous(bias), stats[0], stats[1], logps,
+            V, address.stride, address.misaligned, folded.mult, folded.cap,
+            HAS_BIAS=bias is not None, SHARED_ROWS=row_starts is not None, SHIFTED=address.shifted, K=K, **folded.flags,
             **(config or tuning.config("row_forward", logits.device, V, logits.dtype)),
         )  # fmt: skip
     return stats, logps
@@ -204,7 +204,7 @@ def token_gradients(
             own += tl.where(equal, c, 0.0)
             others += tl.where(equal, 0.0, c)
         x, b, inside = load_targets(x_row, bias, target, V, HAS_BIAS)
-        p = tl.exp(transform(x, b, mult, cap, HAS_BIAS, SOFTCAP, SCALED) - row_max) * inverse_sum
+        p = exp(transform(x, b, mult, cap, HAS_BIAS, SOFTCAP, SCALED) - row_max) * inverse_sum
         grad = (tl.sum(own, 1) * (1.0 - p) - tl.sum(others, 1) * p) * slope
         grad *= transform_slope(x, b, mult, HAS_BIAS, SOFTCAP, SCALED)
         tl.store(scratch + n, grad, mask=inside)
@@ -227,7 +227,7 @@ def logit_gradient(
 ):
     """``(hit + factor * exp(y - row_max)) * slope`` of some columns, ``hit`` being what a target adds."""
     y = transform(x, bias, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
-    return (hit + factor * tl.exp(y - row_max)) * transform_slope(x, bias, mult, HAS_BIAS, SOFTCAP, SCALED)
+    return (hit + factor * exp(y - row_max)) * transform_slope(x, bias, mult, HAS_BIAS, SOFTCAP, SCALED)
 
 
 @triton.jit
@@ -325,7 +325,7 @@ def row_backward_kernel(
 
     if active:
         row_max = tl.load(row_maxes + row)
-        inverse_sum = tl.exp(-tl.load(log_sums + row))
+        inverse_sum = exp(-tl.load(log_sums + row))
         target = -1  # none: several are seen to apart from the pass over the row
         hit = 0.0
         if SHARED_ROWS:
@@ -388,18 +388,17 @@ def row_backward_into(
         return
     folded = fold_transform(logit_scale, softcap, temperature)
     narrow = out.element_size() < logits.element_size()
-    base, misaligned, shifted = align(logits)
-    out_base, out_misaligned, _ = align(out)
-    alike = out.dtype == logits.dtype and out.stride(0) == logits.stride(0) and out_misaligned == misaligned
-    if narrow:  # with the lead read last, a row would be written over logits still to be read
-        base, misaligned, shifted = logits, 0, False
+    to, source = row_address(out), row_address(logits)
+    alike = out.dtype == logits.dtype and to[1:] == source[1:]
+    # With the lead read last, a narrow row would be written over logits still to be read.
+    shifted = source.shifted and not narrow
     shared = row_starts is not None
     scratch = torch.empty(coef.shape, dtype=torch.float32, device=logits.device) if shared else None
     with tuning.on_device_of(logits):
         row_backward_kernel[(R,)](
-            out_base if shifted and alike else out, base, targets.contiguous(), contiguous(row_starts),
-            stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
-            V, out.stride(0), logits.stride(0), misaligned, folded.slope, folded.mult, folded.cap,
+            to.base if shifted and alike else out, source.base if shifted else logits,
+            targets.contiguous(), contiguous(row_starts), stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
+            V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=shared, SHIFTED=shifted, ALIKE=alike, NARROW=narrow, K=K,
             **folded.flags, **(config or tuning.config("row_backward", logits.device, V, logits.dtype)),
         )  # fmt: skip

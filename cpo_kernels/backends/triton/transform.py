@@ -9,27 +9,41 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def exp(x):
+    """e^x, 0 below -87: on NVIDIA three instructions, where ``tl.exp`` takes six to give denormal numbers.
+
+    Subtract a maximum from x, not from ``x * LOG2_E``, whose rounding is an error of 1e-3 at logits of 1e4.
+    """
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def sigmoid_of_minus_twice(u):
+    """1 / (1 + e^(2u)); the square of a root is half the price of a division."""
+    r = tl.rsqrt(1.0 + tl.exp2(u * (2.0 * LOG2_E)))
+    return r * r
+
 
 @triton.jit
 def tanh(u):
-    """Relative error of a few ulp: an odd polynomial near 0, where (1 - e) / (1 + e) would cancel."""
-    size = tl.abs(u)
+    """Relative error of a few ulp: an odd polynomial near 0, where 1 - 2 / (1 + e^(2u)) would cancel."""
     z = u * u
     p = -5.717045e-3 * z + 2.0650588e-2
     p = p * z - 5.3743497e-2
     p = p * z + 1.3331491e-1
     p = p * z - 3.3333284e-1
-    near = u * z * p + u
-    e = tl.exp(-2.0 * size)
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.625, near, tl.where(u < 0.0, -far, far))
+    return tl.where(tl.abs(u) < 0.625, u * z * p + u, 1.0 - 2.0 * sigmoid_of_minus_twice(u))
 
 
 @triton.jit
 def tanh_slope(u):
-    """1 - tanh(u)^2, without its cancellation where tanh is near 1."""
-    e = tl.exp(-2.0 * tl.abs(u))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    """1 - tanh(u)^2, to 2e-7 of its largest value."""
+    s = sigmoid_of_minus_twice(u)
+    return 4.0 * s * (1.0 - s)
 
 
 @triton.jit
