@@ -33,6 +33,8 @@ ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf
 # No -ffast-math: NaN and infinity must propagate. Contraction is off so that every fused multiply-add is one we wrote.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    # The row kernels write 16-bit gradients over the float32 logits that they were computed from.
+    "-fno-strict-aliasing",
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
     # GCC 12 warns about its own AVX-512 headers.
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),

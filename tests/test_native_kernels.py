@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
+from native_rows import BLOCK, BUILD, DTYPES, HEADS, ISAS, Head, call, tokens_for
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -17,50 +17,10 @@ from cpo_kernels.backends import native
 
 pytestmark = pytest.mark.cpu  # the CPU extension
 
-BUILD = native.build_info()
-assert BUILD is not None, native.unavailable_reason()
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCK = 4096  # columns that the forward sums at a time
-
-
-@pytest.fixture(params=BUILD.compiled_isas)
+@pytest.fixture(params=ISAS)
 def isa(request):
-    if request.param not in BUILD.supported_isas:
-        pytest.skip(f"this machine does not run {request.param}")
     return request.param
-
-
-@dataclass
-class Head:
-    """What comes between a raw logit and the softmax."""
-
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    softcap: float = 0.0
-    temperature: float = 1.0
-
-    def args(self):
-        return self.bias, self.logit_scale, self.softcap, self.temperature
-
-    def transform(self, x):
-        """As the definition of the operators has it, in the dtype of x."""
-        y = x if self.bias is None else x + self.bias.to(x.dtype)
-        y = y * self.logit_scale
-        if self.softcap:
-            y = self.softcap * torch.tanh(y / self.softcap)
-        return y / self.temperature
-
-
-HEADS = {
-    "plain": lambda V: Head(),
-    "scaled": lambda V: Head(logit_scale=1.7, temperature=0.6),
-    "negative scale": lambda V: Head(logit_scale=-0.8),  # the largest y is at the smallest x
-    "zero scale": lambda V: Head(logit_scale=0.0),
-    "bias": lambda V: Head(bias=torch.randn(V)),
-    "softcap": lambda V: Head(softcap=3.0),
-    "all": lambda V: Head(torch.randn(V).bfloat16(), logit_scale=1.3, softcap=30.0, temperature=0.7),
-}
 
 
 def dense_logps(y: Tensor, targets: Tensor, row_starts: Tensor) -> Tensor:
@@ -75,14 +35,6 @@ def dense_gradient(logits: Tensor, targets, row_starts, coef, head: Head) -> Ten
     x = logits.detach().clone().requires_grad_()
     (dense_logps(head.transform(x), targets, row_starts) * coef.to(x.dtype)).sum().backward()
     return x.grad
-
-
-def tokens_for(V: int, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, row_starts and coefs of rows with these numbers of tokens; every fourth token is absent."""
-    row_starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
-    targets = torch.randint(0, V, (sum(counts),))
-    targets[3::4] = -100
-    return targets, row_starts, torch.randn(sum(counts))
 
 
 def check_against_torch(logits: Tensor, targets, row_starts, coef, head: Head, isa: str) -> None:
@@ -305,23 +257,6 @@ def test_no_rows_and_no_tokens(isa, R, N):
     assert stats.shape == (2, R) and logps.shape == (N,) and stats.isfinite().all()
     native.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert (logits == 0).all()
-
-
-def call(**changes):
-    """A small valid call of row_backward_, with some arguments exchanged."""
-    V = 5
-    arguments = {
-        "logits": torch.randn(2, V),
-        "targets": torch.tensor([1, -100, 2]),
-        "row_starts": torch.tensor([0, 2, 3]),
-        "stats": torch.zeros(2, 2),
-        "coef": torch.ones(3),
-        "bias": None,
-        "logit_scale": 1.0,
-        "softcap": 0.0,
-        "temperature": 1.0,
-    }
-    native.row_backward_(**{**arguments, **changes})
 
 
 BAD_CALLS = {

@@ -187,17 +187,39 @@ def row_backward_(
     logit_scale: float,
     softcap: float,
     temperature: float,
+    grad_dtype: torch.dtype | None = None,
     *,
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
     """The CPU kernel of ``cpo_kernels::row_backward_``: :func:`row_backward`, written over the logits.
 
+    ``grad_dtype`` is that of the logits, which None stands for, or bfloat16 or float16 for float32 logits. Then the
+    gradient takes the front half of the memory of each row: it is ``logits.view(grad_dtype)[:, :V]``, and what the back
+    halves hold is undefined. Each number is rounded once from the float32 gradient; to bfloat16 with AVX512_BF16,
+    float32 subnormals count as zero.
+
     Raises:
-        ValueError: as :func:`row_backward`, and for rows that overlap in memory.
+        ValueError: as :func:`row_backward`, and for rows that overlap in memory or another ``grad_dtype``.
     """
     head = (bias, logit_scale, softcap, temperature)
-    _backward_into(logits, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
+    out = logits
+    if grad_dtype is not None and grad_dtype != logits.dtype:
+        out = _front_halves(logits, grad_dtype)
+    _backward_into(out, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
+
+
+def _front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The front half of the memory of each float32 row, as (R, V) of a half-precision dtype."""
+    if logits.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"logits have dtype {logits.dtype} and grad_dtype is {dtype}; expected the same dtype, or torch.bfloat16 "
+            f"or torch.float16 for torch.float32 logits"
+        )
+    _check("logits", logits, (None, None), (torch.float32,))
+    if logits.stride(1) != 1:  # one column may have any stride otherwise, but not in a view of another dtype
+        raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
+    return logits.detach().view(dtype)[:, : logits.shape[1]]
 
 
 def _backward_into(
@@ -217,7 +239,7 @@ def _backward_into(
 ) -> None:
     batch = _row_batch(logits, targets, row_starts, bias, logit_scale, softcap, temperature, isa, threads)
     rows, tokens = logits.shape[0], targets.shape[0]
-    if out is logits and rows > 1 and logits.stride(0) < logits.shape[1]:
+    if rows > 1 and logits.stride(0) < logits.shape[1] and _share_memory(out, logits):
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
             f"overwritten; expected a row stride of at least {logits.shape[1]}"
@@ -229,6 +251,7 @@ def _backward_into(
     token_grad = torch.empty(tokens, dtype=torch.float32)
     _extension().row_backward(
         **batch.arguments,
+        out_dtype=DTYPE_CODES[out.dtype],
         stats=stats.data_ptr(),
         coef=coef.data_ptr(),
         coef_sum=coef_sum.data_ptr(),

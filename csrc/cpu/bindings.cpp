@@ -39,16 +39,16 @@ void row_forward(const std::string& isa, int dtype, Address logits, Size rows, S
   cpo::row_forward(chosen, type, args, threads);
 }
 
-void row_backward(const std::string& isa, int dtype, Address logits, Size rows, Size vocab, Size row_stride, Address targets,
-                  Address row_starts, Size tokens, Address bias, float mult, float cap, float slope, Address stats,
-                  Address coef, Address coef_sum, Address token_grad, Address out, Size out_stride, int threads) {
+void row_backward(const std::string& isa, int dtype, int out_dtype, Address logits, Size rows, Size vocab, Size row_stride,
+                  Address targets, Address row_starts, Size tokens, Address bias, float mult, float cap, float slope,
+                  Address stats, Address coef, Address coef_sum, Address token_grad, Address out, Size out_stride, int threads) {
   const cpo::Isa chosen = cpo::parse_isa(isa);
   const cpo::RowBatch batch{at<void>(logits), rows, vocab, row_stride, at<Size>(targets), at<Size>(row_starts), tokens, at<float>(bias)};
   const cpo::BackwardArgs args{batch,          {mult, cap, slope},    at<float>(stats), at<float>(stats) + rows, at<float>(coef),
                                at<float>(coef_sum), at<float>(token_grad), at<void>(out),    out_stride};
-  const cpo::DType type = parse_dtype(dtype);
+  const cpo::DType type = parse_dtype(dtype), out_type = parse_dtype(out_dtype);
   py::gil_scoped_release release;
-  cpo::row_backward(chosen, type, args, at<float>(coef_sum), threads);
+  cpo::row_backward(chosen, type, out_type, args, at<float>(coef_sum), threads);
 }
 
 std::string compiler() {
@@ -74,7 +74,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   cpo::bind_gemm(m);
   m.def("row_forward", &row_forward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
         "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a, "threads"_a);
-  m.def("row_backward", &row_backward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
-        "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "coef"_a, "coef_sum"_a,
-        "token_grad"_a, "out"_a, "out_stride"_a, "threads"_a);
+  m.def("row_backward", &row_backward, py::kw_only(), "isa"_a, "dtype"_a, "out_dtype"_a, "logits"_a, "rows"_a, "vocab"_a,
+        "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "coef"_a,
+        "coef_sum"_a, "token_grad"_a, "out"_a, "out_stride"_a, "threads"_a);
 }

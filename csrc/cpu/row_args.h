@@ -44,14 +44,15 @@ struct BackwardArgs {
   const float* coef;        // (N,)
   const float* coef_sum;    // (R,): sum of the row's coefs
   float* token_grad;        // (N,): in, the summed coefs of the row's tokens with this target; out, their gradient
-  void* out;                // (R, V), may be batch.logits itself
+  void* out;                // (R, V) of the logits' dtype, or of a narrower one; may be batch.logits itself
   std::int64_t out_stride;  // elements
 };
 
-// One instruction set's kernels, by DType; each handles the rows [begin, end).
+// One instruction set's kernels, by the DType of the logits and, for backward, that of the gradient: null where it is neither
+// the same nor a narrower one. Each handles the rows [begin, end).
 struct RowKernels {
   void (*forward[kNumDTypes])(const ForwardArgs&, std::int64_t begin, std::int64_t end);
-  void (*backward[kNumDTypes])(const BackwardArgs&, std::int64_t begin, std::int64_t end);
+  void (*backward[kNumDTypes][kNumDTypes])(const BackwardArgs&, std::int64_t begin, std::int64_t end);
 };
 
 extern const RowKernels kRowKernelsScalar;

@@ -1,4 +1,8 @@
 // Softmax gradient of each row: one read and one write of the logits, in place or not.
+//
+// A gradient narrower than the logits (Out of T) may be written over them as well: row r's begins where its logits begin. Columns
+// are taken in ascending order and kPair are loaded before their gradient is stored, which lies at or before them: no logit is
+// overwritten before it is read. That needs loads and stores of different types to keep their order (-fno-strict-aliasing).
 #pragma once
 
 namespace {
@@ -37,37 +41,38 @@ inline void token_gradients(const cpo::BackwardArgs& args, const T* x, TokenRang
   }
 }
 
-template <class T>
-inline void store_column(T* column, float value) {
-  T rounded[kPair];
+template <class Out>
+inline void store_column(Out* column, float value) {
+  Out rounded[kPair];
   store2(rounded, set1(value), set1(value));
   *column = rounded[0];
 }
 
-template <class T, class P>
-inline void gradient_row(const T* x, T* out, const float* bias, int64_t vocab, const RowGradient<P>& gradient) {
+template <class T, class Out, class P>
+inline void gradient_row(const T* x, Out* out, const float* bias, int64_t vocab, const RowGradient<P>& gradient) {
   Vec a, b;
   int64_t j = 0;
   for (; j + kPair <= vocab; j += kPair) {
     prefetch_ahead(x + j);
-    load_y(x + j, bias ? bias + j : nullptr, gradient.p, a, b);
+    load_y<Out>(x + j, bias ? bias + j : nullptr, gradient.p, a, b);
     store2(out + j, gradient(a), gradient(b));
   }
   if (j < vocab) {
     const int n = static_cast<int>(vocab - j);
-    Tail<T> tail(x + j, bias ? bias + j : nullptr, n);
-    load_y(tail.x, tail.bias, gradient.p, a, b);
-    store2(tail.x, gradient(a), gradient(b));
-    for (int i = 0; i < n; ++i) out[j + i] = tail.x[i];
+    const Tail<T> tail(x + j, bias ? bias + j : nullptr, n);
+    Out rounded[kPair];
+    load_y<Out>(tail.x, tail.bias, gradient.p, a, b);
+    store2(rounded, gradient(a), gradient(b));
+    for (int i = 0; i < n; ++i) out[j + i] = rounded[i];
   }
 }
 
-template <class T, class P>
+template <class T, class Out, class P>
 void backward_rows(const cpo::BackwardArgs& args, const P& p, int64_t begin, int64_t end) {
   const cpo::RowBatch& batch = args.batch;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(batch.logits) + row * batch.row_stride;
-    T* out = static_cast<T*>(args.out) + row * args.out_stride;
+    Out* out = static_cast<Out*>(args.out) + row * args.out_stride;
     const TokenRange tokens = tokens_of(batch, row);
     if (!row_is_active(args, tokens)) {
       zero_row(out, batch.vocab);
@@ -84,9 +89,9 @@ void backward_rows(const cpo::BackwardArgs& args, const P& p, int64_t begin, int
   }
 }
 
-template <class T>
+template <class T, class Out>
 void backward(const cpo::BackwardArgs& args, int64_t begin, int64_t end) {
-  with_transform(args.batch, args.transform, [&](const auto& p) { backward_rows<T>(args, p, begin, end); });
+  with_transform(args.batch, args.transform, [&](const auto& p) { backward_rows<T, Out>(args, p, begin, end); });
 }
 
 }  // namespace

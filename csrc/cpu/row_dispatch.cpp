@@ -1,6 +1,8 @@
 #include "cpu/row_dispatch.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/row_tokens.h"
 
@@ -31,10 +33,15 @@ void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads) {
   for_rows(row_kernels(isa).forward[static_cast<int>(dtype)], args, threads);
 }
 
-void row_backward(Isa isa, DType dtype, const BackwardArgs& args, float* coef_sum, int threads) {
+void row_backward(Isa isa, DType dtype, DType out_dtype, const BackwardArgs& args, float* coef_sum, int threads) {
+  const auto kernel = row_kernels(isa).backward[static_cast<int>(dtype)][static_cast<int>(out_dtype)];
+  if (!kernel) {
+    throw std::invalid_argument("no gradient of dtype code " + std::to_string(static_cast<int>(out_dtype)) +
+                                " for logits of dtype code " + std::to_string(static_cast<int>(dtype)));
+  }
   check_tokens(args.batch);
   sum_coefs(args.batch, args.coef, coef_sum, args.token_grad);
-  for_rows(row_kernels(isa).backward[static_cast<int>(dtype)], args, threads);
+  for_rows(kernel, args, threads);
 }
 
 }  // namespace cpo

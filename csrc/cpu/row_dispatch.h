@@ -10,7 +10,8 @@ namespace cpo {
 // so the results are bitwise the same for any number of threads.
 void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads);
 
-// Fills args.token_grad and coef_sum itself; both are workspace of the caller.
-void row_backward(Isa isa, DType dtype, const BackwardArgs& args, float* coef_sum, int threads);
+// Fills args.token_grad and coef_sum itself; both are workspace of the caller. out_dtype is dtype, or a half-precision type where
+// dtype is kF32; anything else is an std::invalid_argument as well.
+void row_backward(Isa isa, DType dtype, DType out_dtype, const BackwardArgs& args, float* coef_sum, int threads);
 
 }  // namespace cpo

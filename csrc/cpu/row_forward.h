@@ -21,13 +21,13 @@ inline float block_max(const T* x, const float* bias, int64_t n, const P& p) {
   Vec max_a = set1(-INFINITY), max_b = max_a, a, b;
   int64_t j = 0;
   for (; j + kPair <= n; j += kPair) {
-    load_y(x + j, bias ? bias + j : nullptr, p, a, b);
+    load_y<T>(x + j, bias ? bias + j : nullptr, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
   }
   if (j < n) {
     const Tail<T> tail(x + j, bias ? bias + j : nullptr, static_cast<int>(n - j));
-    load_y(tail.x, tail.bias, p, a, b);
+    load_y<T>(tail.x, tail.bias, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
   }
@@ -41,7 +41,7 @@ inline Block sum_block(const T* x, const float* bias, int64_t n, const P& p, flo
   int64_t j = 0;
   for (; j + kPair <= n; j += kPair) {
     prefetch_ahead(x + j);
-    load_y(x + j, bias ? bias + j : nullptr, p, a, b);
+    load_y<T>(x + j, bias ? bias + j : nullptr, p, a, b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);
     sum_a = sum_a + exp(a + minus_ref);
@@ -50,7 +50,7 @@ inline Block sum_block(const T* x, const float* bias, int64_t n, const P& p, flo
   if (j < n) {
     const Tail<T> tail(x + j, bias ? bias + j : nullptr, static_cast<int>(n - j));
     Vec valid_a, valid_b;
-    load_y(tail.x, tail.bias, p, a, b);
+    load_y<T>(tail.x, tail.bias, p, a, b);
     load2(tail.valid, valid_a, valid_b);
     max_a = max(a, max_a);
     max_b = max(b, max_b);

@@ -14,7 +14,9 @@ namespace cpo {
 
 extern const RowKernels kRowKernelsAvx512 = {
     {forward<float>, forward<bf16>, forward<f16>},
-    {backward<float>, backward<bf16>, backward<f16>},
+    {{backward<float, float>, backward<float, bf16>, backward<float, f16>},
+     {nullptr, backward<bf16, bf16>, nullptr},
+     {nullptr, nullptr, backward<f16, f16>}},
 };
 
 }  // namespace cpo

@@ -60,12 +60,22 @@ inline void with_transform(const cpo::RowBatch& batch, const cpo::LogitTransform
   }
 }
 
-// y of kPair columns.
-template <class T, class P>
+// kPair numbers of type T in the lane order of Order, which is T itself unless T is float.
+template <class Order, class T>
+inline void load_for(const T* x, Vec& a, Vec& b) {
+  if constexpr (sizeof(T) > sizeof(Order)) {
+    match2(x, a, b, Order{});
+  } else {
+    load2(x, a, b);
+  }
+}
+
+// y of kPair columns, in the lane order of Order.
+template <class Order, class T, class P>
 inline void load_y(const T* x, const float* bias, const P& p, Vec& a, Vec& b) {
-  load2(x, a, b);
+  load_for<Order>(x, a, b);
   Vec bias_a = set1(0.0f), bias_b = set1(0.0f);
-  if (P::kBias && bias) match2(bias, bias_a, bias_b, T{});
+  if (P::kBias && bias) match2(bias, bias_a, bias_b, Order{});
   a = p.apply(a, bias_a);
   b = p.apply(b, bias_b);
 }
@@ -75,7 +85,7 @@ template <class T, class P>
 inline Vec column_y(const T* x, const float* bias, int64_t column, const P& p) {
   const Tail<T> copies(x + column, bias ? bias + column : nullptr, 1);
   Vec a, b;
-  load_y(copies.x, copies.bias, p, a, b);
+  load_y<T>(copies.x, copies.bias, p, a, b);
   return a;
 }
 
