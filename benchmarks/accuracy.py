@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +22,14 @@ class LogpError:
     mean: float
 
 
-def measure(shape: Shape) -> list[LogpError]:
-    """Errors of ours, with the default and with fp32 logits, and of every peer."""
-    problem = draw(shape)
+def measure(shape: Shape, device: torch.device | str = "cpu", peers: Sequence[str] | None = None) -> list[LogpError]:
+    """Errors of ours, with the default and with fp32 logits, and of the peers (None: of every peer)."""
+    problem = draw(shape, device=device)
     exact = Dense.of(problem).sequence_logps(problem).flatten()
     entries: list[tuple[str, Peer]] = [
         (OURS, ours(OURS)),
         (OURS_FP32_LOGITS, ours(OURS_FP32_LOGITS, logits_dtype=torch.float32)),
-        *((name, build()) for name, build in BUILDERS.items()),
+        *((name, build()) for name, build in BUILDERS.items() if peers is None or name in peers),
     ]
     errors = []
     for name, peer in entries:

@@ -37,8 +37,9 @@ def contestant(peer: Peer, problem: Problem) -> Contestant:
         problem = problem.as_pairs()
 
     def warm_up() -> object:
-        # What a first call costs besides work: compilation needs the real shape, libraries and threads do not
-        if peer.compiles:
+        # What a first call costs besides work: compilation needs the real shape, libraries and threads do not.
+        # On a GPU, libraries choose their kernels by shape and the allocator grows to it.
+        if peer.compiles or problem.hidden.is_cuda:
             return peer.run(problem)
         small = draw(tiny(problem.shape))
         return peer.run(small.as_pairs() if peer.pairs_only else small)
@@ -49,7 +50,7 @@ def contestant(peer: Peer, problem: Problem) -> Contestant:
 def floor(problem: Problem, budget: int | None, *, fresh: bool = True) -> Contestant:
     """The bare products; with `fresh` outputs as any call that returns gradients has them."""
     call = Floor(problem, budget, fresh=fresh)
-    warm_up = Floor(draw(tiny(problem.shape)), None, fresh=True)
+    warm_up = call if problem.hidden.is_cuda else Floor(draw(tiny(problem.shape)), None, fresh=True)
     return Contestant(FLOOR if fresh else FLOOR_REUSED, call, warm_up, fresh=fresh)
 
 

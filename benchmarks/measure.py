@@ -18,10 +18,10 @@ from benchmarks.contestants import (
     smallest_budget,
 )
 from benchmarks.floor import plan_of
-from benchmarks.memory import PeakMeter
+from benchmarks.memory import meter_for
 from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
 from benchmarks.shapes import Shape
-from benchmarks.timing import Effort, Timing, round_robin
+from benchmarks.timing import Effort, Timing, clock_for, round_robin
 from cpo_kernels.planning import Plan
 
 # Beyond this a contestant computes another loss; its rounding errors, which are printed, are far below.
@@ -30,6 +30,10 @@ SAME_LOSS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 class AnotherLossError(Exception):
     """A contestant's loss or gradient is not that of the others, so its time would mean nothing."""
+
+    def __init__(self, contestant: str, message: str) -> None:
+        super().__init__(f"{contestant} {message}")
+        self.contestant = contestant
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,16 @@ class CaseResult:
         return None if best is None or base is None else best / base
 
 
-def measure_case(shape: Shape, peer_names: Sequence[str], effort: Effort) -> CaseResult:
-    """Draw the shape, then time everyone on it; the first timed result of each is checked against fp64.
+def measure_case(
+    shape: Shape, peer_names: Sequence[str], effort: Effort, device: torch.device | str = "cpu"
+) -> CaseResult:
+    """Draw the shape on a device, then time everyone on it; the first timed result of each is checked against fp64.
 
     Raises:
         AnotherLossError: a contestant is further from the oracle than rounding explains.
     """
     forget_compiled()
-    problem = draw(shape)
+    problem = draw(shape, device=device)
     entries = {entry.name: entry for entry in line_up(problem, peer_names)}
     inspection = Inspection(problem, entries)
     for entry in entries.values():
@@ -79,6 +85,7 @@ def measure_case(shape: Shape, peer_names: Sequence[str], effort: Effort) -> Cas
         reference=FLOOR,
         always=(FLOOR_REUSED, OURS, OURS_PAIRS),
         observer=inspection,
+        clock=clock_for(problem.hidden.device),
     )
     rows = tuple(
         Row(name, entry.pairs, timings[name], inspection.errors.get(name), inspection.peaks.get(name))
@@ -96,7 +103,7 @@ class Inspection:
         self.oracles = {False: Oracle(problem, dense), True: Oracle(problem.as_pairs(), dense)}
         self.shape = problem.shape
         self.entries = entries
-        self.meter = PeakMeter()
+        self.meter = meter_for(problem.hidden.device)
         self.seen: set[str] = set()
         self.errors: dict[str, Errors] = {}
         self.peaks: dict[str, int] = {}
@@ -120,5 +127,5 @@ class Inspection:
         errors = self.oracles[entry.pairs].errors(loss, *grads)
         bound = SAME_LOSS[self.shape.dtype]
         if not errors.worst() <= bound:  # not `>`: NaN is another loss too
-            raise AnotherLossError(f"{name} on {self.shape.name}: {errors}, expected at most {bound}")
+            raise AnotherLossError(name, f"on {self.shape.name}: {errors}, expected at most {bound}")
         self.errors[name] = errors

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.contestants import FLOOR, OURS, contestant, floor
 from benchmarks.floor import plan_of
 from benchmarks.peers import BUILDERS, ours
@@ -55,6 +57,30 @@ class PeakMeter:
     def growth(self) -> int:
         """Bytes by which resident memory has grown at its peak."""
         return _status_bytes("VmHWM") - self.before
+
+
+class DeviceMeter:
+    """Peak of bytes that torch holds on the GPU since `start`, over those at `start`."""
+
+    def __init__(self) -> None:
+        self.before = 0
+
+    def start(self) -> None:
+        """Reset the high-water mark."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+
+    def growth(self) -> int:
+        """Bytes by which the allocations have grown at their peak."""
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - self.before
+
+
+def meter_for(device: torch.device) -> PeakMeter | DeviceMeter:
+    """The meter that sees the memory of a device."""
+    return DeviceMeter() if device.type == "cuda" else PeakMeter()
 
 
 def measure(name: str, shape: Shape, num_tokens: int) -> Peak:

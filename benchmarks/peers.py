@@ -57,7 +57,11 @@ def _compiled() -> Peer:
     )
 
 
-def _linear_cross_entropy(name: str, options: torch.nn.LinearCrossEntropyOptions | None) -> Peer:
+def _linear_cross_entropy(name: str, *, chunked: bool) -> Peer:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise ImportError(f"F.linear_cross_entropy is not in torch {torch.__version__}")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         nll = F.linear_cross_entropy(
             hidden.flatten(0, 2), weight, targets.flatten(), ignore_index=IGNORE, reduction="none", options=options
@@ -84,7 +88,8 @@ def _cut_cross_entropy() -> Peer:
     from cut_cross_entropy import linear_cross_entropy
 
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        nll = linear_cross_entropy(hidden, weight, targets, impl="torch_compile", reduction="none")
+        impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
+        nll = linear_cross_entropy(hidden, weight, targets, impl=impl, reduction="none")
         return -nll.sum(-1)
 
     return _from_logps("Cut Cross-Entropy", sequence_logps, skips_ignored=True, compiles=True)
@@ -128,6 +133,18 @@ def ours(name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dty
     return Peer(name, loss, sequence_logps, skips_ignored=True)
 
 
+def installed() -> tuple[list[str], dict[str, str]]:
+    """Names of the peers that can be built here, and why the others cannot."""
+    names, missing = [], {}
+    for name, build in BUILDERS.items():
+        try:
+            build()
+            names.append(name)
+        except (ImportError, AttributeError, RuntimeError) as error:  # transformers raises RuntimeError for its imports
+            missing[name] = str(error).splitlines()[0]
+    return names, missing
+
+
 def _from_logps(
     name: str, sequence_logps: SequenceLogps, *, skips_ignored: bool = False, compiles: bool = False
 ) -> Peer:
@@ -142,10 +159,8 @@ def _from_logps(
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "eager": _eager,
     "torch.compile": _compiled,
-    "F.linear_cross_entropy": lambda: _linear_cross_entropy("F.linear_cross_entropy", None),
-    "F.linear_cross_entropy, chunked": lambda: _linear_cross_entropy(
-        "F.linear_cross_entropy, chunked", torch.nn.LinearCrossEntropyOptions()
-    ),
+    "F.linear_cross_entropy": lambda: _linear_cross_entropy("F.linear_cross_entropy", chunked=False),
+    "F.linear_cross_entropy, chunked": lambda: _linear_cross_entropy("F.linear_cross_entropy, chunked", chunked=True),
     "Liger CPO": _liger,
     "TRL fused head": _trl,
     "Cut Cross-Entropy": _cut_cross_entropy,

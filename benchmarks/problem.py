@@ -55,19 +55,19 @@ def contrast(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
     return (torch.logsumexp(scores, dim=-1) - scores[:, 0]).mean()
 
 
-def draw(shape: Shape, seed: int = 0) -> Problem:
+def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
     """Random inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
 
     With that, a sequence's log-likelihood spreads by about 2 * sqrt(T) nats around -3 T; references spread by 10 more,
     so at beta 0.1 the contrast is not settled and every candidate has a gradient.
     """
-    gen = torch.Generator().manual_seed(seed)
+    drawn = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     dims = (shape.groups, shape.candidates, shape.tokens)
-    weight = torch.randn(shape.vocab, shape.hidden, generator=gen) * (2 / shape.hidden**0.5)
-    targets = torch.randint(shape.vocab, dims, generator=gen)
-    hidden = torch.randn(*dims, shape.hidden, generator=gen) + 2.5 * weight[targets]
+    weight = torch.randn(shape.vocab, shape.hidden, **drawn) * (2 / shape.hidden**0.5)
+    targets = torch.randint(shape.vocab, dims, **drawn)
+    hidden = torch.randn(*dims, shape.hidden, **drawn) + 2.5 * weight[targets]
     targets[..., : shape.prompt_tokens] = IGNORE
-    ref = 10 * torch.randn(dims[:2], generator=gen) - 3 * (shape.tokens - shape.prompt_tokens)
+    ref = 10 * torch.randn(dims[:2], **drawn) - 3 * (shape.tokens - shape.prompt_tokens)
     return Problem(
         shape, hidden.to(shape.dtype).requires_grad_(), weight.to(shape.dtype).requires_grad_(), targets, ref
     )
@@ -86,9 +86,8 @@ class Dense:
     def of(cls, problem: Problem) -> Dense:
         """Run the pass; the kept columns are half targets, half any."""
         hidden, weight, targets = _flat(problem)
-        gen = torch.Generator().manual_seed(1)
         half = _SAMPLED_COLUMNS // 2
-        columns = torch.cat([targets[targets != IGNORE][:half], torch.randperm(len(weight), generator=gen)[:half]])
+        columns = torch.cat([targets[targets != IGNORE][:half], _some(len(weight), half, 1, targets.device)])
         lse, logps, kept = [], [], []
         for rows, target in zip(hidden.split(_ROWS_PER_BLOCK), targets.split(_ROWS_PER_BLOCK), strict=True):
             logits = rows @ weight.T
@@ -118,9 +117,9 @@ class Oracle:
         coef = coef.unsqueeze(-1).expand(problem.targets.shape).flatten() * (targets != IGNORE)
         self.loss = loss.item()
         self.grad_weight = _logit_grad(dense.column_logits, dense.lse, targets, coef, self.columns).T @ hidden
-        self.rows = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(2))[:_SAMPLED_ROWS]
+        self.rows = _some(len(hidden), _SAMPLED_ROWS, 2, hidden.device)
         some = (hidden[self.rows] @ weight.T, dense.lse[self.rows], targets[self.rows], coef[self.rows])
-        self.grad_hidden = _logit_grad(*some, torch.arange(len(weight))) @ weight
+        self.grad_hidden = _logit_grad(*some, torch.arange(len(weight), device=weight.device)) @ weight
 
     def errors(self, loss: Tensor, grad_hidden: Tensor, grad_weight: Tensor) -> Errors:
         """Compare one contestant's results; a row that predicts nothing must have a gradient of exactly 0."""
@@ -133,6 +132,11 @@ class Oracle:
             grad_hidden=_relative(grad_hidden.flatten(0, 2)[self.rows], self.grad_hidden),
             grad_weight=_relative(grad_weight[self.columns], self.grad_weight),
         )
+
+
+def _some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """At most `count` different indices below `size`, the same ones on every device."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].to(device)
 
 
 def _check_like(name: str, grad: Tensor, like: Tensor) -> None:

@@ -1,0 +1,128 @@
+"""The bars of a GPU: row kernels, loss, log-likelihoods, accuracy and memory, written after every case.
+
+`python -m benchmarks.gpu_bench --out DIR`; `make gpu-check PARTS=bench` runs it. bench.json and bench.md hold what was
+measured when the time was up or a case failed; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from benchmarks.environment import log
+from benchmarks.gpu_cases import CASES, Figure, Setting
+from benchmarks.tables import markdown
+
+
+@dataclass
+class Case:
+    """Figures of one case; ``error`` says why there are no more."""
+
+    name: str
+    seconds: float = 0.0
+    figures: list[Figure] = field(default_factory=list)
+    error: str = ""
+
+
+def run_case(name: str, setting: Setting) -> Case:
+    """Measure one case; an exception ends it, not the run."""
+    case, started = Case(name), time.monotonic()
+    try:
+        for figure in CASES[name](setting):
+            case.figures.append(figure)
+            log(f"  {figure.name}: {figure.value:.4g} {figure.unit} {figure.verdict} ({figure.detail})")
+    except Exception as error:  # the other cases still have something to say
+        case.error = f"{type(error).__name__}: {error}"
+        log(traceback.format_exc())
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+    case.seconds = time.monotonic() - started
+    return case
+
+
+def run(names: list[str], setting: Setting, seconds: float, out: Path, argv: list[str]) -> list[Case]:
+    """Measure the cases in order until the time is up, writing after each."""
+    started, cases = time.monotonic(), []
+    described = environment.describe(["gpu_bench", *argv], setting.device.type)
+    for name in names:
+        if time.monotonic() - started > seconds:
+            cases.append(Case(name, error="not run: the time was up"))
+        else:
+            log(f"{name} ...")
+            cases.append(run_case(name, setting))
+        write(cases, described, out)
+    return cases
+
+
+def write(cases: list[Case], described: dict[str, object], out: Path) -> None:
+    """bench.json and bench.md."""
+    content = {"environment": described, "cases": [as_json(case) for case in cases]}
+    (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "bench.md").write_text(page(cases, described))
+
+
+def as_json(case: Case) -> dict[str, object]:
+    """With the verdicts; numbers that are none are null."""
+    figures = [asdict(figure) | {"verdict": figure.verdict} for figure in case.figures]
+    for figure in figures:
+        figure["value"] = None if figure["value"] != figure["value"] else figure["value"]
+    return {"name": case.name, "seconds": case.seconds, "figures": figures, "error": case.error}
+
+
+def page(cases: list[Case], described: dict[str, object]) -> str:
+    """Every figure, bars first."""
+    parts = ["# Benchmarks on a GPU", environment.as_markdown(described)]
+    bars = [figure for case in cases for figure in case.figures if figure.bar is not None]
+    parts += ["## Bars", table(bars)]
+    for case in cases:
+        parts.append(f"## {case.name} ({case.seconds:.0f} s)")
+        if case.figures:
+            parts.append(table(case.figures))
+        if case.error:
+            parts.append(f"Failed: {case.error}")
+    return "\n\n".join(parts) + "\n"
+
+
+def table(figures: list[Figure]) -> str:
+    """One row a figure."""
+    rows = [
+        [
+            figure.name,
+            f"{figure.value:.4g} {figure.unit}",
+            "" if figure.bar is None else f"{'>=' if figure.at_least else '<='} {figure.bar:g}",
+            figure.verdict,
+            figure.detail,
+        ]
+        for figure in figures
+    ]
+    return markdown(["", "value", "bar", "", "detail"], rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, write and print; 1 if a case failed or was not run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of bench.json and bench.md")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu for a dry run")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"{list(CASES)}")
+    parser.add_argument("--seconds", type=float, default=430.0, help="start no case after this time")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each contestant")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, whose times mean nothing")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    setting = Setting(args.device, args.quick, args.rounds)
+    cases = run(args.cases, setting, args.seconds, args.out, argv)
+    print((args.out / "bench.md").read_text())
+    return 1 if any(case.error for case in cases) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
