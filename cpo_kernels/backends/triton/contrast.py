@@ -1,0 +1,302 @@
+"""The contrast of a chunk in one launch: segment sums, the ranked contrast, and the coefficient of every token.
+
+One program owns one group. It adds up the token log-probabilities of its candidates, forms the slopes of
+``objective.py`` for each candidate i with a strictly lower-ranked present candidate,
+
+    d_i = s_i - logsumexp({s_j : rank_j > rank_i}),    coef_i += f'(d_i),    coef_j -= f'(d_i) * softmax_j,
+
+and writes the coefficient of each segment to its tokens. Everything but the input and the outputs is float64: these
+are a few hundred numbers, and neither cancellation nor an approximate exponential is worth a thought there. What one
+program holds stays in its registers, so there is no exchange through memory and no barrier; the work grows with the
+square of the candidates only where each of them has a rank of its own.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tuning
+
+MAX_CANDIDATES = 2048
+# More of them per thread, in each of the vectors over candidates, would not fit its registers.
+CANDIDATES_PER_WARP = 128
+# The rank of absent candidates: nothing is preferred to them.
+LOWEST = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def find_group(segment_starts, group, candidates):
+    """First segment of the group, and its number of segments."""
+    if segment_starts is None:
+        count = tl.cast(candidates, tl.int64)
+        first = group * count
+    else:
+        first = tl.load(segment_starts + group)
+        count = tl.load(segment_starts + group + 1) - first
+        first -= tl.load(segment_starts)
+    return first, count
+
+
+@triton.jit
+def find_slots(token_starts, segment, exists, group_start):
+    """First slot of each segment, counted from the group's, and its number of slots."""
+    begin = tl.load(token_starts + segment, mask=exists, other=group_start) - group_start
+    end = tl.load(token_starts + segment + 1, mask=exists, other=group_start) - group_start
+    # 64 bits lead to the group; 32 within it leave registers for the vectors over its tokens.
+    return begin.to(tl.int32), (end - begin).to(tl.int32)
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x`` to 1e-14, x float64 within float32's range: a division is a call, and saves registers to memory."""
+    estimate = (1.0 / x.to(tl.float32)).to(tl.float64)
+    return estimate * (2.0 - x * estimate)
+
+
+@triton.jit
+def inverse_length(length, LENGTH_NORMALIZED: tl.constexpr):
+    """What turns the sum of a segment into its log-likelihood."""
+    return reciprocal(tl.maximum(length, 1).to(tl.float64)) if LENGTH_NORMALIZED else 1.0
+
+
+@triton.jit
+def sum_tokens(logps, begin, slots, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Sum (BLOCK_C,) float64 of the slots of each segment."""
+    total = tl.zeros((BLOCK_C, BLOCK_T), tl.float64)
+    for start in range(0, tl.max(slots), BLOCK_T):
+        slot = start + tl.arange(0, BLOCK_T)[None, :]
+        value = tl.load(logps + (begin[:, None] + slot), mask=slot < slots[:, None], other=0.0)
+        total += value.to(tl.float64)  # (BLOCK_C, BLOCK_T)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def store_tokens(coef, values, begin, slots, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Write values (BLOCK_C,) to every slot of their segments."""
+    for start in range(0, tl.max(slots), BLOCK_T):
+        slot = start + tl.arange(0, BLOCK_T)[None, :]
+        value = tl.broadcast_to(values[:, None], (BLOCK_C, BLOCK_T))
+        tl.store(coef + (begin[:, None] + slot), value, mask=slot < slots[:, None])
+
+
+@triton.jit
+def sigmoid(x):
+    """``1 / (1 + exp(-x))`` for any x, with neither overflow nor cancellation."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, small, 1.0) * reciprocal(1.0 + small)
+
+
+@triton.jit
+def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
+    """Derivative of the loss of one preference with respect to its score difference d."""
+    if LOSS == "hinge":
+        result = tl.where(d < 1, -1.0, 0.0).to(tl.float64)
+    elif LOSS == "ipo":
+        result = 2.0 * (d - 0.5) * reciprocal(tl.cast(beta * beta, tl.float64))
+    else:
+        result = label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d)
+    return result
+
+
+@triton.jit
+def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: tl.constexpr):
+    """``coef`` (BLOCK_C,) plus the slopes of one winner against the candidates in ``lower``, of which there is one."""
+    winner = tl.sum(tl.where(is_winner, score, 0.0))
+    top = tl.max(tl.where(lower, score, float("-inf")))
+    weight = tl.where(lower, tl.exp(tl.where(lower, score - top, 0.0)), 0.0)
+    total = tl.sum(weight)
+    f = slope(winner - top - tl.log(total), beta, label_smoothing, LOSS)
+    return coef + tl.where(is_winner, f, 0.0) - weight * (f * reciprocal(total))
+
+
+@triton.jit
+def contrast_scores(
+    score, rank, ranks, lengths, first, count, beta, label_smoothing, BLOCK_C: tl.constexpr, LOSS: tl.constexpr
+):
+    """Derivative (BLOCK_C,) float64 of the group's loss by the scores; rank is LOWEST where a candidate is absent."""
+    candidate = tl.arange(0, BLOCK_C)
+    coef = tl.zeros((BLOCK_C,), tl.float64)
+    worst = tl.max(rank)
+    if ranks is None:
+        if (tl.load(lengths + first) > 0) & (worst > 0):
+            coef = add_preference(coef, score, rank > 0, candidate == 0, beta, label_smoothing, LOSS)
+    else:
+        for i in range(0, count):
+            rank_i = tl.load(ranks + first + i).to(tl.int64)
+            if (tl.load(lengths + first + i) > 0) & (rank_i < worst):
+                coef = add_preference(coef, score, rank > rank_i, candidate == i, beta, label_smoothing, LOSS)
+    return coef
+
+
+# Chunks are slices of longer tensors, so their alignment varies from call to call: it must not select a kernel.
+@triton.jit(
+    do_not_specialize=["candidates"],
+    do_not_specialize_on_alignment=[
+        "logps",
+        "token_starts",
+        "segment_starts",
+        "lengths",
+        "ref_logps",
+        "ranks",
+        "num_target_tokens",
+        "sums",
+        "coef",
+    ],
+)
+def contrast_kernel(
+    logps,  # (n,)
+    token_starts,  # (S + 1,)
+    segment_starts,  # (G + 1,) or None
+    lengths,  # (S,)
+    ref_logps,  # (S,) or None
+    ranks,  # (S,) or None
+    num_target_tokens,  # () float64, or None where mle_scale is already divided by it
+    sums,  # (S,) out
+    coef,  # (n,) out
+    beta,
+    margin,
+    label_smoothing,
+    contrast_scale,
+    mle_scale,
+    candidates,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    LOSS: tl.constexpr,
+    LENGTH_NORMALIZED: tl.constexpr,
+):
+    """One group: its sums and its tokens' coefficients. See :func:`contrast` for what the arguments hold."""
+    first, count = find_group(segment_starts, tl.program_id(0), candidates)
+    candidate = tl.arange(0, BLOCK_C)
+    exists = candidate < count
+    segment = first + candidate
+    group_start = tl.load(token_starts + first)
+    group_offset = group_start - tl.load(token_starts)
+
+    begin, slots = find_slots(token_starts, segment, exists, group_start)
+    total = sum_tokens(logps + group_offset, begin, slots, BLOCK_C, BLOCK_T)
+    tl.store(sums + segment, total.to(tl.float32), mask=exists)
+
+    length = tl.load(lengths + segment, mask=exists, other=0)
+    rank = (candidate > 0).to(tl.int64)
+    if ranks is not None:
+        rank = tl.load(ranks + segment, mask=exists, other=0).to(tl.int64)
+    reward = total * inverse_length(length, LENGTH_NORMALIZED)  # (BLOCK_C,) as everything from here to the stores
+    if ref_logps is not None:
+        reward -= tl.load(ref_logps + segment, mask=exists, other=0.0).to(tl.float64)
+    score = reward * beta + tl.where(rank > 0, margin, 0.0)
+    finite = tl.abs(score) < float("inf")
+    # One score that is NaN or infinite makes every coefficient of its group NaN.
+    poison = tl.sum(tl.where(finite | (length == 0), 0.0, float("nan")))
+    score = tl.where(finite, score, 0.0)
+    rank = tl.where(length > 0, rank, LOWEST)
+    slopes = contrast_scores(score, rank, ranks, lengths, first, count, beta, label_smoothing, BLOCK_C, LOSS)
+
+    # Loaded again rather than held in registers through the loop over candidates.
+    begin, slots = find_slots(token_starts, segment, exists, group_start)
+    length = tl.load(lengths + segment, mask=exists, other=0)
+    if num_target_tokens is not None:
+        mle_scale = mle_scale * reciprocal(tl.load(num_target_tokens))
+    value = slopes * beta * contrast_scale * inverse_length(length, LENGTH_NORMALIZED)
+    value = tl.where(length > 0, value - tl.where(rank == 0, mle_scale, 0.0) + poison, 0.0)
+    store_tokens(coef + group_offset, value.to(tl.float32), begin, slots, BLOCK_C, BLOCK_T)
+
+
+def contrast(
+    logps: Tensor,
+    token_starts: Tensor,
+    segment_starts: Tensor | None,
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    *,
+    beta: float,
+    margin: float,
+    label_smoothing: float,
+    loss_type: str,
+    length_normalized: bool,
+    contrast_weight: float,
+    mle_weight: float,
+    num_groups: float,
+    num_target_tokens: float | Tensor,
+    gain: float,
+    max_candidates: int,
+    config: Mapping[str, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens.
+
+    The starts may be slices of longer prefix counts: their first element is what they count from. Nothing is read
+    back to the host.
+
+    Args:
+        logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
+        token_starts: (S + 1,) int64 prefix count of the slots of each segment.
+        segment_starts: (G + 1,) int64 prefix count of the segments of each group; None: ``max_candidates`` each.
+        lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
+        ref_logps: (S,) float32 or None.
+        ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
+        beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
+        margin: see ``beta``.
+        label_smoothing: see ``beta``.
+        loss_type: see ``beta``.
+        length_normalized: see ``beta``.
+        contrast_weight: see ``beta``.
+        mle_weight: see ``beta``.
+        num_groups: denominator of the contrast.
+        num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
+        gain: factor on every coefficient.
+        max_candidates: segments of the largest group, at most 2048.
+        config: ``{"TILE": slots held at once, "num_warps", "num_stages"}``; None: the table.
+
+    Returns:
+        sums (S,) float32, accumulated in float64, and ``gain * dloss / dlogp`` (n,) float32 for every slot of a
+        segment: 0 in absent candidates, and NaN in all others of a group whose scores are not finite.
+
+    Raises:
+        ValueError: ``max_candidates`` above 2048.
+    """
+    if max_candidates > MAX_CANDIDATES:
+        raise ValueError(f"max_candidates must be at most {MAX_CANDIDATES}, got {max_candidates}")
+    num_segments = lengths.numel()
+    sums, coef = torch.empty_like(lengths, dtype=torch.float32), torch.empty_like(logps)
+    if num_segments == 0:
+        return sums, coef
+    groups = num_segments // max_candidates if segment_starts is None else segment_starts.numel() - 1
+    tokens_on_device = num_target_tokens if isinstance(num_target_tokens, Tensor) else None
+    mle_scale = gain * mle_weight / (1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens)
+    config = config or tuning.config("contrast", logps.device, max_candidates, logps.dtype)
+    with tuning.on_device_of(logps):
+        contrast_kernel[(groups,)](
+            logps,
+            token_starts,
+            segment_starts,
+            lengths,
+            ref_logps,
+            ranks,
+            tokens_on_device,
+            sums,
+            coef,
+            float(beta),
+            float(margin),
+            float(label_smoothing),
+            float(gain * contrast_weight / num_groups),
+            float(mle_scale),
+            max_candidates,
+            LOSS=loss_type,
+            LENGTH_NORMALIZED=length_normalized,
+            **block_sizes(config, max_candidates),
+        )
+    return sums, coef
+
+
+def block_sizes(config: Mapping[str, int], max_candidates: int) -> dict[str, int]:
+    """Block sizes for groups of up to ``max_candidates``."""
+    block_c = triton.next_power_of_2(max_candidates)
+    return {
+        "BLOCK_C": block_c,
+        "BLOCK_T": max(config["TILE"] // block_c, 1),
+        "num_warps": max(config["num_warps"], block_c // CANDIDATES_PER_WARP),
+        "num_stages": config["num_stages"],
+    }

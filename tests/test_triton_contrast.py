@@ -1,0 +1,334 @@
+"""The contrast in one launch against objective.py in float64, under the one rule of tolerance.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_accurate
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from cpo_kernels.backends.triton.contrast import MAX_CANDIDATES, contrast
+from cpo_kernels.objective import Objective, make_problem
+
+# Small enough that groups of a few candidates with a few tokens cross several blocks.
+CONFIG = {"TILE": 16, "num_warps": 4, "num_stages": 1}
+
+
+@dataclass
+class Chunk:
+    """Whole groups: for each candidate (tokens, slots), and everything the launcher takes as tensors."""
+
+    groups: list[list[tuple[int, int]]]
+    logps: Tensor
+    ref_logps: Tensor | None = None
+    ranks: Tensor | None = None
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        return [segment for group in self.groups for segment in group]
+
+    @property
+    def lengths(self) -> Tensor:
+        return torch.tensor([tokens for tokens, _ in self.segments], dtype=torch.int64)
+
+    @property
+    def slots(self) -> Tensor:
+        return torch.tensor([slots for _, slots in self.segments], dtype=torch.int64)
+
+    @property
+    def cu_groups(self) -> list[int]:
+        return [0, *accumulate(len(group) for group in self.groups)]
+
+    @property
+    def token_starts(self) -> Tensor:
+        return torch.cat([self.slots.new_zeros(1), self.slots.cumsum(0)])
+
+
+def token_logps(groups: list[list[tuple[int, int]]], low: float = -6.0) -> Tensor:
+    """Log-probabilities (n,) between ``low`` and 0; the slots without a token come first and hold 0."""
+    parts = []
+    for tokens, slots in (segment for group in groups for segment in group):
+        parts += [torch.zeros(slots - tokens), low * torch.rand(tokens)]
+    return torch.cat(parts)
+
+
+def segment_sums(chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    logps = chunk.logps.double()
+    return torch.segment_reduce(logps, "sum", lengths=chunk.slots, unsafe=True, initial=0).to(dtype)
+
+
+def expected(chunk: Chunk, objective: Objective, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(sums, coef) by objective.py."""
+    ref = None if chunk.ref_logps is None else chunk.ref_logps.to(dtype)
+    problem = make_problem(objective, chunk.cu_groups, chunk.lengths, ref, chunk.ranks)
+    sums = segment_sums(chunk, dtype)
+    return sums, (problem.coefficients(sums) * gain).repeat_interleave(chunk.slots)
+
+
+def launch(chunk: Chunk, objective: Objective, gain: float = 1.0, **changes: Any) -> tuple[Tensor, Tensor]:
+    ranks = torch.arange(len(chunk.segments)) if chunk.ranks is None else chunk.ranks
+    first = torch.tensor(chunk.cu_groups)[:-1].repeat_interleave(torch.tensor(chunk.cu_groups).diff())
+    best = (ranks == first if chunk.ranks is None else ranks == 0) * chunk.lengths
+    arguments = {
+        "token_starts": chunk.token_starts,
+        "segment_starts": torch.tensor(chunk.cu_groups),
+        "lengths": chunk.lengths,
+        "ref_logps": chunk.ref_logps,
+        "ranks": chunk.ranks,
+        "beta": objective.beta,
+        "margin": objective.margin,
+        "label_smoothing": objective.label_smoothing,
+        "loss_type": objective.loss_type,
+        "length_normalized": objective.length_normalized,
+        "contrast_weight": objective.contrast_weight,
+        "mle_weight": objective.mle_weight,
+        "num_groups": objective.num_groups or len(chunk.groups),
+        "num_target_tokens": objective.num_target_tokens or best.sum().clamp(min=1).double(),
+        "gain": gain,
+        "max_candidates": max(len(group) for group in chunk.groups),
+        "config": CONFIG,
+    }
+    return contrast(chunk.logps, **(arguments | changes))
+
+
+def check(chunk: Chunk, objective: Objective, gain: float = 1.0, **changes: Any) -> tuple[Tensor, Tensor]:
+    """Launch and hold against the oracle; returns what the launch gave."""
+    out = launch(chunk, objective, gain, **changes)
+    eager = expected(chunk, objective, gain, torch.float32)
+    oracle = expected(chunk, objective, gain, torch.float64)
+    for name, *tensors in zip(("sums", "coef"), out, eager, oracle, strict=True):
+        assert_accurate(*tensors, name)
+    return out
+
+
+def full(*groups: list[int]) -> list[list[tuple[int, int]]]:
+    """Groups without empty slots, from the lengths of their candidates."""
+    return [[(tokens, tokens) for tokens in group] for group in groups]
+
+
+PAIRS = full([5, 3], [1, 9], [2, 2], [23, 7])
+GROUPS = {
+    "pairs": PAIRS,
+    "one_token": full([1, 1], [1, 1], [1, 1]),
+    "five": full([4, 1, 8, 2, 3], [6, 6, 6, 6, 6]),
+    "ragged": full([3, 1, 4], [1, 5], [9, 2, 6, 5, 3], [2, 7, 1, 8]),
+    "empty_slots": [[(3, 7), (2, 2), (7, 7)], [(1, 9), (8, 9), (4, 9)]],
+    "absent": [[(3, 3), (0, 4), (2, 5)], [(2, 2), (4, 4), (0, 0)], [(5, 5), (0, 0), (0, 6)], [(0, 3), (2, 2), (4, 4)]],
+}
+RANKS = {
+    "default": lambda c, size: int(c > 0),
+    "ranked": lambda c, size: (2 * c) % size if size % 2 else c,
+    "several_positives": lambda c, size: int(c >= size // 2),
+    "ties": lambda c, size: (0, 2, 2, 5, 5)[c % 5],
+    "best_last": lambda c, size: size - 1 - c,
+}
+
+
+def with_ranks(groups: list[list[tuple[int, int]]], name: str) -> Tensor:
+    return torch.tensor([RANKS[name](c, len(group)) for group in groups for c in range(len(group))])
+
+
+@pytest.mark.parametrize("ranks", [None, *RANKS])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_ranked_contrast(groups, ranks):
+    layout = GROUPS[groups]
+    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
+    check(chunk, Objective(beta=0.3))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "margin": {"margin": 0.7, "beta": 2.0},
+    "length_normalized": {"length_normalized": True, "beta": 2.5, "margin": 0.5},
+    "mle": {"mle_weight": 0.4},
+    "mle_only": {"contrast_weight": 0.0, "mle_weight": 1.0},
+    "length_normalized_mle": {"length_normalized": True, "mle_weight": 0.4, "contrast_weight": 0.6},
+    "denominators": {"num_groups": 17, "num_target_tokens": 301, "mle_weight": 0.2},
+}
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("groups", ["ragged", "absent", "empty_slots"])
+def test_options(groups, options, reference):
+    layout = GROUPS[groups]
+    chunk = Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ties"))
+    if reference:
+        chunk.ref_logps = segment_sums(chunk, torch.float32) + torch.randn(len(chunk.segments))
+    check(chunk, Objective(**OPTIONS[options]))
+
+
+PAIR_LOSSES: dict[str, dict[str, Any]] = {
+    "hinge": {"loss_type": "hinge", "beta": 0.2},
+    "ipo": {"loss_type": "ipo", "beta": 0.2},
+    "smoothed": {"label_smoothing": 0.1, "beta": 0.4},
+    "smoothed_by_length": {"label_smoothing": 0.2, "length_normalized": True, "margin": 0.3, "mle_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize("ranks", [None, "best_last"])
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_pair_losses(loss, ranks):
+    layout = [*PAIRS, [(4, 4), (0, 3)], *full([11, 2])]
+    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
+    chunk.ref_logps = segment_sums(chunk, torch.float32) + 3 * torch.randn(len(chunk.segments))
+    check(chunk, Objective(**PAIR_LOSSES[loss]))
+
+
+@pytest.mark.parametrize("options", [{}, *PAIR_LOSSES.values()])
+def test_equal_ranks_express_no_preference(options):
+    chunk = Chunk(PAIRS, token_logps(PAIRS), ranks=torch.ones(8, dtype=torch.int64))
+    assert (launch(chunk, Objective(**options))[1] == 0).all()
+
+
+@pytest.mark.parametrize("candidates", [1, 37, 100])
+def test_many_candidates(candidates):
+    layout = full([1 + c % 3 for c in range(candidates)], [2] * candidates)
+    chunk = Chunk(layout, token_logps(layout), ranks=torch.randint(0, 5, (2 * candidates,)))
+    chunk.ranks[::candidates] = 0
+    check(chunk, Objective(mle_weight=0.3))
+
+
+def test_the_largest_group():
+    layout = full([3, *[1] * (MAX_CANDIDATES - 1)])
+    check(
+        Chunk(layout, token_logps(layout)), Objective(beta=1.0), config={"TILE": 1024, "num_warps": 4, "num_stages": 1}
+    )
+
+
+def test_more_candidates_than_a_program_holds():
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    with pytest.raises(ValueError, match=f"at most {MAX_CANDIDATES}, got {MAX_CANDIDATES + 1}"):
+        launch(chunk, Objective(), max_candidates=MAX_CANDIDATES + 1)
+
+
+def test_sums_are_rounded_once():
+    layout = full([1000, 3], [1, 517])
+    chunk = Chunk(layout, token_logps(layout, low=-30.0))
+    chunk.logps[::50] *= 1e4
+    exact = [math.fsum(part.tolist()) for part in chunk.logps.split(chunk.slots.tolist())]
+    assert torch.equal(launch(chunk, Objective())[0], torch.tensor(exact, dtype=torch.float64).float())
+
+
+@pytest.mark.parametrize("ranks", ["default", "ranked"])
+@pytest.mark.parametrize("gap", [0.0, 1e-3, 1.0, 40.0, 600.0, 1e4])
+def test_scores_of_any_size(gap, ranks):
+    """Settled, undecided and lost contrasts of large scores: each keeps its own relative accuracy."""
+    layout = full([4, 4, 4], [4, 4, 4])
+    logps = torch.full((6, 4), -2500.0) + gap * torch.tensor([0.0, -1, -2, 2, 1, 0])[:, None] / 4
+    chunk = Chunk(layout, logps.flatten(), ranks=with_ranks(layout, ranks))
+    coef = check(chunk, Objective(beta=1.0))[1].view(2, 12)
+    chunk_of_one = [
+        Chunk(layout[:1], logps.view(2, 12)[g], ranks=with_ranks(layout, ranks).view(2, 3)[g]) for g in (0, 1)
+    ]
+    for g in (0, 1):
+        assert torch.equal(coef[g], check(chunk_of_one[g], Objective(beta=1.0, num_groups=2))[1])
+
+
+def test_scores_of_a_group_sum_to_zero():
+    layout = full([1] * 5, [1] * 5)
+    coef = launch(Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ranked")), Objective(beta=1.0))[1]
+    assert (coef.abs() > 1e-3).any()
+    torch.testing.assert_close(coef.view(2, 5).double().sum(1), torch.zeros(2).double(), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("ranks", [None, "ties"])
+def test_slices_of_longer_starts(ranks):
+    """Groups 1 and 2 of a larger chunk: the starts do not begin with 0."""
+    layout = GROUPS["ragged"]
+    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
+    objective = Objective(num_groups=4, num_target_tokens=9, mle_weight=0.5)
+    sums, coef = launch(chunk, objective)
+    starts = torch.tensor(chunk.cu_groups)
+    segments = slice(chunk.cu_groups[1], chunk.cu_groups[3])
+    tokens = slice(int(chunk.token_starts[segments.start]), int(chunk.token_starts[segments.stop]))
+    part = Chunk(layout[1:3], chunk.logps[tokens], ranks=None if ranks is None else chunk.ranks[segments])
+    part_sums, part_coef = launch(
+        part,
+        objective,
+        token_starts=chunk.token_starts[segments.start : segments.stop + 1],
+        segment_starts=starts[1:4],
+    )
+    assert torch.equal(part_sums, sums[segments])
+    assert torch.equal(part_coef, coef[tokens])
+
+
+@pytest.mark.parametrize("groups", ["five", "empty_slots", "absent"])
+def test_groups_of_equal_size_need_no_segment_starts(groups):
+    layout = GROUPS[groups]
+    chunk = Chunk(layout, token_logps(layout))
+    objective = Objective(mle_weight=0.5)
+    for given, implied in zip(launch(chunk, objective), launch(chunk, objective, segment_starts=None), strict=True):
+        assert torch.equal(given, implied)
+
+
+def test_number_of_target_tokens_on_the_device_or_not():
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    objective = Objective(mle_weight=0.7, num_target_tokens=29)
+    check(chunk, objective, num_target_tokens=29)
+    check(chunk, objective, num_target_tokens=torch.tensor(29.0, dtype=torch.float64))
+
+
+def test_ranks_of_any_integer_type():
+    layout = GROUPS["ragged"]
+    chunk = Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ties"))
+    narrow = launch(chunk, Objective(), ranks=chunk.ranks.to(torch.int32))
+    assert torch.equal(narrow[1], launch(chunk, Objective())[1])
+
+
+def test_gain_scales_every_coefficient():
+    layout = GROUPS["ragged"]
+    chunk = Chunk(layout, token_logps(layout))
+    objective = Objective(mle_weight=0.5)
+    assert torch.equal(launch(chunk, objective, gain=4096.0)[1], 4096 * launch(chunk, objective)[1])
+
+
+@pytest.mark.parametrize("mle_only", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("segment", [3, 4])
+def test_a_value_that_is_not_finite_stays_in_its_group(segment, value, mle_only):
+    layout = [[(2, 2), (3, 3), (1, 1)], [(2, 2), (3, 4), (0, 5)], [(1, 1), (6, 6), (2, 2)]]
+    chunk = Chunk(layout, token_logps(layout))
+    objective = Objective(mle_weight=0.5, contrast_weight=0.0 if mle_only else 1.0)
+    before = launch(chunk, objective)[1]
+    starts = chunk.token_starts.tolist()
+    chunk.logps[starts[segment + 1] - 1] = value
+    sums, coef = launch(chunk, objective)
+    assert torch.equal(sums[segment], torch.tensor(value)) or sums[segment].isnan()
+    assert coef[starts[3] : starts[5]].isnan().all()
+    assert (coef[starts[5] : starts[6]] == 0).all(), "the absent candidate"
+    for other in (slice(0, starts[3]), slice(starts[6], None)):
+        assert torch.equal(coef[other], before[other])
+
+
+def test_a_reference_that_is_not_finite_counts_only_where_the_candidate_is_present():
+    layout = GROUPS["absent"]
+    chunk = Chunk(layout, token_logps(layout), ref_logps=torch.zeros(12))
+    before = launch(chunk, Objective())[1]
+    chunk.ref_logps[chunk.lengths == 0] = math.nan
+    assert torch.equal(launch(chunk, Objective())[1], before)
+    chunk.ref_logps[4] = math.nan
+    assert torch.equal(launch(chunk, Objective())[1].isnan(), before.new_tensor([0] * 12 + [1] * 6 + [0] * 20).bool())
+
+
+def test_two_runs_are_equal():
+    layout = GROUPS["ragged"]
+    chunk = Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ranked"))
+    for first, second in zip(launch(chunk, Objective()), launch(chunk, Objective()), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_no_segments():
+    empty = torch.empty(0)
+    chunk = Chunk(PAIRS, empty)
+    starts = torch.zeros(1, dtype=torch.int64)
+    lengths = torch.zeros(0, dtype=torch.int64)
+    sums, coef = launch(chunk, Objective(), token_starts=starts, segment_starts=starts, lengths=lengths)
+    assert sums.shape == coef.shape == (0,)
+    assert sums.dtype == torch.float32
