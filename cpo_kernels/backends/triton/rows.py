@@ -397,7 +397,8 @@ def row_backward_into(
     with tuning.on_device_of(logits):
         row_backward_kernel[(R,)](
             to.base if shifted and alike else out, source.base if shifted else logits,
-            targets.contiguous(), contiguous(row_starts), stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
+            targets.contiguous(), contiguous(row_starts),
+            stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
             V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=shared, SHIFTED=shifted, ALIKE=alike, NARROW=narrow, K=K,
             **folded.flags, **(config or tuning.config("row_backward", logits.device, V, logits.dtype)),
