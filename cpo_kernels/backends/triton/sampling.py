@@ -1,0 +1,59 @@
+"""One draw from a softmax a tile of columns at a time: two uniforms a row and tile, not one per logit.
+
+Of y_j + g_j over a set of columns, with independent Gumbel variables g_j, the maximum is distributed as a Gumbel
+variable located at the set's log-sum-exp, and is independent of which column attains it: that is column j with
+probability softmax_j. So a tile draws its maximum, which competes with those of the other tiles, and a column by
+inverse distribution function. Both uniforms come from Philox at (seed, row, tile), so a sample does not depend on the
+order in which tiles are visited or on how they are shared out.
+"""
+
+import triton
+import triton.language as tl
+
+# Spacing of the uniforms of `uint_to_uniform_float` near 0; half of it keeps them away from 0 itself.
+HALF_SPACING = tl.constexpr(2.0**-32)
+
+
+@triton.jit
+def halves(x):
+    """(BLOCK_R, W) to its left and right (BLOCK_R, W / 2)."""
+    pairs = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def go_right(threshold, left_mass, right_mass):
+    """Whether the threshold lies in the right part. Rounding never leads into a part of mass 0."""
+    return (threshold >= left_mass) & (right_mass > 0.0)
+
+
+@triton.jit
+def descend(left, right, left_mass, right_mass, threshold):
+    """Column (BLOCK_R,) of [left, right] where the running sum of the masses passes the threshold.
+
+    Halving the columns at each step adds every mass up twice, where a prefix sum would exchange each between threads.
+    """
+    right_taken = go_right(threshold, left_mass, right_mass)
+    offset = tl.where(right_taken, left.shape[1], 0)
+    if left.shape[1] == 1:
+        column = offset
+    else:
+        threshold = tl.where(right_taken, threshold - left_mass, threshold)
+        left, right = halves(tl.where(right_taken[:, None], right, left))
+        column = offset + descend(left, right, tl.sum(left, axis=1), tl.sum(right, axis=1), threshold)
+    return column
+
+
+@triton.jit
+def exponential_variable(u):
+    """-log(1 - u) for a uniform u in [0, 1): accurate near 0, where the smallest of many variables lies; never 0."""
+    u += HALF_SPACING
+    return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - u))
+
+
+@triton.jit
+def uniforms(seed, row, tile):
+    """Two independent uniforms (BLOCK_R,) in [0, 1) that depend on (seed, row, tile) only."""
+    zero = row * 0
+    first, second, _, _ = tl.philox(tl.load(seed), row, zero + tile, zero, zero)
+    return tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)
