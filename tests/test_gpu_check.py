@@ -1,0 +1,273 @@
+"""`make gpu-check`, its benchmarks and its tuning, as far as they run without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import gpu_bench, gpu_cases, gpu_check, tune
+from benchmarks.gpu_cases import Figure, Setting
+from benchmarks.gpu_check import Outcome, Settings
+
+pytestmark = pytest.mark.cpu  # dry runs
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings("cpu", tmp_path, limit=60, quick=True, workers=1)
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+# The parts
+
+
+def test_a_command_past_its_limit_is_ended_and_its_output_kept(settings):
+    code = "import time; print('started', flush=True); time.sleep(60)"
+    run = gpu_check.run_command(python(code), settings, limit=5)
+    assert run.status is None
+    assert run.output == "started\n"
+    result = gpu_check.outcome("tests", run, [])
+    assert (result.status, result.good, result.tail) == ("timed out", False, "started")
+
+
+def test_children_of_a_command_end_with_it(settings):
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    wait = "; sys.stdout.flush(); import time; time.sleep(60)"
+    run = gpu_check.run_command(python(code + wait), settings, limit=5)
+    child = Path(f"/proc/{int(run.output)}/stat")
+    assert run.status is None
+    assert not child.exists() or ") Z " in child.read_text()
+
+
+@pytest.mark.parametrize(("code", "status"), [("print(1)", "passed"), ("raise SystemExit(3)", "failed")])
+def test_the_status_of_a_part_is_that_of_its_command(settings, code, status):
+    result = gpu_check.outcome("build", gpu_check.run_command(python(code), settings, 30), ["a note"])
+    assert (result.status, result.notes) == (status, ["a note"])
+    assert result.good == (status == "passed")
+
+
+def test_a_failed_part_does_not_stop_the_others_and_is_named(settings, monkeypatch, capsys):
+    parts = {
+        "build": lambda _: Outcome("build", "passed"),
+        "tests": lambda _: gpu_check.outcome("tests", gpu_check.Run(1, "the end of the output"), ["1 failed"]),
+        "bench": lambda _: gpu_check.outcome("bench", gpu_check.run_command(["/no/such/program"], settings, 5), []),
+        "tune": lambda _: Outcome("tune", "nothing to do", notes=["a reason"]),
+    }
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    status = gpu_check.main(["--parts", *parts, "--out", str(settings.out), "--device", "cpu"])
+    assert status == 1
+    assert "failed: tests, bench" in capsys.readouterr().out
+    content = json.loads((settings.out / "gpu-check.json").read_text())
+    assert [part["status"] for part in content["parts"]] == ["passed", "failed", "failed", "nothing to do"]
+    assert content["environment"]["commit"]
+    page = (settings.out / "gpu-check.md").read_text()
+    assert "the end of the output" in page
+    assert "/no/such/program" in page
+
+
+def test_without_a_built_extension_the_build_comes_first(settings, monkeypatch):
+    names = []
+    parts = {n: lambda _, n=n: names.append(n) or Outcome(n, "passed") for n in ("build", "tests")}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    monkeypatch.setattr(gpu_check, "extension", lambda name: None)
+    gpu_check.run_parts(["tests"], settings, [])
+    assert names == ["build", "tests"]
+
+
+def test_the_sanitizer_says_that_there_are_no_cuda_kernels(settings, monkeypatch):
+    monkeypatch.setattr(gpu_check, "extension", lambda name: None)
+    result = gpu_check.sanitizer(settings)
+    assert result.status == "nothing to do"
+    assert "no CUDA kernels in this build" in result.notes[0]
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(0, "clean"), (gpu_check.FOUND, "found errors"), (1, "did not run")])
+def test_what_the_sanitizer_finds_fails_the_part(settings, monkeypatch, tmp_path, status, verdict):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nexit {status}\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_check, "extension", lambda name: Path(name))
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
+    result = gpu_check.sanitizer(settings)
+    assert result.notes == [f"{name}: {verdict}" for name in gpu_check.TOOLS]
+    assert result.good == (status == 0)
+
+
+def test_every_test_file_is_run_and_those_for_a_gpu_first():
+    files = gpu_check.test_files(quick=False)
+    assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
+    assert files[0] == "tests/test_cuda_device.py"
+    assert len(files) == len(set(files))
+
+
+def test_counts_come_from_output_that_may_be_cut_short():
+    output = """\
+[gw0] [ 12%] PASSED tests/test_a.py::test_one[x y]
+tests/test_a.py::test_two
+[gw1] [ 25%] FAILED tests/test_a.py::test_two
+tests/test_b.py::test_three PASSED                [ 40%]
+[gw1] [ 50%] SKIPPED tests/test_a.py::test_four
+SKIPPED [2] tests/test_b.py:9: needs a second GPU
+FAILED tests/test_a.py::test_two - AssertionError
+"""
+    assert gpu_check.count_tests(output) == [
+        "2 passed, 1 failed, 0 error, 1 skipped",
+        "skipped 2: tests/test_b.py:9: needs a second GPU",
+    ]
+
+
+def test_the_target_of_the_makefile_passes_parts_and_folder():
+    made = ["make", "--dry-run", "gpu-check", "GPU_PYTHON=python9", "PARTS=tests bench", "OUT=there"]
+    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "python9",
+        "-m",
+        "benchmarks.gpu_check",
+        "--parts",
+        "tests",
+        "bench",
+        "--out",
+        "there",
+    ]
+
+
+# The benchmarks
+
+
+def test_verdicts():
+    assert Figure("a", 0.9, "of copy", 0.85, at_least=True).verdict == "met"
+    assert Figure("a", 0.8, "of copy", 0.85, at_least=True).verdict == "missed"
+    assert Figure("a", 1.1, "x floor", 1.12).verdict == "met"
+    assert Figure("a", float("nan"), "x floor", 1.12).verdict == "missed"
+    assert Figure("a", 1.1, "x floor").verdict == ""
+
+
+CASES = [name for name in gpu_cases.CASES if name not in ("loss beside peers", "accuracy")]  # their peers take a minute
+
+
+def test_cases_run_and_are_written(tmp_path):
+    arguments = ["--quick", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--cases", *CASES]
+    assert gpu_bench.main(arguments) == 0
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert [case["name"] for case in content["cases"]] == CASES
+    figures = {figure["name"]: figure for case in content["cases"] for figure in case["figures"]}
+    bars = {name for name, figure in figures.items() if figure["bar"] is not None}
+    for part in ("row forward", "row backward in place", "bf16 over fp32", "cpo-kernels, llama3", "peak, N="):
+        assert any(part in name for name in bars), part
+    page = (tmp_path / "bench.md").read_text()
+    assert all(name in page for name in figures)
+
+
+def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
+    def broken(setting):
+        yield Figure("before", 1.0, "s")
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(gpu_bench, "CASES", {"broken": broken, "plan": gpu_cases.chunks})
+    cases = gpu_bench.run(["broken", "plan"], Setting(CPU, quick=True), 60, tmp_path, [])
+    assert [bool(case.error) for case in cases] == [True, False]
+    assert [figure.name for figure in cases[0].figures] == ["before"]
+    assert "out of something" in (tmp_path / "bench.md").read_text()
+
+
+def test_cases_after_the_time_is_up_are_named(tmp_path):
+    assert gpu_bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--seconds", "-1"]) == 1
+    content = json.loads((tmp_path / "bench.json").read_text())
+    assert {case["error"] for case in content["cases"]} == {"not run: the time was up"}
+
+
+def test_a_wrong_row_kernel_is_not_timed(monkeypatch):
+    rows = gpu_cases.triton_kernels("rows")
+
+    class Wrong:
+        row_backward, row_backward_ = staticmethod(rows.row_backward), staticmethod(rows.row_backward_)
+
+        @staticmethod
+        def row_forward(*args):
+            stats, logps = rows.row_forward(*args)
+            return stats, logps + 1e-3
+
+    monkeypatch.setattr(gpu_cases, "triton_kernels", lambda module: Wrong)
+    with pytest.raises(gpu_cases.WrongResultError, match="row_forward"):
+        list(gpu_cases.row_kernels(Setting(CPU, quick=True), torch.float32))
+
+
+# Tuning
+
+
+def test_tuning_measures_every_kernel_and_leaves_the_table_alone(tmp_path):
+    before = tune.TABLE.read_bytes()
+    out = tmp_path / "tuning.json"
+    assert tune.main(["--quick", "--device", "cpu", "--out", str(out)]) == 0
+    assert tune.TABLE.read_bytes() == before
+    table = json.loads(out.read_text())
+    assert set(table["measurements"]) == {"default"}
+    measured = {(e["kernel"], e["dtype"]) for e in table["entries"] if "measured" in e}
+    assert measured == {(k.name, "float32" if d == torch.float32 else "any") for k in tune.KERNELS for d in k.dtypes}
+    kept = [e for e in json.loads(before)["entries"] if e["arch"] != "default"]
+    assert all(entry in table["entries"] for entry in kept)
+
+
+def test_a_dry_run_does_not_touch_the_committed_table():
+    with pytest.raises(SystemExit):
+        tune.main(["--quick", "--device", "cpu"])
+
+
+def entry(kernel, arch, dtype, **others):
+    return {"kernel": kernel, "arch": arch, "dtype": dtype, "config": {}, **others}
+
+
+def test_measured_entries_take_the_place_of_their_own_kind_only():
+    old = [
+        entry("a", "sm_90", "bfloat16", config={"old": 1}),
+        entry("a", "sm_90", "float32", config={"old": 2}),
+        entry("a", "sm_80", "any", config={"old": 3}),
+        entry("b", "sm_90", "any", config={"old": 4}),
+    ]
+    measured = [
+        {"kernel": "a", "dtype": "any", "config": {"new": 1}},
+        {"kernel": "a", "dtype": "any", "vocab_at_most": 64, "config": {"new": 2}},
+    ]
+    table = tune.merged({"entries": old, "measurements": {"sm_80": "x"}}, measured, "sm_90", "here")
+    assert table["measurements"] == {"sm_80": "x", "sm_90": "here"}
+    configs = [e["config"] for e in table["entries"] if (e["kernel"], e["arch"]) == ("a", "sm_90")]
+    assert configs == [{"old": 2}, {"new": 2}, {"new": 1}]  # the narrower bound is found first
+    assert {str(e["config"]) for e in table["entries"]} == {
+        str({k: v}) for k, v in [("new", 1), ("new", 2), ("old", 2), ("old", 3), ("old", 4)]
+    }
+
+
+@pytest.mark.parametrize("error", [1.0, float("nan")])
+def test_a_wrong_configuration_is_not_the_fastest(error):
+    kernel = tune.Kernel("a", ((None, 31),), [{"BLOCK": 1}], lambda size, device: job, (torch.float32,))
+    job = tune.Job(lambda config: None, lambda config: error, 1e-3, 1.0, "GB/s")
+    with pytest.raises(tune.WrongResultError, match="BLOCK"):
+        tune.fastest(kernel, job, tune.clock_for(CPU), quick=False)
+    assert list(tune.measure([kernel], CPU, True, float("inf"))) == []
+
+
+def test_a_configuration_that_does_not_launch_is_passed_over():
+    def run(config):
+        if config["BLOCK"] == 1:
+            raise RuntimeError("out of resource: shared memory")
+
+    def check(config):
+        run(config)
+        return 0.0
+
+    kernel = tune.Kernel("a", ((None, 31),), [{"BLOCK": 1}, {"BLOCK": 2}], lambda size, device: job)
+    job = tune.Job(run, check, 1e-3, 1.0, "GB/s")
+    found = tune.fastest(kernel, job, tune.clock_for(CPU), quick=False)
+    assert found is not None and found[0] == {"BLOCK": 2}
