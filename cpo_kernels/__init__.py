@@ -20,6 +20,7 @@ from .layout import CandidateLayout
 from .modules import CPOLoss, LinearCPOLoss
 from .objective import CPOOutput
 from .planning import Plan
+from .token_statistics import TokenStatistics, linear_token_statistics
 
 if TYPE_CHECKING:
     from .models import attach_linear_loss
@@ -35,6 +36,7 @@ __all__ = [
     "CandidateLayout",
     "LinearCPOLoss",
     "Plan",
+    "TokenStatistics",
     "attach_linear_loss",
     "backends",
     "contrastive_loss",
@@ -43,6 +45,7 @@ __all__ = [
     "linear_sequence_logps",
     "linear_sequence_loss",
     "linear_token_logps",
+    "linear_token_statistics",
     "plan",
     "sequence_logps",
     "token_logps",

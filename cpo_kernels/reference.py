@@ -245,3 +245,29 @@ def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool
         low.zero_()
     for tile in long_slices(*high.shape):
         accumulate_pair_(high[tile], low[tile], a[tile].to(wide) @ b.to(wide))
+
+
+def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
+    """Entropy (R,) in nats of the softmax of each row, from its statistics (2, R)."""
+    parts = []
+    for tile in long_slices(*logits.shape):
+        log_p = transform_logits(logits[tile].to(stats.dtype), bias, *transform) - stats[:, tile].sum(0)[:, None]
+        p = log_p.exp()
+        parts.append(-torch.where(p == 0, 0.0, p * log_p).sum(-1))
+    return torch.cat(parts) if parts else stats[0]
+
+
+def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
+    """One word (R,) of each row, drawn from its softmax by the inverse of its distribution function at ``uniforms`` (R,).
+
+    ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
+    distribution (NaN, or nothing but -inf).
+    """
+    parts = []
+    for tile in long_slices(*logits.shape):
+        y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
+        below = (y - stats[0, tile, None]).exp().cumsum(-1, dtype=torch.float64)
+        threshold = uniforms[tile, None] * below[:, -1:]
+        words = torch.searchsorted(below, threshold, right=True).squeeze(1)
+        parts.append(words.where(below[:, -1].isfinite(), IGNORE_INDEX))
+    return torch.cat(parts) if parts else uniforms.long()

@@ -207,7 +207,7 @@ def test_unknown_option(function):
 
 
 def test_backend_that_is_not_there_says_what_to_do():
-    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: .*backend='triton'"):
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' is not available: .*backend='triton'"):
         linear_cpo_loss(**padded().arguments(), backend="cuda")
 
 

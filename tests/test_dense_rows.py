@@ -1,4 +1,4 @@
-"""``skip_absent_rows=False``: every row enters the products, the result is the same, and nothing waits for the device."""
+"""``skip_absent_rows=False``: every row enters the products, with the same result, and nothing waits for the device."""
 
 from __future__ import annotations
 

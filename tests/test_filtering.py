@@ -51,7 +51,7 @@ def output_and_grads(problem: Problem, **head) -> tuple[Tensor, dict[str, Tensor
 
 
 def dense_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Gradient of the loss with respect to the dense logits (G, C, T, V), and to the log-likelihoods (G, C), exactly."""
+    """Gradient of the loss by the dense logits (G, C, T, V), and its absolute value by the log-likelihoods (G, C)."""
     logits = (problem.hidden.double() @ problem.weight.double().T).detach().requires_grad_()
     loss = reference.cpo_loss(logits, problem.targets, **problem.options)
     (grad,) = torch.autograd.grad(loss, logits)

@@ -31,7 +31,7 @@ class LinearLossOutput(ModelOutput):
         logits: always None; they are never materialised.
         logps: (S,) log-likelihoods, differentiable for a :class:`LogpsRequest`, else detached.
         rewards: (S,) ``beta * (logp - ref_logp)``.
-        contrastive_loss, nll_loss, accuracy, margin: scalars, see :class:`~cpo_kernels.CPOOutput`.
+        contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
     """
 
     loss: Tensor | None = None
@@ -42,6 +42,7 @@ class LinearLossOutput(ModelOutput):
     nll_loss: Tensor | None = None
     accuracy: Tensor | None = None
     margin: Tensor | None = None
+    dropped: Tensor | None = None
 
 
 class CPORequest:
@@ -72,6 +73,7 @@ class CPORequest:
             nll_loss=out.nll_loss,
             accuracy=out.accuracy,
             margin=out.margin,
+            dropped=out.dropped,
         )
 
 

@@ -48,6 +48,14 @@ class CPOConfig(TrainingArguments):
     max_logits_bytes: int | None = field(
         default=None, metadata={"help": "Budget for the logits held at once. Default: the backend's."}
     )
+    candidate_eps: float | None = field(
+        default=None,
+        metadata={"help": "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.head."},
+    )
+    grad_filter_eps: float | None = field(
+        default=None,
+        metadata={"help": "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.head."},
+    )
     backend: str = field(default="auto", metadata={"help": "Backend of the kernels; see cpo_kernels.backends."})
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})

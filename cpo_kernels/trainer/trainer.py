@@ -176,6 +176,8 @@ class CPOTrainer(Trainer):
             ref_logps=self._reference_logps(inputs, layout),
             num_groups=inputs["num_groups"],
             num_target_tokens=inputs["num_target_tokens"],
+            candidate_eps=self.args.candidate_eps,
+            grad_filter_eps=self.args.grad_filter_eps,
             **self.args.objective,
             **self._head_options,
         )
@@ -207,6 +209,8 @@ class CPOTrainer(Trainer):
         """Add one batch to the metrics, its groups and target tokens weighing ``groups`` and ``tokens``."""
         own_groups = self._own_groups(inputs)
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
+        if self.args.candidate_eps is not None or self.args.grad_filter_eps is not None:
+            sums.add("dropped", out.dropped, tokens)
         if len(inputs["cu_tokens"]) - 1 == own_groups:  # no negatives
             return
         sums.add("contrastive_loss", out.contrastive_loss * (inputs["num_groups"] / own_groups), groups)
