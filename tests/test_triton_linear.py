@@ -1,0 +1,452 @@
+"""The fused linear forward against float64, with blocks so small that a short vocabulary has several."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from devices import DEVICE
+from tolerance import assert_accurate
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from cpo_kernels import reference
+from cpo_kernels.backends.triton import linear, splits, tuning
+from cpo_kernels.backends.triton.linear import linear_forward
+from cpo_kernels.backends.triton.splits import LinearForward, plan_grid
+
+# Triton's interpreter computes with numpy, which warns of every NaN and infinity that these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BLOCK_R, BLOCK_V, BLOCK_H = 16, 32, 16
+CONFIG = {"BLOCK_R": BLOCK_R, "BLOCK_V": BLOCK_V, "BLOCK_H": BLOCK_H, "num_warps": 4, "num_stages": 2}
+PLAIN = (None, 1.0, 0.0, 1.0)
+HEADS = {
+    "plain": lambda V: PLAIN,
+    "scaled": lambda V: (None, 1.7, 0.0, 0.6),
+    "negative scale": lambda V: (None, -0.8, 0.0, 1.0),  # the largest y is at the smallest x
+    "zero scale": lambda V: (None, 0.0, 0.0, 1.0),
+    "bias": lambda V: (torch.randn(V), 1.0, 0.0, 1.0),
+    "softcap": lambda V: (None, 1.0, 3.0, 1.0),
+    "all": lambda V: (torch.randn(V).bfloat16(), 1.3, 30.0, 0.7),
+}
+
+
+@dataclass
+class Case:
+    """Arguments of a call, with logits of a standard deviation of about 3."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    row_starts: Tensor | None = None
+    head: tuple[Tensor | None, float, float, float] = field(default=PLAIN)
+
+    def run(self, config: dict[str, int] | None = CONFIG, **options: Any) -> LinearForward:
+        return linear_forward(
+            self.hidden, self.weight, self.targets, self.row_starts, *self.head, config=config, **options
+        )
+
+    def logits(self, dtype: torch.dtype) -> Tensor:
+        """(R, V) logits of the softmax, all of it in ``dtype``."""
+        bias, scale, softcap, temperature = self.head
+        bias = None if bias is None else bias.to(dtype)
+        return reference.transform_logits(
+            self.hidden.to(dtype) @ self.weight.to(dtype).T, bias, scale, softcap, temperature
+        )
+
+    def logps(self, dtype: torch.dtype) -> Tensor:
+        rows = reference.token_rows(self.targets, self.row_starts)
+        return reference.token_logps(self.logits(dtype)[rows], self.targets)
+
+
+def case(dtype=torch.float32, R=5, V=101, H=48, counts: list[int] | None = None, head=PLAIN) -> Case:
+    """Row r has ``counts[r]`` tokens, of which every fourth is absent; None: one a row, and the second is absent."""
+    targets = torch.randint(0, V, (R if counts is None else sum(counts),))
+    row_starts = None
+    if counts is None:
+        targets[1:2] = -100
+    else:
+        R = len(counts)
+        row_starts = torch.tensor([0, *torch.tensor(counts, device="cpu").cumsum(0).tolist()])
+        targets[3::4] = -100
+    hidden, weight = torch.randn(R, H).to(dtype), (torch.randn(V, H) * (3 / H**0.5)).to(dtype)
+    return Case(hidden, weight, targets, row_starts, head)
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    logps = logits.log_softmax(-1)
+    return -(logps.exp() * logps.clamp(min=-1e30)).sum(-1)
+
+
+def check(c: Case, config: dict[str, int] | None = CONFIG) -> LinearForward:
+    """All four results by the rule of tolerance; eager is plain torch with logits in float32."""
+    out = c.run(config, seed=torch.tensor([1]), entropy=True)
+    eager, oracle = c.logits(torch.float32), c.logits(torch.float64)
+    assert_accurate(out.stats[0], eager.amax(-1), oracle.amax(-1), "max")
+    assert_accurate(out.stats.sum(0), eager.logsumexp(-1), oracle.logsumexp(-1), "log-sum-exp")
+    assert_accurate(out.logps, c.logps(torch.float32), c.logps(torch.float64), "logps")
+    assert_accurate(out.entropy, entropy_of(eager), entropy_of(oracle), "entropy")
+    assert ((out.samples >= 0) & (out.samples < len(c.weight))).all()
+    assert (out.logps[c.targets == -100] == 0).all()
+    return out
+
+
+V_GRID = [
+    1,  # the only probability is 1
+    2,
+    31,  # prime, less than a block
+    2 * BLOCK_V,  # no tail
+    4 * BLOCK_V - 3,  # prime; with two splits, the second is shorter
+]
+
+
+@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
+@pytest.mark.parametrize("V", V_GRID)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_vocabulary(dtype, V, shared, tma):
+    check(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None), {**CONFIG, "TMA": tma, "SPLITS": 2})
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head(dtype, head):
+    check(case(dtype, V=77, counts=[1, 3, 0, 5, 2], head=HEADS[head](77)))
+
+
+@pytest.mark.parametrize("R", [1, BLOCK_R, BLOCK_R + 1])
+@pytest.mark.parametrize("H", [1, 7, BLOCK_H, 3 * BLOCK_H + 5])
+@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+def test_every_shape(R, H, tma):
+    check(case(torch.bfloat16, R=R, H=H, V=53), {**CONFIG, "TMA": tma})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_of_the_table(dtype):
+    check(case(dtype, R=131, V=301, H=80), None)
+    out = case(dtype, R=131, V=301, H=80).run(None)
+    assert out.samples is None and out.entropy is None
+
+
+def strided(c: Case) -> list[Case]:
+    """The same numbers in other layouts, with what must not be read poisoned."""
+    R, H = c.hidden.shape
+    wide = torch.full((R + 1, 2 * H + 1), torch.nan, dtype=c.hidden.dtype)
+    rows, odd, skipping = wide[:R, :H], wide.clone()[1:, 1 : H + 1], wide.clone()[:R, : 2 * H : 2]
+    tied = torch.full((H + 1, len(c.weight) + 3), torch.nan, dtype=c.weight.dtype).T[: len(c.weight), :H]
+    for view in (rows, odd, skipping):
+        view.copy_(c.hidden)
+    tied.copy_(c.weight)
+    return [Case(view, tied if view is odd else c.weight, c.targets) for view in (rows, odd, skipping)]
+
+
+@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+def test_strided_inputs(tma):
+    for view in strided(case(V=67, H=41)):
+        check(view, {**CONFIG, "TMA": tma})
+
+
+def test_one_vector_for_all_rows():
+    c = case(V=67)
+    check(Case(c.hidden[:1].expand(5, -1), c.weight, c.targets), {**CONFIG, "TMA": 1})
+
+
+def test_descriptors_only_where_the_hardware_takes_them():
+    matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert linear.has_descriptor(matrix) and linear.has_descriptor(matrix[2:, 8:16])
+    assert not linear.has_descriptor(matrix[:, 1:])  # off a multiple of 16 bytes
+    assert not linear.has_descriptor(matrix.T)
+    assert not linear.has_descriptor(matrix[:1].expand(8, -1))
+    assert not linear.has_descriptor(torch.zeros(8, 63, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_huge_logits(scale):
+    c = case(V=77)
+    check(Case(c.hidden, c.weight, c.targets, head=(None, scale, 0.0, 1.0)), {**CONFIG, "SPLITS": 3})
+
+
+def test_no_rows_and_no_tokens():
+    out = case(R=0).run(seed=torch.tensor([1]), entropy=True)
+    assert [t.shape for t in out] == [(2, 0), (0,), (0,), (0,)]
+    c = case(counts=[0, 0, 0])
+    out = check(c)
+    assert out.logps.shape == (0,)
+
+
+def test_a_row_of_many_tokens():
+    """More than one of them in the same vocabulary tile, and the same target twice."""
+    c = case(V=77, counts=[70, 1, 0])
+    c.targets[:2] = 5
+    out = check(c)
+    assert out.logps[0] == out.logps[1]
+
+
+def test_wrong_targets_are_nan():
+    c = case(V=3 * BLOCK_V - 5, R=6)
+    c.targets[:] = torch.tensor([-1, len(c.weight), 2**40, -(2**40), 0, -100])
+    logps = c.run().logps
+    assert logps[:4].isnan().all()
+    expected = c.logits(torch.float64)[4].log_softmax(-1)[0]
+    assert logps[4].item() == pytest.approx(expected.item(), rel=1e-5) and logps[5] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_that_are_not_finite(value):
+    """They are NaN, have no sample, and leave the others alone."""
+    c = case(R=BLOCK_R + 3, V=77)
+    expected = c.run(seed=torch.tensor([1]), entropy=True)
+    c.hidden[4, 2] = value
+    out = c.run(seed=torch.tensor([1]), entropy=True)
+    others = torch.arange(len(c.hidden)) != 4
+    assert out.logps[4].isnan() and out.stats[1, 4].isnan() and out.entropy[4].isnan()
+    assert out.samples[4] == -100
+    for before, after in zip(expected, out, strict=True):
+        assert torch.equal(before[..., others], after[..., others])
+
+
+def test_rows_of_nothing_but_minus_infinity():
+    c = case(V=77, head=(torch.full((77,), -math.inf), 1.0, 0.0, 1.0))
+    out = c.run(seed=torch.tensor([1]), entropy=True)
+    assert out.stats[1].isnan().all() and out.entropy.isnan().all() and (out.samples == -100).all()
+    assert out.logps[c.targets != -100].isnan().all() and (out.logps[c.targets == -100] == 0).all()
+
+
+def forbidden(V: int, words: Tensor) -> Tensor:
+    """A bias that gives these words the probability 0."""
+    bias = torch.zeros(V)
+    bias[words] = -math.inf
+    return bias
+
+
+FORBIDDEN = {
+    "the first tile": torch.arange(BLOCK_V),
+    "a tile in between": torch.arange(BLOCK_V, 2 * BLOCK_V),
+    "the last tile": torch.arange(2 * BLOCK_V, 77),
+    "every other word": torch.arange(0, 77, 2),
+    "all but one": torch.cat([torch.arange(40), torch.arange(41, 77)]),
+}
+
+
+@pytest.mark.parametrize("words", FORBIDDEN)
+@pytest.mark.parametrize("count", [1, 3])
+def test_words_of_probability_zero(words, count):
+    """They add nothing to the entropy, and are never drawn."""
+    words = FORBIDDEN[words].to(DEVICE)
+    c = case(V=77, R=1000, head=(forbidden(77, words), 1.0, 0.0, 1.0))
+    c.targets[:] = torch.randint(0, 77, (1000,))
+    out = c.run({**CONFIG, "BLOCK_R": 128, "SPLITS": count}, seed=torch.tensor([1]), entropy=True)
+    eager, oracle = c.logits(torch.float32), c.logits(torch.float64)
+    assert_accurate(out.entropy, entropy_of(eager), entropy_of(oracle), "entropy")
+    assert not torch.isin(out.samples, words).any()
+    drawn = torch.isin(c.targets, words)
+    assert (out.logps[drawn] == -math.inf).all() and out.logps[~drawn].isfinite().all()
+
+
+def test_repeats_bitwise():
+    c = case(torch.bfloat16, R=BLOCK_R + 3, V=101, counts=[2] * (BLOCK_R + 3))
+    runs = [c.run({**CONFIG, "SPLITS": 3}, seed=torch.tensor([5]), entropy=True) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+def test_rows_do_not_depend_on_each_other():
+    """The results of a row are the same whatever the others hold, and whatever of it is asked for."""
+    c = case(R=2 * BLOCK_R + 5, V=101)
+    whole = c.run(seed=torch.tensor([5]), entropy=True)
+    part = Case(c.hidden[:7], c.weight, c.targets[:7]).run(seed=torch.tensor([5]))
+    for name in ("stats", "logps", "samples"):
+        assert torch.equal(getattr(whole, name)[..., :7], getattr(part, name))
+    assert torch.equal(c.run(entropy=True).entropy, whole.entropy)
+
+
+# Grids
+
+
+@pytest.mark.parametrize(("count", "cache_bytes"), [(0, 0), (0, 2**30), (1, 0), (2, 0), (3, 0), (5, 0)])
+def test_any_grid_covers_the_matrix(monkeypatch, count, cache_bytes):
+    """As on 8 multiprocessors: groups of row tiles of which the last is not full, and splits that are shorter."""
+    monkeypatch.setattr(linear, "device_facts", lambda device: (8, cache_bytes))
+    c = case(R=4 * BLOCK_R + 1, V=4 * BLOCK_V + 3, H=16)
+    out = check(c, {**CONFIG, "SPLITS": count})
+    assert torch.equal(out.samples, c.run({**CONFIG, "SPLITS": 4}, seed=torch.tensor([1])).samples)
+
+
+@pytest.mark.cpu
+def test_grid_of_a_large_problem_fills_the_device():
+    """N = 8192, H = 4096, V = 128256 in 16 bits on an H100: whole rounds of its 132 multiprocessors, in its cache."""
+    grid = plan_grid(8192, 128256, 2 * 4096, 128, 256, 0, 132, 50 * 2**20)
+    assert grid.row_tiles == 64 and 0 <= grid.splits * grid.split_tiles - 501 < grid.split_tiles
+    rounds = -(-grid.row_tiles * grid.splits // 132)
+    assert rounds * grid.split_tiles <= 1.05 * 64 * 501 / 132
+    assert 2 * grid.group_tiles * 128 * 8192 <= 50 * 2**20
+
+
+@pytest.mark.cpu
+def test_grid_of_few_rows_shares_out_the_vocabulary():
+    grid = plan_grid(1, 128256, 2 * 4096, 128, 256, 0, 132, 50 * 2**20)
+    assert grid.row_tiles == 1 and grid.splits == 126 and grid.split_tiles == 4
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("sizes", [(1, 1), (1000, 7), (130, 50257), (5000, 300)])
+@pytest.mark.parametrize("count", [0, 1, 3, 1000])
+def test_no_split_is_empty(sizes, count):
+    grid = plan_grid(*sizes, 128, 128, 64, count, 132, 2**20)
+    tiles = -(-sizes[1] // 64)
+    assert (grid.splits - 1) * grid.split_tiles < tiles <= grid.splits * grid.split_tiles
+    assert 1 <= grid.group_tiles <= grid.row_tiles
+
+
+def test_facts_of_the_device():
+    multiprocessors, cache_bytes = splits.device_facts(DEVICE)
+    assert multiprocessors >= 1 and (cache_bytes > 0) == (DEVICE.type == "cuda")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kernel", ["linear_forward", "linear_sample"])
+def test_table_has_the_sizes_of_a_launch(kernel):
+    entries = [entry for entry in tuning.entries() if entry["kernel"] == kernel]
+    needed = {"BLOCK_R", "BLOCK_V", "BLOCK_H", "num_warps", "num_stages"}
+    assert entries and all(needed <= e["config"].keys() <= needed | {"TMA", "SPLITS"} for e in entries)
+
+
+# Sampling
+
+ROWS = 8192
+SAMPLING = {**CONFIG, "BLOCK_R": 512, "BLOCK_V": 32, "num_warps": 8}
+FLAT = (None, 0.3, 0.0, 1.0)  # no tile holds most of the probability
+NORMAL_QUANTILE = 4.7534  # one chance in a million
+
+
+def critical_value(freedom: int) -> float:
+    """Of the chi-square distribution, exceeded once in a million times (Wilson and Hilferty, 1931)."""
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread + NORMAL_QUANTILE * spread**0.5) ** 3
+
+
+def chi_square_ratio(samples: Tensor, probabilities: Tensor) -> float:
+    """Pearson's statistic over its critical value: above 1 once in a million times if the samples are fair.
+
+    Words expected less than 10 times are counted as one.
+    """
+    expected = samples.numel() * probabilities.double().cpu()
+    counts = torch.bincount(samples.cpu(), minlength=len(expected)).double()
+    rare = expected < 10
+    expected = torch.cat([expected[~rare], expected[rare].sum().reshape(1)])
+    counts = torch.cat([counts[~rare], counts[rare].sum().reshape(1)])
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    return ((counts - expected) ** 2 / expected).sum().item() / critical_value(max(len(expected) - 1, 1))
+
+
+def identical_rows(V: int, head=PLAIN, H: int = 16, rows: int = ROWS) -> Case:
+    """Rows without tokens, all of one distribution."""
+    c = case(R=1, V=V, H=H, head=head)
+    return Case(c.hidden.expand(rows, -1), c.weight, torch.full((rows,), -100), head=head)
+
+
+def softmax_of(c: Case) -> Tensor:
+    return c.logits(torch.float64)[0].softmax(-1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("head", ["plain", "scaled", "all", "zero scale"])
+@pytest.mark.parametrize("V", [7, 101])
+def test_samples_follow_the_softmax(V, head, count):
+    c = identical_rows(V, HEADS[head](V))
+    samples = c.run({**SAMPLING, "SPLITS": count}, seed=torch.tensor([3])).samples
+    assert chi_square_ratio(samples, softmax_of(c)) < 1
+
+
+def test_chi_square_sees_another_distribution():
+    """The test above can fail: a temperature off by a tenth, or one tile half as likely again."""
+    c = identical_rows(101)
+    samples = c.run(SAMPLING, seed=torch.tensor([3])).samples
+    assert chi_square_ratio(samples, (c.logits(torch.float64)[0] / 1.1).softmax(-1)) > 1
+    c = identical_rows(3 * BLOCK_V, FLAT)
+    samples = c.run(SAMPLING, seed=torch.tensor([3])).samples
+    tile = softmax_of(c)
+    tile[:BLOCK_V] *= 1.5
+    assert chi_square_ratio(samples, tile / tile.sum()) > 1
+
+
+@pytest.mark.parametrize("words", [1, 2])
+def test_chi_square_sees_words_that_are_never_drawn(words):
+    probabilities = torch.full((words + 1,), 1 / (words + 1))
+    assert chi_square_ratio(torch.zeros(1000, dtype=torch.int64), probabilities) > 1
+    assert chi_square_ratio(torch.arange(words + 1).repeat(1000), probabilities) < 1
+
+
+def test_samples_of_different_rows_are_independent():
+    """Neighbours in a tile of rows, and rows at the same place in different tiles."""
+    c = identical_rows(40)
+    samples = c.run(SAMPLING, seed=torch.tensor([3])).samples
+    coarse, p = samples // 8, softmax_of(c).reshape(5, 8).sum(-1)  # five classes in two tiles
+    joint = (p[:, None] * p[None, :]).flatten()
+    neighbours, tiles = coarse.reshape(-1, 2), coarse.reshape(-1, 2, SAMPLING["BLOCK_R"]).transpose(1, 2).reshape(-1, 2)
+    for pairs in (neighbours, tiles):
+        assert chi_square_ratio(5 * pairs[:, 0] + pairs[:, 1], joint) < 1
+    assert chi_square_ratio(5 * coarse[::2] + coarse[::2], joint) > 1
+
+
+def test_samples_of_different_seeds_are_independent():
+    c = identical_rows(40)
+    first, second = (c.run(SAMPLING, seed=torch.tensor([s])).samples // 8 for s in (3, 4))
+    p = softmax_of(c).reshape(5, 8).sum(-1)
+    assert chi_square_ratio(5 * first + second, (p[:, None] * p[None, :]).flatten()) < 1
+
+
+def test_place_within_a_tile_is_independent_of_the_other_tiles():
+    """Given that a tile is drawn from, its words come in their proportions."""
+    c = identical_rows(3 * BLOCK_V, FLAT)
+    samples = c.run(SAMPLING, seed=torch.tensor([3])).samples
+    for first in range(0, 3 * BLOCK_V, BLOCK_V):
+        p = softmax_of(c)[first : first + BLOCK_V]
+        inside = samples[(samples >= first) & (samples < first + BLOCK_V)] - first
+        assert len(inside) > 1000
+        assert chi_square_ratio(inside, p / p.sum()) < 1
+
+
+def test_seed_is_read_when_the_kernel_runs():
+    """All 64 bits of it, from a tensor that may change in between: a captured CUDA graph draws anew."""
+    c = identical_rows(101, rows=300)
+    seed = torch.tensor([1])
+    seeds = [1, 2, 1 + 2**32, -1]
+    drawn = []
+    for value in seeds:
+        seed.fill_(value)
+        drawn.append(c.run(SAMPLING, seed=seed).samples)
+        assert torch.equal(drawn[-1], c.run(SAMPLING, seed=torch.tensor(value)).samples)
+    for i in range(len(seeds)):
+        assert not any(torch.equal(drawn[i], other) for other in drawn[:i])
+
+
+def test_samples_do_not_depend_on_targets_or_splits():
+    c = identical_rows(101, rows=300)
+    expected = c.run(SAMPLING, seed=torch.tensor([3])).samples
+    with_targets = Case(c.hidden, c.weight, torch.randint(0, 101, (300,)))
+    assert torch.equal(with_targets.run(SAMPLING, seed=torch.tensor([3])).samples, expected)
+    for count in (2, 3, 4):
+        assert torch.equal(c.run({**SAMPLING, "SPLITS": count}, seed=torch.tensor([3])).samples, expected)
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="replaces a device function, which the interpreter alone allows")
+@pytest.mark.parametrize("u", [0.0, 1e-9, 0.5, 1 - 2.0**-24])
+@pytest.mark.parametrize("threshold", [0.0, 1e-30, 0.5, 1 - 2.0**-24, 1.0, 1.5])
+def test_rounding_never_draws_a_word_of_probability_zero(monkeypatch, u, threshold):
+    """At both ends of the uniforms, and where rounding has taken the threshold beyond the sum of the masses."""
+    words = torch.cat([torch.tensor([0]), torch.arange(5, 77, 3), torch.tensor([76])])
+    c = case(V=77, R=BLOCK_R, head=(forbidden(77, words), 1.0, 0.0, 1.0))
+
+    def uniforms(seed, row, tile):
+        return (row * 0).to(linear.tl.float32) + u, (row * 0).to(linear.tl.float32) + threshold
+
+    monkeypatch.setattr(linear, "uniforms", uniforms)
+    samples = c.run(seed=torch.tensor([1])).samples
+    assert ((samples >= 0) & (samples < 77)).all() and not torch.isin(samples, words).any()
