@@ -223,7 +223,8 @@ def test_coefs_that_cancel_are_a_gradient_elsewhere():
     tokens = Tokens(torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor([1.0, -1.0]))
     logits = torch.randn(1, 5)
     stats, _ = forward(logits, tokens)
-    assert backward(logits, tokens, stats).tolist() == [[0.0, 1.0, -1.0, 0.0, 0.0]]
+    exact = torch.tensor([[0.0, 1.0, -1.0, 0.0, 0.0]])
+    assert_accurate(backward(logits, tokens, stats), exact, exact.double(), "gradient")
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
@@ -263,7 +264,8 @@ def test_slices_of_a_wider_buffer(dtype, V, shared):
     [
         (2, 2, CONFIG),
         (191, 192, CONFIG),  # rows at vector boundaries, a tail
-        (197, 200, CONFIG),  # rows at boundaries of 8 elements only
+        (197, 200, CONFIG),  # rows at vector boundaries, by a stride that is no multiple of 16
+        (197, 197, CONFIG),  # rows off vector boundaries
         (2 * BLOCK, 2 * BLOCK, CONFIG),  # no tail
         (2017, 2048, SEVERAL_WARPS),  # warps that may overtake each other
     ],
@@ -303,16 +305,18 @@ def test_expanded_logits_can_be_read():
 @pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
 @pytest.mark.parametrize("target", [7, -1, 8, -101, 2**32 + 3, -(2**40)])
 def test_target_that_no_word_has(target, shared):
-    """NaN, no read and no write outside the row, and nothing for its neighbours; -1 and V are other rows' words."""
+    """NaN, and no read or write outside the row; -1 and V would be words of its neighbours."""
     V = 7
     buffer = torch.randn(5, V)
     before, logits = buffer.clone(), buffer[1:4]
     tokens = Tokens(torch.tensor([2, target, 4]), torch.arange(4) if shared else None, torch.ones(3))
     stats, logps = forward(logits, tokens)
     assert logps.isnan().tolist() == [False, True, False]
-    probabilities = torch.softmax(logits[1].double(), -1)
+    hits = torch.eye(V)[[2, 0, 4]]
+    hits[1] = 0
+    eager, oracle = (hits - torch.softmax(before[1:4].to(dtype), -1) for dtype in (torch.float32, torch.float64))
     backward_(logits, tokens, stats)
-    assert_accurate(logits[1], -torch.softmax(before[2], -1), -probabilities, "gradient")
+    assert_accurate(logits, eager, oracle, "gradient")
     assert torch.equal(buffer[[0, 4]], before[[0, 4]])
 
 
@@ -336,13 +340,13 @@ def test_no_rows_and_no_tokens(R, N):
 
 
 def test_tanh_of_the_softcap():
-    """A vocabulary of one word shows y itself: within 8 ulp on both branches and at their seam."""
+    """A vocabulary of one word shows y itself: within 8 roundings on both branches and at their seam."""
     u = torch.cat([torch.logspace(-6, 1.5, 24), torch.tensor([0.6249, 0.6251, 40.0, 1e4])])
     u = torch.cat([u, -u, torch.zeros(1)])
     tokens = Tokens(torch.zeros(u.numel(), dtype=torch.int64), None, torch.ones(u.numel()))
     stats, _ = forward(u[:, None], tokens, (None, 1.0, 1.0, 1.0), {**CONFIG, "BLOCK": 4})
     exact = u.double().tanh()
-    assert ((stats[0].double() - exact).abs() <= 8 * torch.finfo(torch.float32).eps / 2 * exact.abs()).all()
+    assert ((stats[0].double() - exact).abs() <= 8 * torch.finfo(torch.float32).eps * exact.abs()).all()
 
 
 BAD_HEADS = {

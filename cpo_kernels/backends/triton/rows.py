@@ -29,6 +29,8 @@ from .blocks import (
 )
 from .transform import exp, fold_transform, transform, transform_slope
 
+# Tensors of a number a row or a token: slices of them begin anywhere, which is not worth a kernel of its own.
+SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
 
 
@@ -83,7 +85,7 @@ def row_softmax(
     return row_max, tl.sum(running_sum * exp(running_max - row_max), 0)
 
 
-@triton.jit(do_not_specialize=["misaligned"])
+@triton.jit(do_not_specialize=["misaligned"], do_not_specialize_on_alignment=SMALL)
 def row_forward_kernel(
     logits,  # (R, V) from `misaligned` elements on
     targets,  # (N,)
@@ -278,7 +280,7 @@ def store_zero_row(
         tl.store(out_row + wrap(lead + place, V, SHIFTED), zeros, mask=place < V)
 
 
-@triton.jit(do_not_specialize=["misaligned"])
+@triton.jit(do_not_specialize=["misaligned"], do_not_specialize_on_alignment=SMALL)
 def row_backward_kernel(
     out,  # (R, V), alike ALIKE from `misaligned` elements on
     logits,  # (R, V) from `misaligned` elements on
