@@ -185,7 +185,7 @@ def run_cpo(
         also = None if always is None else always[part.segments]
         return sums, filters.drop_candidates(contrast, coef, logps, part.slots, also)
 
-    one_launch = filters is None and any(needs) and linear.backend.contrast is not None
+    one_launch = filters is None and any(needs) and problem.groups.shape[1] <= linear.backend.contrast_candidates
     contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch else general
     sums, grads = engine.run(linear, tokens, call.plan(tokens, hidden, weight, needs), needs, contrast, filters)
     loss = problem.loss(sums)[0]

@@ -110,7 +110,7 @@ class GradientFilter:
             rows, columns = active_rows(block, counts.cpu()), None
         else:
             largest, mass = backend.column_stats(dlogits)
-            quiet = largest <= self.column_threshold  # NaN is not quiet
+            quiet = (largest <= self.column_threshold) & ~mass.isnan()  # a maximum may pass over NaN, a sum does not
             rows_flags, loud = torch.cat([counts, ~quiet]).cpu().split([counts.numel(), quiet.numel()])
             rows, columns = active_rows(block, rows_flags), loud.nonzero().squeeze(1)
         if rows.numel() == 0:

@@ -171,7 +171,7 @@ def row_backward_(
 
 
 def column_stats(grad: Tensor) -> Tensor:
-    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V)."""
+    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
     stats = grad.new_zeros((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
     for tile in long_slices(*grad.shape):
         size = grad[tile].abs().to(stats.dtype)

@@ -44,6 +44,7 @@ class Backend:
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
+        contrast_candidates: largest group that ``contrast`` takes.
         linear_forward: log-probabilities without logits in memory, or None.
     """
 
@@ -57,6 +58,7 @@ class Backend:
     column_stats: Callable[[Tensor], Tensor] = reference.column_stats
     scale_: Callable[[Tensor, Tensor], None] = reference.scale_
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
+    contrast_candidates: int = 0
     linear_forward: Callable[..., Any] | None = None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -71,12 +73,9 @@ class Backend:
 def triton_backend() -> Backend:
     """Triton's kernels, with the device's own matrix products; importing them imports triton."""
     rows = import_module("cpo_kernels.backends.triton.rows")
-    gradients = import_module("cpo_kernels.backends.triton.gradients")
     contrast = import_module("cpo_kernels.backends.triton.contrast")
-    try:
-        linear_forward = import_module("cpo_kernels.backends.triton.linear").linear_forward
-    except ModuleNotFoundError:
-        linear_forward = None
+    gradients = import_module("cpo_kernels.backends.triton.gradients")
+    linear = import_module("cpo_kernels.backends.triton.linear")
     return Backend(
         name="triton",
         devices=("cpu", "cuda") if triton_support.interpreted() else ("cuda",),
@@ -88,7 +87,8 @@ def triton_backend() -> Backend:
         column_stats=gradients.column_stats,
         scale_=gradients.scale_,
         contrast=contrast.contrast,
-        linear_forward=linear_forward,
+        contrast_candidates=contrast.MAX_CANDIDATES,
+        linear_forward=linear.linear_forward,
     )
 
 
