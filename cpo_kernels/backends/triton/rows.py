@@ -133,6 +133,7 @@ def row_forward_kernel(
     tl.store(log_sums + row, log_sum)
 
     if SHARED_ROWS:
+        begin, end = token_range(row_starts, row, SHARED_ROWS)  # again: kept through the row they would spill
         for first in range(begin, end, TOKENS):
             n = first + tl.arange(0, TOKENS)
             target = tl.load(targets + n, mask=n < end, other=IGNORE)
@@ -347,6 +348,7 @@ def row_backward_kernel(
         )  # fmt: skip
         if SHARED_ROWS:
             tl.debug_barrier()  # what other threads wrote to these columns comes first
+            begin, end = token_range(row_starts, row, SHARED_ROWS)  # again: kept through the row they would spill
             store_token_gradients(out_row, targets, scratch, begin, end, V, TOKENS)
     else:
         store_zero_row(out_row, out_lead, lead, V, SHIFTED, K, BLOCK)
