@@ -30,6 +30,7 @@ from .splits import (
     find_block,
     find_tokens,
     finite_centre,
+    most_tokens,
     moved,
     new_partials,
     plan_grid,
@@ -115,8 +116,9 @@ def pick(x, column):
 
 
 @triton.jit
-def store_target_logits(out, targets, begin, count, longest, y, first_column):
+def store_target_logits(out, targets, row_starts, row, R, longest, y, first_column):
     """Write the logit of every token whose target lies in this tile; each target lies in exactly one."""
+    begin, count = find_tokens(row_starts, row, R)  # read again for each tile: registers are scarce
     for i in range(0, longest):
         target = tl.load(targets + begin + i, mask=i < count, other=-1) - first_column
         hit = (i < count) & (target >= 0) & (target < y.shape[1])
@@ -175,8 +177,7 @@ def linear_forward_kernel(
     """Target logits, and what the columns of one split add to the statistics of BLOCK_R rows."""
     row_tile, split = find_block(row_tiles, splits, group_tiles)
     row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin, count = find_tokens(row_starts, row, R)
-    longest = 1 if row_starts is None else tl.max(count, axis=0)
+    longest = most_tokens(row_starts, row, R)
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_R,), tl.float32)
     tilt = tl.zeros((BLOCK_R,), tl.float32)
@@ -203,7 +204,7 @@ def linear_forward_kernel(
                 EVEN_H,
             )
         y = head_logits(x, first_column, bias, V, mult, cap, EVEN_V, SOFTCAP, SCALED)  # (BLOCK_R, BLOCK_V)
-        store_target_logits(target_logits, targets, begin, count, longest, y, first_column)
+        store_target_logits(target_logits, targets, row_starts, row, R, longest, y, first_column)
 
         # Relative to the tile's own max: what a tile adds does not depend on the tiles before it.
         tile_top = tl.max(y, axis=1)

@@ -83,6 +83,17 @@ def find_tokens(row_starts, row, R):
 
 
 @triton.jit
+def most_tokens(row_starts, row, R):
+    """Number of tokens of the row that has most; 1 without ``row_starts``."""
+    if row_starts is None:
+        most = 1
+    else:
+        _, count = find_tokens(row_starts, row, R)
+        most = tl.max(count, axis=0)
+    return most
+
+
+@triton.jit
 def finite_centre(top):
     """What to subtract before exp: the max, or 0 where every logit is -inf and -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
@@ -137,7 +148,7 @@ def combine_splits_kernel(
         tl.store(samples + row, tl.where(mass > 0.0, sample, IGNORE_INDEX), mask=exists)
 
     begin, count = find_tokens(row_starts, row, R)
-    for i in range(0, 1 if row_starts is None else tl.max(count, axis=0)):
+    for i in range(0, most_tokens(row_starts, row, R)):
         target = tl.load(targets + begin + i, mask=i < count, other=IGNORE_INDEX)
         known = (target >= 0) & (target < V)
         logit = tl.load(logps + begin + i, mask=known, other=float("nan"))
