@@ -1,0 +1,267 @@
+"""Compiles every Triton kernel for four architectures without a GPU, and says what the compilers made of it.
+
+`python -m benchmarks.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a register spill, on more
+shared memory than a program can have, and where the machine code lacks an instruction that a case asks for. `--cases`
+and `--targets` choose, by a part of a case's name; `--out FOLDER` writes elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.aot_cases import CASES, Case
+from benchmarks.environment import log
+from cpo_kernels.backends.triton import linear, tuning
+
+RESULTS = Path(__file__).parent / "results"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+PROCESSES = 2
+KIB, MIB = 2**10, 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture: the bytes of shared memory a program can have, and what launchers ask of the device."""
+
+    name: str
+    gpu: GPUTarget
+    shared_limit: int
+    multiprocessors: int
+    cache_bytes: int
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108, 40 * MIB),
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132, 50 * MIB),
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148, 126 * MIB),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304, 4 * MIB),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel. ``registers`` are per thread (of vectors on AMD); ``spill_bytes`` lie in local memory.
+
+    ``scalar_spills``: scalar registers that AMD's compiler keeps in lanes of vector registers. They cost an instruction
+    to move and no memory; those for which lanes do not suffice count in ``spill_bytes``.
+    """
+
+    case: str
+    target: str
+    kernel: str
+    warps: int
+    stages: int
+    registers: int
+    spill_bytes: int
+    scalar_spills: int
+    shared_bytes: int
+    missing: tuple[str, ...] = ()
+
+
+def problems(kernel: Kernel) -> list[str]:
+    """What a kernel must not do, if it does."""
+    limit = TARGETS[kernel.target].shared_limit
+    found = [f"no instruction matches {pattern}" for pattern in kernel.missing]
+    if kernel.spill_bytes:
+        found.append(f"spills {kernel.spill_bytes} bytes a thread")
+    if kernel.shared_bytes > limit:
+        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, {kernel.target} has {limit}")
+    return [f"{kernel.case} for {kernel.target}: {kernel.kernel} {problem}" for problem in found]
+
+
+def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
+    """The compiled kernels of everything that ``launch`` launches, none of which runs."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    # Triton asks its driver for the target, and keeps what it compiled by device.
+    device = list(TARGETS).index(target.name)
+    machine = SimpleNamespace(
+        get_current_target=lambda: target.gpu,
+        get_current_device=lambda: device,
+        get_current_stream=lambda device: 0,
+    )
+    facts = (target.multiprocessors, target.cache_bytes)
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(patch.object(tuning, "architecture", lambda device: target.name))
+        stack.enter_context(patch.object(linear, "device_facts", lambda device: facts))
+        # Tensors without memory, whose addresses are multiples of 16 as the allocator's are on a GPU.
+        stack.enter_context(torch.device("meta"))
+        driver.set_active(machine)  # for good: without a GPU there is none to go back to
+        launch()
+    return compiled
+
+
+def dump(cubin: bytes, *options: str) -> str:
+    """What cuobjdump says about a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([CUOBJDUMP, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def cuda_resources(usage: str) -> dict[str, int]:
+    """Registers and local memory, from ``cuobjdump -res-usage``."""
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "scalar_spills": 0,
+    }
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """Registers and local memory, from the metadata at the end of the assembly."""
+    names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    numbers = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
+    return {
+        "registers": numbers["vgpr_count"],
+        "spill_bytes": max(numbers["private_segment_fixed_size"], 4 * numbers["vgpr_spill_count"]),
+        "scalar_spills": numbers["sgpr_spill_count"],
+    }
+
+
+def missing_instructions(case: Case, target: str, code: str) -> tuple[str, ...]:
+    """Patterns that a case requires on an architecture and that its machine code does not match."""
+    patterns = [p for required in case.required for prefix, p in required.items() if target.startswith(prefix)]
+    return tuple(pattern for pattern in patterns if not re.search(pattern, code))
+
+
+def describe(case: Case, target: Target, compiled: Any) -> Kernel:
+    """What is reported of a compiled kernel."""
+    metadata = compiled.metadata
+    if target.gpu.backend == "cuda":
+        cubin = compiled.asm["cubin"]
+        resources, code = cuda_resources(dump(cubin, "-res-usage")), ""
+        if metadata.name == case.kernel and case.required:
+            code = dump(cubin, "-sass")
+    else:
+        code = compiled.asm["amdgcn"]
+        resources = amd_resources(code)
+    missing = missing_instructions(case, target.name, code) if metadata.name == case.kernel else ()
+    return Kernel(
+        case=case.name,
+        target=target.name,
+        kernel=metadata.name,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        shared_bytes=metadata.shared,
+        missing=missing,
+        **resources,
+    )
+
+
+def compile_case(case: Case, target: Target) -> list[Kernel]:
+    """All kernels of a case.
+
+    Raises:
+        RuntimeError: the case did not launch the kernel that it is about.
+    """
+    kernels = [describe(case, target, compiled) for compiled in compile_launches(case.launch, target)]
+    if case.kernel not in {kernel.kernel for kernel in kernels}:
+        raise RuntimeError(f"{case.name} launched {[k.kernel for k in kernels]}, expected {case.kernel}")
+    return kernels
+
+
+def compile_by_name(names: tuple[str, str]) -> list[Kernel]:
+    """:func:`compile_case` for another process."""
+    case, target = names
+    return compile_case(CASES[case], TARGETS[target])
+
+
+def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
+    """Every case for every target, in order, in two processes."""
+    targets = list(targets)
+    jobs = [(case, target) for case in cases for target in targets]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        return [kernel for kernels in pool.map(compile_by_name, jobs) for kernel in kernels]
+
+
+def markdown(kernels: Sequence[Kernel], seconds: float) -> str:
+    """The report: one table an architecture."""
+    lines = [
+        "# Triton kernels compiled ahead of time",
+        "",
+        f"Made by `python -m benchmarks.aot` with triton {triton.__version__} in {seconds:.0f} s, without a GPU, with",
+        "the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local",
+        "memory per thread, shared memory bytes per program. Moved scalars, on AMD: scalar registers kept in lanes of",
+        "vector registers, which costs an instruction and no memory.",
+    ]
+    for target in TARGETS.values():
+        rows = [kernel for kernel in kernels if kernel.target == target.name]
+        if rows:
+            lines += ["", f"## {target.name} ({target.shared_limit // KIB} KiB of shared memory)", ""]
+            lines += [
+                "| case | kernel | warps | stages | registers | spills | shared | moved scalars |",
+                "| --- | --- " + "| ---: " * 6 + "|",
+            ]
+            lines += [
+                f"| {k.case} | {k.kernel} | {k.warps} | {k.stages} | {k.registers} | {k.spill_bytes} "
+                f"| {k.shared_bytes} | {k.scalar_spills} |"
+                for k in rows
+            ]
+    found = [problem for kernel in kernels for problem in problems(kernel)]
+    lines += ["", "## Problems", "", *([f"- {problem}" for problem in found] or ["None."])]
+    return "\n".join(lines) + "\n"
+
+
+def write(kernels: Sequence[Kernel], seconds: float, folder: Path) -> None:
+    """Both files of the report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"triton": triton.__version__, "seconds": round(seconds), "kernels": [asdict(k) for k in kernels]}
+    (folder / "triton-aot.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "triton-aot.md").write_text(markdown(kernels, seconds))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 if any kernel has a problem."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
+    parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    started = time.perf_counter()
+    cases = [name for name in CASES if any(part in name for part in options.cases)]
+    kernels = compile_all(cases, options.targets)
+    write(kernels, time.perf_counter() - started, options.out)
+    found = [problem for kernel in kernels for problem in problems(kernel)]
+    log(f"{len(kernels)} kernels of {len(cases)} cases in {time.perf_counter() - started:.0f} s, {len(found)} problems")
+    for problem in found:
+        log(problem)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
