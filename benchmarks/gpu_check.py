@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="cpu for a dry run")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a dry run: one test file, tiny shapes")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="test processes")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="test processes")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     out = args.out.resolve()
