@@ -204,6 +204,11 @@ def linear_cases() -> list[Case]:
             (WGMMA,),
         ),
         Case("linear_forward fp32, sample and entropy", partial(linear_forward, FP32, sample=True), kernel),
+        Case(
+            "linear_forward fp32, sample and entropy, shared rows, bias and softcap",
+            partial(linear_forward, FP32, shared=True, capped=True, sample=True),
+            kernel,
+        ),
     ]
 
 
