@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ class LinearCall:
         """The chunks of this call."""
         dtype = self.head.logits_dtype or hidden.dtype
         backend = backends.select(self.head.backend, hidden.device, dtype)
-        return make_plan(
+        plan = make_plan(
             tokens,
             vocab=weight.shape[0],
             logits_dtype=dtype,
@@ -102,6 +102,8 @@ class LinearCall:
             workspace_bytes=backend.gemm_workspace(tokens.num_rows, weight.shape[0], weight.shape[1], weight.dtype),
             whole_groups=whole_groups,
         )
+        fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
+        return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if fused else plan
 
 
 def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:

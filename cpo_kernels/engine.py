@@ -39,6 +39,9 @@ class ChunkTokens(NamedTuple):
         return self.starts.diff()
 
 
+# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
+ROW_ALIGNMENT = 16
+
 # Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
 # argument), dloss / dlogp (n,) of each slot.
 Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
@@ -57,8 +60,10 @@ class LinearHead:
     fused_forward: bool = False
 
     def workspace(self, rows: int) -> Tensor:
-        """The logits buffer, (rows, V)."""
-        return self.hidden.new_empty((rows, self.weight.shape[0]), dtype=self.logits_dtype)
+        """The logits buffer, (rows, V); on a GPU its rows begin at whole vectors, which an odd V would prevent."""
+        vocab = self.weight.shape[0]
+        width = vocab if self.hidden.device.type == "cpu" else -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
 
     def compute_logits(self, block: Block, out: Tensor) -> Tensor:
         """GEMM 1 into the first rows of ``out``; returns them, (r, V)."""

@@ -13,6 +13,12 @@ if DEVICE.type == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     torch.set_default_device(DEVICE)  # from here on, so that what test modules make at import lies there too
+    torch.zeros(0)  # lets torch list the factories that this concerns before the fixture below replaces some
+
+from interpreter import interpreter, rounding
+
+from cpo_kernels import backends
+from cpo_kernels.backends import triton_support
 
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -49,6 +55,13 @@ def host_tensors_by_default(request: pytest.FixtureRequest):
         return
     with torch.device("cpu"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def rounding_interpreter(monkeypatch):
+    """Triton's interpreter rounds to bfloat16 as a GPU does."""
+    if "triton" in backends.AVAILABLE and triton_support.interpreted():
+        monkeypatch.setattr(interpreter(), "_convert_float", rounding(interpreter()._convert_float))
 
 
 @pytest.fixture(autouse=True)

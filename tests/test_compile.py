@@ -44,6 +44,12 @@ def squares(logps, groups):
 # Each takes hidden states, which require a gradient, and a padded problem.
 FUNCTIONS = {
     "linear_cpo_loss": lambda h, p: linear_cpo_loss(h, p.weight, p.targets, ref_logps=p.ref_logps, **OPTIONS).loss,
+    "filtered": lambda h, p: (
+        linear_cpo_loss(h, p.weight, p.targets, candidate_eps=0.01, grad_filter_eps=0.01, bias=p.bias, **OPTIONS).loss
+    ),
+    "dense_rows": lambda h, p: (
+        linear_cpo_loss(h, p.weight, p.targets, skip_absent_rows=False, bias=p.bias, **OPTIONS).loss
+    ),
     "linear_sequence_loss": lambda h, p: linear_sequence_loss(h, p.weight, p.targets, squares, **HEAD),
     "linear_sequence_logps": lambda h, p: linear_sequence_logps(h, p.weight, p.targets, bias=p.bias, **HEAD).sum(),
     "linear_token_logps": lambda h, p: linear_token_logps(h, p.weight, p.targets, bias=p.bias, **HEAD).square().sum(),

@@ -25,14 +25,18 @@ def row_inputs(dtype, row_starts, V=31, bias=True):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("row_starts", ROW_STARTS.values(), ids=ROW_STARTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_the_row_operators(dtype, row_starts, transform):
+@pytest.mark.parametrize("prefix", [p for p in ("", "triton_") if hasattr(OPS, f"{p}row_forward")])
+def test_opcheck_of_the_row_operators(prefix, dtype, row_starts, transform):
+    forward, backward, backward_ = (
+        getattr(OPS, prefix + name).default for name in ("row_forward", "row_backward", "row_backward_")
+    )
     logits, targets, starts, bias = row_inputs(dtype, row_starts)
-    stats, logps = OPS.row_forward(logits, targets, starts, bias, *transform)
-    torch.library.opcheck(OPS.row_forward.default, (logits.requires_grad_(), targets, starts, bias, *transform))
-    logits = logits.detach()
-    backward = (logits, targets, starts, stats, torch.randn_like(logps), bias, *transform)
-    torch.library.opcheck(OPS.row_backward.default, backward)
-    torch.library.opcheck(OPS.row_backward_.default, backward)
+    stats, logps = forward(logits, targets, starts, bias, *transform)
+    torch.library.opcheck(forward, (logits.requires_grad_(), targets, starts, bias, *transform))
+    arguments = (logits.detach(), targets, starts, stats, torch.randn_like(logps), bias, *transform)
+    torch.library.opcheck(backward, arguments)
+    torch.library.opcheck(backward_, arguments)
+    torch.library.opcheck(backward_, (*arguments, torch.bfloat16))
 
 
 @pytest.mark.parametrize("logits_shape", [(0, 5), (1, 1), (3, 2)])
@@ -118,6 +122,10 @@ def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
     in_place = logits.clone()
     kernels.backward_(in_place, targets, starts, stats, coef_here, bias, *transform)
     assert torch.equal(in_place, grad)
+    if dtype == torch.float32:
+        narrow = logits.clone()
+        kernels.backward_(narrow, targets, starts, stats, coef_here, bias, *transform, torch.bfloat16)
+        assert torch.equal(reference.narrow_view(narrow, torch.bfloat16), grad.bfloat16())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

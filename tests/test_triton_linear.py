@@ -19,9 +19,6 @@ from cpo_kernels.backends.triton import linear, splits, tuning
 from cpo_kernels.backends.triton.linear import linear_forward
 from cpo_kernels.backends.triton.splits import LinearForward, plan_grid
 
-# Triton's interpreter computes with numpy, which warns of every NaN and infinity that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_R, BLOCK_V, BLOCK_H = 16, 32, 16
 CONFIG = {"BLOCK_R": BLOCK_R, "BLOCK_V": BLOCK_V, "BLOCK_H": BLOCK_H, "num_warps": 4, "num_stages": 2}

@@ -8,27 +8,17 @@ from typing import NamedTuple
 import pytest
 import torch
 from devices import DEVICE
-from interpreter import interpreter, rounding
 from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.backends.triton import gradients, rows, transform, tuning
 
-# Triton's interpreter computes with numpy, which warns of every NaN and infinity that these tests are about.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton|numpy)")
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 64
 CONFIG = {"BLOCK": BLOCK, "TOKENS": 4, "num_warps": 1, "num_stages": 1}
 SEVERAL_WARPS = {"BLOCK": 512, "TOKENS": 4, "num_warps": 4, "num_stages": 1}
 PLAIN = (None, 1.0, 0.0, 1.0)
-
-
-@pytest.fixture(autouse=True)
-def rounding_to_nearest(monkeypatch):
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(interpreter(), "_convert_float", rounding(interpreter()._convert_float))
 
 
 HEADS = {
