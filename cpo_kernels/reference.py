@@ -5,6 +5,7 @@ Everything here is written for reading, in the dtype it is given (float64 includ
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -206,11 +207,7 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
         return
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
     if out.dtype == torch.float32 and a.dtype == b.dtype and a.is_cuda and torch.version.hip is None:
-        # cuBLAS writes and adds up its float32 accumulators.
-        if accumulate:
-            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-        else:
-            torch.mm(a, b, out_dtype=torch.float32, out=out)
+        widening_gemm_(a, b, out, accumulate)
         return
     (m, k), n = a.shape, b.shape[1]
     if not accumulate:
@@ -225,6 +222,28 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     else:
         for tile in long_slices(k, m + n):
             out += a[:, tile].to(wide) @ b[tile].to(wide)
+
+
+def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """:func:`gemm_` of half precision into float32 on CUDA: cuBLAS writes and adds up its float32 accumulators."""
+    if not accumulate:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif adds_to_float32(a.device, a.dtype):
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        for tile in long_slices(*out.shape, 8 * TILE_ELEMENTS):
+            out[tile] += torch.mm(a[tile], b, out_dtype=torch.float32)
+
+
+@cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of ``dtype`` to float32; its first versions with ``out_dtype`` refuse to."""
+    total, one = torch.ones((1, 1), device=device), torch.ones((1, 1), device=device, dtype=dtype)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def accumulate_pair_(high: Tensor, low: Tensor, term: Tensor) -> None:

@@ -32,8 +32,8 @@ COMPILED_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.typ
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     """Dtypes of the shared grids. Float64 is the reference backend's alone.
 
-    Triton's interpreter takes a hundred times as long as a kernel, and the dtypes differ in loads and stores only, which
-    test_triton_*.py put through all of them: here it takes the one in which the gradients are narrower than the sums.
+    Triton's interpreter takes 20 ms a row, and the dtypes differ in loads and stores only, all of which test_triton_*.py
+    cover: here it takes the one in which the gradients are narrower than the sums.
     """
     if backend == "triton" and DEVICE.type == "cpu":
         return (torch.bfloat16,)
