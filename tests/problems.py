@@ -23,10 +23,6 @@ def backends_on(device: torch.device) -> list[str]:
 
 
 BACKENDS = backends_on(DEVICE)
-# For cases of thousands of rows or hundreds of chunks, which would take the interpreter a minute each.
-FAST_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.type != "cpu"]
-# For problems of thousands of rows: without Triton's interpreter, which takes 20 ms a row.
-COMPILED_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.type != "cpu"]
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
