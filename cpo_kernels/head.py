@@ -85,7 +85,8 @@ class Head:
         for name in ("grad_filter_eps", "candidate_eps"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: {function} has no filters; linear_cpo_loss and linear_sequence_loss do"
+                    f"{name}={getattr(self, name)}: {function} has no filters; only linear_cpo_loss "
+                    "and linear_sequence_loss have them"
                 )
 
     @property

@@ -253,7 +253,7 @@ class CPOProblem:
         return self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
-        """``dloss / dsums`` (S,) from the contrast's coefficients (S,): per token where length_normalized, and the NLL."""
+        """``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
         if self.objective.length_normalized:
             coef = coef / self.lengths.clamp(min=1)
         return coef - self.best.to(coef.dtype) * (self.objective.mle_weight / self.num_target_tokens)

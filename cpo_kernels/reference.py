@@ -231,7 +231,7 @@ def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     elif adds_to_float32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        for tile in long_slices(*out.shape, 8 * TILE_ELEMENTS):
+        for tile in long_slices(*out.shape, elements=8 * TILE_ELEMENTS):
             out[tile] += torch.mm(a[tile], b, out_dtype=torch.float32)
 
 
@@ -277,7 +277,7 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
 
 
 def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
-    """One word (R,) of each row, drawn from its softmax by the inverse of its distribution function at ``uniforms`` (R,).
+    """One word (R,) of each row, drawn from its softmax by inverse distribution function at ``uniforms`` (R,).
 
     ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
     distribution (NaN, or nothing but -inf).
