@@ -231,7 +231,7 @@ def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     elif adds_to_float32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        for tile in long_slices(*out.shape, elements=8 * TILE_ELEMENTS):
+        for tile in long_slices(out.shape[0], out.shape[1], 8 * TILE_ELEMENTS):
             out[tile] += torch.mm(a[tile], b, out_dtype=torch.float32)
 
 

@@ -23,13 +23,15 @@ def backends_on(device: torch.device) -> list[str]:
 
 
 BACKENDS = backends_on(DEVICE)
+# For problems of thousands of rows or hundreds of chunks, which would take the interpreter a minute each.
+COMPILED_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.type != "cpu"]
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     """Dtypes of the shared grids. Float64 is the reference backend's alone.
 
-    Triton's interpreter takes 20 ms a row, and the dtypes differ in loads and stores only, all of which test_triton_*.py
-    cover: here it takes the one in which the gradients are narrower than the sums.
+    Triton's interpreter takes 20 ms a row, and the dtypes differ in loads and stores only, all of which
+    test_triton_*.py cover: here it takes the one in which the gradients are narrower than the sums.
     """
     if backend == "triton" and DEVICE.type == "cpu":
         return (torch.bfloat16,)

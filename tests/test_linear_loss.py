@@ -13,7 +13,7 @@ from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
     BACKENDS,
-    FAST_BACKENDS,
+    COMPILED_BACKENDS,
     PROBLEMS,
     GemmCounter,
     budget_of,
@@ -566,7 +566,7 @@ def test_nothing_is_kept_alive_after_the_loss_is_gone():
     assert numbers_alive() == before
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 def test_log_likelihoods_of_long_sequences_in_float32(backend):
     """T = 1024 from bfloat16 inputs: at most 2e-3 nats off with logits_dtype=float32."""
     T, H, V = 1024, 64, 2003
@@ -589,7 +589,7 @@ def test_gradients_with_float32_logits(dtype, backend, rows):
     assert_problem_accurate(problem, dtype, backend=backend, logits_dtype=torch.float32, max_logits_bytes=budget)
 
 
-@pytest.mark.parametrize("backend", FAST_BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_many_chunks_sum_half_precision_gradients_like_one(dtype, backend):
     """600 chunks of terms of one sign: a plain bfloat16 sum stops growing at 256 of them."""
