@@ -287,6 +287,7 @@ def contrast(
             LOSS=loss_type,
             LENGTH_NORMALIZED=length_normalized,
             **block_sizes(config, max_candidates),
+            **tuning.LAUNCH,
         )
     return sums, coef
 

@@ -80,11 +80,11 @@ def column_stats(grad: Tensor, *, config: Mapping[str, int] | None = None) -> Te
     blocks = triton.cdiv(V, sizes["BLOCK"])
     parts = torch.empty((splits, 2, V), dtype=torch.float32, device=grad.device)
     with tuning.on_device_of(grad):
-        column_stats_kernel[(blocks, splits)](grad, parts, r, V, grad.stride(0), **sizes)
+        column_stats_kernel[(blocks, splits)](grad, parts, r, V, grad.stride(0), **sizes, **tuning.LAUNCH)
         if splits == 1:
             return parts[0]
         stats = torch.empty((2, V), dtype=torch.float32, device=grad.device)
-        merge_column_stats_kernel[(blocks,)](parts, stats, splits, V, BLOCK=sizes["BLOCK"])
+        merge_column_stats_kernel[(blocks,)](parts, stats, splits, V, BLOCK=sizes["BLOCK"], **tuning.LAUNCH)
     return stats
 
 
@@ -120,4 +120,4 @@ def scale_(tensor: Tensor, factor: Tensor, gain: float = 1.0, *, config: Mapping
     sizes = dict(config or tuning.config("scale", tensor.device, size, tensor.dtype))
     programs = min(sizes.pop("PROGRAMS"), triton.cdiv(size, sizes["BLOCK"]))
     with tuning.on_device_of(tensor):
-        scale_kernel[(programs,)](tensor, factor, size, gain, **sizes)
+        scale_kernel[(programs,)](tensor, factor, size, gain, **sizes, **tuning.LAUNCH)

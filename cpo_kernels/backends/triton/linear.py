@@ -325,6 +325,7 @@ def linear_forward(
             EVEN_H=H % blocks[2] == 0,
             **head.flags,
             **config,
+            **tuning.LAUNCH,
         )
         combine_splits(result, partials, targets, row_starts, V)
     return result

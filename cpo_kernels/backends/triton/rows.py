@@ -181,7 +181,7 @@ def row_forward(
             address.base, targets.contiguous(), contiguous(row_starts), contiguous(bias), stats[0], stats[1], logps,
             V, address.stride, address.misaligned, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=row_starts is not None, SHIFTED=address.shifted, K=K, **folded.flags,
-            **(config or tuning.config("row_forward", logits.device, V, logits.dtype)),
+            **tuning.LAUNCH, **(config or tuning.config("row_forward", logits.device, V, logits.dtype)),
         )  # fmt: skip
     return stats, logps
 
@@ -405,7 +405,8 @@ def row_backward_into(
             stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
             V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=shared, SHIFTED=shifted, ALIKE=alike, NARROW=narrow, K=K,
-            **folded.flags, **(config or tuning.config("row_backward", logits.device, V, logits.dtype)),
+            **folded.flags, **tuning.LAUNCH,
+            **(config or tuning.config("row_backward", logits.device, V, logits.dtype)),
         )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
+
 IGNORE_INDEX = tl.constexpr(-100)
 # Rows times splits that one program combines.
 COMBINED = 1024
@@ -204,4 +206,5 @@ def combine_splits(
         BLOCK_R=block_r,
         BLOCK_S=block_s,
         num_warps=4,
+        **tuning.LAUNCH,
     )

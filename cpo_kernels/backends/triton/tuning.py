@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 DEFAULT = "default"
+# Options of every launch: the kernels count on multiply-adds, which are no longer the default from triton 3.10 on.
+LAUNCH = {"enable_fp_fusion": True}
 
 
 @cache
