@@ -65,6 +65,8 @@ class Settings:
         """That of the parts: this checkout first, and the device of the tests."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        if self.device == "cpu":
+            chosen["TRITON_INTERPRET"] = "1"
         return os.environ | chosen
 
 
