@@ -30,7 +30,8 @@ check: lint types test
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
-# Makes no virtual environment and needs no network; each part takes less than 8 minutes.
+# Makes no virtual environment and needs no network; each part takes less than 8 minutes. `tests` is the parts tests-1,
+# tests-2 and tests-3, which may also be run one by one into the same folder.
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
 

@@ -1,9 +1,11 @@
 """One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks and tuning, with their results.
 
 `make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
-Every part has a time limit, after which its processes are ended and it counts as failed; what it had found until then
-is kept, because results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*,
-tests.xml, tuning.json. The exit status is 1 if a part failed.
+`tests` is the parts tests-1, tests-2 and so on, one after another. Every part has a time limit, after which its
+processes are ended and it counts as failed; what it had found until then is kept, because results are written as they
+come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, tests-*.xml, tuning.json. A later run into the
+same folder keeps what earlier ones found there for other parts, if code, device and versions are the same. Compiled
+kernels are kept in build/gpu-check from part to part. The exit status is 1 if a part of this run failed.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks import environment
@@ -27,10 +30,34 @@ from benchmarks.environment import log
 from benchmarks.tables import markdown
 
 ROOT = Path(__file__).parent.parent
+CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compiled
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
 TAIL = 60  # lines of a failed part's output that go into the page
 # In the order in which they are run: what is new on a GPU first, so that a limit costs what the CPU has tested too.
 FIRST_TESTS = ("test_cuda_device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss.py", "test_linear_logps.py")
+SHARDS = 3
+# Roughly what a file takes on one core, in seconds; any other takes UNKNOWN_TEST. They only balance the shards.
+SLOW_TESTS = {
+    "test_linear_logps.py": 150,
+    "test_linear_loss.py": 150,
+    "test_triton_rows.py": 100,
+    "test_triton_linear.py": 100,
+    "test_filtering.py": 100,
+    "test_ops.py": 80,
+    "test_demo.py": 80,
+    "test_triton_aot.py": 70,
+    "test_memory.py": 60,
+    "test_benchmarks.py": 60,
+    "test_compile.py": 60,
+    "test_cuda_device.py": 60,
+    "test_trainer.py": 50,
+    "test_gpu_check.py": 40,
+    "test_triton_contrast.py": 40,
+    "test_peers.py": 40,
+    "test_build.py": 35,
+}
+UNKNOWN_TEST = 15
+QUICK_TESTS = ("test_layout.py", "test_planning.py", "test_objective.py")  # of each shard of a dry run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 FOUND = 99  # exit status of compute-sanitizer when it found something
 
@@ -62,12 +89,13 @@ class Settings:
     workers: int
 
     def environment(self) -> dict[str, str]:
-        """That of the parts: this checkout first, and the device of the tests."""
+        """That of the parts: this checkout first, the device of the tests, and one place for what is compiled."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.device == "cpu":
             chosen["TRITON_INTERPRET"] = "1"
-        return os.environ | chosen
+        caches = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
+        return caches | os.environ | chosen
 
 
 @dataclass(frozen=True)
@@ -142,18 +170,31 @@ def build(settings: Settings) -> Outcome:
     return outcome("build", run, [*notes, f"extensions: {', '.join(built) or 'none'}"])
 
 
-def test_files(quick: bool) -> list[str]:
+def test_files() -> list[str]:
     """Every test file, those of FIRST_TESTS first."""
-    if quick:
-        return ["tests/test_layout.py"]
     folder = ROOT / "tests"
     first = [path for pattern in FIRST_TESTS for path in sorted(folder.glob(pattern))]
     files = dict.fromkeys([*first, *sorted(folder.glob("test_*.py"))])
     return [str(path.relative_to(ROOT)) for path in files]
 
 
-def tests(settings: Settings) -> Outcome:
-    """The whole suite on the device."""
+def seconds_of(file: str) -> float:
+    """What SLOW_TESTS says of a test file."""
+    return SLOW_TESTS.get(Path(file).name, UNKNOWN_TEST)
+
+
+def shards() -> list[list[str]]:
+    """The test files in SHARDS parts of about the same time: the longest first, each to the part that has least."""
+    files, chosen = test_files(), [[] for _ in range(SHARDS)]  # type: tuple[list[str], list[list[str]]]
+    for file in sorted(files, key=lambda name: (-seconds_of(name), name)):
+        min(chosen, key=lambda part: sum(map(seconds_of, part))).append(file)
+    return [sorted(part, key=files.index) for part in chosen]
+
+
+def tests(settings: Settings, shard: int) -> Outcome:
+    """One of the SHARDS parts of the suite on the device, counted from 1."""
+    name = f"tests-{shard}"
+    files = [f"tests/{QUICK_TESTS[shard - 1]}"] if settings.quick else shards()[shard - 1]
     command = [
         sys.executable,
         "-m",
@@ -165,9 +206,9 @@ def tests(settings: Settings) -> Outcome:
         "-p",
         "no:cacheprovider",
     ]
-    command += [f"--junitxml={settings.out / 'tests.xml'}", *test_files(settings.quick)]
+    command += [f"--junitxml={settings.out / name}.xml", *files]
     run = run_command(command, settings, settings.limit)
-    return outcome("tests", run, count_tests(run.output))
+    return outcome(name, run, count_tests(run.output))
 
 
 def count_tests(output: str) -> list[str]:
@@ -217,15 +258,32 @@ def tune(settings: Settings) -> Outcome:
     return outcome("tune", run_command(command, settings, settings.limit), [note])
 
 
-PARTS = {"build": build, "tests": tests, "sanitizer": sanitizer, "bench": bench, "tune": tune}
+TESTS = [f"tests-{shard}" for shard in range(1, SHARDS + 1)]
+PARTS: dict[str, Callable[[Settings], Outcome]] = {
+    "build": build,
+    **{name: partial(tests, shard=shard) for shard, name in enumerate(TESTS, 1)},
+    "sanitizer": sanitizer,
+    "bench": bench,
+    "tune": tune,
+}
+NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "tune")
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The parts of a command line, each once: `tests` stands for every part of the suite."""
+    return list(dict.fromkeys(part for name in names for part in (TESTS if name == "tests" else [name])))
 
 
 def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list[Outcome]:
-    """Run parts in order, a build first where there is none, and write the results after each."""
+    """Run parts in order, a build first where there is none, and write the results after each.
+
+    Returns the outcomes of this run; those that stay from earlier ones are only written.
+    """
     if "build" not in names and extension("_cpu") is None:
         names = ["build", *names]
     described = environment.describe(["gpu_check", *argv], settings.device)
     outcomes: list[Outcome] = []
+    kept = earlier(settings.out, described, names)
     for name in names:
         log(f"{name} ...")
         started = time.monotonic()
@@ -236,8 +294,20 @@ def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list
         result.seconds = time.monotonic() - started
         log(f"{name}: {result.status} after {result.seconds:.0f} s; " + "; ".join(result.notes))
         outcomes.append(result)
-        write(outcomes, described, settings.out)
+        write([*kept, *outcomes], described, settings.out)
     return outcomes
+
+
+def earlier(folder: Path, described: dict[str, object], names: Sequence[str]) -> list[Outcome]:
+    """Outcomes in the folder of other parts than these, found with the same code on the same device."""
+    path = folder / "gpu-check.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    same = ("commit", "sources", "device", "gpu", "python", "versions")
+    if any(content["environment"].get(key) != described.get(key) for key in same):
+        return []
+    return [Outcome(**part) for part in content["parts"] if part["part"] not in names]
 
 
 def write(outcomes: list[Outcome], described: dict[str, object], folder: Path) -> None:
@@ -262,18 +332,20 @@ def page(outcomes: list[Outcome], described: dict[str, object]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the parts; 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{list(PARTS)}")
+    parser.add_argument(
+        "--parts", nargs="+", choices=NAMES, default=list(PARTS), metavar="PART", help=f"{', '.join(NAMES)}"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
     parser.add_argument("--device", default="cuda", help="cpu for a dry run")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds of a part (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a dry run: one test file, tiny shapes")
+    parser.add_argument("--quick", action="store_true", help="a dry run: a test file a part, tiny shapes")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1), help="test processes")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     settings = Settings(args.device, out, args.limit, args.quick, args.workers)
-    outcomes = run_parts(args.parts, settings, argv)
+    outcomes = run_parts(expand(args.parts), settings, argv)
     print((out / "gpu-check.md").read_text())
     failed = [result.part for result in outcomes if not result.good]
     print(f"failed: {', '.join(failed)}" if failed else "every part passed")
