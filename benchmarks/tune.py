@@ -212,6 +212,23 @@ KERNELS = (
 )
 
 
+@dataclass(frozen=True)
+class Found:
+    """The fastest configuration of those tried, and how many of the grid's were."""
+
+    config: Config
+    seconds: float
+    tried: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An entry without its architecture; ``complete``: the whole grid was tried for it."""
+
+    entry: Entry
+    complete: bool
+
+
 class WrongResultError(Exception):
     """A configuration gives another result than the reference: a bug in the kernel, whatever its speed."""
 
@@ -221,10 +238,20 @@ def median_seconds(call: Callable[[], object], clock: Clock, rounds: int) -> flo
     return statistics.median(clock(call)[0] for _ in range(rounds))
 
 
-def fastest(kernel: Kernel, job: Job, clock: Clock, quick: bool) -> tuple[Config, float] | None:
-    """The configuration with the least time among those with the right result, and its time."""
+def candidates(kernel: Kernel, quick: bool) -> list[Config]:
+    """The grid, or its beginning."""
+    return kernel.configs[: 2 if quick else None]
+
+
+def fastest(kernel: Kernel, job: Job, clock: Clock, quick: bool, deadline: float) -> Found | None:
+    """The configuration with the least time among those with the right result that were tried until the deadline."""
     best: tuple[Config, float] | None = None
-    for config in kernel.configs[: 2 if quick else None]:
+    tried = 0
+    for config in candidates(kernel, quick):
+        if time.monotonic() > deadline:
+            log("    the time was up")
+            break
+        tried += 1
         try:
             error = job.check(config)
             seconds = median_seconds(partial(job.run, config), clock, 1 if quick else ROUNDS)
@@ -237,11 +264,11 @@ def fastest(kernel: Kernel, job: Job, clock: Clock, quick: bool) -> tuple[Config
             raise WrongResultError(f"{kernel.name} {config}: error {error:.2g}, allowed {job.tolerance:.2g}")
         if best is None or seconds < best[1]:
             best = config, seconds
-    return best
+    return None if best is None else Found(*best, tried)
 
 
-def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadline: float) -> Iterator[Entry]:
-    """Entries without their architecture, until the deadline."""
+def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadline: float) -> Iterator[Measured]:
+    """Until the deadline; of the measurement that it falls into, what was found until then."""
     clock = clock_for(device)
     for kernel in selected:
         for (bound, vocab), dtype in itertools.product(kernel.vocabularies, kernel.dtypes):
@@ -252,22 +279,24 @@ def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadl
             size = Size(509 if quick else vocab, dtype, quick)
             job = kernel.make(size, device)
             try:
-                found = fastest(kernel, job, clock, quick)
+                found = fastest(kernel, job, clock, quick, deadline)
             except WrongResultError as error:
                 log(f"    left out: {error}")
                 continue
             if found is None:
-                log("    no configuration runs here")
+                log("    no configuration was found")
                 continue
-            config, seconds = found
-            yield {
+            total = len(candidates(kernel, quick))
+            rate = f"{job.work / found.seconds / 1e9:.0f} {job.unit} at V={size.vocab}, {str(dtype)[6:]}"
+            entry = {
                 "kernel": kernel.name,
                 # Half-precision dtypes have the same loads, stores and matrix instructions: one entry is for both.
                 "dtype": "float32" if dtype == torch.float32 else "any",
                 **({} if bound is None else {"vocab_at_most": bound}),
-                "config": config,
-                "measured": f"{job.work / seconds / 1e9:.0f} {job.unit} at V={size.vocab}, {str(dtype)[6:]}",
+                "config": found.config,
+                "measured": rate if found.tried == total else f"{rate}, {found.tried} of {total} configurations tried",
             }
+            yield Measured(entry, complete=found.tried == total)
 
 
 def merged(table: dict[str, Any], measured: Sequence[Entry], arch: str, source: str) -> dict[str, Any]:
@@ -307,13 +336,13 @@ def write(table: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure and write; 1 if something could not be measured in the time, or came out wrong."""
+    """Measure and write; 1 if something could not be measured, or not wholly in the time, or came out wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = sorted({kernel.name for kernel in KERNELS})
     parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu for a dry run")
     parser.add_argument("--kernels", nargs="+", choices=names, default=names, metavar="KERNEL", help=f"{names}")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no measurement after this time")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="try nothing more after this time")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and two configurations: a dry run")
     args = parser.parse_args(argv)
     if args.quick and args.out == TABLE:
@@ -322,11 +351,12 @@ def main(argv: list[str] | None = None) -> int:
     selected = [kernel for kernel in KERNELS if kernel.name in args.kernels]
     expected = sum(len(kernel.vocabularies) * len(kernel.dtypes) for kernel in selected)
     table, found = json.loads(TABLE.read_text()), []
-    for entry in measure(selected, args.device, args.quick, time.monotonic() + args.seconds):
-        found.append(entry)
-        write(merged(table, found, arch, source), args.out)
-    log(f"{len(found)} of {expected} entries of {arch} measured: {args.out}")
-    return 0 if len(found) == expected else 1
+    for measured in measure(selected, args.device, args.quick, time.monotonic() + args.seconds):
+        found.append(measured)
+        write(merged(table, [each.entry for each in found], arch, source), args.out)
+    complete = sum(measured.complete for measured in found)
+    log(f"{len(found)} of {expected} entries of {arch} measured, {complete} of them with the whole grid: {args.out}")
+    return 0 if complete == expected else 1
 
 
 if __name__ == "__main__":
