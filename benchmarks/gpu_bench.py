@@ -1,7 +1,7 @@
 """The bars of a GPU: row kernels, loss, log-likelihoods, accuracy and memory, written after every case.
 
 `python -m benchmarks.gpu_bench --out DIR`; `make gpu-check PARTS=bench` runs it. bench.json and bench.md hold what was
-measured when the time was up or a case failed; the exit status is then 1.
+measured when the time was up, a case failed or the run was ended from outside; the exit status is then not 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,33 +34,34 @@ class Case:
     error: str = ""
 
 
-def run_case(name: str, setting: Setting) -> Case:
-    """Measure one case; an exception ends it, not the run."""
-    case, started = Case(name), time.monotonic()
+def run_case(case: Case, setting: Setting, save: Callable[[], None]) -> None:
+    """Measure one case, saved figure by figure; an exception ends it, not the run."""
+    case.error, started = "ended from outside while it ran", time.monotonic()
+    save()
     try:
-        for figure in CASES[name](setting):
+        for figure in CASES[case.name](setting):
             case.figures.append(figure)
             log(f"  {figure.name}: {figure.value:.4g} {figure.unit} {figure.verdict} ({figure.detail})")
+            save()
+        case.error = ""
     except Exception as error:  # the other cases still have something to say
         case.error = f"{type(error).__name__}: {error}"
         log(traceback.format_exc())
     if setting.device.type == "cuda":
         torch.cuda.empty_cache()
     case.seconds = time.monotonic() - started
-    return case
 
 
 def run(names: list[str], setting: Setting, seconds: float, out: Path, argv: list[str]) -> list[Case]:
-    """Measure the cases in order until the time is up, writing after each."""
-    started, cases = time.monotonic(), []
+    """Measure the cases in order until the time is up; those that are not reached are in the results by name."""
+    started, cases = time.monotonic(), [Case(name, error="not run: the time was up") for name in names]
     described = environment.describe(["gpu_bench", *argv], setting.device.type)
-    for name in names:
-        if time.monotonic() - started > seconds:
-            cases.append(Case(name, error="not run: the time was up"))
-        else:
-            log(f"{name} ...")
-            cases.append(run_case(name, setting))
-        write(cases, described, out)
+    save = partial(write, cases, described, out)
+    for case in cases:
+        if time.monotonic() - started <= seconds:
+            log(f"{case.name} ...")
+            run_case(case, setting, save)
+        save()
     return cases
 
 

@@ -6,7 +6,8 @@ products) are measured on the spot, taking turns with what is compared with them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -19,10 +20,10 @@ from benchmarks import accuracy
 from benchmarks.contestants import FLOOR, OURS, OURS_FP32_LOGITS
 from benchmarks.environment import log
 from benchmarks.floor import plan_of
-from benchmarks.measure import AnotherLossError, CaseResult, measure_case
+from benchmarks.measure import CaseResult, ContestantError, free_memory, measure_case, run_to_the_end, summary
 from benchmarks.memory import meter_for
 from benchmarks.peers import BUILDERS, installed, ours
-from benchmarks.problem import draw
+from benchmarks.problem import IGNORE, draw
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels import linear_cpo_loss, plan, reference
@@ -164,44 +165,53 @@ def sized(shape: Shape, setting: Setting) -> Shape:
 
 def loss_against_floor(setting: Setting) -> Iterator[Figure]:
     """Loss and gradients at the bar's shape: at most 1.12x the three bare products."""
-    yield from loss_figures(measure_loss(setting, LLAMA3, []), bar=1.12)
+    yield from loss_figures(measure_loss(setting, LLAMA3, [])[0], bar=1.12)
 
 
 def loss_against_peers(setting: Setting) -> Iterator[Figure]:
     """Loss and gradients beside every peer that is installed: time and peak memory."""
     names, missing = installed()
-    for name, reason in missing.items():
-        log(f"  {name} is missing: {reason}")
-    result = measure_loss(setting, QWEN, names)
+    result, failed = measure_loss(setting, QWEN, names)
     yield from loss_figures(result, bar=None)
-    for name in BUILDERS:
-        if result.best(name) is None:
-            yield Figure(f"{name}, {QWEN.name}", float("nan"), "ms", detail=missing.get(name, "could not run"))
+    yield from not_measured(QWEN.name, "x floor", missing | failed)
 
 
-def measure_loss(setting: Setting, shape: Shape, peers: list[str]) -> CaseResult:
-    """The case without those peers that compute another loss or fail; the log says which and why."""
-    peers = [name for name in peers if runs(name, setting)]
+def not_measured(what: str, unit: str, reasons: Mapping[str, str]) -> Iterator[Figure]:
+    """A figure without a number for each of these peers, with its reason."""
+    for name, reason in reasons.items():
+        yield Figure(f"{name}, {what}", float("nan"), unit, detail=reason)
+
+
+def measure_loss(setting: Setting, shape: Shape, peers: list[str]) -> tuple[CaseResult, dict[str, str]]:
+    """The case without those peers that compute another loss or fail, and why each of them has no result."""
+    failed = failures(peers, setting)
     while True:
+        left = [name for name in peers if name not in failed]
         try:
-            return measure_case(sized(shape, setting), peers, setting.effort(), setting.device)
-        except AnotherLossError as error:
-            if error.contestant not in peers:
+            result = measure_case(sized(shape, setting), left, setting.effort(), setting.device, drop_failing=True)
+            return result, failed | result.failed
+        except ContestantError as error:
+            if error.contestant not in left:
                 raise
-            log(f"  left out: {error}")
-            peers.remove(error.contestant)
+            failed[error.contestant] = error.reason
+            log(f"  once more without {error}")
+        free_memory()  # after the handler: until there the error holds the tensors of the call
 
 
-def runs(name: str, setting: Setting) -> bool:
-    """Whether a peer gets through a tiny case here."""
+def failures(names: Sequence[str], setting: Setting) -> dict[str, str]:
+    """Those peers that do not get through a tiny case here, and why."""
+    return {name: reason for name in names if (reason := failure(name, setting))}
+
+
+def failure(name: str, setting: Setting) -> str:
+    """Why a peer does not get through a tiny case here, or nothing."""
     peer = BUILDERS[name]()
     problem = draw(replace(QWEN, **TINY), device=setting.device)
     try:
-        peer.run(problem.as_pairs() if peer.pairs_only else problem)
+        run_to_the_end(lambda: peer.run(problem.as_pairs() if peer.pairs_only else problem))
     except Exception as error:  # a peer may fail in any way of its own
-        log(f"  {name} does not run here: {type(error).__name__}: {str(error).splitlines()[:1]}")
-        return False
-    return True
+        return summary(error)
+    return ""
 
 
 def loss_figures(result: CaseResult, bar: float | None) -> Iterator[Figure]:
@@ -262,26 +272,41 @@ def token_logps_in_float64(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
 
 def accuracy_of_sums(setting: Setting) -> Iterator[Figure]:
     """Sequence log-likelihoods of 1,024 bf16 tokens against float64: at most 2e-3 nats with fp32 logits."""
-    names = [name for name in installed()[0] if runs(name, setting)]
-    for error in accuracy.measure(sized(ACCURACY, setting), setting.device, names):
-        bar = 2e-3 if error.contestant == OURS_FP32_LOGITS else None
-        yield Figure(f"log-likelihood, {error.contestant}", error.largest, "nats", bar, detail=f"mean {error.mean:.1e}")
+    shape, (names, missing) = sized(ACCURACY, setting), installed()
+    failed = missing | failures(names, setting)
+    for error in accuracy.measure(shape, setting.device, []):
+        yield error_of(error)
+    for name in names:
+        if name in failed:
+            continue
+        try:
+            yield error_of(accuracy.measure(shape, setting.device, [name])[-1])
+        except Exception as error:  # a peer may fail in any way of its own
+            failed[name] = summary(error)
+        free_memory()
+    yield from not_measured("log-likelihood", "nats", failed)
+
+
+def error_of(error: accuracy.LogpError) -> Figure:
+    """The largest of the sequences; the bar is for ours with fp32 logits."""
+    bar = 2e-3 if error.contestant == OURS_FP32_LOGITS else None
+    return Figure(f"{error.contestant}, log-likelihood", error.largest, "nats", bar, detail=f"mean {error.mean:.1e}")
 
 
 def peak_memory(setting: Setting) -> Iterator[Figure]:
-    """Peak beyond inputs and gradients: at most the plan's bytes, which are the budget's, + 2 %, flat in N."""
+    """Peak beyond inputs and gradients: at most the plan's bytes, and the budget's, + 2 %, flat in N."""
     tokens = (64, 128) if setting.quick else (2048, 8192, 16384)
     budgets = (40 * 509 * 2,) if setting.quick else (256 * MIB, 1024 * MIB)
-    for budget in budgets:
-        for count in tokens:
-            shape = sized(LLAMA3, setting)
-            candidates_tokens = replace(shape, tokens=16 if setting.quick else 64)
-            yield peak_of(setting, candidates_tokens.with_tokens(count), budget)
+    shape = replace(sized(LLAMA3, setting), tokens=16 if setting.quick else 64)
+    for budget, count, padded in itertools.product(budgets, tokens, (False, True)):
+        yield from peak_of(setting, shape.with_tokens(count), budget, padded=padded)
 
 
-def peak_of(setting: Setting, shape: Shape, budget: int) -> Figure:
-    """One call with its gradients, after a first one for what libraries keep."""
+def peak_of(setting: Setting, shape: Shape, budget: int, *, padded: bool) -> Iterator[Figure]:
+    """One call with its gradients, after a first one for what libraries keep; `padded`: half of each candidate is."""
     problem = draw(shape, device=setting.device)
+    if padded:
+        problem.targets[..., shape.tokens // 2 :] = IGNORE
     tensors = problem.hidden, problem.weight
 
     def step() -> int:
@@ -296,8 +321,9 @@ def peak_of(setting: Setting, shape: Shape, budget: int) -> Figure:
     planned = plan(*tensors, problem.targets, ref_logps=problem.ref_logps, max_logits_bytes=budget)
     detail = f"{beyond / MIB:.1f} MiB, planned {planned.bytes / MIB:.1f}, budget {planned.budget_bytes / MIB:.1f} MiB"
     detail += f"; {planned.note}" if planned.note else ""
-    allowed = max(planned.bytes, planned.budget_bytes)
-    return Figure(f"peak, N={shape.num_tokens}", beyond / allowed, "of budget", 1.02, detail=detail)
+    name = f"peak, N={shape.num_tokens}, budget {budget / MIB:.3g} MiB" + ", half padding" * padded
+    yield Figure(name, beyond / planned.bytes, "of the plan", 1.02, detail=detail)
+    yield Figure(name, beyond / planned.budget_bytes, "of the budget", 1.02, detail=detail)
 
 
 def chunks(setting: Setting) -> Iterator[Figure]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -21,19 +24,25 @@ from benchmarks.floor import plan_of
 from benchmarks.memory import meter_for
 from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
 from benchmarks.shapes import Shape
-from benchmarks.timing import Effort, Timing, clock_for, round_robin
+from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels.planning import Plan
+
+T = TypeVar("T")
 
 # Beyond this a contestant computes another loss; its rounding errors, which are printed, are far below.
 SAME_LOSS = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
-class AnotherLossError(Exception):
-    """A contestant's loss or gradient is not that of the others, so its time would mean nothing."""
+class ContestantError(Exception):
+    """A contestant could not be measured: ``contestant`` says which, ``reason`` why."""
 
-    def __init__(self, contestant: str, message: str) -> None:
-        super().__init__(f"{contestant} {message}")
-        self.contestant = contestant
+    def __init__(self, contestant: str, reason: str) -> None:
+        super().__init__(f"{contestant} {reason}")
+        self.contestant, self.reason = contestant, reason
+
+
+class AnotherLossError(ContestantError):
+    """A contestant's loss or gradient is not that of the others, so its time would mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +58,12 @@ class Row:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One shape: its rows, and the plan of our call."""
+    """One shape: its rows, the plan of our call, and why peers that were asked for have no row."""
 
     shape: Shape
     rows: tuple[Row, ...]
     plan: Plan
+    failed: Mapping[str, str] = field(default_factory=dict)
 
     def best(self, contestant: str) -> float | None:
         """Fewest seconds of a contestant, None where it did not run."""
@@ -66,21 +76,28 @@ class CaseResult:
 
 
 def measure_case(
-    shape: Shape, peer_names: Sequence[str], effort: Effort, device: torch.device | str = "cpu"
+    shape: Shape,
+    peer_names: Sequence[str],
+    effort: Effort,
+    device: torch.device | str = "cpu",
+    *,
+    drop_failing: bool = False,
 ) -> CaseResult:
     """Draw the shape on a device, then time everyone on it; the first timed result of each is checked against fp64.
 
+    With `drop_failing` a peer whose warm-up fails, by lack of memory for instance, is left out and the others go on.
+
     Raises:
         AnotherLossError: a contestant is further from the oracle than rounding explains.
+        ContestantError: a contestant's call failed, from that error.
     """
     forget_compiled()
     problem = draw(shape, device=device)
     entries = {entry.name: entry for entry in line_up(problem, peer_names)}
     inspection = Inspection(problem, entries)
-    for entry in entries.values():
-        entry.warm_up()
+    failed = warm_up(entries, optional=peer_names if drop_failing else ())
     timings = round_robin(
-        {name: entry.call for name, entry in entries.items()},
+        {name: named(name, entry.call) for name, entry in entries.items()},
         effort,
         reference=FLOOR,
         always=(FLOOR_REUSED, OURS, OURS_PAIRS),
@@ -92,7 +109,54 @@ def measure_case(
         for name, entry in entries.items()
     )
     budget = smallest_budget(problem) if shape.smallest_budget else None
-    return CaseResult(shape, rows, plan_of(problem, budget))
+    return CaseResult(shape, rows, plan_of(problem, budget), failed)
+
+
+def warm_up(entries: dict[str, Contestant], optional: Sequence[str]) -> dict[str, str]:
+    """Run everyone once; of those in `optional`, take out of `entries` who fails, and return why."""
+    failed = {}
+    for name, entry in list(entries.items()):
+        try:
+            named(name, partial(run_to_the_end, entry.warm_up))()
+        except ContestantError as error:
+            if name not in optional:
+                raise
+            failed[name] = error.reason
+            del entries[name]
+        if name in failed:  # after the handler: until there the error holds the tensors of the call
+            free_memory()
+    return failed
+
+
+def run_to_the_end(call: Call) -> None:
+    """Until the device is done with it too, so that its errors are not another's."""
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Hand back what a failed call held."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def named(contestant: str, call: Callable[[], T]) -> Callable[[], T]:
+    """The call with its errors under the contestant's name."""
+
+    def run() -> T:
+        try:
+            return call()
+        except Exception as error:  # a contestant may fail in any way of its own
+            raise ContestantError(contestant, f"failed with {summary(error)}") from error
+
+    return run
+
+
+def summary(error: Exception) -> str:
+    """Its type and first line."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
 class Inspection:
@@ -124,7 +188,7 @@ class Inspection:
             self.peaks[name] = growth - sum(grad.nbytes for grad in grads)
         if loss is None:
             return
-        errors = self.oracles[entry.pairs].errors(loss, *grads)
+        errors = named(name, lambda: self.oracles[entry.pairs].errors(loss, *grads))()
         bound = SAME_LOSS[self.shape.dtype]
         if not errors.worst() <= bound:  # not `>`: NaN is another loss too
             raise AnotherLossError(name, f"on {self.shape.name}: {errors}, expected at most {bound}")

@@ -23,7 +23,11 @@ Result = tuple[Tensor, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant. `negatives` is the K its loss can express; `skips_ignored`: -100 rows stay out of its GEMMs."""
+    """One contestant.
+
+    `skips_ignored`: -100 rows stay out of its GEMMs; `pairs_only`: its loss contrasts one pair, K = 1; `compiles`: its
+    first call of a shape compiles.
+    """
 
     name: str
     loss: Loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,12 +14,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import gpu_bench, gpu_cases, gpu_check, tune
+from benchmarks import contestants, gpu_bench, gpu_cases, gpu_check, tune
 from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
+from benchmarks.measure import ContestantError
+from benchmarks.peers import BUILDERS, Peer
 
 pytestmark = pytest.mark.cpu  # dry runs
 CPU = torch.device("cpu")
+FOREVER = float("inf")
 ROOT = Path(__file__).parent.parent
 
 
@@ -72,14 +76,14 @@ def test_the_status_of_a_part_is_that_of_its_command(settings, code, status):
 def test_a_failed_part_does_not_stop_the_others_and_is_named(settings, monkeypatch, capsys):
     parts = {
         "build": lambda _: Outcome("build", "passed"),
-        "tests": lambda _: gpu_check.outcome("tests", gpu_check.Run(1, "the end of the output"), ["1 failed"]),
+        "tests-1": lambda _: gpu_check.outcome("tests-1", gpu_check.Run(1, "the end of the output"), ["1 failed"]),
         "bench": lambda _: gpu_check.outcome("bench", gpu_check.run_command(["/no/such/program"], settings, 5), []),
         "tune": lambda _: Outcome("tune", "nothing to do", notes=["a reason"]),
     }
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     status = gpu_check.main(["--parts", *parts, "--out", str(settings.out), "--device", "cpu"])
     assert status == 1
-    assert "failed: tests, bench" in capsys.readouterr().out
+    assert "failed: tests-1, bench" in capsys.readouterr().out
     content = json.loads((settings.out / "gpu-check.json").read_text())
     assert [part["status"] for part in content["parts"]] == ["passed", "failed", "failed", "nothing to do"]
     assert content["environment"]["commit"]
@@ -90,11 +94,42 @@ def test_a_failed_part_does_not_stop_the_others_and_is_named(settings, monkeypat
 
 def test_without_a_built_extension_the_build_comes_first(settings, monkeypatch):
     names = []
-    parts = {n: lambda _, n=n: names.append(n) or Outcome(n, "passed") for n in ("build", "tests")}
+    parts = {n: lambda _, n=n: names.append(n) or Outcome(n, "passed") for n in ("build", "tune")}
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     monkeypatch.setattr(gpu_check, "extension", lambda name: None)
-    gpu_check.run_parts(["tests"], settings, [])
-    assert names == ["build", "tests"]
+    gpu_check.run_parts(["tune"], settings, [])
+    assert names == ["build", "tune"]
+
+
+def test_tests_stand_for_every_shard_and_no_part_runs_twice():
+    assert gpu_check.expand(["build", "tests"]) == ["build", "tests-1", "tests-2", "tests-3"]
+    assert gpu_check.expand(["tests-2", "tests", "tests-2"]) == ["tests-2", "tests-1", "tests-3"]
+    assert set(gpu_check.expand(gpu_check.NAMES)) == set(gpu_check.PARTS)
+
+
+def test_a_later_run_keeps_the_parts_of_an_earlier_one(settings, monkeypatch):
+    outcomes = {"build": "passed", "bench": "passed", "tune": "failed"}
+    parts = {n: lambda _, n=n: Outcome(n, outcomes[n]) for n in outcomes}
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    gpu_check.run_parts(["build", "tune", "bench"], settings, [])
+    outcomes["tune"] = "passed"
+    assert [result.part for result in gpu_check.run_parts(["tune"], settings, [])] == ["tune"]
+    content = json.loads((settings.out / "gpu-check.json").read_text())
+    assert [(p["part"], p["status"]) for p in content["parts"]] == [(n, "passed") for n in ("build", "bench", "tune")]
+    monkeypatch.setattr(gpu_check.environment, "sources", lambda: "other code")
+    gpu_check.run_parts(["tune"], settings, [])
+    content = json.loads((settings.out / "gpu-check.json").read_text())
+    assert [part["part"] for part in content["parts"]] == ["tune"]
+
+
+def test_parts_share_what_they_compile_unless_told_otherwise(settings, monkeypatch):
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    folders = [Path(settings.environment()[name]) for name in names]
+    assert [folder.parent for folder in folders] == [ROOT / "build" / "gpu-check"] * 2
+    monkeypatch.setenv(names[0], "elsewhere")
+    assert settings.environment()[names[0]] == "elsewhere"
 
 
 def test_the_sanitizer_says_that_there_are_no_cuda_kernels(settings, monkeypatch):
@@ -116,11 +151,33 @@ def test_what_the_sanitizer_finds_fails_the_part(settings, monkeypatch, tmp_path
     assert result.good == (status == 0)
 
 
-def test_every_test_file_is_run_and_those_for_a_gpu_first():
-    files = gpu_check.test_files(quick=False)
+def test_every_test_file_is_in_one_shard_and_those_for_a_gpu_are_first():
+    shards = gpu_check.shards()
+    files = [file for shard in shards for file in shard]
+    assert len(shards) == gpu_check.SHARDS
     assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
-    assert files[0] == "tests/test_cuda_device.py"
-    assert len(files) == len(set(files))
+    for shard in shards:
+        first = [any(Path(file).match(pattern) for pattern in gpu_check.FIRST_TESTS) for file in shard]
+        assert first == sorted(first, reverse=True)
+
+
+def test_shards_take_about_as_long_and_name_files_that_exist():
+    seconds = [sum(map(gpu_check.seconds_of, shard)) for shard in gpu_check.shards()]
+    assert max(seconds) < 1.1 * min(seconds)
+    assert all((ROOT / "tests" / name).exists() for name in (*gpu_check.SLOW_TESTS, *gpu_check.QUICK_TESTS))
+    assert len(gpu_check.QUICK_TESTS) == gpu_check.SHARDS
+
+
+@pytest.mark.parametrize("shard", range(1, gpu_check.SHARDS + 1))
+def test_a_shard_runs_its_files_and_writes_its_own_report(settings, monkeypatch, shard):
+    commands = []
+    monkeypatch.setattr(gpu_check, "run_command", lambda command, *_: commands.append(command) or gpu_check.Run(0, ""))
+    full = dataclasses.replace(settings, quick=False)
+    result = gpu_check.PARTS[f"tests-{shard}"](full)
+    assert (result.part, result.status) == (f"tests-{shard}", "passed")
+    files = gpu_check.shards()[shard - 1]
+    assert commands[0][-len(files) :] == files
+    assert f"--junitxml={settings.out}/tests-{shard}.xml" in commands[0]
 
 
 def test_counts_come_from_output_that_may_be_cut_short():
@@ -140,7 +197,15 @@ FAILED tests/test_a.py::test_two - AssertionError
 
 
 def test_the_target_of_the_makefile_passes_parts_and_folder():
-    made = ["make", "--dry-run", "gpu-check", "GPU_PYTHON=python9", "PARTS=tests bench", "OUT=there"]
+    made = [
+        "make",
+        "--no-print-directory",
+        "--dry-run",
+        "gpu-check",
+        "GPU_PYTHON=python9",
+        "PARTS=tests bench",
+        "OUT=there",
+    ]
     done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [
         "python9",
@@ -181,6 +246,73 @@ def test_cases_run_and_are_written(tmp_path):
     assert all(name in page for name in figures)
 
 
+def test_peaks_are_held_against_plan_and_budget_with_and_without_padding():
+    setting = Setting(CPU, quick=True)
+    shape = dataclasses.replace(gpu_cases.sized(gpu_cases.LLAMA3, setting), tokens=16)
+    names = set()
+    for padded in (False, True):
+        of_plan, of_budget = gpu_cases.peak_of(setting, shape, 2**20, padded=padded)
+        assert (of_plan.unit, of_budget.unit) == ("of the plan", "of the budget")
+        assert of_plan.bar == of_budget.bar == 1.02
+        # All logits are a fraction of this budget.
+        assert of_budget.value < of_plan.value
+        names.add(of_plan.name)
+    assert len(names) == 2
+
+
+def failing_peer(calls_before: int) -> Peer:
+    """Eager, out of memory beyond this many calls at more than a tiny size."""
+    eager, calls = BUILDERS["eager"](), []
+
+    def loss(hidden, *others):
+        calls.append(hidden)
+        if len(calls) > calls_before:
+            raise torch.OutOfMemoryError("tried to allocate too much\nand more lines")
+        return eager.loss(hidden, *others)
+
+    return dataclasses.replace(eager, loss=loss)
+
+
+# One call is that of the tiny case, the second is the warm-up, the others are timed.
+@pytest.mark.parametrize("calls_before", [0, 1, 2, 3])
+def test_a_peer_that_fails_is_named_and_the_others_are_measured(monkeypatch, calls_before):
+    peer = failing_peer(calls_before)
+    monkeypatch.setitem(BUILDERS, "failing", lambda: dataclasses.replace(peer, name="failing"))
+    monkeypatch.setattr(gpu_cases, "installed", lambda: (["eager", "failing"], {"absent": "No module named 'absent'"}))
+    figures = {f.name.split(",")[0]: f for f in gpu_cases.loss_against_peers(Setting(CPU, quick=True))}
+    for name in ("cpo-kernels", "eager"):
+        assert figures[name].value > 0
+    for name, reason in (("failing", "OutOfMemoryError: tried to allocate too much"), ("absent", "No module")):
+        assert figures[name].value != figures[name].value
+        assert reason in figures[name].detail
+        assert "more lines" not in figures[name].detail
+
+
+def test_our_own_failure_is_not_left_out(monkeypatch):
+    ours = contestants.ours
+
+    def broken(*args):
+        return dataclasses.replace(ours(*args), loss=failing_peer(calls_before=0).loss)
+
+    monkeypatch.setattr(contestants, "ours", broken)
+    with pytest.raises(ContestantError, match="cpo-kernels failed with OutOfMemoryError"):
+        list(gpu_cases.loss_against_floor(Setting(CPU, quick=True)))
+
+
+def test_accuracy_goes_on_without_a_peer_that_fails(monkeypatch):
+    def sequence_logps(hidden, *others):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(
+        BUILDERS, "failing", lambda: dataclasses.replace(BUILDERS["eager"](), sequence_logps=sequence_logps)
+    )
+    monkeypatch.setattr(gpu_cases, "installed", lambda: (["failing", "eager"], {}))
+    figures = {f.name: f for f in gpu_cases.accuracy_of_sums(Setting(CPU, quick=True))}
+    assert [f.name.split(",")[0] for f in figures.values() if f.value == f.value][-1] == "eager"
+    assert figures["failing, log-likelihood"].detail == "RuntimeError: no such kernel"
+    assert [f.verdict for f in figures.values() if f.bar is not None] == ["met"]
+
+
 def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
     def broken(setting):
         yield Figure("before", 1.0, "s")
@@ -191,6 +323,22 @@ def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypat
     assert [bool(case.error) for case in cases] == [True, False]
     assert [figure.name for figure in cases[0].figures] == ["before"]
     assert "out of something" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_run_that_is_ended_leaves_what_it_has_found(tmp_path, monkeypatch):
+    class Ended(BaseException):
+        """What no case may catch."""
+
+    def endless(setting):
+        yield Figure("before", 1.0, "s")
+        raise Ended
+
+    monkeypatch.setattr(gpu_bench, "CASES", {"plan": gpu_cases.chunks, "endless": endless, "last": gpu_cases.chunks})
+    with pytest.raises(Ended):
+        gpu_bench.run(["plan", "endless", "last"], Setting(CPU, quick=True), 60, tmp_path, [])
+    plan, ended, last = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert not plan["error"] and "while it ran" in ended["error"] and "not run" in last["error"]
+    assert [figure["name"] for figure in ended["figures"]] == ["before"]
 
 
 def test_cases_after_the_time_is_up_are_named(tmp_path):
@@ -225,6 +373,7 @@ def test_tuning_measures_every_kernel_and_leaves_the_table_alone(tmp_path):
     assert tune.TABLE.read_bytes() == before
     table = json.loads(out.read_text())
     assert set(table["measurements"]) == {"default"}
+    assert not any("configurations tried" in e.get("measured", "") for e in table["entries"])
     measured = {(e["kernel"], e["dtype"]) for e in table["entries"] if "measured" in e}
     assert measured == {(k.name, "float32" if d == torch.float32 else "any") for k in tune.KERNELS for d in k.dtypes}
     kept = [e for e in json.loads(before)["entries"] if e["arch"] != "default"]
@@ -265,7 +414,7 @@ def test_a_wrong_configuration_is_not_the_fastest(error):
     kernel = tune.Kernel("a", ((None, 31),), [{"BLOCK": 1}], lambda size, device: job, (torch.float32,))
     job = tune.Job(lambda config: None, lambda config: error, 1e-3, 1.0, "GB/s")
     with pytest.raises(tune.WrongResultError, match="BLOCK"):
-        tune.fastest(kernel, job, tune.clock_for(CPU), quick=False)
+        tune.fastest(kernel, job, tune.clock_for(CPU), False, FOREVER)
     assert list(tune.measure([kernel], CPU, True, float("inf"))) == []
 
 
@@ -280,5 +429,40 @@ def test_a_configuration_that_does_not_launch_is_passed_over():
 
     kernel = tune.Kernel("a", ((None, 31),), [{"BLOCK": 1}, {"BLOCK": 2}], lambda size, device: job)
     job = tune.Job(run, check, 1e-3, 1.0, "GB/s")
-    found = tune.fastest(kernel, job, tune.clock_for(CPU), quick=False)
-    assert found is not None and found[0] == {"BLOCK": 2}
+    found = tune.fastest(kernel, job, tune.clock_for(CPU), False, FOREVER)
+    assert found is not None and (found.config, found.tried) == ({"BLOCK": 2}, 2)
+
+
+@pytest.mark.parametrize("tried", [0, 1, 2, 3])
+def test_a_search_that_the_time_cuts_short_keeps_the_best_until_then(monkeypatch, tmp_path, tried):
+    """Each configuration takes one second of a clock of its own, and is faster than the one before."""
+    now = 0.0
+
+    def run(config):
+        nonlocal now
+        now += 1.0
+
+    grid = tune.grid(BLOCK=(1, 2, 3))
+    job = tune.Job(run, lambda config: 0.0, 1e-3, 1e9, "GB/s")
+    kernel = tune.Kernel("row_forward", ((None, 31),), grid, lambda size, device: job, (torch.float32,))
+    seconds = {"BLOCK": 10.0}
+
+    def clock(call):
+        call()
+        seconds["BLOCK"] -= 1
+        return seconds["BLOCK"], None
+
+    monkeypatch.setattr(tune, "KERNELS", (kernel,))
+    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(tune, "clock_for", lambda device: clock)
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now)
+    out = tmp_path / "tuning.json"
+    # Past the deadline only strictly: the configuration that starts at the deadline still runs.
+    status = tune.main(["--device", "cpu", "--out", str(out), "--seconds", str(tried - 1)])
+    assert status == (0 if tried == 3 else 1)
+    if tried == 0:
+        assert not out.exists()
+        return
+    (measured,) = (e for e in json.loads(out.read_text())["entries"] if "measured" in e and e["arch"] == "default")
+    assert measured["config"] == {"BLOCK": tried}
+    assert (f"{tried} of 3 configurations tried" in measured["measured"]) == (tried < 3)
