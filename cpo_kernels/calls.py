@@ -78,7 +78,7 @@ class LinearCall:
         slots = {end - start for start, end in pairwise(self.cu_tokens)}
         padded = self.rows is None and len(slots) == 1
         if capturing and not padded:
-            raise RuntimeError("a CUDA graph can capture the padded form only: this call has a layout")
+            raise RuntimeError("a CUDA graph can capture the padded form only, with a segment at least")
         return padded and (capturing or not self.head.skip_absent_rows)
 
     def tokens(self, hidden: Tensor, weight: Tensor) -> Tokens:
@@ -93,12 +93,13 @@ class LinearCall:
         backend = backends.select(self.head.backend, hidden.device, dtype)
         plan = make_plan(
             tokens,
-            vocab=weight.shape[0],
+            vocab=gemm.row_width(weight.shape[0], hidden.device),
             logits_dtype=dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
             default_bytes=default_logits_bytes(hidden.device),
             accumulator_bytes=gemm.accumulator_bytes(weight),
+            gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied else 0,
             workspace_bytes=backend.gemm_workspace(tokens.num_rows, weight.shape[0], weight.shape[1], weight.dtype),
             whole_groups=whole_groups,
         )
@@ -287,7 +288,8 @@ def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | T
     """
     if dtype != torch.float16:
         return 1.0
-    return torch.clamp(torch.as_tensor(float16_gain(dtype, coef.abs().max().clamp(min=1.0 / num_groups))), min=1.0)
+    gain = float16_gain(dtype, coef.abs().max().clamp(min=1.0 / num_groups))
+    return torch.clamp(gain, min=1.0) if isinstance(gain, Tensor) else max(gain, 1.0)
 
 
 def check_loss(loss: Tensor) -> None:
@@ -370,5 +372,6 @@ def token_logps_grads(
             stats, _ = linear.forward(block, logits)
         else:
             logits, stats = buffer[: block.num_rows], kept[1][index]
-        grads.add(Kept(linear.backward_(block, logits, stats, coef[block.order]), block.rows))
+        dlogits = linear.backward_(block, logits, stats, coef[block.order])
+        grads.add(Kept(dlogits, block.rows, absent=block.absent))
     return grads.result()

@@ -138,7 +138,7 @@ def linear_cpo(
     )
     call = LinearCall(targets, rows, cu_tokens, cu_groups, head)
     result = run_cpo(call, objective, ref_logps, ranks, hidden, weight, bias, (needs[0], needs[1], needs[2]))
-    gain = result.loss.new_ones(()) * result.gain
+    gain = (result.loss.new_ones(()) * result.gain).to(result.loss.dtype)
     grad_hidden, grad_weight, grad_bias = (_or_empty(grad, hidden) for grad in result.grads)
     return result.loss, result.sums, result.lengths, result.dropped, gain, grad_hidden, grad_weight, grad_bias
 

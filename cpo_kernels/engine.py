@@ -39,9 +39,6 @@ class ChunkTokens(NamedTuple):
         return self.starts.diff()
 
 
-# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
-ROW_ALIGNMENT = 16
-
 # Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
 # argument), dloss / dlogp (n,) of each slot.
 Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
@@ -60,9 +57,9 @@ class LinearHead:
     fused_forward: bool = False
 
     def workspace(self, rows: int) -> Tensor:
-        """The logits buffer, (rows, V); on a GPU its rows begin at whole vectors, which an odd V would prevent."""
+        """The logits buffer, (rows, V)."""
         vocab = self.weight.shape[0]
-        width = vocab if self.hidden.device.type == "cpu" else -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        width = gemm.row_width(vocab, self.hidden.device)
         return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
 
     def compute_logits(self, block: Block, out: Tensor) -> Tensor:
@@ -110,17 +107,21 @@ class Gradients:
         if kept.columns is not None:
             self.add_columns(kept, kept.columns)
             return
-        linear, (dlogits, rows, *_) = self.linear, kept
+        linear, dlogits, rows = self.linear, kept.dlogits, kept.rows
         if self.hidden is not None:
             gemm.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, rows, once=self.rows_once)
         if self.weight is not None:
-            self.weight.add(dlogits, linear.hidden[rows])
+            hidden = linear.hidden[rows]
+            if kept.absent is not None:
+                # 0 * NaN is NaN, and padding may hold it.
+                hidden = hidden.masked_fill(kept.absent[:, None], 0.0)
+            self.weight.add(dlogits, hidden)
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
     def add_columns(self, kept: Kept, columns: Tensor) -> None:
         """The same where only some ``columns`` (c,) of the vocabulary have a gradient."""
-        linear, (dlogits, rows, _, spare) = self.linear, kept
+        linear, dlogits, rows, spare = self.linear, kept.dlogits, kept.rows, kept.spare
         assert spare is not None
         if self.hidden is not None:
             weight = spare[: columns.numel() * linear.weight.shape[1]].view(columns.numel(), -1)
@@ -169,7 +170,7 @@ def run(
             if chunk.recomputed:
                 logits = linear.compute_logits(block, buffer)
             dlogits = linear.backward_(block, logits, block_stats, coef[block.order])
-            kept: Kept | None = Kept(dlogits, block.rows)
+            kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
             if filters is not None:
                 kept = filters.compact(linear.backend, block, dlogits, coef[block.order])
             if kept is not None:

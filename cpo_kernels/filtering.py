@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .layout import Block, to_device
-from .reference import IGNORE_INDEX, TILE_ELEMENTS, long_slices
+from .reference import IGNORE_INDEX, long_slices, tile_elements
 
 if TYPE_CHECKING:
     from .backends import Backend
@@ -32,6 +32,7 @@ class Kept(NamedTuple):
         dlogits: (k, c), within the memory of the block's logits.
         rows: (k,) or a slice, rows of ``hidden``.
         columns: (c,) vocabulary entries, or None for all of them.
+        absent: (k,) bool, rows whose gradient is 0 and whose hidden states may be anything; None: there are none.
         spare: memory of the block's logits that ``dlogits`` does not need, for (c, H) numbers; None for all columns.
     """
 
@@ -39,6 +40,7 @@ class Kept(NamedTuple):
     rows: Tensor | slice
     columns: Tensor | None = None
     spare: Tensor | None = None
+    absent: Tensor | None = None
 
 
 @dataclass
@@ -64,8 +66,9 @@ class GradientFilter:
     @property
     def share(self) -> Tensor:
         """Dropped mass over total mass, 0 without any gradient."""
-        total = torch.as_tensor(self.total)
-        return (self.dropped / total).where(total > 0, 0.0).clamp(max=1.0)
+        if not isinstance(self.total, Tensor):  # no chunk had a gradient
+            return torch.zeros((), device="cpu")
+        return (self.dropped / self.total).where(self.total > 0, 0.0).clamp(max=1.0)
 
     def drop_candidates(
         self, contrast: Tensor, coef: Tensor, logps: Tensor, slots: Tensor, always: Tensor | None = None
@@ -165,7 +168,7 @@ def move_rows_(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
     """Slices of ``rows`` rows, a copy of which is small beside the matrix and large beside a launch."""
-    return long_slices(rows, matrix.shape[1], TILE_ELEMENTS if matrix.device.type == "cpu" else 8 * TILE_ELEMENTS)
+    return long_slices(rows, matrix.shape[1], tile_elements(matrix.device))
 
 
 def move_elements_(matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from .inputs import (
     prepare,
     split_options,
 )
-from .layout import CandidateLayout, check_range
+from .layout import CandidateLayout, check_range, to_device
 from .objective import CPOOutput, CPOProblem, Objective, check_problem, make_problem, summarize
 from .planning import Plan
 from .reference import IGNORE_INDEX, accumulate_dtype
@@ -260,7 +260,7 @@ def linear_sequence_logps(
         return sum_tokens(linear_token_logps(hidden, weight, targets, bias=bias, **head))
     inputs = prepare(hidden, weight, targets, layout, bias, Head(**head))
     logps = packed_token_logps(inputs)
-    lengths = torch.tensor(layout.cu_tokens, device=logps.device).diff()
+    lengths = to_device(torch.tensor(layout.cu_tokens, device="cpu").diff(), logps.device)
     return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(logps.dtype)
 
 

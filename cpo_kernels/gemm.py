@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .reference import accumulate_pair_, long_slices
+from .reference import accumulate_pair_, long_slices, tile_elements
 
 if TYPE_CHECKING:
     from .backends import Backend
+
+# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
+ROW_ALIGNMENT = 16
+# Below this V the padding would be a share of the budget that counts.
+SMALLEST_PADDED = 1024
 
 
 def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -30,7 +35,16 @@ def hidden_grad(
         return
     term = dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
     backend.gemm_(dlogits, weight, term, False)
-    grad[rows] += term
+    if once and isinstance(rows, Tensor):
+        grad.index_copy_(0, rows, term.to(grad.dtype))
+    else:
+        grad[rows] += term
+
+
+def row_width(vocab: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: on a GPU, rows begin at whole vectors, whatever V is."""
+    padded = device.type != "cpu" and vocab >= SMALLEST_PADDED
+    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
 
 
 def float32_sums(device: torch.device) -> bool:
@@ -75,7 +89,7 @@ class WeightGrad:
         self.zero_if_empty()
         term = spare[: columns.numel() * hidden.shape[1]].view(columns.numel(), -1)
         self.backend.gemm_(dlogits.t(), hidden, term, False)
-        for tile in long_slices(*term.shape):
+        for tile in long_slices(term.shape[0], term.shape[1], tile_elements(term.device)):
             # No column is there twice, so that adding by index is deterministic.
             if self.low is None:
                 self.value.index_add_(0, columns[tile], term[tile].to(self.value.dtype))

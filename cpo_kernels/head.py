@@ -46,7 +46,8 @@ class Head:
             ``candidate_eps * beta / num_groups``; None for exact gradients.
         skip_absent_rows: keep rows that predict nothing out of the products, which the host must count: on a GPU, one
             synchronisation a call. False (and always while a CUDA graph is captured): every row of the padded form
-            enters the products, and nothing waits for the device.
+            enters the products, and nothing waits for the device. Warm up with it before a capture, so that no kernel
+            is compiled in it.
     """
 
     logit_scale: float = 1.0

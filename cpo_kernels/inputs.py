@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .calls import LinearCall
 from .head import Head, HeadOptions
-from .layout import CandidateLayout
+from .layout import CandidateLayout, to_device
 from .objective import Objective, ObjectiveOptions
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -122,11 +122,11 @@ def prepare(
 def per_segment(
     name: str, values: Tensor | Sequence[int] | None, shape: tuple[int, ...], like: Tensor
 ) -> Tensor | None:
-    """``ref_logps`` or ``ranks`` flattened to (S,), checked to have ``shape``."""
+    """``ref_logps`` or ``ranks`` flattened to contiguous (S,), checked to have ``shape``."""
     if values is None:
         return None
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, device=like.device)
+        values = to_device(torch.tensor(values, device="cpu"), like.device)
     if tuple(values.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
     if values.device != like.device:
@@ -134,7 +134,7 @@ def per_segment(
     integer = not values.is_floating_point() and values.dtype != torch.bool
     if integer != (name == "ranks"):
         raise ValueError(f"{name} must be {'integers' if name == 'ranks' else 'floating point'}, got {values.dtype}")
-    return values.detach().reshape(-1)
+    return values.detach().reshape(-1).contiguous()
 
 
 def merge_ranks(ranks: Tensor | None, inputs: Inputs) -> Tensor | None:

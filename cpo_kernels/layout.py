@@ -117,6 +117,11 @@ class Tokens:
         rows = self.rows.unique().numel() if shared and self.rows is not None else self.targets.numel()
         return replace(self, rows_per_group=[rows])
 
+    @property
+    def rows_are_copied(self) -> bool:
+        """Whether hidden states are copied for a product: gathered, or in a dense call without what padding holds."""
+        return self.rows is None or not self.one_per_row or as_slice(self.rows) is None
+
     def among_all(self, values: Tensor, num_tokens: int) -> Tensor:
         """Values (n,) of the slots as values (N,) of all tokens, 0 for those that do not count."""
         if self.positions is None:
@@ -143,12 +148,15 @@ def find_tokens(
     Raises:
         ValueError: a target outside [0, V) other than -100, or a row outside [0, R); the message names the first.
     """
-    device, targets = targets.device, targets.cpu()
+    device = targets.device
+    if rows is None:
+        targets = targets.cpu()
+    else:
+        targets, rows = torch.stack([targets, rows]).cpu()
     present = targets != IGNORE_INDEX
     check_range("target", targets, present, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
     positions = present.nonzero().squeeze(1)
     if rows is not None:
-        rows = rows.cpu()
         check_range("row", rows, present, num_rows, f"[0, {num_rows})")
     token_rows = positions if rows is None else rows[positions]
     counted = torch.cat([present.new_zeros(1, dtype=torch.int64), present.cumsum(0)])
@@ -237,6 +245,7 @@ class Block:
         row_starts: (r + 1,) prefix count of the slots of each row; None: one a row.
         host_row_starts: the same on the host.
         targets: (n,) vocabulary entries, in the block's order.
+        absent: (r,) bool, rows of a dense call that predict nothing; None: there are none.
     """
 
     rows: Tensor | slice
@@ -245,6 +254,7 @@ class Block:
     row_starts: Tensor | None
     host_row_starts: Tensor | None
     targets: Tensor
+    absent: Tensor | None = None
 
     def row_indices(self, device: torch.device) -> Tensor:
         """``rows`` as indices."""
@@ -258,8 +268,17 @@ def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> l
     targets = tokens.targets[start:end]
     if tokens.one_per_row:
         bounds = [*range(start, end, rows_per_block), end]
+        absent = None if tokens.rows is not None else tokens.targets == IGNORE_INDEX
         return [
-            Block(row_slots(tokens, a, b), b - a, slice(a - start, b - start), None, None, tokens.targets[a:b])
+            Block(
+                rows=row_slots(tokens, a, b),
+                num_rows=b - a,
+                order=slice(a - start, b - start),
+                row_starts=None,
+                host_row_starts=None,
+                targets=tokens.targets[a:b],
+                absent=None if absent is None else absent[a:b],
+            )
             for a, b in pairwise(bounds)
         ]
     assert tokens.rows is not None  # a dense call has one token a row

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
+from .layout import to_device
+
 LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
 
 
@@ -129,7 +131,8 @@ def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
     if all(size == width for size in sizes):
         return Groups(None, shape)
     slots = [group * width + c for group, size in enumerate(sizes) for c in range(size)]
-    return Groups(torch.tensor(slots, device=device), shape, torch.tensor(sizes, device=device))
+    slots_and_sizes = (to_device(torch.tensor(values, device="cpu"), device) for values in (slots, sizes))
+    return Groups(next(slots_and_sizes), shape, next(slots_and_sizes))
 
 
 def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:

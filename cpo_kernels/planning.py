@@ -52,6 +52,8 @@ class Plan:
         accumulator_bytes: what a half-precision gradient of the weight takes besides itself when it is summed over
             several chunks: its low halves, or on a GPU a float32 sum.
         workspace_bytes: what the backend's products take besides their operands.
+        gathered_bytes: a copy of the hidden states, or of their gradient, of one chunk, where rows that predict
+            nothing lie between those that do.
         budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
             its memory; a row, if that is more), and what the accumulator and the workspace take.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
@@ -65,6 +67,7 @@ class Plan:
     logits_bytes: int
     accumulator_bytes: int
     workspace_bytes: int
+    gathered_bytes: int
     budget_bytes: int
     gemms: float
     note: str = ""
@@ -77,7 +80,7 @@ class Plan:
     @property
     def bytes(self) -> int:
         """Bytes held at the peak beyond inputs and gradients, index tensors of the tokens aside."""
-        return self.logits_bytes + self.accumulator_bytes + self.workspace_bytes
+        return self.logits_bytes + self.accumulator_bytes + self.workspace_bytes + self.gathered_bytes
 
 
 def make_plan(
@@ -89,13 +92,14 @@ def make_plan(
     max_logits_bytes: int | None,
     default_bytes: int = DEFAULT_LOGITS_BYTES,
     accumulator_bytes: int = 0,
+    gathered_row_bytes: int = 0,
     workspace_bytes: int = 0,
     whole_groups: bool = True,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
-    The accumulator of grad_weight and the workspace of the products count towards an explicit budget, where it holds
-    them besides the largest group without losing more than half of itself; where not, they come on top.
+    The accumulator of grad_weight, gathered rows and the workspace of the products count towards an explicit budget,
+    where it holds them besides the largest group without losing more than half of itself; where not, they come on top.
 
     Args:
         tokens: the tokens that count.
@@ -105,6 +109,7 @@ def make_plan(
         max_logits_bytes: the budget; None for the default.
         default_bytes: the default for logits.
         accumulator_bytes: what the gradient of the weight takes besides itself if there are several chunks.
+        gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
         workspace_bytes: what the backend's products take besides their operands.
         whole_groups: whether the rows of a group must be held together to be computed only once.
 
@@ -114,7 +119,9 @@ def make_plan(
     row_bytes = vocab * logits_dtype.itemsize
     total, needs_grad = tokens.num_rows, any(needs)
     accumulator = accumulator_bytes if needs[1] else 0
-    asked = max_logits_bytes or max(default_bytes, row_bytes) + accumulator + workspace_bytes
+    default = max(default_bytes, row_bytes)
+    overhead = workspace_bytes + default * gathered_row_bytes // row_bytes
+    asked = max_logits_bytes or default + accumulator + overhead
     if asked < row_bytes:
         raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
     largest = max(tokens.rows_per_group, default=0) if whole_groups else 1
@@ -123,10 +130,11 @@ def make_plan(
         fits = asked - overhead >= max(largest * row_bytes, asked // 2)
         return asked - overhead if fits or max_logits_bytes is None else asked
 
-    # One chunk needs no accumulator, so it may be larger by what they would take.
-    if total * row_bytes <= left_for_logits(workspace_bytes):
+    overhead = workspace_bytes + asked * gathered_row_bytes // (row_bytes + gathered_row_bytes)
+    # One chunk needs no accumulator, so it may be larger by what that would take.
+    if total * row_bytes <= left_for_logits(overhead):
         accumulator = 0
-    budget = left_for_logits(workspace_bytes + accumulator)
+    budget = left_for_logits(overhead + accumulator)
     notes = []
     rows_per_chunk = budget // row_bytes
     chunks = tuple(
@@ -137,11 +145,12 @@ def make_plan(
     if recomputed:
         notes.append(f"a group of {largest} rows does not fit the budget of {rows_per_chunk}: logits are recomputed")
     held = max(min(chunk.num_rows, chunk.rows_per_block) for chunk in chunks)
-    on_top = held * row_bytes + accumulator + workspace_bytes - asked
+    gathered = held * gathered_row_bytes
+    on_top = held * row_bytes + accumulator + workspace_bytes + gathered - asked
     if on_top > 0:
         notes.append(
-            f"{on_top} bytes come on top of the budget, with {accumulator} for the accumulator of grad_weight and "
-            f"{workspace_bytes} for the workspace of the products"
+            f"{on_top} bytes come on top of the budget, with {accumulator} for the accumulator of grad_weight, "
+            f"{workspace_bytes} for the workspace of the products and {gathered} for rows that are gathered"
         )
     return Plan(
         chunks=chunks,
@@ -150,6 +159,7 @@ def make_plan(
         logits_bytes=held * row_bytes,
         accumulator_bytes=accumulator,
         workspace_bytes=workspace_bytes,
+        gathered_bytes=gathered,
         budget_bytes=asked,
         gemms=1 + needs[0] + needs[1] + (recomputed / total if recomputed else 0.0),
         note="; ".join(notes),

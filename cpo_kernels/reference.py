@@ -191,6 +191,11 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
 TILE_ELEMENTS = 2**21
 
 
+def tile_elements(device: torch.device) -> int:
+    """The same by device: a GPU's tile is large beside what its launches cost."""
+    return TILE_ELEMENTS if device.type == "cpu" else 8 * TILE_ELEMENTS
+
+
 def long_slices(length: int, width: int, elements: int = TILE_ELEMENTS) -> list[slice]:
     """Slices of a long dimension of a (length, width) matrix, of about so many elements each."""
     step = max(1, elements // max(1, width))
@@ -231,7 +236,7 @@ def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     elif adds_to_float32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        for tile in long_slices(out.shape[0], out.shape[1], 8 * TILE_ELEMENTS):
+        for tile in long_slices(out.shape[0], out.shape[1], tile_elements(out.device)):
             out[tile] += torch.mm(a[tile], b, out_dtype=torch.float32)
 
 

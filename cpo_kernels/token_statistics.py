@@ -11,7 +11,7 @@ from . import reference
 from .calls import LinearCall, token_blocks
 from .engine import LinearHead
 from .head import Head
-from .inputs import prepare
+from .inputs import Inputs, prepare
 from .layout import Block, Tokens
 
 # Odd multiplier of Weyl sequences: blocks of one seed and neighbouring seeds do not share random numbers.
@@ -65,20 +65,32 @@ def linear_token_statistics(
     """
     inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
     inputs.call.head.check_exact("a call without gradients")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return statistics(inputs, None if seed is None else seed_tensor(seed, hidden.device), entropy, targets.shape)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as a scalar on the device, to which an integer comes without a copy that waits."""
+    if isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    return seed.to(device=device, dtype=torch.int64).reshape(())
+
+
+def statistics(inputs: Inputs, seed: Tensor | None, entropy: bool, shape: torch.Size) -> TokenStatistics:
+    """:func:`linear_token_statistics` of checked inputs."""
     needs = (False, False, False)
     linear = inputs.call.linear(inputs.hidden, inputs.weight, inputs.bias, needs)
     tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
     blocks, plan = token_blocks(inputs.call, tokens, inputs.hidden, inputs.weight, needs)
-    seeds = None if seed is None else torch.as_tensor(seed, dtype=torch.int64, device=hidden.device).reshape(())
     fused = linear.backend.linear_forward is not None and (entropy or seed is not None or linear.fused_forward)
     buffer = linear.workspace(0 if fused else plan.rows_held)
-    parts = [] if blocks else [no_tokens(linear, seeds is not None, entropy)]
+    parts = [] if blocks else [no_tokens(linear, seed is not None, entropy)]
     for index, block in enumerate(blocks):
-        mine = None if seeds is None else seeds * SEED_STRIDE + index
+        mine = None if seed is None else seed * SEED_STRIDE + index
         parts.append(
             fused_block(linear, block, mine, entropy) if fused else block_of(linear, block, buffer, mine, entropy)
         )
-    return gather(inputs.call, tokens, parts, tuple(targets.shape))
+    return gather(inputs.call, tokens, parts, tuple(shape))
 
 
 def no_tokens(linear: LinearHead, sampled: bool, entropy: bool) -> TokenStatistics:

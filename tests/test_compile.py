@@ -109,6 +109,12 @@ def test_inductor_gives_the_same(name):
     assert_compiled_equals_eager(FUNCTIONS[name], random_problem(bias=True).to(torch.float32), "inductor")
 
 
+def test_inductor_reads_the_gain_of_float16_gradients_in_its_own_dtype():
+    """The number of target tokens, a float64 tensor, is part of the gain where there is an NLL."""
+    problem = random_problem(G=2, C=2).to(torch.float16)
+    assert_compiled_equals_eager(FUNCTIONS["linear_cpo_loss"], problem, "inductor")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["ranked", "several_positives", "length_normalized_with_margin"])
 def test_objectives_and_backends(name, backend):

@@ -7,6 +7,7 @@ import torch
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
+    BACKENDS,
     PROBLEMS,
     GemmCounter,
     budget_of,
@@ -88,3 +89,21 @@ def test_nothing_waits_for_the_device(dtype, options):
     token_logps_grads(call(False), None, logps, hidden, weight, bias, needs)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         run_cpo(call(True), objective, ref_logps, None, hidden, weight, bias, needs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("skip", [True, False])
+def test_padding_may_hold_nan(backend, skip):
+    """As fully masked attention rows do: rows that predict nothing add exactly nothing."""
+    problem = random_problem().to(torch.float32)
+    clean = loss_and_grads(fused_loss(problem, backend=backend, skip_absent_rows=skip), problem)
+    with torch.no_grad():
+        problem.hidden[problem.targets == -100] = torch.nan
+    result = loss_and_grads(fused_loss(problem, backend=backend, skip_absent_rows=skip), problem)
+    for name, value in clean.items():
+        assert torch.equal(result[name], value), name
+    absent = problem.targets == -100
+    logps = linear_token_logps(problem.hidden, problem.weight, problem.targets, backend=backend, skip_absent_rows=skip)
+    grads = torch.autograd.grad(logps.sum(), (problem.hidden, problem.weight))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert not grads[0][absent].any()

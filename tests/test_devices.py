@@ -30,7 +30,10 @@ def results(problem: Problem, backend: str, budget: int | None) -> dict[str, tor
     head = {"backend": backend, "max_logits_bytes": budget, "bias": problem.bias, "layout": problem.layout}
     loss = fused_loss(problem, backend=backend, max_logits_bytes=budget)
     found = loss_and_grads(loss, problem)
-    found["any_loss"] = linear_sequence_loss(*linear, squares, **head)
+    filtered = fused_loss(problem, backend=backend, max_logits_bytes=budget, candidate_eps=0.02, grad_filter_eps=0.02)
+    found |= {f"filtered {name}": value for name, value in loss_and_grads(filtered, problem).items()}
+    any_loss = linear_sequence_loss(*linear, squares, **head)
+    found |= {f"any {name}": value for name, value in loss_and_grads(any_loss, problem).items()}
     logps = linear_sequence_logps(*linear, **head)
     found["logps"] = logps.sum()
     (found["logps_grad"],) = torch.autograd.grad(logps.sum(), problem.hidden)
@@ -41,9 +44,11 @@ def results(problem: Problem, backend: str, budget: int | None) -> dict[str, tor
 
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_linear_functions_say_where_their_tensors_go(backend, name, budget):
-    problem = PROBLEMS[name]().to(torch.float32)
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [*((name, torch.float32) for name in BACKENDS), ("torch", torch.float16)], ids=str
+)
+def test_linear_functions_say_where_their_tensors_go(backend, dtype, name, budget):
+    problem = PROBLEMS[name]().to(dtype)
     expected = results(problem, backend, budget)
     with torch.device("meta"):
         found = results(problem, backend, budget)

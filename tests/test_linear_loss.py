@@ -633,3 +633,21 @@ def test_output_is_detached_but_for_the_loss():
     present = (targets >= 0).any(-1)
     rewards = (0.1 * (sums - problem.ref_logps.float())).where(present, 0.0)
     torch.testing.assert_close(out.rewards, rewards.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_expanded_references_ranks_and_bias(backend):
+    """Backends take addresses of their elements one after another."""
+    problem = random_problem(G=3, C=4, bias=True).to(torch.float32)
+    ranks = torch.tensor([[0, 1, 2, 1]]).expand(3, 4)
+    wide = torch.randn(3, 4, 2)
+    for ref in (wide[..., 0], torch.tensor(-7.0).expand(3, 4), torch.randn(4, 3).t()):
+        bias = torch.randn(62)[::2].requires_grad_()
+        strided = replace(problem, ref_logps=ref, ranks=ranks, bias=bias)
+        dense_copy = replace(
+            problem, ref_logps=ref.clone(), ranks=ranks.clone(), bias=bias.detach().clone().requires_grad_()
+        )
+        found = loss_and_grads(fused_loss(strided, backend=backend), strided)
+        expected = loss_and_grads(fused_loss(dense_copy, backend="torch"), dense_copy)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value)

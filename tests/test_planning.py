@@ -35,10 +35,12 @@ def test_default_budget_and_nothing_to_say():
     problem = random_problem().to(torch.float32)
     result = plan(**problem.arguments())
     present = int((problem.targets != -100).sum())
-    assert result.budget_bytes == DEFAULT_LOGITS_BYTES + result.workspace_bytes
+    gathered = DEFAULT_LOGITS_BYTES * problem.weight.shape[1] // problem.weight.shape[0]  # absent rows lie in between
+    assert result.budget_bytes == DEFAULT_LOGITS_BYTES + result.workspace_bytes + gathered
     assert (result.num_rows, result.num_tokens) == (present, present)
     assert result.logits_bytes == budget_of(problem, present)
-    assert result.bytes == result.logits_bytes + result.workspace_bytes
+    assert result.gathered_bytes == present * problem.weight.shape[1] * 4
+    assert result.bytes == result.logits_bytes + result.workspace_bytes + result.gathered_bytes
     assert result.note == ""
     assert result.gemms == 3
 

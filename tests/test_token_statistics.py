@@ -106,6 +106,15 @@ def test_nothing_is_computed_that_was_not_asked_for():
     assert not out.logps.requires_grad
 
 
+def test_autocast_leaves_the_products_alone():
+    problem = random_problem(H=64, V=101).to(torch.float32)
+    arguments = (problem.hidden.bfloat16(), problem.weight.bfloat16(), problem.targets)
+    head = {"logits_dtype": torch.float32, "backend": "torch"}
+    expected = linear_token_statistics(*arguments, **head).logps
+    with torch.autocast(arguments[0].device.type, dtype=torch.bfloat16):
+        assert torch.equal(linear_token_statistics(*arguments, **head).logps, expected)
+
+
 def test_no_tokens():
     out = linear_token_statistics(
         torch.randn(2, 4), torch.randn(7, 4), torch.tensor([-100, -100]), seed=1, entropy=True, backend="torch"

@@ -46,6 +46,7 @@ class Backend:
         contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
         contrast_candidates: largest group that ``contrast`` takes.
         linear_forward: log-probabilities without logits in memory, or None.
+        too_old: why a device is too old for the kernels, or None.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Backend:
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
     linear_forward: Callable[..., Any] | None = None
+    too_old: Callable[[torch.device], str | None] | None = None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
@@ -67,7 +69,8 @@ class Backend:
             return f"backend {self.name!r} runs on {'/'.join(self.devices)} tensors, got {device}"
         if dtype not in self.dtypes:
             return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
-        return None
+        # The driver's answer cannot be traced: in compiled code, Triton's own compiler refuses.
+        return None if self.too_old is None or torch.compiler.is_compiling() else self.too_old(device)
 
 
 def triton_backend() -> Backend:
@@ -89,6 +92,7 @@ def triton_backend() -> Backend:
         contrast=contrast.contrast,
         contrast_candidates=contrast.MAX_CANDIDATES,
         linear_forward=linear.linear_forward,
+        too_old=triton_support.refusal,
     )
 
 

@@ -1,17 +1,20 @@
-"""Whether the Triton backend can be used here, found out without importing triton, which takes a second."""
+"""Whether the Triton backend can be used here, found out without importing triton, which takes a second.
+
+Nothing here creates a CUDA context: importing the package must not, or processes could not be forked after it.
+"""
 
 from __future__ import annotations
 
 import os
 from functools import cache
-from importlib import metadata
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 # Triton's own rule for its switches.
 TRUE_VALUES = ("1", "true", "yes", "on", "y")
-# tl.dot of bfloat16 and cp.async need it.
+# Products of bfloat16 and asynchronous copies need it.
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -25,21 +28,29 @@ def unavailable_reason() -> str | None:
     """Why the backend cannot be used and what to do about it, or None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed; run `pip install triton`"
-    if interpreted():
-        return None
-    if not torch.cuda.is_available():
+    # Counted through the driver's management library, where there is one.
+    if not interpreted() and torch.cuda.device_count() == 0:
         return "no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability()))
-        return f"the GPU has compute capability {found}, 8.0 is needed; backend='torch' runs on any device"
+    try:
+        import_module("cpo_kernels.backends.triton.linear")
+    except Exception as error:  # whatever a triton that does not fit raises
+        return f"its kernels cannot be imported ({type(error).__name__}: {error}); install triton 3.4 or newer"
     return None
+
+
+@cache
+def refusal(device: torch.device) -> str | None:
+    """Why a GPU is too old, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    found, needed = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"backend 'triton' needs compute capability {needed}, {device} has {found}"
 
 
 def description() -> str:
     """What runs the kernels."""
-    version = metadata.version("triton")
-    return (
-        f"triton {version}, in the interpreter"
-        if interpreted()
-        else f"triton {version} on {torch.cuda.get_device_name()}"
-    )
+    version = import_module("triton").__version__
+    return f"triton {version}, in the interpreter" if interpreted() else f"triton {version}"
