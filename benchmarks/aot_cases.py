@@ -19,6 +19,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 LLAMA, GPT2, SMALL = 128256, 50257, 1024
 R, H = 2048, 4096
+UNALIGNED = 4100  # an H at which rows of 16-bit numbers are not all at multiples of 16 bytes
 PLAIN = (1.0, 0.0, 1.0)
 CAPPED = (0.5, 30.0, 0.7)
 
@@ -119,13 +120,20 @@ def contrast_groups(
 
 
 def linear_forward(
-    dtype: torch.dtype, V: int = LLAMA, *, shared: bool = False, capped: bool = False, sample: bool = False
+    dtype: torch.dtype,
+    V: int = LLAMA,
+    width: int = H,
+    *,
+    shared: bool = False,
+    capped: bool = False,
+    sample: bool = False,
+    transposed: bool = False,
 ) -> object:
     """Log-likelihoods without logits, and on request samples and entropies."""
     targets, starts = row_tokens(shared=shared)
     return linear.linear_forward(
-        empty(R, H, dtype=dtype),
-        empty(V, H, dtype=dtype),
+        empty(R, width, dtype=dtype),
+        empty(width, V, dtype=dtype).T if transposed else empty(V, width, dtype=dtype),
         targets,
         starts,
         empty(V, dtype=dtype) if capped else None,
@@ -209,6 +217,27 @@ def linear_cases() -> list[Case]:
             partial(linear_forward, FP32, shared=True, capped=True, sample=True),
             kernel,
         ),
+        *linear_pointer_cases(),
+    ]
+
+
+def linear_pointer_cases() -> list[Case]:
+    """The fused linear forward where descriptors are ruled out: by the rows' alignment, or by a transposed weight."""
+    calls = {
+        f", H = {UNALIGNED}": partial(linear_forward, BF16, width=UNALIGNED),
+        f", H = {UNALIGNED}, odd V": partial(linear_forward, BF16, GPT2, UNALIGNED),
+        ", transposed weight": partial(linear_forward, BF16, transposed=True),
+    }
+    options = {
+        "": {},
+        ", shared rows, bias and softcap": {"shared": True, "capped": True},
+        ", sample and entropy": {"sample": True},
+        ", sample and entropy, shared rows, bias and softcap": {"shared": True, "capped": True, "sample": True},
+    }
+    return [
+        Case(f"linear_forward bf16{layout}{label}", partial(call, **option), "linear_forward_kernel")
+        for layout, call in calls.items()
+        for label, option in options.items()
     ]
 
 

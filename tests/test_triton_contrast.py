@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -257,6 +257,44 @@ def test_slices_of_longer_starts(ranks):
     )
     assert torch.equal(part_sums, sums[segments])
     assert torch.equal(part_coef, coef[tokens])
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same numbers at every third place, with others between them."""
+    wide = x.new_full((len(x), 3), 1)
+    wide[:, 1] = x
+    return wide[:, 1]
+
+
+VECTORS = ["logps", "ref_logps", "ranks", "lengths", "token_starts", "segment_starts"]
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_strided_inputs(name):
+    layout = GROUPS["ragged"]
+    chunk = Chunk(layout, token_logps(layout), torch.randn(14), with_ranks(layout, "ties"))
+    objective = Objective(mle_weight=0.5, length_normalized=True)
+    expected = launch(chunk, objective)
+    if name == "logps":
+        out = launch(replace(chunk, logps=spread(chunk.logps)), objective)
+    else:
+        tensor = torch.tensor(chunk.cu_groups) if name == "segment_starts" else getattr(chunk, name)
+        out = launch(chunk, objective, **{name: spread(tensor)})
+    assert out[1].abs().sum() > 0
+    for given, wanted in zip(out, expected, strict=True):
+        assert torch.equal(given, wanted)
+
+
+def test_expanded_inputs():
+    """One log-probability, reference, length and rank for all."""
+    layout = full([3, 3], [3, 3])
+    chunk = Chunk(layout, torch.full((12,), -2.5), torch.full((4,), -7.0), torch.zeros(4, dtype=torch.int64))
+    objective = Objective(mle_weight=0.5, length_normalized=True)
+    one = {name: getattr(chunk, name)[:1].expand(4) for name in ("ref_logps", "ranks", "lengths")}
+    out = launch(replace(chunk, logps=chunk.logps[:1].expand(12)), objective, **one)
+    for given, wanted in zip(out, launch(chunk, objective), strict=True):
+        assert torch.equal(given, wanted)
+    assert (out[0] == -7.5).all() and (out[1] == -0.5 / 12).all()
 
 
 @pytest.mark.parametrize("groups", ["five", "empty_slots", "absent"])

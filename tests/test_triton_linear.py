@@ -15,9 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cpo_kernels import reference
-from cpo_kernels.backends.triton import linear, splits, tuning
+from cpo_kernels.backends.triton import linear, tuning
 from cpo_kernels.backends.triton.linear import linear_forward
-from cpo_kernels.backends.triton.splits import LinearForward, plan_grid
+from cpo_kernels.backends.triton.splits import LinearForward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_R, BLOCK_V, BLOCK_H = 16, 32, 16
@@ -149,6 +149,28 @@ def test_strided_inputs(tma):
         check(view, {**CONFIG, "TMA": tma})
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same numbers at every third place, with others between them."""
+    wide = x.new_full((len(x), 3), 1)
+    wide[:, 1] = x
+    return wide[:, 1]
+
+
+def test_strided_vectors():
+    """Targets, starts and bias, between others that would give other results."""
+    c = case(V=67, counts=[1, 3, 0, 5, 2], head=HEADS["all"](67))
+    expected = c.run()
+    check(Case(c.hidden, c.weight, spread(c.targets), spread(c.row_starts), (spread(c.head[0]), *c.head[1:])))
+    out = Case(c.hidden, c.weight, spread(c.targets), spread(c.row_starts), (spread(c.head[0]), *c.head[1:])).run()
+    assert torch.equal(out.logps, expected.logps)
+
+
+def test_expanded_vectors():
+    """One target for all rows, and one bias for all words."""
+    c = case(V=67)
+    check(Case(c.hidden, c.weight, torch.tensor([9]).expand(5), head=(torch.tensor([0.7]).expand(67), 1.0, 3.0, 1.0)))
+
+
 def test_one_vector_for_all_rows():
     c = case(V=67)
     check(Case(c.hidden[:1].expand(5, -1), c.weight, c.targets), {**CONFIG, "TMA": 1})
@@ -274,43 +296,17 @@ def test_any_grid_covers_the_matrix(monkeypatch, count, cache_bytes):
     assert torch.equal(out.samples, c.run({**CONFIG, "SPLITS": 4}, seed=torch.tensor([1])).samples)
 
 
-@pytest.mark.cpu
-def test_grid_of_a_large_problem_fills_the_device():
-    """N = 8192, H = 4096, V = 128256 in 16 bits on an H100: whole rounds of its 132 multiprocessors, in its cache."""
-    grid = plan_grid(8192, 128256, 2 * 4096, 128, 256, 0, 132, 50 * 2**20)
-    assert grid.row_tiles == 64 and 0 <= grid.splits * grid.split_tiles - 501 < grid.split_tiles
-    rounds = -(-grid.row_tiles * grid.splits // 132)
-    assert rounds * grid.split_tiles <= 1.05 * 64 * 501 / 132
-    assert 2 * grid.group_tiles * 128 * 8192 <= 50 * 2**20
+@pytest.mark.parametrize("width", [64, 60])
+def test_table_is_asked_for_what_the_strides_allow(monkeypatch, width):
+    asked = []
 
+    def config(*sizes, descriptors):
+        asked.append(descriptors)
+        return CONFIG
 
-@pytest.mark.cpu
-def test_grid_of_few_rows_shares_out_the_vocabulary():
-    grid = plan_grid(1, 128256, 2 * 4096, 128, 256, 0, 132, 50 * 2**20)
-    assert grid.row_tiles == 1 and grid.splits == 126 and grid.split_tiles == 4
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("sizes", [(1, 1), (1000, 7), (130, 50257), (5000, 300)])
-@pytest.mark.parametrize("count", [0, 1, 3, 1000])
-def test_no_split_is_empty(sizes, count):
-    grid = plan_grid(*sizes, 128, 128, 64, count, 132, 2**20)
-    tiles = -(-sizes[1] // 64)
-    assert (grid.splits - 1) * grid.split_tiles < tiles <= grid.splits * grid.split_tiles
-    assert 1 <= grid.group_tiles <= grid.row_tiles
-
-
-def test_facts_of_the_device():
-    multiprocessors, cache_bytes = splits.device_facts(DEVICE)
-    assert multiprocessors >= 1 and (cache_bytes > 0) == (DEVICE.type == "cuda")
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("kernel", ["linear_forward", "linear_sample"])
-def test_table_has_the_sizes_of_a_launch(kernel):
-    entries = [entry for entry in tuning.entries() if entry["kernel"] == kernel]
-    needed = {"BLOCK_R", "BLOCK_V", "BLOCK_H", "num_warps", "num_stages"}
-    assert entries and all(needed <= e["config"].keys() <= needed | {"TMA", "SPLITS"} for e in entries)
+    monkeypatch.setattr(tuning, "config", config)
+    check(case(torch.float16, H=width), None)
+    assert asked == [width == 64]
 
 
 # Sampling

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .blocks import contiguous
 
 MAX_CANDIDATES = 2048
 # More of them per thread, in each of the vectors over candidates, would not fit its registers.
@@ -227,8 +228,8 @@ def contrast(
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens.
 
-    The starts may be slices of longer prefix counts: their first element is what they count from. Nothing is read
-    back to the host.
+    The starts may be slices of longer prefix counts: their first element is what they count from. Any strides will
+    do; what is not contiguous is copied. Nothing is read back to the host.
 
     Args:
         logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
@@ -259,6 +260,8 @@ def contrast(
     """
     if max_candidates > MAX_CANDIDATES:
         raise ValueError(f"max_candidates must be at most {MAX_CANDIDATES}, got {max_candidates}")
+    logps, lengths, token_starts = logps.contiguous(), lengths.contiguous(), token_starts.contiguous()
+    segment_starts, ref_logps, ranks = contiguous(segment_starts), contiguous(ref_logps), contiguous(ranks)
     num_segments = lengths.numel()
     sums, coef = torch.empty_like(lengths, dtype=torch.float32), torch.empty_like(logps)
     if num_segments == 0:

@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
+from .blocks import contiguous
 from .sampling import descend, exponential_variable, halves, uniforms
 from .splits import (
     LinearForward,
@@ -138,7 +139,21 @@ def exponentials(y, centre, ENTROPY: tl.constexpr):
     return e, tl.sum(e, axis=1), tilt
 
 
-@triton.jit
+# What varies from call to call (lengths, and where slices and partial results begin) must not select a kernel.
+@triton.jit(
+    do_not_specialize=["R", "row_tiles", "splits", "group_tiles", "split_tiles"],
+    do_not_specialize_on_alignment=[
+        "targets",
+        "row_starts",
+        "seed",
+        "target_logits",
+        "maxima",
+        "sums",
+        "tilts",
+        "keys",
+        "samples",
+    ],
+)
 def linear_forward_kernel(
     hidden,  # (R, H), or its descriptor of blocks (BLOCK_R, BLOCK_H)
     weight,  # (V, H), or its descriptor of blocks (BLOCK_V, BLOCK_H)
@@ -261,12 +276,14 @@ def linear_forward(
     Nothing is read back to the host, and the results are bitwise repeatable. NaN or infinity in a row's logits makes
     its log-probabilities and its entropy NaN.
 
+    Any strides will do: ``hidden`` and ``weight`` are read as they lie, the others copied where not contiguous.
+
     Args:
-        hidden: (R, H) float32, bfloat16 or float16, any strides. Products of float32 are exact, without TF32.
-        weight: (V, H) of the same dtype, any strides.
+        hidden: (R, H) float32, bfloat16 or float16. Products of float32 are exact, without TF32.
+        weight: (V, H) of the same dtype.
         targets: (N,) int64, in [0, V) or -100; any other value gives NaN.
         row_starts: (R + 1,) int64, the tokens of row r being ``row_starts[r]:row_starts[r + 1]``; None for N == R.
-        bias: (V,) contiguous, of a floating-point dtype, or None.
+        bias: (V,) of a floating-point dtype, or None.
         logit_scale: multiplies the biased logits.
         softcap: c of ``c * tanh(logit / c)``, applied next; 0.0 for none.
         temperature: divides the result.
@@ -274,7 +291,8 @@ def linear_forward(
             (seed, row, block sizes) and of the logits: another seed for every call, or rows repeat each other.
         entropy: whether to return the entropy of each row.
         config: ``{"BLOCK_R", "BLOCK_V", "BLOCK_H", "TMA", "num_warps", "num_stages"}`` and optionally ``"SPLITS"``;
-            None: the table's entry for ``"linear_forward"``, or ``"linear_sample"`` with a seed or the entropy.
+            None: the table's entry for ``"linear_forward"``, or ``"linear_sample"`` with a seed or the entropy, among
+            those without ``"TMA"`` if the strides rule descriptors out.
 
     Returns:
         :class:`LinearForward`. A row without a distribution (NaN, or nothing but -inf) has the sample -100.
@@ -284,6 +302,7 @@ def linear_forward(
     """
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
         hidden, weight = hidden.float(), weight.float()  # the interpreter would multiply the bits as integers
+    targets, row_starts, bias = targets.contiguous(), contiguous(row_starts), contiguous(bias)
     (R, H), V = hidden.shape, weight.shape[0]
     new = hidden.new_empty
     result = LinearForward(
@@ -296,9 +315,10 @@ def linear_forward(
     if R == 0:
         return result
     kernel = "linear_forward" if seed is None and not entropy else "linear_sample"
-    config = dict(config or tuning.config(kernel, hidden.device, V, hidden.dtype, H))
+    descriptors = has_descriptor(hidden) and has_descriptor(weight)
+    config = dict(config or tuning.config(kernel, hidden.device, V, hidden.dtype, H, descriptors=descriptors))
     blocks = config["BLOCK_R"], config["BLOCK_V"], config["BLOCK_H"]
-    tma = bool(config.pop("TMA", 0)) and has_descriptor(hidden) and has_descriptor(weight)
+    tma = bool(config.pop("TMA", 0)) and descriptors
     facts = device_facts(hidden.device)
     grid = plan_grid(R, V, H * hidden.element_size(), *blocks[:2], config.pop("SPLITS", 0), *facts)
     partials = new_partials(grid.splits, R, hidden.device, sample=seed is not None, entropy=entropy)

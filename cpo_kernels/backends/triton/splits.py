@@ -1,6 +1,6 @@
 """The vocabulary of the fused linear forward shared out between programs, and each row put together again."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .blocks import IGNORE
 
-IGNORE_INDEX = tl.constexpr(-100)
 # Rows times splits that one program combines.
 COMBINED = 1024
 
@@ -33,7 +33,7 @@ def device_facts(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-@cache
+@lru_cache(4096)  # R varies from call to call
 def plan_grid(
     R: int, V: int, row_bytes: int, block_r: int, block_v: int, splits: int, multiprocessors: int, cache_bytes: int
 ) -> Grid:
@@ -107,7 +107,23 @@ def moved(tilt, mass, shift):
     return tilt + mass * tl.where(mass > 0.0, shift, 0.0)
 
 
-@triton.jit
+# As in the first kernel: neither lengths nor alignment may select a kernel.
+@triton.jit(
+    do_not_specialize=["R", "splits"],
+    do_not_specialize_on_alignment=[
+        "maxima",
+        "sums",
+        "tilts",
+        "keys",
+        "split_samples",
+        "targets",
+        "row_starts",
+        "stats",
+        "logps",
+        "samples",
+        "entropy",
+    ],
+)
 def combine_splits_kernel(
     maxima,  # (splits, R)
     sums,  # (splits, R)
@@ -147,14 +163,14 @@ def combine_splits_kernel(
     if samples is not None:
         best = tl.argmax(tl.load(keys + at, mask=inside, other=float("-inf")), axis=0)
         sample = tl.load(split_samples + best.to(tl.int64) * R + row, mask=exists, other=0).to(tl.int64)
-        tl.store(samples + row, tl.where(mass > 0.0, sample, IGNORE_INDEX), mask=exists)
+        tl.store(samples + row, tl.where(mass > 0.0, sample, IGNORE), mask=exists)
 
     begin, count = find_tokens(row_starts, row, R)
     for i in range(0, most_tokens(row_starts, row, R)):
-        target = tl.load(targets + begin + i, mask=i < count, other=IGNORE_INDEX)
+        target = tl.load(targets + begin + i, mask=i < count, other=IGNORE)
         known = (target >= 0) & (target < V)
         logit = tl.load(logps + begin + i, mask=known, other=float("nan"))
-        logp = tl.where(target == IGNORE_INDEX, 0.0, logit - top - log_sum)
+        logp = tl.where(target == IGNORE, 0.0, logit - top - log_sum)
         tl.store(logps + begin + i, logp, mask=i < count)
 
 

@@ -3,7 +3,8 @@
 ``tuning.json`` holds ``source`` (where its figures come from) and ``entries``, searched in order: the first that
 matches on the architecture of the device, else the first that matches on ``"default"``. An entry has ``kernel``,
 ``arch``, ``dtype`` (or ``"any"``), optionally ``vocab_at_most`` and ``hidden_at_most``, and ``config``: the constexpr
-sizes, ``num_warps`` and ``num_stages`` of a launch.
+sizes, ``num_warps`` and ``num_stages`` of a launch. Entries whose config sets ``TMA`` are sized for loads by
+descriptors, and passed over where a launch's matrices rule descriptors out.
 """
 
 from __future__ import annotations
@@ -39,21 +40,24 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _matches(entry: dict[str, Any], kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int) -> bool:
+def _matches(
+    entry: dict[str, Any], kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int, descriptors: bool
+) -> bool:
     return (
         entry["kernel"] == kernel
         and entry["arch"] == arch
         and entry["dtype"] in (dtype, "any")
         and vocab <= entry.get("vocab_at_most", vocab)
         and hidden_size <= entry.get("hidden_at_most", hidden_size)
+        and (descriptors or not entry["config"].get("TMA", 0))
     )
 
 
 @cache
-def _lookup(kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int) -> dict[str, int]:
+def _lookup(kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int, descriptors: bool) -> dict[str, int]:
     for name in (arch, DEFAULT):
         for entry in entries():
-            if _matches(entry, kernel, name, vocab, dtype, hidden_size):
+            if _matches(entry, kernel, name, vocab, dtype, hidden_size, descriptors):
                 found: dict[str, int] = entry["config"]
                 return found
     raise LookupError(
@@ -61,13 +65,24 @@ def _lookup(kernel: str, arch: str, vocab: int, dtype: str, hidden_size: int) ->
     )
 
 
-def config(kernel: str, device: torch.device, vocab: int, dtype: torch.dtype, hidden_size: int = 0) -> dict[str, int]:
+def config(
+    kernel: str,
+    device: torch.device,
+    vocab: int,
+    dtype: torch.dtype,
+    hidden_size: int = 0,
+    *,
+    descriptors: bool = True,
+) -> dict[str, int]:
     """The constexpr sizes, num_warps and num_stages of a launch of ``kernel``, as a dictionary of its own.
+
+    ``descriptors``: whether the launch's matrices can have them; without, no entry that sets ``TMA`` is taken.
 
     Raises:
         LookupError: the table has no such kernel, or no entry that covers these sizes.
     """
-    return dict(_lookup(kernel, architecture(device), vocab, str(dtype).removeprefix("torch."), hidden_size))
+    name = str(dtype).removeprefix("torch.")
+    return dict(_lookup(kernel, architecture(device), vocab, name, hidden_size, descriptors))
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
