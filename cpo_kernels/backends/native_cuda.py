@@ -1,0 +1,357 @@
+"""The compiled CUDA backend: where a tensor on a GPU becomes an address, and torch's current stream a handle.
+
+Every function here checks device, dtype, shape and strides before it takes an address. Values stay on the device and
+are not checked: a target outside [0, V) is never read at, its log-probability is NaN, and it has no column to write to.
+Nothing waits for the device, and all of it can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.objective import LOSS_TYPES
+
+from .native import DTYPE_CODES, check, fold_transform, front_halves, share_memory
+
+MAX_CANDIDATES = 1024  # of a group, as in csrc/cuda/launch.h
+MIN_CAPABILITY = (8, 0)
+MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and why it cannot be used."""
+    try:
+        from cpo_kernels import _cuda
+    except ModuleNotFoundError:
+        return None, (
+            "this installation has no CUDA extension; reinstall it where nvcc is found (CPO_KERNELS_CUDA=1 demands "
+            "it), or use backend='triton'"
+        )
+    except ImportError as error:
+        return None, f"the CUDA extension cannot be loaded ({error}); backend='triton' runs on NVIDIA GPUs"
+    return _cuda, None
+
+
+def unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be used here, or None if they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver supports CUDA {_version(driver)}, the extension was compiled with CUDA {_version(runtime)}; "
+            f"update the driver, rebuild with an older toolkit, or use backend='triton'"
+        )
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {found}, 8.0 is needed; backend='torch' runs on any device"
+    return None
+
+
+def description() -> str:
+    """How the extension was compiled."""
+    return f"compiled extension, CUDA {_version(_extension().runtime_version())}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _extension() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cuda' is not available: {reason}")
+    return module
+
+
+def _queue(device: torch.device) -> dict[str, int]:
+    """Where to launch: on the current stream of the tensors' device."""
+    if device.type != "cuda":
+        raise ValueError(f"logits are on {device}; expected a CUDA tensor")
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def row_forward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cpo_kernels.ops.row_forward` in one read of the logits, which rows without a token are spared.
+
+    Args:
+        logits: (R, V) float32, bfloat16 or float16 on a GPU, of unit column stride and any row stride.
+        targets: (N,) int64; one outside [0, V) other than -100 is not read and has log-probability NaN.
+        row_starts: (R + 1,) int64 prefix count of the tokens of each row, or None for one token a row.
+        bias: (V,) float32, bfloat16 or float16, or None.
+        logit_scale: factor of the logits and the bias.
+        softcap: bound of the scaled logits, 0.0 for none.
+        temperature: divisor of the capped logits.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) float32, maximum and log-sum-exp minus maximum, 0 for rows without a token; logps (N,) float32.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    _extension().row_forward(
+        **_queue(logits.device), **rows.arguments, threads=threads, stats=stats.data_ptr(), logps=logps.data_ptr()
+    )
+    return stats, logps
+
+
+def row_backward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> Tensor:
+    """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype.
+
+    Rows whose tokens all have a coef of 0, and tokens of target -100 whatever their coef, give exact zeros and cost no
+    read of the logits.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here.
+        targets: see above.
+        row_starts: see above.
+        stats: (2, R) float32, from :func:`row_forward`.
+        coef: (N,) float32, the derivative of the loss with respect to each log-probability.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        threads: see above.
+
+    Raises:
+        ValueError: as :func:`row_forward`.
+        RuntimeError: as :func:`row_forward`.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    _backward_into(out, logits, rows, stats, coef, threads)
+    return out
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+) -> None:
+    """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+
+    Raises:
+        ValueError: as :func:`row_backward`, and for rows that overlap in memory, or another ``grad_dtype`` than that of
+            the logits, or bfloat16 or float16 for float32 logits.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    narrow = grad_dtype is not None and grad_dtype != logits.dtype
+    out = front_halves(logits, grad_dtype) if narrow and grad_dtype is not None else logits
+    _backward_into(out, logits, rows, stats, coef, threads)
+
+
+def _backward_into(out: Tensor, logits: Tensor, rows: _Rows, stats: Tensor, coef: Tensor, threads: int) -> None:
+    (R, V), device = logits.shape, logits.device
+    if R > 1 and logits.stride(0) < V and share_memory(out, logits):
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {V}"
+        )
+    check("stats", stats, (2, R), (torch.float32,), device)
+    check("coef", coef, (rows.arguments["tokens"],), (torch.float32,), device)
+    stats, coef = stats.contiguous(), coef.contiguous()
+    shared = rows.arguments["row_starts"] != 0
+    token_grad = torch.empty(coef.shape, dtype=torch.float32, device=device) if shared else None
+    _extension().row_backward(
+        **_queue(device),
+        **rows.arguments,
+        threads=threads,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        coef=coef.data_ptr(),
+        token_grad=0 if token_grad is None else token_grad.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+
+
+def contrast(
+    logps: Tensor,
+    token_starts: Tensor,
+    segment_starts: Tensor | None,
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    *,
+    beta: float,
+    margin: float,
+    label_smoothing: float,
+    loss_type: str,
+    length_normalized: bool,
+    contrast_weight: float,
+    mle_weight: float,
+    num_groups: float,
+    num_target_tokens: float | Tensor,
+    gain: float,
+    max_candidates: int,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens, in one launch.
+
+    The starts may be slices of longer prefix counts: their first element is what they count from.
+
+    Args:
+        logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
+        token_starts: (S + 1,) int64 prefix count of the slots of each segment.
+        segment_starts: (G + 1,) int64 prefix count of the segments of each group; None: ``max_candidates`` each.
+        lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
+        ref_logps: (S,) float32 or None.
+        ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
+        beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
+        margin: see ``beta``.
+        label_smoothing: see ``beta``.
+        loss_type: see ``beta``.
+        length_normalized: see ``beta``.
+        contrast_weight: see ``beta``.
+        mle_weight: see ``beta``.
+        num_groups: denominator of the contrast.
+        num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
+        gain: factor on every coefficient.
+        max_candidates: segments of the largest group, at most 1024.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+
+    Returns:
+        sums (S,) float32, accumulated in float64, and ``gain * dloss / dlogp`` (n,) float32 for every slot of a
+        segment: 0 in absent candidates, and NaN in all others of a group whose scores are not finite.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where the launch fails.
+    """
+    if max_candidates > MAX_CANDIDATES:
+        raise ValueError(f"max_candidates must be at most {MAX_CANDIDATES}, got {max_candidates}")
+    device, S = logps.device, lengths.numel()
+    integers, counted = (torch.int64,), isinstance(num_target_tokens, Tensor)
+    check("logps", logps, (None,), (torch.float32,), device)
+    check("token_starts", token_starts, (S + 1,), integers, device)
+    check("lengths", lengths, (S,), integers, device)
+    if segment_starts is not None:
+        check("segment_starts", segment_starts, (None,), integers, device)
+    if ref_logps is not None:
+        check("ref_logps", ref_logps, (S,), (torch.float32,), device)
+    if ranks is not None:
+        ranks = ranks.to(torch.int64)
+        check("ranks", ranks, (S,), integers, device)
+    if isinstance(num_target_tokens, Tensor):
+        check("num_target_tokens", num_target_tokens, (), (torch.float64,), device)
+    sums, coef = torch.empty_like(lengths, dtype=torch.float32), torch.empty_like(logps)
+    if S == 0:
+        return sums, coef
+    given = [logps, token_starts, segment_starts, lengths, ref_logps, ranks, num_target_tokens if counted else None]
+    names = ("logps", "token_starts", "segment_starts", "lengths", "ref_logps", "ranks", "num_target_tokens")
+    tensors = {name: x.contiguous() if isinstance(x, Tensor) else None for name, x in zip(names, given, strict=True)}
+    _extension().contrast(
+        **_queue(device),
+        **{name: 0 if x is None else x.data_ptr() for name, x in tensors.items()},
+        threads=threads,
+        segments=S,
+        slots=logps.numel(),
+        sums=sums.data_ptr(),
+        coef=coef.data_ptr(),
+        groups=S // max_candidates if segment_starts is None else segment_starts.numel() - 1,
+        max_candidates=max_candidates,
+        length_normalized=length_normalized,
+        loss=LOSS_TYPES.index(loss_type),
+        beta=beta,
+        label_smoothing=label_smoothing,
+        margin=margin,
+        contrast_scale=gain * contrast_weight / num_groups,
+        mle_scale=gain * mle_weight / (1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens),
+    )
+    return sums, coef
+
+
+class _Rows:
+    """The checked arguments that forward and backward share, and the tensors whose addresses are among them.
+
+    Memory that is released after the launch is used again no earlier than by what follows on the same stream.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> None:
+        check("logits", logits, (None, None), tuple(DTYPE_CODES), logits.device)
+        (R, V), device = logits.shape, logits.device
+        if not 0 < V <= MAX_VOCAB:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; expected 1 to {MAX_VOCAB} columns")
+        if V > 1 and logits.stride(1) != 1:
+            raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
+        check("targets", targets, (R if row_starts is None else None,), (torch.int64,), device)
+        targets = targets.contiguous()
+        if row_starts is not None:
+            check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
+            row_starts = row_starts.contiguous()
+        if bias is not None:
+            check("bias", bias, (V,), tuple(DTYPE_CODES), device)
+            bias = bias.detach().to(torch.float32).contiguous()
+        mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
+        self.tensors = (logits, targets, row_starts, bias)
+        self.arguments: dict[str, Any] = {
+            "dtype": DTYPE_CODES[logits.dtype],
+            "logits": logits.data_ptr(),
+            "rows": R,
+            "vocab": V,
+            "row_stride": logits.stride(0),
+            "targets": targets.data_ptr(),
+            "row_starts": 0 if row_starts is None else row_starts.data_ptr(),
+            "tokens": targets.shape[0],
+            "bias": 0 if bias is None else bias.data_ptr(),
+            "mult": mult,
+            "cap": cap,
+            "slope": slope,
+        }
