@@ -102,16 +102,20 @@ CPO_DEVICE bool stores_column(const Span& span, int column) {
   return owner == simt::thread_index();
 }
 
-// A row of one token. The thread that stores the target's column keeps its logit and stores that column once more.
-template <class T, class Out, class Head>
-CPO_DEVICE void store_gradient_of_one(Out* out_row, const T* x, const Span& span, const LogitGradient<Head>& gradient, std::int64_t target,
-                                      float coef, int vocab) {
-  const bool mine = is_word(target, vocab) && stores_column<T>(span, static_cast<int>(target));
-  float b = 0.0f;
-  const float raw = mine ? load_logit(x, gradient.head, target, vocab, b) : 0.0f;
-  store_gradient(out_row, x, span, gradient, vocab);
-  if (mine) store_rounded(out_row + target, gradient.of_target(raw, b, coef, 0.0f));
-}
+// The token of a row of one, for the thread that stores its column: that thread keeps the logit and stores the column once more.
+struct OwnToken {
+  int column;  // or -1: none, or another thread's
+  float x, bias;
+
+  template <class T, class Head>
+  static CPO_DEVICE OwnToken find(const T* x, const Head& head, const Span& span, std::int64_t target, int vocab) {
+    OwnToken own{-1, 0.0f, 0.0f};
+    if (!is_word(target, vocab) || !stores_column<T>(span, static_cast<int>(target))) return own;
+    own.column = static_cast<int>(target);
+    own.x = load_logit(x, head, target, vocab, own.bias);
+    return own;
+  }
+};
 
 // The gradient at each token's own column to token_grad; tokens of equal targets get the same bits.
 template <class T, class Head>
@@ -154,15 +158,19 @@ CPO_DEVICE void backward_row(const BackwardArgs& args, const Head& head, std::in
   const LogitGradient<Head> gradient{head, simt::load(args.stats.max + row), inverse_sum, batch.slope,
                                      -coef.sum * batch.slope * inverse_sum};
   const Span span = find_span(x, batch.vocab);
-  if (!batch.row_starts) {
-    store_gradient_of_one(out_row, x, span, gradient, simt::load(batch.targets + row), coef.sum, batch.vocab);
-    return;
+  OwnToken own{-1, 0.0f, 0.0f};
+  if (batch.row_starts) {
+    find_token_gradients(args, x, gradient, tokens);
+    simt::block_barrier();  // the logits of the targets are read before any is overwritten
+  } else {
+    own = OwnToken::find(x, head, span, simt::load(batch.targets + row), batch.vocab);
   }
-  find_token_gradients(args, x, gradient, tokens);
-  simt::block_barrier();  // the logits of the targets are read before any is overwritten
   store_gradient(out_row, x, span, gradient, batch.vocab);
-  simt::block_barrier();  // what other threads wrote to these columns comes first
-  store_token_gradients(args, out_row, tokens);
+  if (own.column >= 0) store_rounded(out_row + own.column, gradient.of_target(own.x, own.bias, coef.sum, 0.0f));
+  if (batch.row_starts) {
+    simt::block_barrier();  // what other threads wrote to these columns comes first
+    store_token_gradients(args, out_row, tokens);
+  }
 }
 
 }  // namespace cpo
