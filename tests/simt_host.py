@@ -92,6 +92,15 @@ class ContrastArgs(ctypes.Structure):
     )
 
 
+class LossArgs(ctypes.Structure):
+    _fields_ = (
+        ("forward", ForwardArgs),
+        ("contrast", ContrastArgs),
+        ("grad", ctypes.c_void_p),
+        ("grad_stride", ctypes.c_int64),
+    )
+
+
 class EmulatorError(AssertionError):
     """What the emulator found: an access outside of the arguments, a barrier that not all threads reach."""
 
@@ -127,11 +136,9 @@ class HostModule:
         self.allow(arguments["bias"], 4 * batch.vocab)
         return batch, RowStats(arguments["stats"], arguments["stats"] + 4 * rows)
 
-    def contrast(self, **arguments: Any) -> None:
-        self.library.simt_begin(self.seed)
+    def _groups(self, arguments: dict[str, Any]) -> ContrastArgs:
         segments, slots = arguments["segments"], arguments["slots"]
         sizes = {
-            "logps": 4 * slots,
             "token_starts": 8 * (segments + 1),
             "segment_starts": 8 * (arguments["groups"] + 1),
             "lengths": 8 * segments,
@@ -143,8 +150,26 @@ class HostModule:
             self.allow(arguments[name], size)
         self.allow(arguments["sums"], 4 * segments, write=True)
         self.allow(arguments["coef"], 4 * slots, write=True)
-        args = ContrastArgs(**{name: arguments[name] for name, _ in ContrastArgs._fields_})
+        return ContrastArgs(**{name: arguments[name] for name, _ in ContrastArgs._fields_})
+
+    def contrast(self, **arguments: Any) -> None:
+        self.library.simt_begin(self.seed)
+        self.allow(arguments["logps"], 4 * arguments["slots"])
+        args = self._groups(arguments)
         self.finish(self.library.simt_contrast(ctypes.byref(args), arguments["threads"]))
+
+    def cpo_loss(self, **arguments: Any) -> None:
+        batch, stats = self._batch(arguments)
+        self.allow(stats.max, 8 * batch.rows, write=True)
+        self.allow(arguments["logps"], 4 * arguments["tokens"], write=True)
+        self._allow_rows(arguments["grad"], batch, arguments["grad_stride"], ELEMENT_SIZE[arguments["dtype"]])
+        forward = ForwardArgs(batch, stats, arguments["logps"])
+        args = LossArgs(forward, self._groups(arguments), arguments["grad"], arguments["grad_stride"])
+        self.finish(self.library.simt_cpo_loss(arguments["dtype"], ctypes.byref(args), arguments["threads"]))
+
+    def _allow_rows(self, address: int, batch: RowBatch, stride: int, size: int) -> None:
+        for row in range(batch.rows if address else 0):
+            self.allow(address + row * stride * size, batch.vocab * size, write=True)
 
     def row_forward(self, **arguments: Any) -> None:
         batch, stats = self._batch(arguments)
@@ -158,10 +183,7 @@ class HostModule:
         self.allow(stats.max, 8 * batch.rows)
         self.allow(arguments["coef"], 4 * arguments["tokens"])
         self.allow(arguments["token_grad"], 4 * arguments["tokens"], write=True)
-        size = ELEMENT_SIZE[arguments["out_dtype"]]
-        for row in range(batch.rows):
-            start = arguments["out"] + row * arguments["out_stride"] * size
-            self.allow(start, batch.vocab * size, write=True)
+        self._allow_rows(arguments["out"], batch, arguments["out_stride"], ELEMENT_SIZE[arguments["out_dtype"]])
         names = ("coef", "token_grad", "out", "out_stride")
         args = BackwardArgs(batch, stats, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]

@@ -39,13 +39,15 @@ def kernels() -> list[tuple[str, sass.Kernel]]:
 
 @needs_module
 def test_every_kernel_is_there():
-    """Three dtypes by five heads of the forward, five pairs of dtypes by five heads of the backward, the contrast."""
+    """Three dtypes by five heads of the forward, five pairs of dtypes by five heads of the backward, the loss
+    as the forward, the contrast."""
     built = {arch for arch, _ in kernels()}
     assert built, "the module has no kernels"
     for arch in built:
         names = [kernel.name for a, kernel in kernels() if a == arch]
         assert sum(sass.FORWARD.search(name) is not None for name in names) == 15, arch
         assert sum(sass.BACKWARD.search(name) is not None for name in names) == 25, arch
+        assert sum(sass.LOSS.search(name) is not None for name in names) == 15, arch
         assert sum("contrast_kernel" in name for name in names) == 1, arch
 
 
@@ -57,7 +59,7 @@ def test_no_spills_no_local_memory_no_generic_accesses_no_atomics():
 
 @needs_module
 def test_row_kernels_load_and_store_16_bytes_and_have_four_loads_in_flight():
-    rows = [(a, k) for a, k in kernels() if sass.FORWARD.search(k.name) or sass.BACKWARD.search(k.name)]
+    rows = [(arch, kernel) for arch, kernel in kernels() if sass.is_row_kernel(kernel)]
     assert rows
     found = [(arch, kernel.name, sass.vector_complaints(kernel)) for arch, kernel in rows]
     assert not [entry for entry in found if entry[-1]]

@@ -12,12 +12,14 @@ import torch
 
 from cpo_kernels import reference
 from cpo_kernels.backends import native_cuda
+from cpo_kernels.objective import Objective
 
 pytestmark = [
     pytest.mark.cpu,
     pytest.mark.skipif(simt_host.compiler() is None, reason="needs g++"),
 ]
 KERNELS = ("read_beyond", "write_to_input", "misaligned", "barrier_for_some", "no_barrier", "with_barrier")
+OPTIONS = ("beta", "margin", "label_smoothing", "loss_type", "length_normalized", "contrast_weight", "mle_weight")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,27 @@ MUTATIONS = {
     ),
     "a vector too many": ("vectors.cuh", "(vocab - lead) / K;", "(vocab - lead) / K + 1;"),
     "targets that are not in their row": ("row_tokens.cuh", "target >= 0 && target < vocab", "target >= 0"),
+    "a grid that does not wait for its coefficients": (
+        "cpo_loss.cu",
+        "  simt::grid_barrier();\n\n  const BackwardArgs",
+        "\n  const BackwardArgs",
+    ),
 }
+
+
+def small_loss() -> bool:
+    """Whether the loss in one launch is what its parts are; five groups, three blocks."""
+    logits, targets = torch.randn(20, 257), torch.randint(0, 257, (20,))
+    starts, lengths = torch.arange(0, 22, 2), torch.full((10,), 2)
+    head, groups = (None, 1.0, 0.0, 1.0), (starts, None, lengths, None, None)
+    objective = Objective()
+    options = {name: getattr(objective, name) for name in OPTIONS} | {"num_groups": 5, "num_target_tokens": 10}
+    options |= {"gain": 1.0, "max_candidates": 2, "threads": 64}
+    stats, logps = native_cuda.row_forward(logits, targets, None, *head, threads=64)
+    _, coef = native_cuda.contrast(logps, *groups, **options)
+    apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
+    native_cuda.cpo_loss(logits, targets, logits, *groups, *head, **options)
+    return torch.equal(logits, apart)
 
 
 def small_run() -> bool:
@@ -98,7 +120,7 @@ def small_run() -> bool:
 def holds_for_every_seed(emulator: simt_host.HostModule) -> bool:
     try:
         for emulator.seed in range(4):
-            if not small_run():
+            if not (small_run() and small_loss()):
                 return False
     except simt_host.EmulatorError:
         return False

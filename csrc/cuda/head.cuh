@@ -37,9 +37,9 @@ CPO_DEVICE float tanh_slope(float u) {
 // What the flags leave out is not computed: a bias, a factor other than 1, a softcap.
 template <bool kBias, bool kScaled, bool kCapped>
 struct Head {
-  // Threads of a block at most, and blocks on a multiprocessor: what a softcap adds to a gradient takes registers for 85 a thread.
-  static constexpr int kThreads = kCapped ? 256 : 512;
-  static constexpr int kBlocks = kCapped ? 3 : 2;
+  // Threads of a block at most, and blocks on a multiprocessor: 64 registers a thread, or 85 for what a bias or a softcap adds.
+  static constexpr int kThreads = kBias || kCapped ? 256 : 512;
+  static constexpr int kBlocks = kBias || kCapped ? 3 : 2;
 
   const float* bias;  // (V,)
   float mult;

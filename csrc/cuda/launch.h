@@ -75,10 +75,19 @@ struct ContrastArgs {
   double mle_scale;
 };
 
+// Row r of the logits has the slot r of the segments. grad: (R, V) of the logits' dtype, or the logits themselves, or null.
+struct LossArgs {
+  ForwardArgs forward;
+  ContrastArgs contrast;  // of the logps that forward writes
+  void* grad;
+  std::int64_t grad_stride;  // elements
+};
+
 inline std::size_t contrast_shared_bytes(int max_candidates) { return static_cast<std::size_t>(max_candidates) * 5 * sizeof(double); }
 
 void row_forward(const Queue& queue, DType dtype, const ForwardArgs& args);
 void row_backward(const Queue& queue, DType dtype, DType out_dtype, const BackwardArgs& args);
 void contrast(const Queue& queue, const ContrastArgs& args);
+void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args);
 
 }  // namespace cpo

@@ -1,8 +1,10 @@
 // simt.h for nvcc.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -23,6 +25,9 @@ CPO_DEVICE std::int64_t block_count() { return gridDim.x; }
 
 CPO_DEVICE void block_barrier() { __syncthreads(); }
 CPO_DEVICE bool block_any(bool value) { return __syncthreads_or(value) != 0; }
+
+// Of a cooperative launch: what any block has written before, every block sees after it.
+CPO_DEVICE void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 template <class T>
 CPO_DEVICE T shuffle_xor(T value, int mask) {
@@ -110,14 +115,35 @@ inline void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-template <class... Parameters, class... Arguments>
-void launch(const Grid& grid, const char* name, void (*kernel)(Parameters...), const Arguments&... arguments) {
+inline cudaLaunchConfig_t launch_config(const Grid& grid, const char* name) {
   if (grid.blocks > 0x7fffffff) throw std::invalid_argument(std::string(name) + ": more than 2^31 - 1 blocks");
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = static_cast<cudaStream_t>(grid.stream);
+  return config;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(const Grid& grid, const char* name, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const cudaLaunchConfig_t config = launch_config(grid, name);
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
+}
+
+// With grid barriers: of the grid's blocks, no more than the device runs at a time.
+template <class... Parameters, class... Arguments>
+void launch_cooperative(Grid grid, int device, const char* name, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  int multiprocessors = 0, resident = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, grid.threads, grid.shared_bytes), name);
+  grid.blocks = std::min<std::int64_t>(grid.blocks, static_cast<std::int64_t>(multiprocessors) * resident);
+  cudaLaunchConfig_t config = launch_config(grid, name);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), name);
 }
 

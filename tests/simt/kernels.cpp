@@ -1,5 +1,6 @@
 // The CUDA kernels for a CPU, as functions that ctypes can call; see simt_host.h.
 #include "cuda/contrast.cu"
+#include "cuda/cpo_loss.cu"
 #include "cuda/row_backward.cu"
 #include "cuda/row_forward.cu"
 
@@ -49,6 +50,10 @@ int simt_row_backward(int dtype, int out_dtype, const cpo::BackwardArgs* args, i
 
 int simt_contrast(const cpo::ContrastArgs* args, int threads) {
   return guarded([&] { cpo::contrast(queue(threads), *args); });
+}
+
+int simt_cpo_loss(int dtype, const cpo::LossArgs* args, int threads) {
+  return guarded([&] { cpo::cpo_loss(queue(threads), static_cast<cpo::DType>(dtype), *args); });
 }
 
 }  // extern "C"

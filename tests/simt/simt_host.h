@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -203,6 +204,8 @@ inline bool block_any(bool value) {
   return result;
 }
 
+inline void grid_barrier() { machine.meet(machine.grid_meeting()); }
+
 template <class T>
 inline T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) <= 8);
@@ -294,6 +297,14 @@ struct Grid {
 template <class... Parameters, class... Arguments>
 void launch(const Grid& grid, const char*, void (*kernel)(Parameters...), const Arguments&... arguments) {
   machine.run(grid.blocks, grid.threads, grid.shared_bytes, 1, [&] { kernel(Parameters(arguments)...); });
+}
+
+constexpr std::int64_t kResidentBlocks = 3;
+
+template <class... Parameters, class... Arguments>
+void launch_cooperative(Grid grid, int, const char*, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  grid.blocks = std::min(grid.blocks, kResidentBlocks);
+  machine.run(grid.blocks, grid.threads, grid.shared_bytes, grid.blocks, [&] { kernel(Parameters(arguments)...); });
 }
 
 }  // namespace cpo::simt
