@@ -61,10 +61,15 @@ CPO_DEVICE Words4 load(const Words4* p) {
   const uint4 v = *reinterpret_cast<const uint4*>(p);
   return {{v.x, v.y, v.z, v.w}};
 }
+// In PTX: the compiler may split the store of a struct into four.
 CPO_DEVICE void store(Words4* p, const Words4& v) {
-  *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]), "r"(v.word[1]),
+               "r"(v.word[2]), "r"(v.word[3])
+               : "memory");
 }
-CPO_DEVICE void store(Words2* p, const Words2& v) { *reinterpret_cast<uint2*>(p) = make_uint2(v.word[0], v.word[1]); }
+CPO_DEVICE void store(Words2* p, const Words2& v) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.word[0]), "r"(v.word[1]) : "memory");
+}
 
 // 2^x to 2 ulp, 0 for results below 2^-126.
 CPO_DEVICE float exp2_approx(float x) {
