@@ -10,6 +10,7 @@ import torch
 from problems import PROBLEMS
 from tolerance import assert_accurate
 
+from benchmarks import small_run
 from cpo_kernels import backends, linear_cpo_loss, ops, token_logps
 from cpo_kernels.backends import native_cuda
 
@@ -151,6 +152,14 @@ def test_the_engine_with_these_kernels(backend, dtype, name):
         results.append((out.loss.detach(), problem.hidden.grad, problem.weight.grad))
     for what, *tensors in zip(("loss", "hidden", "weight"), *results, strict=True):
         assert_accurate(*tensors, what)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_the_sanitizer_watches_runs(backend, dtype):
+    small_run.logits_form("cuda", torch.device("cpu"), dtype)
+    small_run.linear_form("cuda", torch.device("cpu"), dtype)
+    small_run.one_launch(torch.device("cpu"), dtype)
 
 
 def test_logits_form(backend):
