@@ -33,6 +33,21 @@ class LinearArgs(ctypes.Structure):
         ("workspace_floats", ctypes.c_int64),
         ("stats", simt_host.RowStats),
         ("logps", ctypes.c_void_p),
+        ("exponentials", ctypes.c_void_p),
+        ("exponentials_stride", ctypes.c_int64),
+        ("tile_tops", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+    )
+
+
+class LinearBackwardArgs(ctypes.Structure):
+    _fields_ = (
+        ("batch", simt_host.RowBatch),
+        ("stats", simt_host.RowStats),
+        ("tile_tops", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("logps", ctypes.c_void_p),
+        ("coef", ctypes.c_void_p),
     )
 
 
@@ -53,6 +68,8 @@ def build(folder: Path, include: Path = simt_host.ROOT / "csrc") -> ctypes.CDLL:
     library = simt_host.build(folder, SOURCE, include)
     library.simt_set_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     library.simt_linear_workspace.argtypes = [*[ctypes.c_int64] * 3, ctypes.POINTER(ctypes.c_int64)]
+    library.simt_linear_tiles.argtypes = [ctypes.c_int64]
+    library.simt_linear_tiles.restype = ctypes.c_int64
     library.simt_make_schedule.argtypes = [
         *[ctypes.c_int64] * 3,
         ctypes.c_int,
@@ -98,8 +115,40 @@ class HopperModule(simt_host.HostModule):
         self.allow(arguments["workspace"], 4 * arguments["workspace_floats"], write=True)
         self.allow(stats, 8 * rows, write=True)
         self.allow(arguments["logps"], 4 * arguments["tokens"], write=True)
+        self._allow_kept(arguments, rows, tokens=arguments["tokens"], write=True)
         names = [name for name, _ in LinearArgs._fields_ if name != "stats"]
         args = LinearArgs(
             stats=simt_host.RowStats(stats, stats + 4 * rows), **{name: arguments[name] for name in names}
         )
         self.finish(self.library.simt_linear_forward(arguments["dtype"], ctypes.byref(args)))
+
+    def _allow_kept(self, arguments: dict[str, Any], rows: int, tokens: int, *, write: bool) -> None:
+        """Whole rows of the exponentials, the columns that pad them included."""
+        vocab = arguments["vocab"]
+        size = rows * arguments["exponentials_stride"] * ELEMENT_SIZE
+        self.allow(arguments["exponentials"], size, write=True)
+        self.allow(arguments["tile_tops"], 4 * self.linear_tiles(vocab=vocab) * rows, write=write)
+        self.allow(arguments["slopes"], 4 * tokens, write=write)
+
+    def linear_tiles(self, *, vocab: int) -> int:
+        return self.library.simt_linear_tiles(vocab)
+
+    def linear_backward(self, **arguments: Any) -> None:
+        self._begin()
+        rows, stats, tokens = arguments["rows"], arguments["stats"], arguments["tokens"]
+        self._allow_kept(arguments, rows, tokens, write=False)
+        self.allow(arguments["targets"], 8 * tokens)
+        self.allow(arguments["row_starts"], 8 * (rows + 1))
+        self.allow(stats, 8 * rows)
+        self.allow(arguments["logps"], 4 * tokens)
+        self.allow(arguments["coef"], 4 * tokens)
+        batch = simt_host.RowBatch(
+            logits=arguments["exponentials"],
+            row_stride=arguments["exponentials_stride"],
+            **{name: arguments[name] for name in ("rows", "vocab", "targets", "row_starts", "slope")},
+        )
+        names = ("tile_tops", "slopes", "logps", "coef")
+        args = LinearBackwardArgs(
+            batch, simt_host.RowStats(stats, stats + 4 * rows), *(arguments[name] for name in names)
+        )
+        self.finish(self.library.simt_linear_backward(arguments["dtype"], ctypes.byref(args)))

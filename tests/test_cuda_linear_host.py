@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cpo_kernels import reference
 from cpo_kernels.backends import native_cuda
-from cpo_kernels.backends.native_hopper import linear_forward
+from cpo_kernels.backends.native_hopper import Kept, linear_backward_, linear_forward, new_kept
 
 pytestmark = [
     pytest.mark.cpu,
@@ -66,8 +66,20 @@ class Case:
     row_starts: Tensor | None = None
     head: tuple[Tensor | None, float, float, float] = field(default=PLAIN)
 
-    def run(self) -> tuple[Tensor, Tensor]:
-        return linear_forward(self.hidden, self.weight, self.targets, self.row_starts, *self.head)
+    def run(self, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+        return linear_forward(self.hidden, self.weight, self.targets, self.row_starts, *self.head, kept)
+
+    def gradient(self, coef: Tensor) -> Tensor:
+        """(R, V), of log-probabilities and statistics that keep what it needs."""
+        kept = new_kept(self.hidden, self.weight, self.targets)
+        stats, logps = self.run(kept)
+        return linear_backward_(kept, self.targets, self.row_starts, stats, logps, coef, *self.head[1:])
+
+    def expected_gradient(self, dtype: torch.dtype, coef: Tensor) -> Tensor:
+        bias, *numbers = self.head
+        logits, (stats, _) = self.hidden.to(dtype) @ self.weight.to(dtype).T, self.expected(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        return reference.row_backward(logits, self.targets, self.row_starts, stats, coef.to(dtype), bias, *numbers)
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Statistics and log-probabilities from logits of ``dtype``."""
@@ -98,9 +110,9 @@ def case(dtype=torch.bfloat16, R=5, V=101, H=72, counts: list[int] | None = None
     return Case(aligned(hidden), aligned(weight), targets, row_starts, head)
 
 
-def check(c: Case) -> tuple[Tensor, Tensor]:
+def check(c: Case, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     """Results by the rule of tolerance; eager is plain torch with logits in float32."""
-    stats, logps = c.run()
+    stats, logps = c.run(kept)
     eager_stats, eager_logps = c.expected(torch.float32)
     oracle_stats, oracle_logps = c.expected(torch.float64)
     present = torch.unique(reference.token_rows(c.targets, c.row_starts)[c.targets != -100])
@@ -243,6 +255,89 @@ def test_another_gpu_is_refused(gpu):
     gpu.capability = (10, 0)
     with pytest.raises(simt_host.EmulatorError, match=r"needs compute capability 9.0 \(Hopper\); device 0 has 10.0"):
         case().run()
+
+
+def coefs(c: Case) -> Tensor:
+    """Of the tokens; NaN where there is none."""
+    return torch.where(c.targets == -100, math.nan, torch.randn(c.targets.shape))
+
+
+def check_gradient(c: Case, coef: Tensor | None = None) -> Tensor:
+    """Forward and gradient by the rule of tolerance; eager is plain torch with float32 logits, rounded once."""
+    coef = coefs(c) if coef is None else coef
+    check(c, new_kept(c.hidden, c.weight, c.targets))
+    grad = c.gradient(coef)
+    eager, oracle = (c.expected_gradient(dtype, coef) for dtype in (torch.float32, torch.float64))
+    assert_accurate(grad, eager.to(grad.dtype), oracle, "gradient")
+    return grad
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
+@pytest.mark.parametrize("V", [1, 2, 101, COLUMNS, COLUMNS + 9, 2 * COLUMNS + 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_every_vocabulary(dtype, V, shared):
+    check_gradient(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None))
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_every_head(dtype, head):
+    V = COLUMNS + 77
+    check_gradient(case(dtype, V=V, counts=[1, 3, 0, 5, 2], head=head(V)))
+
+
+def test_gradient_under_a_steep_softcap():
+    """Every logit is near its bound, where 1 - tanh^2 would cancel."""
+    check_gradient(case(V=COLUMNS + 5, H=8, head=(None, 5.0, 3.0, 1.0)))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 4])
+def test_gradient_of_several_row_tiles_in_every_order(gpu, multiprocessors):
+    gpu.multiprocessors = multiprocessors
+    c = case(R=ROWS + 66, V=2 * COLUMNS + 3, H=DEPTH)
+    coef = coefs(c)
+    expected = check_gradient(c, coef)
+    gpu.seed = 1
+    assert torch.equal(c.gradient(coef), expected)
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_gradient_of_huge_logits(scale):
+    c = case(V=2 * COLUMNS + 7, H=8)
+    check_gradient(replace(c, head=(None, scale, 0.0, 1.0)))
+
+
+def test_a_gradient_that_is_no_rows_business():
+    """Zero coefs, absent tokens, no tokens: exactly 0, whatever the row holds; a NaN coef is a gradient."""
+    c = case(counts=[2, 1, 0, 1], V=COLUMNS + 3, H=8)
+    c.hidden[:] = math.nan
+    c.targets[:] = torch.tensor([1, 2, -100, 3])
+    grad = c.gradient(torch.tensor([0.0, -0.0, math.nan, math.nan]))
+    assert (grad[:3] == 0).all() and grad[3].isnan().all()
+
+
+def test_certain_words_have_no_gradient():
+    """All tokens of a row have one target, and it has all the probability: coefs cancel to exactly 0."""
+    V = COLUMNS + 3
+    bias = torch.full((V,), -200.0)
+    bias[7] = 7.7
+    c = case(counts=[40], V=V, H=8, head=(bias, 1.0, 0.0, 1.0))
+    c.targets[:] = 7
+    assert (c.gradient(torch.randn(40)) == 0).all()
+
+
+def test_nan_infinity_and_wrong_targets_in_a_gradient():
+    c = case(R=4, V=COLUMNS + 3, H=8)
+    c.targets[:] = torch.tensor([3, 5, len(c.weight), 9])
+    c.hidden[0, 5], c.hidden[3, 5] = math.nan, math.inf
+    coef = torch.ones(4)
+    grad = c.gradient(coef)
+    assert grad[[0, 3]].isnan().all() and grad[1].isfinite().all()
+    # A target that no word has leaves the gradient of the others.
+    absent = replace(c, hidden=c.hidden.nan_to_num(0, 0), targets=torch.tensor([3, 5, 0, 9]))
+    expected = absent.expected_gradient(torch.float32, coef)[2]
+    expected[0] -= 1
+    assert_accurate(grad[2], expected.to(grad.dtype), expected.double(), "gradient")
 
 
 def schedule_of(library, R: int, V: int, H: int, multiprocessors: int) -> Schedule:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def cuobjdump() -> str | None:
     return shutil.which("cuobjdump") or (str(inside) if inside and inside.exists() else None)
 
 
+@cache
 def dump(option: str, architecture: str) -> dict[str, str]:
     """Text of each of the kernels, by its mangled name."""
     module, tool = extension(), cuobjdump()
@@ -81,18 +83,25 @@ def dtype_of(name: str) -> str:
     return "bf16" if "4bf16" in name else "f16"
 
 
+def keeps(name: str) -> bool:
+    """Whether the kernel keeps what a gradient needs: its template argument after the dtype."""
+    return "f16ELb1E" in name
+
+
 def test_every_kernel_is_there_and_keeps_to_its_registers():
     usage = dump("--dump-resource-usage", "sm_90a")
-    assert len(usage) == 10  # two dtypes, five heads
+    assert len(usage) == 20  # two dtypes, five heads, with and without what a gradient needs
     for text in usage.values():
         check_resources(text)
 
 
 def test_every_kernel_multiplies_on_the_tensor_cores():
     sass = dump("--dump-sass", "sm_90a")
-    assert len(sass) == 10
+    assert len(sass) == 20
     for name, text in sass.items():
-        check_instructions(instructions(text), dtype_of(name))
+        code = instructions(text)
+        check_instructions(code, dtype_of(name))
+        assert any("STG.E.128" in line for line in code) == keeps(name)
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
@@ -117,7 +126,7 @@ def test_the_checks_can_fail():
         [*code, "LDL R1, [R2]"],
         [*code[:middle], "MEMBAR.ALL.GPU", *code[middle:]],
         [*code[:middle], "FADD R24, R24, R25", *code[middle:]],
-        [line.replace("0xe8", "0xf8") for line in code],
+        [line.replace("0xf0", "0xf8") for line in code],
     ):
         with pytest.raises(AssertionError):
             check_instructions(broken, dtype_of(name))

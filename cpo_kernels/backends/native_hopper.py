@@ -1,9 +1,15 @@
-"""The fused linear forward of the compiled CUDA backend, for Hopper: log-probabilities without logits in memory.
+"""The fused linear path of the compiled CUDA backend, for Hopper: logits exist in registers only.
+
+Log-probabilities alone leave nothing in memory. Where a gradient is to follow, 16 bits a logit do: its exponential
+relative to the row's maximum in its tile, as accurate as the gradient made of it, so that there is no second pass over
+float32 logits.
 
 Nothing selects it: it is compiled, and checked on a CPU instruction by instruction, but not measured.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +22,29 @@ DTYPES = (torch.bfloat16, torch.float16)
 BOUNDARY = 16  # bytes: what the copy engine takes rows at multiples of
 
 
+class Kept(NamedTuple):
+    """What :func:`linear_forward` keeps for :func:`linear_backward_`.
+
+    exponentials (R, V) of the inputs' dtype, in rows padded to 16 bytes; tile_tops (tiles, R) and slopes (N,) float32.
+    """
+
+    exponentials: Tensor
+    tile_tops: Tensor
+    slopes: Tensor
+
+
+def new_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Kept:
+    """Room for it: 2 bytes a logit and little else."""
+    R, V = hidden.shape[0], weight.shape[0]
+    unit = BOUNDARY // hidden.element_size()
+    tiles = native_cuda._extension().linear_tiles(vocab=V)
+    return Kept(
+        torch.empty((R, -(-V // unit) * unit), dtype=hidden.dtype, device=hidden.device)[:, :V],
+        torch.empty((tiles, R), dtype=torch.float32, device=hidden.device),
+        torch.empty(targets.shape, dtype=torch.float32, device=hidden.device),
+    )
+
+
 def linear_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -25,6 +54,7 @@ def linear_forward(
     logit_scale: float,
     softcap: float,
     temperature: float,
+    kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`cpo_kernels.ops.row_forward` of ``hidden @ weight.T`` with float32 logits, which exist in registers only.
 
@@ -40,6 +70,7 @@ def linear_forward(
         logit_scale: factor of the logits and the bias.
         softcap: bound of the scaled logits, 0.0 for none.
         temperature: divisor of the capped logits.
+        kept: of :func:`new_kept`, filled for :func:`linear_backward_`; None where no gradient follows.
 
     Returns:
         stats (2, R) float32, maximum and log-sum-exp minus maximum; logps (N,) float32.
@@ -88,8 +119,75 @@ def linear_forward(
         workspace_floats=floats,
         stats=stats.data_ptr(),
         logps=logps.data_ptr(),
+        exponentials=0 if kept is None else kept.exponentials.data_ptr(),
+        exponentials_stride=0 if kept is None else kept.exponentials.stride(0),
+        tile_tops=0 if kept is None else kept.tile_tops.data_ptr(),
+        slopes=0 if kept is None else kept.slopes.data_ptr(),
     )
     return stats, logps
+
+
+def linear_backward_(
+    kept: Kept,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    logps: Tensor,
+    coef: Tensor,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+) -> Tensor:
+    """Gradient (R, V) of ``sum_n coef_n * logp_n`` with respect to the raw logits, over the memory of ``kept``.
+
+    As :func:`cpo_kernels.ops.row_backward_`, with one multiplication a logit. It can be called once.
+
+    Args:
+        kept: filled by :func:`linear_forward`.
+        targets: as given there, like row_starts, logit_scale, softcap and temperature.
+        row_starts: see above.
+        stats: as returned there, like logps.
+        logps: see above.
+        coef: (N,) float32, the derivative of the loss with respect to each log-probability.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    exponentials, device = kept.exponentials, kept.exponentials.device
+    check("exponentials", exponentials, (None, None), DTYPES, device)
+    (R, V), N = exponentials.shape, targets.shape[0]
+    check("targets", targets, (R if row_starts is None else None,), (torch.int64,), device)
+    check("stats", stats, (2, R), (torch.float32,), device)
+    for name, tensor in (("slopes", kept.slopes), ("logps", logps), ("coef", coef)):
+        check(name, tensor, (N,), (torch.float32,), device)
+    if row_starts is not None:
+        check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
+        row_starts = row_starts.contiguous()
+    extension, slope = native_cuda._extension(), fold_transform(logit_scale, softcap, temperature)[2]
+    check("tile_tops", kept.tile_tops, (extension.linear_tiles(vocab=V), R), (torch.float32,), device)
+    targets, stats, logps, coef = targets.contiguous(), stats.contiguous(), logps.contiguous(), coef.contiguous()
+    extension.linear_backward(
+        **native_cuda._queue(device),
+        dtype=DTYPE_CODES[exponentials.dtype],
+        exponentials=exponentials.data_ptr(),
+        exponentials_stride=_row_stride("exponentials", exponentials),
+        rows=R,
+        vocab=V,
+        targets=targets.data_ptr(),
+        row_starts=0 if row_starts is None else row_starts.data_ptr(),
+        tokens=N,
+        tile_tops=kept.tile_tops.data_ptr(),
+        slopes=kept.slopes.data_ptr(),
+        slope=slope,
+        stats=stats.data_ptr(),
+        logps=logps.data_ptr(),
+        coef=coef.data_ptr(),
+    )
+    return exponentials
 
 
 def _row_stride(name: str, matrix: Tensor) -> int:

@@ -4,7 +4,7 @@
 
 namespace cpo {
 
-// Adds linear_forward and linear_workspace to the module.
+// Adds linear_forward, linear_workspace, linear_tiles and linear_backward to the module.
 void bind_linear(pybind11::module_& m);
 
 }  // namespace cpo

@@ -29,6 +29,12 @@ struct Facts {
 #define CPO_HOPPER 1
 #endif
 
+namespace cpo::hopper {
+
+CPO_DEVICE void warp_barrier() { __syncwarp(); }
+
+}  // namespace cpo::hopper
+
 #if defined(CPO_HOPPER)
 #include "cuda/wgmma.h"
 
@@ -37,8 +43,6 @@ namespace cpo::hopper {
 CPO_DEVICE std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
-
-CPO_DEVICE void warp_barrier() { __syncwarp(); }
 
 // ---- Clusters
 

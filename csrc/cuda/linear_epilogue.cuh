@@ -11,21 +11,39 @@ namespace cpo::linear {
 
 constexpr int kAccumulators = kTileColumns / 2;
 
-// Raw logits to logits of the softmax, in place; -inf from column `vocab` on.
-template <class Head>
+// A logit before its softcap, which bounds -inf too: that is left for columns that do not exist.
+template <bool kBias, bool kScaled, bool kCapped>
+CPO_DEVICE float uncapped(const Head<kBias, kScaled, kCapped>& head, float x, float bias) {
+  const float u = head.scaled(x, bias);
+  return kCapped && u == -INFINITY ? kLowest : u;
+}
+
+template <bool kBias, bool kScaled, bool kCapped>
+CPO_DEVICE float capped(const Head<kBias, kScaled, kCapped>& head, float u) {
+  return kCapped && u != -INFINITY ? head.cap * tanh_approx(u) : u;
+}
+
+// dy/dx in units of its value at y = 0.
+template <bool kBias, bool kScaled, bool kCapped>
+CPO_DEVICE float slope_of(const Head<kBias, kScaled, kCapped>&, float u) {
+  return kCapped ? tanh_slope(u) : 1.0f;
+}
+
+// Raw logits to logits of the softmax, in place; -inf from column `vocab` on. With kUncapped, to what a softcap is yet to be put on.
+template <bool kUncapped, class Head>
 CPO_DEVICE void transform_tile(float (&y)[kAccumulators], const Head& head, int quad_lane, int first_column, int vocab) {
-  const int inside = vocab - first_column;
+  const int first = first_column + 2 * quad_lane, inside = vocab - first;  // of the columns from this thread's first on
   CPO_UNROLL
   for (int i = 0; i < kAccumulators; i += i % 4 == 0 ? 1 : 3) {  // the first row's two columns of every group of 8
-    const int column = 8 * (i / 4) + 2 * quad_lane + i % 4;
-    const float bias = head.bias_of(first_column + (column < inside ? column : inside - 1));
-    y[i] = head.logit(y[i], bias);
-    y[i + 2] = head.logit(y[i + 2], bias);
+    const int column = 8 * (i / 4) + i % 4;
+    const float bias = column < inside ? head.bias_of(first + column) : 0.0f;
+    y[i] = kUncapped ? uncapped(head, y[i], bias) : head.logit(y[i], bias);
+    y[i + 2] = kUncapped ? uncapped(head, y[i + 2], bias) : head.logit(y[i + 2], bias);
   }
   if (inside >= kTileColumns) return;
   CPO_UNROLL
   for (int i = 0; i < kAccumulators; ++i) {
-    if (8 * (i / 4) + 2 * quad_lane + i % 2 >= inside) y[i] = -INFINITY;
+    if (8 * (i / 4) + i % 2 >= inside) y[i] = -INFINITY;
   }
 }
 
@@ -68,10 +86,13 @@ CPO_DEVICE OnlineSum merge_quad(OnlineSum sum) {
 
 // The tokens of a row; most rows have one, so its column is kept.
 struct RowTokens {
-  std::int64_t begin = 0;
   int count = 0;
   int first = -1;
 };
+
+CPO_DEVICE std::int64_t first_token(const std::int64_t* row_starts, std::int64_t row) {
+  return row_starts ? simt::load(row_starts + row) : row;
+}
 
 // A target's column, or -1 where the vocabulary has none.
 CPO_DEVICE int column_of(std::int64_t target, int vocab) {
@@ -82,9 +103,9 @@ CPO_DEVICE RowTokens find_tokens(const std::int64_t* targets, const std::int64_t
                                  int vocab) {
   RowTokens tokens;
   if (row >= rows) return tokens;
-  tokens.begin = row_starts ? simt::load(row_starts + row) : row;
-  tokens.count = row_starts ? static_cast<int>(simt::load(row_starts + row + 1) - tokens.begin) : 1;
-  if (tokens.count > 0) tokens.first = column_of(simt::load(targets + tokens.begin), vocab);
+  const std::int64_t begin = first_token(row_starts, row);
+  tokens.count = static_cast<int>((row_starts ? simt::load(row_starts + row + 1) : row + 1) - begin);
+  if (tokens.count > 0) tokens.first = column_of(simt::load(targets + begin), vocab);
   return tokens;
 }
 
@@ -100,15 +121,26 @@ CPO_DEVICE float pick(const float (&y)[kAccumulators], int column) {
   return picked;
 }
 
-// Writes the logits of those of a row's targets that lie in this tile, in this thread's columns: each is written once.
-template <int kRow>
-CPO_DEVICE void store_target_logits(float* target_logits, const std::int64_t* targets, const RowTokens& tokens,
-                                    const float (&y)[kAccumulators], int quad_lane, int first_column, int vocab) {
+// Where the targets are, and where their logits go; with a gradient to follow, their slopes too.
+struct TargetLogits {
+  const std::int64_t* targets;     // (N,)
+  const std::int64_t* row_starts;  // (R + 1,), or null
+  float* logits;                   // (N,)
+  float* slopes;                   // (N,), or null
+};
+
+// Writes those of a row's targets that lie in this tile, in this thread's columns: each is written once.
+template <int kRow, bool kUncapped, class Head>
+CPO_DEVICE void store_target_logits(const TargetLogits& out, const RowTokens& tokens, std::int64_t row,
+                                    const float (&y)[kAccumulators], const Head& head, int quad_lane, int first_column, int vocab) {
   for (int i = 0; i < tokens.count; ++i) {
-    const int known = i == 0 ? tokens.first : column_of(simt::load(targets + tokens.begin + i), vocab);
+    const std::int64_t n = first_token(out.row_starts, row) + i;
+    const int known = i == 0 ? tokens.first : column_of(simt::load(out.targets + n), vocab);
     const int column = known - first_column;
     if (known < 0 || column < 0 || column >= kTileColumns || column % 8 / 2 != quad_lane) continue;
-    simt::store(target_logits + tokens.begin + i, pick<kRow>(y, column));
+    const float picked = pick<kRow>(y, column);
+    simt::store(out.logits + n, kUncapped ? capped(head, picked) : picked);
+    if (kUncapped) simt::store(out.slopes + n, slope_of(head, picked));
   }
 }
 

@@ -7,7 +7,7 @@
 
 #include "cuda/hopper.h"
 #include "cuda/launch.h"
-#include "cuda/linear_epilogue.cuh"
+#include "cuda/linear_keep.cuh"
 
 namespace cpo::linear {
 
@@ -17,8 +17,8 @@ constexpr int kConsumers = 2;
 constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr int kConsumerRows = kTileRows / kConsumers;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
 static_assert((kProducerRegisters + kConsumers * kConsumerRegisters) * kWarpgroup <= 65536, "registers of a multiprocessor");
 
 constexpr std::uint32_t kRowBytes = kTileDepth * 2;
@@ -39,6 +39,7 @@ struct KernelArgs {
   float* target_logits;            // (N,) out
   float* maxima;                   // (splits, R) out
   float* sums;                     // (splits, R) out
+  Kept kept;                       // out, where a gradient is to follow
 };
 
 struct CombineArgs {
@@ -145,8 +146,28 @@ CPO_DEVICE void store_partial(const OnlineSum& sum, int quad_lane, std::int64_t 
   simt::store(args.sums + split * args.rows + row, whole.mass);
 }
 
+// What a thread does with a tile of its two rows.
+template <class T, bool kKeep, class Head>
+CPO_DEVICE void reduce_tile(float (&y)[kAccumulators], OnlineSum (&sums)[2], const RowTokens (&tokens)[2], int row,
+                            const Head& head, int tile, const KernelArgs& args) {
+  const int quad_lane = simt::thread_index() % 4, column = tile * kTileColumns;
+  const TargetLogits out{args.targets, args.row_starts, args.target_logits, args.kept.slopes};
+  transform_tile<kKeep>(y, head, quad_lane, column, args.vocab);
+  store_target_logits<0, kKeep>(out, tokens[0], row, y, head, quad_lane, column, args.vocab);
+  store_target_logits<1, kKeep>(out, tokens[1], row + 8, y, head, quad_lane, column, args.vocab);
+  hopper::warp_barrier();
+  if constexpr (kKeep) {
+    keep_columns<0, T>(sums[0], y, head, args.kept, row, args.rows, quad_lane, tile, args.vocab);
+    keep_columns<1, T>(sums[1], y, head, args.kept, row + 8, args.rows, quad_lane, tile, args.vocab);
+    hopper::warp_barrier();
+  } else {
+    add_columns<0>(sums[0], y);
+    add_columns<1>(sums[1], y);
+  }
+}
+
 // A warpgroup multiplies what is in the ring, and reduces the logits to their statistics.
-template <class T, class Head>
+template <class T, bool kKeep, class Head>
 CPO_DEVICE void consume(Slot slot, int consumer, const Head& head, const KernelArgs& args) {
   const int rank = hopper::cluster_rank(), blocks = args.schedule.cluster;
   const int thread = simt::thread_index() % kWarpgroup, quad_lane = thread % 4;
@@ -154,19 +175,13 @@ CPO_DEVICE void consume(Slot slot, int consumer, const Head& head, const KernelA
   float y[kAccumulators];
   for (int i = static_cast<int>(simt::block_index()) / blocks; i < args.schedule.units(); i += args.schedule.clusters) {
     const Unit unit = unit_of(args.schedule, i);
-    const std::int64_t row = std::int64_t{unit.row_group * blocks + rank} * kTileRows + first_row;
+    const int row = (unit.row_group * blocks + rank) * kTileRows + first_row;
     const RowTokens tokens[2] = {find_tokens(args.targets, args.row_starts, row, args.rows, args.vocab),
                                  find_tokens(args.targets, args.row_starts, row + 8, args.rows, args.vocab)};
     OnlineSum sums[2];
     for (int tile = unit.first_tile; tile < unit.last_tile; ++tile) {
-      const int column = tile * kTileColumns;
       multiply<T>(y, slot, consumer, args);
-      transform_tile(y, head, quad_lane, column, args.vocab);
-      store_target_logits<0>(args.target_logits, args.targets, tokens[0], y, quad_lane, column, args.vocab);
-      store_target_logits<1>(args.target_logits, args.targets, tokens[1], y, quad_lane, column, args.vocab);
-      add_columns<0>(sums[0], y);
-      add_columns<1>(sums[1], y);
-      hopper::warp_barrier();  // wgmma wants the warp together
+      reduce_tile<T, kKeep>(y, sums, tokens, row, head, tile, args);
     }
     store_partial(sums[0], quad_lane, row, unit.split, args);
     store_partial(sums[1], quad_lane, row + 8, unit.split, args);
@@ -176,8 +191,8 @@ CPO_DEVICE void consume(Slot slot, int consumer, const Head& head, const KernelA
 
 #endif
 
-// Target logits, and what the columns of each split add to the statistics of each row.
-template <class T, class Head>
+// Target logits, and what the columns of each split add to the statistics of each row; with kKeep also what a gradient needs.
+template <class T, bool kKeep, class Head>
 CPO_KERNEL(kThreads, 1)
 linear_forward_kernel(const CPO_GRID_CONSTANT CUtensorMap hidden, const CPO_GRID_CONSTANT CUtensorMap weight,
                       const CPO_GRID_CONSTANT KernelArgs args, const Head head) {
@@ -195,7 +210,7 @@ linear_forward_kernel(const CPO_GRID_CONSTANT CUtensorMap hidden, const CPO_GRID
     if (simt::thread_index() == 0) produce(slot, &hidden, &weight, args);
   } else {
     hopper::take_registers<kConsumerRegisters>();
-    consume<T>(slot, simt::thread_index() / kWarpgroup - 1, head, args);
+    consume<T, kKeep>(slot, simt::thread_index() / kWarpgroup - 1, head, args);
   }
   hopper::cluster_sync();  // no block leaves while another still sends to it
 #endif

@@ -5,7 +5,10 @@
 // the group's hidden vectors, read again for every vocabulary tile, fill at most half of the cache.
 #pragma once
 
-#include "cuda/simt.h"
+#include <cstdint>
+#include <initializer_list>
+
+#include "common/host_device.h"
 
 namespace cpo::linear {
 

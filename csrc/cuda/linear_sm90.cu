@@ -47,8 +47,9 @@ void launch_forward(const simt::Grid& grid, const LinearArgs& args, DType dtype,
   const CUtensorMap weight =
       hopper::make_tensor_map("weight", dtype, {args.weight, args.vocab, args.depth, args.weight_stride}, linear::kBoxRows);
   with_head(args.bias, args.mult, args.cap, [&](auto head) {
-    hopper::launch_clusters(grid, kernel_args.schedule.cluster, "linear_forward", linear::linear_forward_kernel<T, decltype(head)>,
-                            hidden, weight, kernel_args, head);
+    const auto kernel = args.exponentials ? linear::linear_forward_kernel<T, true, decltype(head)>
+                                          : linear::linear_forward_kernel<T, false, decltype(head)>;
+    hopper::launch_clusters(grid, kernel_args.schedule.cluster, "linear_forward", kernel, hidden, weight, kernel_args, head);
   });
 }
 
@@ -57,6 +58,8 @@ void launch_forward(const simt::Grid& grid, const LinearArgs& args, DType dtype,
 std::int64_t linear_workspace(int device, std::int64_t rows, std::int64_t vocab, std::int64_t depth) {
   return rows == 0 ? 0 : 2 * rows * schedule_for(device, rows, vocab, depth).splits;
 }
+
+std::int64_t linear_tiles(std::int64_t vocab) { return linear::ceil_div(vocab, linear::kTileColumns); }
 
 void linear_forward_sm90(const Queue& queue, DType dtype, const LinearArgs& args) {
   if (dtype == DType::kF32) throw std::invalid_argument("the fused linear forward takes bfloat16 or float16, not float32");
@@ -73,7 +76,7 @@ void linear_forward_sm90(const Queue& queue, DType dtype, const LinearArgs& args
   const simt::Grid grid{std::int64_t{schedule.clusters} * schedule.cluster, linear::kThreads, linear::kSharedBytes, queue.stream};
   const linear::KernelArgs kernel_args{schedule,     args.rows,       vocab,      static_cast<int>(args.depth),
                                        args.targets, args.row_starts, args.logps, maxima,
-                                       sums};
+                                       sums,         {args.exponentials, args.exponentials_stride, args.tile_tops, args.slopes}};
   if (dtype == DType::kBF16) {
     launch_forward<bf16>(grid, args, dtype, kernel_args);
   } else {

@@ -23,6 +23,20 @@ struct LinearArgs {
   std::int64_t workspace_floats;  // linear_workspace() at least
   RowStats stats;
   float* logps;  // (N,)
+  // What linear_backward needs, or null for none of it:
+  void* exponentials;               // (R, V) of the dtype, rows at boundaries of 16 bytes and rounded up to them
+  std::int64_t exponentials_stride;  // elements
+  float* tile_tops;                 // (linear_tiles(V), R)
+  float* slopes;                    // (N,)
+};
+
+struct LinearBackwardArgs {
+  RowBatch batch;  // its logits are the exponentials, over which the gradient is written
+  RowStats stats;
+  const float* tile_tops;
+  const float* slopes;
+  const float* logps;
+  const float* coef;  // (N,)
 };
 
 // Floats that linear_forward_sm90 needs to work in.
@@ -31,5 +45,11 @@ std::int64_t linear_workspace(int device, std::int64_t rows, std::int64_t vocab,
 // Log-probabilities of the tokens and statistics of the rows, as row_forward gives them of hidden @ weight.T; no logits in memory.
 // bfloat16 or float16. Throws std::invalid_argument for what the hardware does not take, std::runtime_error on another GPU.
 void linear_forward_sm90(const Queue& queue, DType dtype, const LinearArgs& args);
+
+// Vocabulary tiles, each with a maximum of its own per row.
+std::int64_t linear_tiles(std::int64_t vocab);
+
+// The softmax gradient of the raw logits, as row_backward gives it, over what linear_forward_sm90 kept of them. On any GPU.
+void linear_backward(const Queue& queue, DType dtype, const LinearBackwardArgs& args);
 
 }  // namespace cpo

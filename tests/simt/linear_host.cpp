@@ -1,4 +1,5 @@
 // The fused linear forward for Hopper on a CPU, as functions that ctypes can call; see simt_hopper.h.
+#include "cuda/linear_backward.cu"
 #include "cuda/linear_sm90.cu"
 
 using cpo::simt::machine;
@@ -43,6 +44,12 @@ int simt_linear_workspace(std::int64_t rows, std::int64_t vocab, std::int64_t de
 
 int simt_linear_forward(int dtype, const cpo::LinearArgs* args) {
   return guarded([&] { cpo::linear_forward_sm90({0, nullptr, 0}, static_cast<cpo::DType>(dtype), *args); });
+}
+
+std::int64_t simt_linear_tiles(std::int64_t vocab) { return cpo::linear_tiles(vocab); }
+
+int simt_linear_backward(int dtype, const cpo::LinearBackwardArgs* args) {
+  return guarded([&] { cpo::linear_backward({0, nullptr, 0}, static_cast<cpo::DType>(dtype), *args); });
 }
 
 void simt_make_schedule(std::int64_t rows, std::int64_t vocab, std::int64_t row_bytes, int multiprocessors,
