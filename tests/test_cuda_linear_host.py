@@ -9,19 +9,17 @@ from __future__ import annotations
 import ctypes
 import math
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import hopper_host
 import pytest
 import simt_host
 import torch
 from hopper_host import Schedule, Unit
+from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
 from tolerance import assert_accurate
-from torch import Tensor
 
-from cpo_kernels import reference
 from cpo_kernels.backends import native_cuda
-from cpo_kernels.backends.native_hopper import Kept, linear_backward_, linear_forward, new_kept
 
 pytestmark = [
     pytest.mark.cpu,
@@ -29,17 +27,6 @@ pytestmark = [
 ]
 
 ROWS, COLUMNS, DEPTH, STAGES = 128, 256, 64, 4  # of a tile; tiles under way
-DTYPES = [torch.bfloat16, torch.float16]
-PLAIN = (None, 1.0, 0.0, 1.0)
-HEADS = {
-    "plain": lambda V: PLAIN,
-    "scaled": lambda V: (None, 1.7, 0.0, 0.6),
-    "negative scale": lambda V: (None, -0.8, 0.0, 1.0),  # the largest y is at the smallest x
-    "zero scale": lambda V: (None, 0.0, 0.0, 1.0),
-    "bias": lambda V: (torch.randn(V), 1.0, 0.0, 1.0),
-    "softcap": lambda V: (None, 1.0, 3.0, 1.0),
-    "all": lambda V: (torch.randn(V).bfloat16(), 1.3, 30.0, 0.7),
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,73 +41,6 @@ def gpu(library, monkeypatch):
     monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
     monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
     return module
-
-
-@dataclass
-class Case:
-    """Arguments of a call, with logits of a standard deviation of about 3."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    row_starts: Tensor | None = None
-    head: tuple[Tensor | None, float, float, float] = field(default=PLAIN)
-
-    def run(self, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-        return linear_forward(self.hidden, self.weight, self.targets, self.row_starts, *self.head, kept)
-
-    def gradient(self, coef: Tensor) -> Tensor:
-        """(R, V), of log-probabilities and statistics that keep what it needs."""
-        kept = new_kept(self.hidden, self.weight, self.targets)
-        stats, logps = self.run(kept)
-        return linear_backward_(kept, self.targets, self.row_starts, stats, logps, coef, *self.head[1:])
-
-    def expected_gradient(self, dtype: torch.dtype, coef: Tensor) -> Tensor:
-        bias, *numbers = self.head
-        logits, (stats, _) = self.hidden.to(dtype) @ self.weight.to(dtype).T, self.expected(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        return reference.row_backward(logits, self.targets, self.row_starts, stats, coef.to(dtype), bias, *numbers)
-
-    def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Statistics and log-probabilities from logits of ``dtype``."""
-        bias, *numbers = self.head
-        logits = self.hidden.to(dtype) @ self.weight.to(dtype).T
-        bias = None if bias is None else bias.to(dtype)
-        return reference.row_forward(logits, self.targets, self.row_starts, bias, *numbers)
-
-
-def aligned(matrix: Tensor) -> Tensor:
-    """The same numbers with rows at multiples of 16 bytes, and NaN between them."""
-    rows, columns = matrix.shape
-    wide = torch.full((rows, columns // 8 * 8 + 16), math.nan, dtype=matrix.dtype)
-    return wide[:, :columns].copy_(matrix)
-
-
-def case(dtype=torch.bfloat16, R=5, V=101, H=72, counts: list[int] | None = None, head=PLAIN) -> Case:
-    """Row r has ``counts[r]`` tokens, of which every fourth is absent; None: one a row, and the second is absent."""
-    targets = torch.randint(0, V, (R if counts is None else sum(counts),))
-    row_starts = None
-    if counts is None:
-        targets[1:2] = -100
-    else:
-        R = len(counts)
-        row_starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
-        targets[3::4] = -100
-    hidden, weight = torch.randn(R, H).to(dtype), (torch.randn(V, H) * (3 / H**0.5)).to(dtype)
-    return Case(aligned(hidden), aligned(weight), targets, row_starts, head)
-
-
-def check(c: Case, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """Results by the rule of tolerance; eager is plain torch with logits in float32."""
-    stats, logps = c.run(kept)
-    eager_stats, eager_logps = c.expected(torch.float32)
-    oracle_stats, oracle_logps = c.expected(torch.float64)
-    present = torch.unique(reference.token_rows(c.targets, c.row_starts)[c.targets != -100])
-    for part, name in ((lambda stats: stats[0], "max"), (lambda stats: stats.sum(0), "log-sum-exp")):
-        assert_accurate(*(part(s[:, present]) for s in (stats, eager_stats, oracle_stats)), name)
-    assert_accurate(logps, eager_logps, oracle_logps, "logps")
-    assert (logps[c.targets == -100] == 0).all()
-    return stats, logps
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
@@ -255,21 +175,6 @@ def test_another_gpu_is_refused(gpu):
     gpu.capability = (10, 0)
     with pytest.raises(simt_host.EmulatorError, match=r"needs compute capability 9.0 \(Hopper\); device 0 has 10.0"):
         case().run()
-
-
-def coefs(c: Case) -> Tensor:
-    """Of the tokens; NaN where there is none."""
-    return torch.where(c.targets == -100, math.nan, torch.randn(c.targets.shape))
-
-
-def check_gradient(c: Case, coef: Tensor | None = None) -> Tensor:
-    """Forward and gradient by the rule of tolerance; eager is plain torch with float32 logits, rounded once."""
-    coef = coefs(c) if coef is None else coef
-    check(c, new_kept(c.hidden, c.weight, c.targets))
-    grad = c.gradient(coef)
-    eager, oracle = (c.expected_gradient(dtype, coef) for dtype in (torch.float32, torch.float64))
-    assert_accurate(grad, eager.to(grad.dtype), oracle, "gradient")
-    return grad
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
@@ -408,6 +313,12 @@ FAULTS = {
         "column / 2 % 8 != quad_lane",
     ),
     "half of a row's threads": ("linear_epilogue.cuh", "mask <= 2", "mask <= 1"),
+    "vectors of other threads' columns": ("linear_keep.cuh", "upper ? word[i] : word[i + mask]) =", "word[i]) ="),
+    "columns of targets written too early": (
+        "linear_backward.cu",
+        "simt::block_barrier();  // what other",
+        "// what other",
+    ),
 }
 
 
@@ -425,4 +336,4 @@ def test_faults_are_found(gpu, tmp_path, fault):
     c = case(R=ROWS + 9, V=COLUMNS + 53, H=(STAGES + 2) * DEPTH)
     with pytest.raises(AssertionError):
         for gpu.seed in range(4):
-            check(c)
+            check_gradient(c)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
+import sass
 
 pytestmark = pytest.mark.cpu  # reads a file
 
@@ -23,31 +22,20 @@ def extension() -> Path | None:
     return Path(spec.origin) if spec and spec.origin else None
 
 
-def cuobjdump() -> str | None:
-    """CUDA's, or the one that comes with Triton."""
-    triton = importlib.util.find_spec("triton")
-    inside = (
-        Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton and triton.origin else None
-    )
-    return shutil.which("cuobjdump") or (str(inside) if inside and inside.exists() else None)
-
-
 @cache
 def dump(option: str, architecture: str) -> dict[str, str]:
     """Text of each of the kernels, by its mangled name."""
-    module, tool = extension(), cuobjdump()
+    module = extension()
     if module is None:
         pytest.skip("cpo_kernels._cuda is not built here")
-    if tool is None:
+    if sass.cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
-    command = [tool, option, "--gpu-architecture", architecture, str(module)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"Function\s*:?\s*(\w+)", text)[1:]
+    parts = re.split(r"Function\s*:?\s*(\w+)", sass.dump(option, module, architecture))[1:]
     return {name: body for name, body in zip(parts[::2], parts[1::2], strict=True) if KERNEL in name}
 
 
-def instructions(sass: str) -> list[str]:
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", sass)
+def instructions(text: str) -> list[str]:
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+((?:@!?U?P\w+\s+)?[A-Z][^;]*);", text)
 
 
 def check_resources(usage: str) -> None:
@@ -89,16 +77,16 @@ def keeps(name: str) -> bool:
 
 
 def test_every_kernel_is_there_and_keeps_to_its_registers():
-    usage = dump("--dump-resource-usage", "sm_90a")
+    usage = dump("-res-usage", "sm_90a")
     assert len(usage) == 20  # two dtypes, five heads, with and without what a gradient needs
     for text in usage.values():
         check_resources(text)
 
 
 def test_every_kernel_multiplies_on_the_tensor_cores():
-    sass = dump("--dump-sass", "sm_90a")
-    assert len(sass) == 20
-    for name, text in sass.items():
+    found = dump("-sass", "sm_90a")
+    assert len(found) == 20
+    for name, text in found.items():
         code = instructions(text)
         check_instructions(code, dtype_of(name))
         assert any("STG.E.128" in line for line in code) == keeps(name)
@@ -106,17 +94,16 @@ def test_every_kernel_multiplies_on_the_tensor_cores():
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
 def test_other_architectures_have_none_of_it(architecture):
-    sass = dump("--dump-sass", architecture)
-    if not sass:
+    found = dump("-sass", architecture)
+    if not found:
         pytest.skip(f"the extension was built without {architecture}")
-    for text in sass.values():
+    for text in found.values():
         code = instructions(text)
         assert code and len(code) < 64 and not [line for line in code if "MMA" in line]
 
 
 def test_the_checks_can_fail():
-    sass = dump("--dump-sass", "sm_90a")
-    name, text = next(iter(sass.items()))
+    name, text = next(iter(dump("-sass", "sm_90a").items()))
     code = instructions(text)
     check_instructions(code, dtype_of(name))
     middle = next(i for i, line in enumerate(code) if "HGMMA" in line) + 1
