@@ -64,6 +64,18 @@ def one_launch(device: torch.device, dtype: torch.dtype) -> None:
             )
 
 
+def one_read(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows kept in shared memory: of one block, of a cluster, and of one with room to spare; in place and narrow."""
+    targets = torch.randint(0, V, (7,), device=device)
+    starts = torch.tensor([0, 3, 3, 6, 7], device=device)
+    slices = (0, 2048, 512) if device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9 else (0,)
+    for slice_bytes in slices:
+        for grad_dtype in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
+            logits, coef = torch.randn(4, V, device=device).to(dtype), torch.randn(7, device=device)
+            head = (None, 1.0, 0.0, 1.0, grad_dtype)
+            native_cuda.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one backend on the device it is for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         linear_form(args.backend, args.device, dtype)
         if args.backend == "cuda":
             one_launch(args.device, dtype)
+            one_read(args.device, dtype)
     if args.device.type == "cuda":
         torch.cuda.synchronize()
 

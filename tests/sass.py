@@ -68,6 +68,7 @@ def kernels(module: Path, arch: str) -> dict[str, Kernel]:
 
 
 # The element type of the logits and, of a gradient, of what is stored, in a mangled name.
+GRADIENT = re.compile(r"row_gradient_kernelI(f|NS_4bf16E|NS_3f16E)(f|NS_4bf16E|NS_3f16E|S\d_)")
 LOSS = re.compile(r"cpo_loss_kernelI(f|NS_4bf16E|NS_3f16E)")
 FORWARD = re.compile(r"row_forward_kernelI(f|NS_4bf16E|NS_3f16E)")
 BACKWARD = re.compile(r"row_backward_kernelI(f|NS_4bf16E|NS_3f16E)(f|NS_4bf16E|NS_3f16E|S\d_)")
@@ -80,16 +81,18 @@ def complaints(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.stack} bytes of stack and {kernel.local} of local memory a thread")
     if kernel.count("LDL", "STL"):
         found.append(f"{kernel.count('LDL', 'STL')} accesses to local memory")
-    # The barrier of a cooperative grid counts the blocks that have come, at an address that the driver gives.
-    if kernel.count("LD.", "ST.") > (2 if LOSS.search(kernel.name) else 0):
-        found.append(f"{kernel.count('LD.', 'ST.')} generic accesses")
+    # The barrier of a cooperative grid counts the blocks that have come, at an address that the driver gives; what a
+    # block reads of another's shared memory has a generic address.
+    generic = kernel.count("ST.") + (0 if GRADIENT.search(kernel.name) else kernel.count("LD."))
+    if generic > (2 if LOSS.search(kernel.name) else 0):
+        found.append(f"{generic} generic accesses")
     if kernel.count("ATOM", "RED.") and not LOSS.search(kernel.name):
         found.append("atomics")
     return found
 
 
 def is_row_kernel(kernel: Kernel) -> bool:
-    return any(pattern.search(kernel.name) for pattern in (FORWARD, BACKWARD, LOSS))
+    return any(pattern.search(kernel.name) for pattern in (FORWARD, BACKWARD, GRADIENT, LOSS))
 
 
 def vector_complaints(kernel: Kernel, in_flight: int = 4) -> list[str]:
@@ -97,7 +100,7 @@ def vector_complaints(kernel: Kernel, in_flight: int = 4) -> list[str]:
     found = []
     if kernel.loads_in_flight() < in_flight:
         found.append(f"{kernel.loads_in_flight()} loads of 16 bytes in flight, not {in_flight}")
-    backward = BACKWARD.search(kernel.name)
+    backward = BACKWARD.search(kernel.name) or GRADIENT.search(kernel.name)
     if backward or LOSS.search(kernel.name):
         narrow = backward is not None and backward[1] == "f" and backward[2] != "f"
         store = "STG.E.64" if narrow else "STG.E.128"

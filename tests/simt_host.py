@@ -69,6 +69,16 @@ class BackwardArgs(ctypes.Structure):
     )
 
 
+class GradientArgs(ctypes.Structure):
+    _fields_ = (
+        ("forward", ForwardArgs),
+        ("coef", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("out_stride", ctypes.c_int64),
+        ("slice_bytes", ctypes.c_int64),
+    )
+
+
 class ContrastArgs(ctypes.Structure):
     _fields_ = (
         ("logps", ctypes.c_void_p),
@@ -188,3 +198,15 @@ class HostModule:
         args = BackwardArgs(batch, stats, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]
         self.finish(self.library.simt_row_backward(*dtypes, ctypes.byref(args), arguments["threads"]))
+
+    def row_gradient(self, **arguments: Any) -> None:
+        batch, stats = self._batch(arguments)
+        self.allow(stats.max, 8 * batch.rows, write=True)
+        self.allow(arguments["logps"], 4 * arguments["tokens"], write=True)
+        self.allow(arguments["coef"], 4 * arguments["tokens"])
+        self._allow_rows(arguments["out"], batch, arguments["out_stride"], ELEMENT_SIZE[arguments["out_dtype"]])
+        names = ("coef", "out", "out_stride", "slice_bytes")
+        forward = ForwardArgs(batch, stats, arguments["logps"])
+        args = GradientArgs(forward, *(arguments[name] for name in names))
+        dtypes = arguments["dtype"], arguments["out_dtype"]
+        self.finish(self.library.simt_row_gradient(*dtypes, ctypes.byref(args), arguments["threads"]))

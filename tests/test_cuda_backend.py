@@ -154,12 +154,28 @@ def test_the_engine_with_these_kernels(backend, dtype, name):
         assert_accurate(*tensors, what)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
+@pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss"])
+def test_the_bindings_take_what_the_launchers_give(backend, emulator, monkeypatch, name):
+    """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
+    extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
+    given = {}
+    emulated = getattr(emulator, name)
+    monkeypatch.setattr(emulator, name, lambda **arguments: given.update(arguments) or emulated(**arguments))
+    small_run.linear_form("cuda", torch.device("cpu"), torch.float32)
+    small_run.one_launch(torch.device("cpu"), torch.float32)
+    small_run.one_read(torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+        getattr(extension, name)(**given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_what_the_sanitizer_watches_runs(backend, dtype):
     small_run.logits_form("cuda", torch.device("cpu"), dtype)
     small_run.linear_form("cuda", torch.device("cpu"), dtype)
     small_run.one_launch(torch.device("cpu"), dtype)
+    small_run.one_read(torch.device("cpu"), dtype)
 
 
 def test_logits_form(backend):

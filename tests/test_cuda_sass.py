@@ -39,14 +39,14 @@ def kernels() -> list[tuple[str, sass.Kernel]]:
 
 @needs_module
 def test_every_kernel_is_there():
-    """Three dtypes by five heads of the forward, five pairs of dtypes by five heads of the backward, the loss
-    as the forward, the contrast."""
+    """Each head of five by three dtypes or, where the gradient has its own, by five pairs of them; and the contrast."""
     built = {arch for arch, _ in kernels()}
     assert built, "the module has no kernels"
     for arch in built:
         names = [kernel.name for a, kernel in kernels() if a == arch]
         assert sum(sass.FORWARD.search(name) is not None for name in names) == 15, arch
         assert sum(sass.BACKWARD.search(name) is not None for name in names) == 25, arch
+        assert sum(sass.GRADIENT.search(name) is not None for name in names) == 25, arch
         assert sum(sass.LOSS.search(name) is not None for name in names) == 15, arch
         assert sum("contrast_kernel" in name for name in names) == 1, arch
 

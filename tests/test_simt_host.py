@@ -85,6 +85,11 @@ MUTATIONS = {
         "  simt::grid_barrier();\n\n  const BackwardArgs",
         "\n  const BackwardArgs",
     ),
+    "a cluster that does not wait for its slices": (
+        "row_gradient.cuh",
+        "  simt::cluster_barrier();\n  OnlineSoftmax whole;",
+        "  OnlineSoftmax whole;",
+    ),
 }
 
 
@@ -101,6 +106,16 @@ def small_loss() -> bool:
     apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
     native_cuda.cpo_loss(logits, targets, logits, *groups, *head, **options)
     return torch.equal(logits, apart)
+
+
+def small_gradient() -> bool:
+    """Whether forward and gradient in one read are about what they are in two launches; clusters of two, in place."""
+    logits, targets, coef = torch.randn(3, 1031), torch.tensor([1, 700, 1030]), torch.ones(3)
+    head = (None, 1.0, 0.0, 1.0)
+    stats, _ = native_cuda.row_forward(logits, targets, None, *head, threads=64)
+    apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
+    native_cuda.row_gradient_(logits, targets, None, coef, *head, threads=64, slice_bytes=2500)
+    return torch.allclose(logits, apart, rtol=1e-5, atol=1e-7)
 
 
 def small_run() -> bool:
@@ -120,7 +135,7 @@ def small_run() -> bool:
 def holds_for_every_seed(emulator: simt_host.HostModule) -> bool:
     try:
         for emulator.seed in range(4):
-            if not (small_run() and small_loss()):
+            if not (small_run() and small_loss() and small_gradient()):
                 return False
     except simt_host.EmulatorError:
         return False

@@ -183,18 +183,80 @@ def row_backward_(
         RuntimeError: as :func:`row_forward`.
     """
     rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
-    narrow = grad_dtype is not None and grad_dtype != logits.dtype
-    out = front_halves(logits, grad_dtype) if narrow and grad_dtype is not None else logits
-    _backward_into(out, logits, rows, stats, coef, threads)
+    _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
+
+
+def row_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+    slice_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_forward` and :func:`row_backward_` in one read and one write, where ``coef`` is known beforehand.
+
+    A row lies in the shared memory of a cluster of up to 8 thread blocks between the two (sm_90 and later), or of one.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
+        targets: see above.
+        row_starts: see above.
+        coef: (N,) float32.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        grad_dtype: as in :func:`row_backward_`.
+        threads: see above.
+        slice_bytes: what a block holds of a row at most, so long as a cluster has blocks; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) and logps (N,), as :func:`row_forward`.
+
+    Raises:
+        ValueError: as :func:`row_backward_`, and for rows that do not fit the shared memory of a cluster.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    out = _overwritten(logits, grad_dtype)
+    check("coef", coef, (targets.shape[0],), (torch.float32,), logits.device)
+    coef = coef.contiguous()
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    _extension().row_gradient(
+        **_queue(logits.device),
+        **rows.arguments,
+        threads=threads,
+        slice_bytes=slice_bytes,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        logps=logps.data_ptr(),
+        coef=coef.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+    return stats, logps
+
+
+def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:
+    """Where a gradient of ``grad_dtype`` lies over the logits."""
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {logits.shape[1]}"
+        )
+    return logits if grad_dtype is None or grad_dtype == logits.dtype else front_halves(logits, grad_dtype)
 
 
 def _backward_into(out: Tensor, logits: Tensor, rows: _Rows, stats: Tensor, coef: Tensor, threads: int) -> None:
-    (R, V), device = logits.shape, logits.device
-    if R > 1 and logits.stride(0) < V and share_memory(out, logits):
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
-            f"overwritten; expected a row stride of at least {V}"
-        )
+    R, device = logits.shape[0], logits.device
     check("stats", stats, (2, R), (torch.float32,), device)
     check("coef", coef, (rows.arguments["tokens"],), (torch.float32,), device)
     stats, coef = stats.contiguous(), coef.contiguous()

@@ -76,6 +76,17 @@ void row_backward(int device, Address stream, int threads, int dtype, int out_dt
   cpo::row_backward(queue(device, stream, threads), type, out_type, args);
 }
 
+void row_gradient(int device, Address stream, int threads, int dtype, int out_dtype, Address logits, Size rows, int vocab,
+                  Size row_stride, Address targets, Address row_starts, Size, Address bias, float mult, float cap, float slope,
+                  Address stats, Address logps, Address coef, Address out, Size out_stride, Size slice_bytes) {
+  const cpo::RowBatch batch = rows_of(logits, rows, vocab, row_stride, targets, row_starts, bias, mult, cap, slope);
+  const cpo::ForwardArgs forward{batch, stats_of(stats, rows), at<float>(logps)};
+  const cpo::GradientArgs args{forward, at<float>(coef), at<void>(out), out_stride, slice_bytes};
+  const cpo::DType type = parse_dtype(dtype), out_type = parse_dtype(out_dtype);
+  py::gil_scoped_release release;
+  cpo::row_gradient(queue(device, stream, threads), type, out_type, args);
+}
+
 void contrast(int device, Address stream, int threads, Address logps, Address token_starts, Address segment_starts, Address lengths,
               Address ref_logps, Address ranks, Address num_target_tokens, Size, Size, Address sums, Address coef, Size groups,
               int max_candidates, bool length_normalized, int loss, double beta, double label_smoothing, double margin,
@@ -114,6 +125,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("row_backward", &row_backward, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
         "stats"_a, "coef"_a, "token_grad"_a, "out"_a, "out_stride"_a);
+  m.def("row_gradient", &row_gradient, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
+        "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
+        "stats"_a, "logps"_a, "coef"_a, "out"_a, "out_stride"_a, "slice_bytes"_a);
   m.def("contrast", &contrast, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "logps"_a, "token_starts"_a, "segment_starts"_a,
         "lengths"_a, "ref_logps"_a, "ranks"_a, "num_target_tokens"_a, "segments"_a, "slots"_a, "sums"_a, "coef"_a, "groups"_a,
         "max_candidates"_a, "length_normalized"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "contrast_scale"_a,

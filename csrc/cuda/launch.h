@@ -53,6 +53,15 @@ struct BackwardArgs {
   std::int64_t out_stride;  // elements
 };
 
+// Both in one, where the coefs do not depend on the log-probabilities.
+struct GradientArgs {
+  ForwardArgs forward;
+  const float* coef;         // (N,)
+  void* out;                 // as in BackwardArgs
+  std::int64_t out_stride;   // elements
+  std::int64_t slice_bytes;  // of a row, in the shared memory of a block at most; 0: the kernel's choice
+};
+
 constexpr int kMaxCandidates = 1024;  // of a group: what its block holds in shared memory
 
 // Whole groups of segments. The starts may be slices of longer prefix counts: their first element is what they count from.
@@ -87,6 +96,7 @@ inline std::size_t contrast_shared_bytes(int max_candidates) { return static_cas
 
 void row_forward(const Queue& queue, DType dtype, const ForwardArgs& args);
 void row_backward(const Queue& queue, DType dtype, DType out_dtype, const BackwardArgs& args);
+void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const GradientArgs& args);
 void contrast(const Queue& queue, const ContrastArgs& args);
 void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args);
 

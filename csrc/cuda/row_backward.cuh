@@ -83,15 +83,16 @@ CPO_DEVICE void store_gradient(Out* out_row, const T* x, const Span& span, const
   store_edge<kNarrow>(out_row, x, gradient, span.tail, vocab);
 }
 
+// By `blocks` blocks together, of which this is number `rank`.
 template <class Out>
-CPO_DEVICE void store_zeros(Out* row, int vocab) {
+CPO_DEVICE void store_zeros(Out* row, int vocab, int rank = 0, int blocks = 1) {
   constexpr int K = kVectorSize<Out>;
   const Span span = find_span(row, vocab);
   const float zeros[K] = {};
-  for (int i = simt::thread_index(); i < span.vectors; i += simt::thread_count()) store_vector(row + span.lead + i * K, zeros);
-  const int t = simt::thread_index();
+  const int t = simt::thread_index(), threads = simt::thread_count();
+  for (int i = rank * threads + t; i < span.vectors; i += blocks * threads) store_vector(row + span.lead + i * K, zeros);
   const int column = t < span.lead ? t : span.tail + t - span.lead;
-  if (column < vocab) store_rounded(row + column, 0.0f);
+  if (rank == 0 && column < vocab) store_rounded(row + column, 0.0f);
 }
 
 // Whether store_gradient has this thread store a column.
@@ -117,6 +118,19 @@ struct OwnToken {
   }
 };
 
+// Sums of the coefs of a row's tokens: of those with a target, and of the others.
+struct TargetCoefs {
+  float own, others;
+};
+
+CPO_DEVICE TargetCoefs sum_target_coefs(const std::int64_t* targets, const float* coef, TokenRange tokens, std::int64_t target) {
+  TargetCoefs sums{0.0f, 0.0f};
+  for (std::int64_t m = tokens.begin; m < tokens.end; ++m) {
+    (simt::load(targets + m) == target ? sums.own : sums.others) += token_coef(targets, coef, m);
+  }
+  return sums;
+}
+
 // The gradient at each token's own column to token_grad; tokens of equal targets get the same bits.
 template <class T, class Head>
 CPO_DEVICE void find_token_gradients(const BackwardArgs& args, const T* x, const LogitGradient<Head>& gradient, TokenRange tokens) {
@@ -124,14 +138,10 @@ CPO_DEVICE void find_token_gradients(const BackwardArgs& args, const T* x, const
   for (std::int64_t n = tokens.begin + simt::thread_index(); n < tokens.end; n += simt::thread_count()) {
     const std::int64_t target = simt::load(batch.targets + n);
     if (!is_word(target, batch.vocab)) continue;
-    float own = 0.0f, others = 0.0f;
-    for (std::int64_t m = tokens.begin; m < tokens.end; ++m) {
-      const float c = token_coef(batch.targets, args.coef, m);
-      (simt::load(batch.targets + m) == target ? own : others) += c;
-    }
+    const TargetCoefs sums = sum_target_coefs(batch.targets, args.coef, tokens, target);
     float b;
     const float raw = load_logit(x, gradient.head, target, batch.vocab, b);
-    simt::store(args.token_grad + n, gradient.of_target(raw, b, own, others));
+    simt::store(args.token_grad + n, gradient.of_target(raw, b, sums.own, sums.others));
   }
 }
 

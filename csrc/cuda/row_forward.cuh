@@ -50,23 +50,29 @@ CPO_DEVICE OnlineSoftmax block_softmax(const OnlineSoftmax& mine, Partials& part
   return whole;
 }
 
-// kLoadsInFlight vectors of each thread; without kWhole, some may lie beyond the last one.
-template <bool kWhole, class T, class Head>
-CPO_DEVICE void add_tile(OnlineSoftmax& softmax, const T* x, const Span& span, const Head& head, int first) {
+// What else is done with the vectors of a row as they are read: nothing.
+struct KeepNothing {
+  CPO_DEVICE void operator()(int, const simt::Words4&) const {}
+};
+
+// kLoadsInFlight vectors of each thread; without kWhole, some may not lie before `end`.
+template <bool kWhole, class T, class Head, class Keep>
+CPO_DEVICE void add_tile(OnlineSoftmax& softmax, const T* x, const Span& span, const Head& head, int first, int end, const Keep& keep) {
   constexpr int K = kVectorSize<T>;
   simt::Words4 v[kLoadsInFlight] = {};
   CPO_UNROLL
   for (int u = 0; u < kLoadsInFlight; ++u) {
     const int i = first + u * simt::thread_count();
-    if (kWhole || i < span.vectors) v[u] = simt::load(reinterpret_cast<const simt::Words4*>(x + span.lead) + i);
+    if (kWhole || i < end) v[u] = simt::load(reinterpret_cast<const simt::Words4*>(x + span.lead) + i);
   }
   float y[kLoadsInFlight][K];
   CPO_UNROLL
   for (int u = 0; u < kLoadsInFlight; ++u) {
     const int i = first + u * simt::thread_count();
-    const bool exists = kWhole || i < span.vectors;
+    const bool exists = kWhole || i < end;
     float b[K] = {};
     if (exists) head.load_bias(span.lead + i * K, b);
+    if (exists) keep(i, v[u]);
     unpack(v[u], y[u], T{});
     CPO_UNROLL
     for (int k = 0; k < K; ++k) y[u][k] = exists ? head.logit(y[u][k], b[k]) : kMinusInfinity;
@@ -84,14 +90,20 @@ CPO_DEVICE void add_edges(OnlineSoftmax& softmax, const T* x, const Span& span, 
   softmax.add(y);
 }
 
+// The vectors [begin, end) of the span.
+template <class T, class Head, class Keep>
+CPO_DEVICE void add_vectors(OnlineSoftmax& softmax, const T* x, const Span& span, const Head& head, int begin, int end, const Keep& keep) {
+  const int tile = kLoadsInFlight * simt::thread_count();
+  int first = begin;
+  for (; first + tile <= end; first += tile) add_tile<true>(softmax, x, span, head, first + simt::thread_index(), end, keep);
+  if (first < end) add_tile<false>(softmax, x, span, head, first + simt::thread_index(), end, keep);
+}
+
 template <class T, class Head>
 CPO_DEVICE OnlineSoftmax row_softmax(const T* x, const Head& head, int vocab, Partials& partials) {
   const Span span = find_span(x, vocab);
-  const int tile = kLoadsInFlight * simt::thread_count();
-  const int whole = span.vectors / tile * tile;
   OnlineSoftmax mine;
-  for (int first = 0; first < whole; first += tile) add_tile<true>(mine, x, span, head, first + simt::thread_index());
-  if (whole < span.vectors) add_tile<false>(mine, x, span, head, whole + simt::thread_index());
+  add_vectors(mine, x, span, head, 0, span.vectors, KeepNothing());
   add_edges(mine, x, span, head, vocab);
   return block_softmax(mine, partials);
 }

@@ -3,6 +3,7 @@
 #include "cuda/cpo_loss.cu"
 #include "cuda/row_backward.cu"
 #include "cuda/row_forward.cu"
+#include "cuda/row_gradient.cu"
 
 using cpo::simt::machine;
 
@@ -45,6 +46,12 @@ int simt_row_forward(int dtype, const cpo::ForwardArgs* args, int threads) {
 int simt_row_backward(int dtype, int out_dtype, const cpo::BackwardArgs* args, int threads) {
   return guarded([&] {
     cpo::row_backward(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
+  });
+}
+
+int simt_row_gradient(int dtype, int out_dtype, const cpo::GradientArgs* args, int threads) {
+  return guarded([&] {
+    cpo::row_gradient(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
   });
 }
 

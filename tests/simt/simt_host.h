@@ -38,7 +38,7 @@ struct Meeting {
   int members = 0;
   int arrived = 0;
   int round = 0;
-  bool any[2] = {false, false};                // of block_any, by parity of the round
+  bool any[4] = {};                            // of block_any, by the round modulo 4
   unsigned char slots[2][kLanes][8] = {};      // of shuffles, by parity of the round
   std::vector<int> waiting;                    // fibers
 };
@@ -194,13 +194,14 @@ inline std::int64_t block_count() { return machine.blocks; }
 
 inline void block_barrier() { machine.meet(machine.now->block->all); }
 
+// Takes two rounds. A slot is used again two calls on, when no thread has it still to read or to clear.
 inline bool block_any(bool value) {
   Meeting& all = machine.now->block->all;
-  all.any[all.round % 2] |= value;
+  all.any[all.round % 4] |= value;
   const int round = machine.meet(all);
-  const bool result = all.any[round % 2];
+  const bool result = all.any[round % 4];
   machine.meet(all);
-  all.any[round % 2] = false;
+  all.any[round % 4] = false;
   return result;
 }
 
