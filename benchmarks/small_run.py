@@ -10,6 +10,7 @@ import argparse
 import torch
 
 from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, linear_sequence_logps, token_logps
+from cpo_kernels.backends import native_cuda
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 V, H = 1009, 64
@@ -34,13 +35,45 @@ def linear_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     rows = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9], device=device)
     layout = CandidateLayout([0, 3, 6, 9, 12], [0, 2, 4], rows=rows)
     for head in HEADS:
-        for budget in (None, 5 * V * dtype.itemsize):
-            given = {"backend": backend, "max_logits_bytes": budget, **head}
+        # Float32 logits take half-precision gradients over them.
+        for budget, logits_dtype in ((None, None), (5 * V * dtype.itemsize, None), (None, torch.float32)):
+            given = {"backend": backend, "max_logits_bytes": budget, "logits_dtype": logits_dtype, **head}
             linear_cpo_loss(hidden, weight, targets, **given).loss.backward()
             packed = linear_cpo_loss(hidden.flatten(0, 2)[:10], weight, targets.flatten()[:12], layout=layout, **given)
             packed.loss.backward()
             with torch.no_grad():
                 linear_sequence_logps(hidden, weight, targets, **given)
+
+
+def one_launch(device: torch.device, dtype: torch.dtype) -> None:
+    """The cooperative launch of the whole objective: three groups of three candidates with four slots each."""
+    targets = torch.randint(0, V, (36,), device=device)
+    targets[20:24] = -100
+    starts = torch.arange(0, 37, 4, device=device)
+    lengths = (targets != -100).view(9, 4).sum(1)
+    objective = {"beta": 0.1, "margin": 0.0, "label_smoothing": 0.0, "loss_type": "plackett_luce", "gain": 1.0}
+    objective |= {"contrast_weight": 1.0, "mle_weight": 0.5, "length_normalized": False, "max_candidates": 3}
+    for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
+        logits = torch.randn(36, V, device=device).to(dtype)
+        for grad in (None, torch.empty_like(logits), logits):
+            native_cuda.cpo_loss(
+                *(logits, targets, grad, starts, None, lengths, None, None, None, *head),
+                **objective,
+                num_groups=3,
+                num_target_tokens=12,
+            )
+
+
+def one_read(device: torch.device, dtype: torch.dtype) -> None:
+    """Rows kept in shared memory: of one block, of a cluster, and of one with room to spare; in place and narrow."""
+    targets = torch.randint(0, V, (7,), device=device)
+    starts = torch.tensor([0, 3, 3, 6, 7], device=device)
+    slices = (0, 2048, 512) if device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9 else (0,)
+    for slice_bytes in slices:
+        for grad_dtype in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
+            logits, coef = torch.randn(4, V, device=device).to(dtype), torch.randn(7, device=device)
+            head = (None, 1.0, 0.0, 1.0, grad_dtype)
+            native_cuda.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     for dtype in DTYPES:
         logits_form(args.backend, args.device, dtype)
         linear_form(args.backend, args.device, dtype)
+        if args.backend == "cuda":
+            one_launch(args.device, dtype)
+            one_read(args.device, dtype)
     if args.device.type == "cuda":
         torch.cuda.synchronize()
 

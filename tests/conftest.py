@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import simt_host
 import torch
 from devices import DEVICE
 
@@ -79,3 +80,22 @@ def seeded():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def simt_library(tmp_path_factory):
+    """The CUDA kernels, compiled for the CPU."""
+    if simt_host.compiler() is None:
+        pytest.skip("needs g++")
+    return simt_host.build(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture
+def emulator(simt_library, monkeypatch):
+    """The extension that native_cuda finds is an emulator, and the CPU is its device."""
+    from cpo_kernels.backends import native_cuda
+
+    module = simt_host.HostModule(simt_library)
+    monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
+    monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
+    return module

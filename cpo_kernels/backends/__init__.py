@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native, triton_support
+from . import native, native_cuda, triton_support
 from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,6 +96,21 @@ def triton_backend() -> Backend:
     )
 
 
+def cuda_backend() -> Backend:
+    """The compiled CUDA kernels, with the device's own matrix products."""
+    kernels = ops.RowKernels(native_cuda.row_forward, native_cuda.row_backward, native_cuda.row_backward_)
+    return Backend(
+        name="cuda",
+        devices=("cuda",),
+        dtypes=HALF_AND_SINGLE,
+        rows=ops.declare_rows("cuda_", kernels),
+        gemm_=ops.gemm_,
+        gemm_pair_=ops.gemm_pair_,
+        contrast=native_cuda.contrast,
+        contrast_candidates=native_cuda.MAX_CANDIDATES,
+    )
+
+
 @dataclass(frozen=True)
 class Status:
     """Whether a backend can be used here, and if not, why and what to install."""
@@ -129,16 +144,19 @@ if native.available():
     native.register()
 if triton_support.unavailable_reason() is None:
     BACKENDS["triton"] = triton_backend()
+if native_cuda.unavailable_reason() is None:
+    BACKENDS["cuda"] = cuda_backend()
 
 
 def describe() -> list[Status]:
     """The state of every backend of the project, in the order of the documentation."""
     cpu_reason, triton_reason = native.unavailable_reason(), triton_support.unavailable_reason()
+    cuda_reason = native_cuda.unavailable_reason()
     return [
         Status("torch", True, "plain PyTorch, any device"),
         Status("cpu", cpu_reason is None, cpu_reason or f"compiled extension, instruction set {native.isa()}"),
         Status("triton", triton_reason is None, triton_reason or triton_support.description()),
-        Status("cuda", False, "not part of this version of cpo_kernels; backend='triton' runs on NVIDIA GPUs"),
+        Status("cuda", cuda_reason is None, cuda_reason or native_cuda.description()),
     ]
 
 

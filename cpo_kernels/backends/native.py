@@ -21,6 +21,7 @@ from cpo_kernels import reference
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
+CPU = torch.device("cpu")
 
 
 @cache
@@ -205,18 +206,18 @@ def row_backward_(
     head = (bias, logit_scale, softcap, temperature)
     out = logits
     if grad_dtype is not None and grad_dtype != logits.dtype:
-        out = _front_halves(logits, grad_dtype)
+        out = front_halves(logits, grad_dtype)
     _backward_into(out, logits, targets, row_starts, stats, coef, *head, isa=isa, threads=threads)
 
 
-def _front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
+def front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """The front half of the memory of each float32 row, as (R, V) of a half-precision dtype."""
     if logits.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"logits have dtype {logits.dtype} and grad_dtype is {dtype}; expected the same dtype, or torch.bfloat16 "
             f"or torch.float16 for torch.float32 logits"
         )
-    _check("logits", logits, (None, None), (torch.float32,))
+    check("logits", logits, (None, None), (torch.float32,), logits.device)
     if logits.stride(1) != 1:  # one column may have any stride otherwise, but not in a view of another dtype
         raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
     return logits.detach().view(dtype)[:, : logits.shape[1]]
@@ -239,13 +240,13 @@ def _backward_into(
 ) -> None:
     batch = _row_batch(logits, targets, row_starts, bias, logit_scale, softcap, temperature, isa, threads)
     rows, tokens = logits.shape[0], targets.shape[0]
-    if rows > 1 and logits.stride(0) < logits.shape[1] and _share_memory(out, logits):
+    if rows > 1 and logits.stride(0) < logits.shape[1] and share_memory(out, logits):
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
             f"overwritten; expected a row stride of at least {logits.shape[1]}"
         )
-    _check("stats", stats, (2, rows), (torch.float32,))
-    _check("coef", coef, (tokens,), (torch.float32,))
+    check("stats", stats, (2, rows), (torch.float32,))
+    check("coef", coef, (tokens,), (torch.float32,))
     stats, coef = stats.contiguous(), coef.contiguous()
     coef_sum = torch.empty(rows, dtype=torch.float32)
     token_grad = torch.empty(tokens, dtype=torch.float32)
@@ -304,22 +305,22 @@ def gemm(
         ValueError: a tensor that does not fit this description, or an instruction set without a matrix product.
     """
     dtypes = tuple(DTYPE_CODES)
-    _check("a", a, (None, None), dtypes)
+    check("a", a, (None, None), dtypes)
     (m, k), n = a.shape, b.shape[-1] if b.dim() else 0
-    _check("b", b, (k, None), dtypes)
+    check("b", b, (k, None), dtypes)
     if low is None:
-        _check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
+        check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
     else:
-        _check("out", out, (m, n), (torch.bfloat16,))
-        _check("low", low, (m, n), (torch.bfloat16,))
+        check("out", out, (m, n), (torch.bfloat16,))
+        check("low", low, (m, n), (torch.bfloat16,))
         if low.stride() != out.stride():
             raise ValueError(f"low has strides {low.stride()}; expected those of out, {out.stride()}")
     if (n > 1 and out.stride(1) != 1) or (m > 1 and out.stride(0) < n):
         raise ValueError(f"out has strides {out.stride()}; expected a column stride of 1 and rows that do not overlap")
     for name, operand in (("a", a), ("b", b)):
-        if _share_memory(operand, out) or (low is not None and _share_memory(operand, low)):
+        if share_memory(operand, out) or (low is not None and share_memory(operand, low)):
             raise ValueError(f"{name} and out share memory; expected an out of its own")
-    if low is not None and _share_memory(out, low):
+    if low is not None and share_memory(out, low):
         raise ValueError("out and low share memory; expected two tensors")
     size: dict[str, str | int] = {
         "isa": _isa_or_default(isa),
@@ -388,7 +389,7 @@ def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumula
         reference.gemm_pair_(a, b, high, low, accumulate)
 
 
-def _share_memory(x: Tensor, y: Tensor) -> bool:
+def share_memory(x: Tensor, y: Tensor) -> bool:
     """Whether the address ranges of two tensors overlap."""
 
     def address_range(tensor: Tensor) -> tuple[int, int]:
@@ -420,21 +421,21 @@ def _row_batch(
     isa_name: str | None,
     threads: int | None,
 ) -> _RowBatch:
-    _check("logits", logits, (None, None), tuple(DTYPE_CODES))
+    check("logits", logits, (None, None), tuple(DTYPE_CODES))
     rows, vocab = logits.shape
     if vocab == 0:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected at least one column")
     if vocab > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
-    _check("targets", targets, (rows if row_starts is None else None,), (torch.int64,))
+    check("targets", targets, (rows if row_starts is None else None,), (torch.int64,))
     if row_starts is not None:
-        _check("row_starts", row_starts, (rows + 1,), (torch.int64,))
+        check("row_starts", row_starts, (rows + 1,), (torch.int64,))
         row_starts = row_starts.contiguous()
     if bias is not None:
-        _check("bias", bias, (vocab,), tuple(DTYPE_CODES))
+        check("bias", bias, (vocab,), tuple(DTYPE_CODES))
         bias = bias.detach().to(torch.float32).contiguous()
     targets = targets.contiguous()
-    mult, cap, slope = _transform(logit_scale, softcap, temperature)
+    mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
     arguments: dict[str, str | int | float] = {
         "isa": _isa_or_default(isa_name),
         "dtype": DTYPE_CODES[logits.dtype],
@@ -454,7 +455,7 @@ def _row_batch(
     return _RowBatch(arguments, (logits, targets, row_starts, bias))
 
 
-def _transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
+def fold_transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
     """mult, cap, slope of y = cap * tanh((x + bias) * mult), or (x + bias) * mult for cap 0; slope: dy/dx at y = 0."""
     if not math.isfinite(logit_scale):
         raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
@@ -466,10 +467,17 @@ def _transform(logit_scale: float, softcap: float, temperature: float) -> tuple[
     return (logit_scale / softcap, softcap / temperature, slope) if softcap else (slope, 0.0, slope)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raises unless the tensor is on the CPU and has one of the dtypes and this shape; None is any size."""
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; expected a CPU tensor")
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device = CPU,
+) -> None:
+    """Raises unless the tensor is on the device and has one of the dtypes and this shape; None is any size."""
+    if tensor.device != device:
+        expected = "a CPU tensor" if device == CPU else f"a tensor on {device}"
+        raise ValueError(f"{name} is on {tensor.device}; expected {expected}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
     if tensor.dim() != len(shape) or any(e not in (None, s) for s, e in zip(tensor.shape, shape, strict=True)):

@@ -1,0 +1,536 @@
+"""The compiled CUDA backend: where a tensor on a GPU becomes an address, and torch's current stream a handle.
+
+Every function here checks device, dtype, shape and strides before it takes an address. Values stay on the device and
+are not checked: a target outside [0, V) is never read at, its log-probability is NaN, and it has no column to write to.
+Nothing waits for the device, and all of it can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.objective import LOSS_TYPES
+
+from .native import DTYPE_CODES, check, fold_transform, front_halves, share_memory
+
+MAX_CANDIDATES = 1024  # of a group, as in csrc/cuda/launch.h
+MIN_CAPABILITY = (8, 0)
+MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and why it cannot be used."""
+    try:
+        from cpo_kernels import _cuda
+    except ModuleNotFoundError:
+        return None, (
+            "this installation has no CUDA extension; reinstall it where nvcc is found (CPO_KERNELS_CUDA=1 demands "
+            "it), or use backend='triton'"
+        )
+    except ImportError as error:
+        return None, f"the CUDA extension cannot be loaded ({error}); backend='triton' runs on NVIDIA GPUs"
+    return _cuda, None
+
+
+def unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be used here, or None if they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver supports CUDA {_version(driver)}, the extension was compiled with CUDA {_version(runtime)}; "
+            f"update the driver, rebuild with an older toolkit, or use backend='triton'"
+        )
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability()))
+        return f"the GPU has compute capability {found}, 8.0 is needed; backend='torch' runs on any device"
+    return None
+
+
+def description() -> str:
+    """How the extension was compiled."""
+    return f"compiled extension, CUDA {_version(_extension().runtime_version())}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _extension() -> ModuleType:
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cuda' is not available: {reason}")
+    return module
+
+
+def _queue(device: torch.device) -> dict[str, int]:
+    """Where to launch: on the current stream of the tensors' device."""
+    if device.type != "cuda":
+        raise ValueError(f"logits are on {device}; expected a CUDA tensor")
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def row_forward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cpo_kernels.ops.row_forward` in one read of the logits, which rows without a token are spared.
+
+    Args:
+        logits: (R, V) float32, bfloat16 or float16 on a GPU, of unit column stride and any row stride.
+        targets: (N,) int64; one outside [0, V) other than -100 is not read and has log-probability NaN.
+        row_starts: (R + 1,) int64 prefix count of the tokens of each row, or None for one token a row.
+        bias: (V,) float32, bfloat16 or float16, or None.
+        logit_scale: factor of the logits and the bias.
+        softcap: bound of the scaled logits, 0.0 for none.
+        temperature: divisor of the capped logits.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) float32, maximum and log-sum-exp minus maximum, 0 for rows without a token; logps (N,) float32.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    _extension().row_forward(
+        **_queue(logits.device), **rows.arguments, threads=threads, stats=stats.data_ptr(), logps=logps.data_ptr()
+    )
+    return stats, logps
+
+
+def row_backward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> Tensor:
+    """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype.
+
+    Rows whose tokens all have a coef of 0, and tokens of target -100 whatever their coef, give exact zeros and cost no
+    read of the logits.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here.
+        targets: see above.
+        row_starts: see above.
+        stats: (2, R) float32, from :func:`row_forward`.
+        coef: (N,) float32, the derivative of the loss with respect to each log-probability.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        threads: see above.
+
+    Raises:
+        ValueError: as :func:`row_forward`.
+        RuntimeError: as :func:`row_forward`.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    _backward_into(out, logits, rows, stats, coef, threads)
+    return out
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+) -> None:
+    """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+
+    Raises:
+        ValueError: as :func:`row_backward`, and for rows that overlap in memory, or another ``grad_dtype`` than that of
+            the logits, or bfloat16 or float16 for float32 logits.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
+
+
+def row_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+    slice_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_forward` and :func:`row_backward_` in one read and one write, where ``coef`` is known beforehand.
+
+    A row lies in the shared memory of a cluster of up to 8 thread blocks between the two (sm_90 and later), or of one.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
+        targets: see above.
+        row_starts: see above.
+        coef: (N,) float32.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        grad_dtype: as in :func:`row_backward_`.
+        threads: see above.
+        slice_bytes: what a block holds of a row at most, so long as a cluster has blocks; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) and logps (N,), as :func:`row_forward`.
+
+    Raises:
+        ValueError: as :func:`row_backward_`, and for rows that do not fit the shared memory of a cluster.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    out = _overwritten(logits, grad_dtype)
+    check("coef", coef, (targets.shape[0],), (torch.float32,), logits.device)
+    coef = coef.contiguous()
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    _extension().row_gradient(
+        **_queue(logits.device),
+        **rows.arguments,
+        threads=threads,
+        slice_bytes=slice_bytes,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        logps=logps.data_ptr(),
+        coef=coef.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+    return stats, logps
+
+
+def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:
+    """Where a gradient of ``grad_dtype`` lies over the logits."""
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {logits.shape[1]}"
+        )
+    return logits if grad_dtype is None or grad_dtype == logits.dtype else front_halves(logits, grad_dtype)
+
+
+def _backward_into(out: Tensor, logits: Tensor, rows: _Rows, stats: Tensor, coef: Tensor, threads: int) -> None:
+    R, device = logits.shape[0], logits.device
+    check("stats", stats, (2, R), (torch.float32,), device)
+    check("coef", coef, (rows.arguments["tokens"],), (torch.float32,), device)
+    stats, coef = stats.contiguous(), coef.contiguous()
+    shared = rows.arguments["row_starts"] != 0
+    token_grad = torch.empty(coef.shape, dtype=torch.float32, device=device) if shared else None
+    _extension().row_backward(
+        **_queue(device),
+        **rows.arguments,
+        threads=threads,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        coef=coef.data_ptr(),
+        token_grad=0 if token_grad is None else token_grad.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+
+
+def contrast(
+    logps: Tensor,
+    token_starts: Tensor,
+    segment_starts: Tensor | None,
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    *,
+    beta: float,
+    margin: float,
+    label_smoothing: float,
+    loss_type: str,
+    length_normalized: bool,
+    contrast_weight: float,
+    mle_weight: float,
+    num_groups: float,
+    num_target_tokens: float | Tensor,
+    gain: float,
+    max_candidates: int,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens, in one launch.
+
+    The starts may be slices of longer prefix counts: their first element is what they count from.
+
+    Args:
+        logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
+        token_starts: (S + 1,) int64 prefix count of the slots of each segment.
+        segment_starts: (G + 1,) int64 prefix count of the segments of each group; None: ``max_candidates`` each.
+        lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
+        ref_logps: (S,) float32 or None.
+        ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
+        beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
+        margin: see ``beta``.
+        label_smoothing: see ``beta``.
+        loss_type: see ``beta``.
+        length_normalized: see ``beta``.
+        contrast_weight: see ``beta``.
+        mle_weight: see ``beta``.
+        num_groups: denominator of the contrast.
+        num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
+        gain: factor on every coefficient.
+        max_candidates: segments of the largest group, at most 1024.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+
+    Returns:
+        sums (S,) float32, accumulated in float64, and ``gain * dloss / dlogp`` (n,) float32 for every slot of a
+        segment: 0 in absent candidates, and NaN in all others of a group whose scores are not finite.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where the launch fails.
+    """
+    groups = _Groups(
+        (logps, token_starts, segment_starts, lengths, ref_logps, ranks),
+        beta=beta,
+        margin=margin,
+        label_smoothing=label_smoothing,
+        loss_type=loss_type,
+        length_normalized=length_normalized,
+        contrast_weight=contrast_weight,
+        mle_weight=mle_weight,
+        num_groups=num_groups,
+        num_target_tokens=num_target_tokens,
+        gain=gain,
+        max_candidates=max_candidates,
+    )
+    if lengths.numel():
+        _extension().contrast(**_queue(logps.device), **groups.arguments, threads=threads)
+    return groups.sums, groups.coef
+
+
+def cpo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    grad: Tensor | None,
+    token_starts: Tensor,
+    segment_starts: Tensor | None,
+    lengths: Tensor,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_forward`, :func:`contrast` and :func:`row_backward` of whole groups in one cooperative launch.
+
+    A coefficient depends on the log-probabilities of its whole group, so that the logits are read twice where a
+    gradient is asked for, and it is written once.
+
+    Args:
+        logits: (R, V), a row for each slot of the segments, in their order; otherwise as in :func:`row_forward`.
+        targets: (R,) int64.
+        grad: (R, V) of the dtype of the logits and unit column stride, or the logits themselves; receives
+            ``gain * dloss / dlogits``. None: the gradient is not computed, and the logits are read once.
+        token_starts: as in :func:`contrast`, like all arguments that are not listed here.
+        segment_starts: see above.
+        lengths: see above.
+        ref_logps: see above.
+        ranks: see above.
+        bias: as in :func:`row_forward`, like the numbers after it.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+        **options: as in :func:`contrast`.
+
+    Returns:
+        sums (S,) and logps (R,), float32.
+
+    Raises:
+        ValueError: as :func:`row_forward` and :func:`contrast`, and for a ``grad`` that does not fit.
+        RuntimeError: what CUDA says where the launch fails.
+    """
+    rows = _Rows(logits, targets, None, bias, logit_scale, softcap, temperature)
+    R, device = logits.shape[0], logits.device
+    logps = torch.empty((R,), dtype=torch.float32, device=device)
+    stats = torch.empty((2, R), dtype=torch.float32, device=device)
+    groups = _Groups((logps, token_starts, segment_starts, lengths, ref_logps, ranks), **options)
+    if grad is not None:
+        check("grad", grad, tuple(logits.shape), (logits.dtype,), device)
+        same = grad.data_ptr() == logits.data_ptr() and grad.stride() == logits.stride()
+        if (logits.shape[1] > 1 and grad.stride(1) != 1) or (R > 1 and grad.stride(0) < logits.shape[1]):
+            raise ValueError(f"grad has strides {grad.stride()}; expected a column stride of 1 and rows apart")
+        if share_memory(grad, logits) and not same:
+            raise ValueError("grad shares memory with logits; expected the logits themselves or a tensor apart")
+    if lengths.numel():
+        _extension().cpo_loss(
+            **_queue(device),
+            **rows.arguments,
+            **groups.arguments,
+            threads=threads,
+            stats=stats.data_ptr(),
+            grad=0 if grad is None else grad.data_ptr(),
+            grad_stride=0 if grad is None else grad.stride(0),
+        )
+    return groups.sums, logps
+
+
+class _Groups:
+    """The checked arguments of the contrast, the tensors whose addresses are among them, and its results."""
+
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None],
+        *,
+        beta: float,
+        margin: float,
+        label_smoothing: float,
+        loss_type: str,
+        length_normalized: bool,
+        contrast_weight: float,
+        mle_weight: float,
+        num_groups: float,
+        num_target_tokens: float | Tensor,
+        gain: float,
+        max_candidates: int,
+    ) -> None:
+        if not 1 <= max_candidates <= MAX_CANDIDATES:
+            raise ValueError(f"max_candidates must be at least 1 and at most {MAX_CANDIDATES}, got {max_candidates}")
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {loss_type!r}")
+        counted = num_target_tokens if isinstance(num_target_tokens, Tensor) else None
+        mle_divisor = 1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens
+        self.tensors = self.checked(tensors, counted)
+        logps, segment_starts, lengths = (self.tensors[name] for name in ("logps", "segment_starts", "lengths"))
+        assert logps is not None and lengths is not None
+        self.sums, self.coef = torch.empty_like(lengths, dtype=torch.float32), torch.empty_like(logps)
+        S = lengths.numel()
+        self.arguments: dict[str, Any] = {
+            **{name: 0 if x is None else x.data_ptr() for name, x in self.tensors.items()},
+            "segments": S,
+            "slots": logps.numel(),
+            "sums": self.sums.data_ptr(),
+            "coef": self.coef.data_ptr(),
+            "groups": S // max_candidates if segment_starts is None else segment_starts.numel() - 1,
+            "max_candidates": max_candidates,
+            "length_normalized": length_normalized,
+            "loss": LOSS_TYPES.index(loss_type),
+            "beta": beta,
+            "label_smoothing": label_smoothing,
+            "margin": margin,
+            "contrast_scale": gain * contrast_weight / num_groups,
+            "mle_scale": gain * mle_weight / mle_divisor,
+        }
+
+    @staticmethod
+    def checked(
+        tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None], counted: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """The tensors by name, contiguous, of the dtypes that the kernel reads."""
+        logps, token_starts, segment_starts, lengths, ref_logps, ranks = tensors
+        S, device = lengths.numel(), logps.device
+        ranks = None if ranks is None else ranks.to(torch.int64)
+        expected: dict[str, tuple[Tensor | None, tuple[int | None, ...], torch.dtype]] = {
+            "logps": (logps, (None,), torch.float32),
+            "token_starts": (token_starts, (S + 1,), torch.int64),
+            "segment_starts": (segment_starts, (None,), torch.int64),
+            "lengths": (lengths, (S,), torch.int64),
+            "ref_logps": (ref_logps, (S,), torch.float32),
+            "ranks": (ranks, (S,), torch.int64),
+            "num_target_tokens": (counted, (), torch.float64),
+        }
+        for name, (tensor, shape, dtype) in expected.items():
+            if tensor is not None:
+                check(name, tensor, shape, (dtype,), device)
+        return {name: None if x is None else x.contiguous() for name, (x, _, _) in expected.items()}
+
+
+class _Rows:
+    """The checked arguments that forward and backward share, and the tensors whose addresses are among them.
+
+    Memory that is released after the launch is used again no earlier than by what follows on the same stream.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> None:
+        check("logits", logits, (None, None), tuple(DTYPE_CODES), logits.device)
+        (R, V), device = logits.shape, logits.device
+        if not 0 < V <= MAX_VOCAB:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; expected 1 to {MAX_VOCAB} columns")
+        if V > 1 and logits.stride(1) != 1:
+            raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
+        check("targets", targets, (R if row_starts is None else None,), (torch.int64,), device)
+        targets = targets.contiguous()
+        if row_starts is not None:
+            check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
+            row_starts = row_starts.contiguous()
+        if bias is not None:
+            check("bias", bias, (V,), tuple(DTYPE_CODES), device)
+            bias = bias.detach().to(torch.float32).contiguous()
+        mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
+        self.tensors = (logits, targets, row_starts, bias)
+        self.arguments: dict[str, Any] = {
+            "dtype": DTYPE_CODES[logits.dtype],
+            "logits": logits.data_ptr(),
+            "rows": R,
+            "vocab": V,
+            "row_stride": logits.stride(0),
+            "targets": targets.data_ptr(),
+            "row_starts": 0 if row_starts is None else row_starts.data_ptr(),
+            "tokens": targets.shape[0],
+            "bias": 0 if bias is None else bias.data_ptr(),
+            "mult": mult,
+            "cap": cap,
+            "slope": slope,
+        }

@@ -1,0 +1,33 @@
+// One preference, a winner over the candidates that rank below it: the slope of its loss by its difference of scores,
+//   d = s_winner - logsumexp({s_j : rank_j > rank_winner}),    in float64: these are a few hundred numbers.
+#pragma once
+
+#include <cmath>
+
+#include "common/host_device.h"
+
+namespace cpo {
+
+// The codes are part of the bindings: cpo_kernels/backends/native_cuda.py passes them.
+enum class Loss : int { kPlackettLuce = 0, kHinge = 1, kIpo = 2 };
+constexpr int kNumLosses = 3;
+
+struct Preference {
+  Loss loss;
+  double beta;
+  double label_smoothing;
+
+  // 1 / (1 + exp(-x)) for any x, with neither overflow nor cancellation.
+  static CPO_HOST_DEVICE double sigmoid(double x) {
+    const double small = exp(-fabs(x));
+    return (x < 0 ? small : 1.0) / (1.0 + small);
+  }
+
+  CPO_HOST_DEVICE double slope(double d) const {
+    if (loss == Loss::kHinge) return d < 1.0 ? -1.0 : 0.0;
+    if (loss == Loss::kIpo) return 2.0 * (d - 0.5) / (beta * beta);
+    return label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d);
+  }
+};
+
+}  // namespace cpo

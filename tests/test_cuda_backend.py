@@ -1,0 +1,191 @@
+"""The cuda backend: what makes it unavailable, what its launchers refuse, the engine with its kernels on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from problems import PROBLEMS
+from tolerance import assert_accurate
+
+from benchmarks import small_run
+from cpo_kernels import backends, linear_cpo_loss, ops, token_logps
+from cpo_kernels.backends import native_cuda
+
+pytestmark = pytest.mark.cpu
+
+
+def module(driver: int, runtime: int = 13000) -> SimpleNamespace:
+    return SimpleNamespace(driver_version=lambda: driver, runtime_version=lambda: runtime)
+
+
+@pytest.mark.parametrize(
+    ("found", "gpu", "reason"),
+    [
+        ((None, "nvcc was not there"), None, "nvcc was not there"),
+        ((module(0), None), None, "no NVIDIA driver was found"),
+        ((module(12080), None), (9, 0), "the driver supports CUDA 12.8, the extension was compiled with CUDA 13.0"),
+        ((module(13000), None), None, "torch finds no NVIDIA GPU"),
+        ((module(13000), None), (7, 5), "the GPU has compute capability 7.5, 8.0 is needed"),
+        ((module(13010), None), (8, 0), None),
+        ((module(12020, 12080), None), (10, 0), None),  # within a major version, an older driver will do
+    ],
+)
+def test_what_makes_the_backend_unavailable(monkeypatch, found, gpu, reason):
+    monkeypatch.setattr(native_cuda, "_load", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.version, "hip", None)
+    given = native_cuda.unavailable_reason()
+    assert given is None if reason is None else given is not None and given.startswith(reason)
+    (status,) = (s for s in backends.describe() if s.name == "cuda")
+    assert status.available == (reason is None)
+
+
+def test_auto_chooses_only_what_is_measured():
+    assert "cuda" not in backends.PREFERRED["cuda"]
+
+
+def test_calls_without_the_extension_say_so(monkeypatch):
+    monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(native_cuda, "_queue", lambda device: {})
+    with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it was not built"):
+        native_cuda.row_forward(torch.randn(2, 5), torch.tensor([1, 2]), None, None, 1.0, 0.0, 1.0)
+
+
+def call(**changes):
+    """A small valid call of row_backward_, with some arguments exchanged."""
+    arguments = {
+        "logits": torch.randn(2, 5),
+        "targets": torch.tensor([1, -100, 2]),
+        "row_starts": torch.tensor([0, 2, 3]),
+        "stats": torch.zeros(2, 2),
+        "coef": torch.ones(3),
+        "bias": None,
+        "logit_scale": 1.0,
+        "softcap": 0.0,
+        "temperature": 1.0,
+    }
+    native_cuda.row_backward_(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.randn(2, 5).double()}, "logits has dtype torch.float64"),
+        ({"logits": torch.randn(2, 0)}, r"logits have shape \(2, 0\)"),
+        ({"logits": torch.randn(5, 2).T}, r"logits have strides \(1, 2\)"),
+        ({"logits": torch.randn(1, 5).expand(2, 5)}, "rows overlap and cannot be overwritten"),
+        ({"targets": torch.tensor([1.0, 2.0, 3.0])}, "targets has dtype torch.float32"),
+        ({"row_starts": torch.tensor([0, 3])}, r"row_starts has shape \(2,\)"),
+        ({"row_starts": None}, r"targets has shape \(3,\); expected \(2\)"),
+        ({"stats": torch.zeros(2, 3)}, r"stats has shape \(2, 3\)"),
+        ({"coef": torch.ones(3).double()}, "coef has dtype torch.float64"),
+        ({"coef": torch.ones(2)}, r"coef has shape \(2,\)"),
+        ({"bias": torch.ones(4)}, r"bias has shape \(4,\)"),
+        ({"bias": torch.ones(5, device="meta")}, "bias is on meta"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"grad_dtype": torch.float64}, "grad_dtype is torch.float64"),
+    ],
+)
+def test_arguments_that_do_not_fit(emulator, changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_tensors_of_the_cpu_are_refused():
+    with pytest.raises(ValueError, match="logits are on cpu; expected a CUDA tensor"):
+        call()
+
+
+@pytest.fixture(scope="module")
+def operators():
+    """The row operators once more: those of the backend exist only where there is a GPU."""
+    kernels = ops.RowKernels(
+        lambda *args: native_cuda.row_forward(*args),
+        lambda *args: native_cuda.row_backward(*args),
+        lambda *args: native_cuda.row_backward_(*args),
+    )
+    return ops.declare_rows("emulated_cuda_", kernels)
+
+
+@pytest.fixture
+def backend(emulator, operators, monkeypatch):
+    """The backend as users name it, on the CPU."""
+    base = backends.cuda_backend() if "cuda" not in backends.BACKENDS else backends.BACKENDS["cuda"]
+    emulated = replace(base, devices=("cpu",), rows=operators)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", emulated)
+    monkeypatch.setattr(backends, "AVAILABLE", (*backends.AVAILABLE, "cuda"))
+    return emulated
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
+def test_opcheck(emulator, operators, shared):
+    logits, targets = torch.randn(4, 31), torch.randint(0, 31, (6 if shared else 4,))
+    starts = torch.tensor([0, 2, 2, 5, 6]) if shared else None
+    head = (torch.randn(31), 0.7, 3.0, 1.3)
+    stats, logps = operators.forward(logits, targets, starts, *head)
+    namespace = torch.ops.cpo_kernels
+    forward = namespace.emulated_cuda_row_forward.default
+    torch.library.opcheck(forward, (logits.clone().requires_grad_(), targets, starts, *head))
+    backward = (logits, targets, starts, stats, torch.randn_like(logps), *head)
+    torch.library.opcheck(namespace.emulated_cuda_row_backward.default, backward)
+    torch.library.opcheck(namespace.emulated_cuda_row_backward_.default, backward)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["larger_prime_vocab", "whole_head", "ranked", "packed_whole_head", "packed_shared_rows"]
+)
+def test_the_engine_with_these_kernels(backend, dtype, name):
+    """Loss and gradients, chunk by chunk, against the reference backend's in float64."""
+    torch.manual_seed(1)
+    rounded = PROBLEMS[name]().to(dtype)
+    results = []
+    for kind, to in (("cuda", dtype), ("torch", dtype), ("torch", torch.float64)):
+        problem = rounded.to(to)
+        out = linear_cpo_loss(**problem.arguments(), **problem.options, backend=kind, max_logits_bytes=8192)
+        out.loss.backward()
+        results.append((out.loss.detach(), problem.hidden.grad, problem.weight.grad))
+    for what, *tensors in zip(("loss", "hidden", "weight"), *results, strict=True):
+        assert_accurate(*tensors, what)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
+@pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss"])
+def test_the_bindings_take_what_the_launchers_give(backend, emulator, monkeypatch, name):
+    """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
+    extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
+    given = {}
+    emulated = getattr(emulator, name)
+    monkeypatch.setattr(emulator, name, lambda **arguments: given.update(arguments) or emulated(**arguments))
+    small_run.linear_form("cuda", torch.device("cpu"), torch.float32)
+    small_run.one_launch(torch.device("cpu"), torch.float32)
+    small_run.one_read(torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+        getattr(extension, name)(**given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_the_sanitizer_watches_runs(backend, dtype):
+    small_run.logits_form("cuda", torch.device("cpu"), dtype)
+    small_run.linear_form("cuda", torch.device("cpu"), dtype)
+    small_run.one_launch(torch.device("cpu"), dtype)
+    small_run.one_read(torch.device("cpu"), dtype)
+
+
+def test_logits_form(backend):
+    logits, targets = torch.randn(3, 2, 257, requires_grad=True), torch.randint(0, 257, (3, 2))
+    logps = token_logps(logits, targets, backend="cuda")
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    double = logits.detach().double().requires_grad_()
+    exact = token_logps(double, targets, backend="torch")
+    (exact_grad,) = torch.autograd.grad(exact.sum(), double)
+    eager = token_logps(logits, targets, backend="torch")
+    (eager_grad,) = torch.autograd.grad(eager.sum(), logits)
+    assert_accurate(logps.detach(), eager.detach(), exact.detach(), "logps")
+    assert_accurate(grad, eager_grad, exact_grad, "gradient")
