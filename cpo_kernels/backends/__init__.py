@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native, native_cuda, triton_support
+from . import native, native_cuda, native_groups, triton_support
 from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,8 +102,8 @@ def cuda_backend() -> Backend:
         rows=ops.declare_rows("cuda_", kernels),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
-        contrast=native_cuda.contrast,
-        contrast_candidates=native_cuda.MAX_CANDIDATES,
+        contrast=native_groups.contrast,
+        contrast_candidates=native_groups.MAX_CANDIDATES,
     )
 
 
