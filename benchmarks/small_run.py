@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, linear_sequence_logps, token_logps
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.backends import native_cuda, native_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 V, H = 1009, 64
@@ -56,7 +56,7 @@ def one_launch(device: torch.device, dtype: torch.dtype) -> None:
     for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
         logits = torch.randn(36, V, device=device).to(dtype)
         for grad in (None, torch.empty_like(logits), logits):
-            native_cuda.cpo_loss(
+            native_groups.cpo_loss(
                 *(logits, targets, grad, starts, None, lengths, None, None, None, *head),
                 **objective,
                 num_groups=3,

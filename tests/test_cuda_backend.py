@@ -12,7 +12,7 @@ from tolerance import assert_accurate
 
 from benchmarks import small_run
 from cpo_kernels import backends, linear_cpo_loss, ops, token_logps
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.backends import native_cuda, triton_support
 
 pytestmark = pytest.mark.cpu
 
@@ -28,20 +28,30 @@ def module(driver: int, runtime: int = 13000) -> SimpleNamespace:
         ((module(0), None), None, "no NVIDIA driver was found"),
         ((module(12080), None), (9, 0), "the driver supports CUDA 12.8, the extension was compiled with CUDA 13.0"),
         ((module(13000), None), None, "torch finds no NVIDIA GPU"),
-        ((module(13000), None), (7, 5), "the GPU has compute capability 7.5, 8.0 is needed"),
         ((module(13010), None), (8, 0), None),
         ((module(12020, 12080), None), (10, 0), None),  # within a major version, an older driver will do
     ],
 )
 def test_what_makes_the_backend_unavailable(monkeypatch, found, gpu, reason):
     monkeypatch.setattr(native_cuda, "_load", lambda: found)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu is not None))
     monkeypatch.setattr(torch.version, "hip", None)
     given = native_cuda.unavailable_reason()
     assert given is None if reason is None else given is not None and given.startswith(reason)
     (status,) = (s for s in backends.describe() if s.name == "cuda")
     assert status.available == (reason is None)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_gpu_that_is_too_old_is_refused(monkeypatch, backend):
+    """For its own capability, whichever device is the current one."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
+    refusal = triton_support.refusal.__wrapped__
+    assert refusal(backend, torch.device("cuda:0")) is None
+    assert refusal(backend, torch.device("cpu")) is None
+    message = refusal(backend, torch.device("cuda:1"))
+    assert message == f"backend '{backend}' needs compute capability 8.0, cuda:1 has 7.5"
 
 
 def test_auto_chooses_only_what_is_measured():

@@ -24,7 +24,7 @@ from contrast_chunks import (
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels.backends.native_cuda import MAX_CANDIDATES, contrast
+from cpo_kernels.backends.native_groups import MAX_CANDIDATES, contrast
 from cpo_kernels.objective import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]

@@ -64,6 +64,12 @@ def test_every_output_is_on_the_device():
         assert all(value.device == problem.hidden.device for value in out)
 
 
+def test_importing_the_package_makes_no_cuda_context():
+    """Or processes could not be forked after it."""
+    code = "import torch, cpo_kernels; cpo_kernels.backends.available(); assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
+
+
 def test_auto_is_a_backend_of_the_gpu():
     assert backends.select("auto", torch.device(DEVICE), torch.bfloat16).name != "cpu"
 

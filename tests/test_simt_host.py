@@ -11,7 +11,7 @@ import simt_host
 import torch
 
 from cpo_kernels import reference
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.backends import native_cuda, native_groups
 from cpo_kernels.objective import Objective
 
 pytestmark = [
@@ -102,9 +102,9 @@ def small_loss() -> bool:
     options = {name: getattr(objective, name) for name in OPTIONS} | {"num_groups": 5, "num_target_tokens": 10}
     options |= {"gain": 1.0, "max_candidates": 2, "threads": 64}
     stats, logps = native_cuda.row_forward(logits, targets, None, *head, threads=64)
-    _, coef = native_cuda.contrast(logps, *groups, **options)
+    _, coef = native_groups.contrast(logps, *groups, **options)
     apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
-    native_cuda.cpo_loss(logits, targets, logits, *groups, *head, **options)
+    native_groups.cpo_loss(logits, targets, logits, *groups, *head, **options)
     return torch.equal(logits, apart)
 
 

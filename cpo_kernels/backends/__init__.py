@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native, native_cuda, triton_support
+from . import native, native_cuda, native_groups, triton_support
 from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,7 +93,7 @@ def triton_backend() -> Backend:
         contrast=contrast.contrast,
         contrast_candidates=contrast.MAX_CANDIDATES,
         linear_forward=linear.linear_forward,
-        too_old=triton_support.refusal,
+        too_old=partial(triton_support.refusal, "triton"),
     )
 
 
@@ -106,8 +107,9 @@ def cuda_backend() -> Backend:
         rows=ops.declare_rows("cuda_", kernels),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
-        contrast=native_cuda.contrast,
-        contrast_candidates=native_cuda.MAX_CANDIDATES,
+        contrast=native_groups.contrast,
+        contrast_candidates=native_groups.MAX_CANDIDATES,
+        too_old=partial(triton_support.refusal, "cuda"),
     )
 
 

@@ -27,7 +27,8 @@ int contrast_threads(const Queue& queue, int max_candidates) {
 void contrast(const Queue& queue, const ContrastArgs& args) {
   if (args.groups == 0) return;
   const DeviceGuard guard(queue.device);
-  const simt::Grid grid{args.groups, contrast_threads(queue, args.max_candidates), contrast_shared_bytes(args.max_candidates), queue.stream};
+  const int threads = contrast_threads(queue, args.max_candidates);
+  const simt::Grid grid{args.groups, threads, contrast_shared_bytes(args.max_candidates), queue.stream};
   simt::launch(grid, "contrast", contrast_kernel, args);
 }
 

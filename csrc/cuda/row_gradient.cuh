@@ -118,7 +118,8 @@ CPO_DEVICE void store_slice(const Slice<T>& slice, Out* out_row, const LogitGrad
 
 // Over what store_slice left at the columns of the tokens.
 template <class T, class Out, class Head>
-CPO_DEVICE void store_targets(const GradientArgs& args, const Slice<T>& slice, Out* out_row, const LogitGradient<Head>& gradient, TokenRange tokens) {
+CPO_DEVICE void store_targets(const GradientArgs& args, const Slice<T>& slice, Out* out_row, const LogitGradient<Head>& gradient,
+                              TokenRange tokens) {
   const RowBatch& batch = args.forward.batch;
   for (std::int64_t n = tokens.begin + simt::thread_index(); n < tokens.end; n += simt::thread_count()) {
     const std::int64_t target = simt::load(batch.targets + n);
