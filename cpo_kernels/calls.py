@@ -233,6 +233,61 @@ def backend_contrast(
     return contrast
 
 
+@dataclass(frozen=True)
+class LogitsCall:
+    """Everything of a loss of given logits (R, V) but them and the bias: padded groups of C segments of T rows.
+
+    Attributes:
+        backend: has a ``logits_loss``.
+        head: the options of the head.
+        targets: (R,) int64.
+        problem: the objective bound to the groups.
+        ranks: (S,) or None.
+    """
+
+    backend: backends.Backend
+    head: Head
+    targets: Tensor
+    problem: CPOProblem
+    ranks: Tensor | None
+
+    def run(self, logits: Tensor, _weight: None, bias: Tensor | None, needs: Needs) -> LossResult:
+        """The loss and the gradients of the logits and the bias, in one launch; the gradient is a tensor of its own."""
+        problem, launch = self.problem, self.backend.logits_loss
+        assert launch is not None
+        objective, segments = problem.objective, problem.lengths.numel()
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if any(needs) else None
+        sums, _ = launch(
+            logits.detach(),
+            self.targets,
+            grad,
+            torch.arange(segments + 1, device=logits.device) * (self.targets.numel() // segments),
+            None,
+            problem.lengths,
+            problem.ref_logps,
+            self.ranks,
+            None if bias is None else bias.detach(),
+            *self.head.transform,
+            beta=objective.beta,
+            margin=objective.margin,
+            label_smoothing=objective.label_smoothing,
+            loss_type=objective.loss_type,
+            length_normalized=objective.length_normalized,
+            contrast_weight=objective.contrast_weight,
+            mle_weight=objective.mle_weight,
+            num_groups=problem.num_groups,
+            num_target_tokens=problem.num_target_tokens,
+            gain=1.0,
+            max_candidates=problem.groups.shape[1],
+        )
+        loss = problem.loss(sums)[0]
+        grad_bias = None
+        if needs[2] and grad is not None and bias is not None:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
+        grads = (grad if needs[0] else None, None, grad_bias)
+        return LossResult(loss, sums, problem.lengths, dropped_share(None, loss), grads, 1.0, self.backend.scale_)
+
+
 def run_loss_fn(
     call: LinearCall,
     loss_fn: Callable[[Tensor, range], Tensor],

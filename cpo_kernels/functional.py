@@ -13,11 +13,10 @@ from torch import Tensor
 
 from . import backends, compiled
 from .autograd import FusedLoss, LinearTokenLogps, needs_grad
-from .calls import run_cpo, run_loss_fn
+from .calls import LogitsCall, run_cpo, run_loss_fn
 from .head import Head
 from .inputs import (
     FLOAT_DTYPES,
-    HEAD_NAMES,
     Inputs,
     check_targets,
     merge_ranks,
@@ -99,6 +98,14 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
         ValueError: shapes, dtypes, devices or target values that do not fit.
     """
     options = Head(**head)
+    backend, flat, flat_targets = flatten_logits(logits, targets, bias, options)
+    return backend.rows.forward(flat, flat_targets, None, bias, *options.transform)[1].reshape(targets.shape)
+
+
+def flatten_logits(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, options: Head
+) -> tuple[backends.Backend, Tensor, Tensor]:
+    """The backend, logits (R, V) of unit column stride and targets (R,), checked."""
     options.check_exact("a loss of logits that already exist")
     if logits.dtype not in FLOAT_DTYPES:
         raise ValueError(f"logits must be one of {FLOAT_DTYPES}, got {logits.dtype}")
@@ -120,7 +127,7 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
     backend = backends.select(options.backend, logits.device, logits.dtype)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    return backend.rows.forward(flat, flat_targets, None, bias, *options.transform)[1].reshape(targets.shape)
+    return backend, flat, flat_targets
 
 
 def sum_tokens(logps: Tensor) -> Tensor:
@@ -166,17 +173,31 @@ def cpo_loss(
     if 0 in targets.shape:
         raise ValueError(f"group 0 is empty: targets have shape {tuple(targets.shape)}")
     objective.check_candidates(targets.shape[1])
-    head_options = {name: getattr(head, name) for name in HEAD_NAMES}
-    sums = sum_tokens(token_logps(logits, targets, bias=bias, **head_options)).reshape(-1)
     shape = (targets.shape[0], targets.shape[1])
+    backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
+    dtype = accumulate_dtype(logits.dtype)
+    ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
     problem = checked_problem(
         objective,
         list(range(0, shape[0] * shape[1] + 1, shape[1])),
         (targets != IGNORE_INDEX).sum(-1).reshape(-1),
-        cast_ref(per_segment("ref_logps", ref_logps, shape, logits), sums),
-        per_segment("ranks", ranks, shape, logits),
+        None if ref is None else ref.to(dtype),
+        flat_ranks,
     )
+    if runs_in_one_launch(backend, logits.dtype, shape[1]):
+        call = LogitsCall(backend, head, flat_targets, problem, flat_ranks)
+        needs = needs_grad(flat, flat.detach(), bias)
+        loss, sums, *_ = FusedLoss.apply(flat, None, bias, call.run, needs)
+        return summarize(problem, loss, sums, shape)
+    logps = backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
+    sums = sum_tokens(logps.reshape(targets.shape)).reshape(-1)
     return summarize(problem, problem.loss(sums)[0], sums, shape)
+
+
+def runs_in_one_launch(backend: backends.Backend, dtype: torch.dtype, candidates: int) -> bool:
+    """Whether the backend's launch for given logits can be used: not for gradients of float16, which need a gain."""
+    usable = backend.logits_loss is not None and candidates <= backend.contrast_candidates
+    return usable and dtype != torch.float16 and not torch.compiler.is_compiling()
 
 
 def checked_problem(

@@ -11,7 +11,7 @@ from problems import PROBLEMS
 from tolerance import assert_accurate
 
 from benchmarks import small_run
-from cpo_kernels import backends, linear_cpo_loss, ops, token_logps
+from cpo_kernels import backends, cpo_loss, linear_cpo_loss, ops, token_logps
 from cpo_kernels.backends import native_cuda, triton_support
 
 pytestmark = pytest.mark.cpu
@@ -107,6 +107,7 @@ def test_arguments_that_do_not_fit(emulator, changes, message):
 
 
 def test_tensors_of_the_cpu_are_refused():
+    pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
     with pytest.raises(ValueError, match="logits are on cpu; expected a CUDA tensor"):
         call()
 
@@ -199,3 +200,34 @@ def test_logits_form(backend):
     (eager_grad,) = torch.autograd.grad(eager.sum(), logits)
     assert_accurate(logps.detach(), eager.detach(), exact.detach(), "logps")
     assert_accurate(grad, eager_grad, exact_grad, "gradient")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mle_weight": 0.4, "softcap": 3.0, "temperature": 1.3}], ids=["plain", "all"])
+def test_the_loss_of_given_logits_is_one_launch(backend, emulator, monkeypatch, dtype, options):
+    """Loss and gradients of logits and bias under an upstream gradient of 3, and again from a retained graph."""
+    launches = []
+    launch = emulator.cpo_loss
+    monkeypatch.setattr(emulator, "cpo_loss", lambda **arguments: launches.append(1) or launch(**arguments))
+    source, bias, ref = torch.randn(3, 3, 4, 129), torch.randn(129), torch.randn(3, 3) - 20
+    targets = torch.randint(0, 129, (3, 3, 4))
+    targets[0, 1], targets[1, 2, 2:] = -100, -100
+    results = []
+    for kind, to in (("cuda", dtype), ("torch", dtype), ("torch", torch.float64)):
+        leaves = [t.to(dtype).to(to).requires_grad_() for t in (source, bias)]
+        out = cpo_loss(leaves[0], targets, ref_logps=ref, bias=leaves[1], backend=kind, **options)
+        grads = torch.autograd.grad(3 * out.loss, leaves, retain_graph=True)
+        again = torch.autograd.grad(3 * out.loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True))
+        results.append((out.loss.detach(), out.logps, *grads))
+    for what, *tensors in zip(("loss", "logps", "logits", "bias"), *results, strict=True):
+        assert_accurate(*tensors, what)
+    assert len(launches) == 2  # the second for the retained graph
+
+
+def test_the_loss_of_given_logits_without_gradients(backend):
+    logits, targets = torch.randn(2, 3, 4, 65), torch.randint(0, 65, (2, 3, 4))
+    found, expected = (cpo_loss(logits, targets, backend=kind) for kind in ("cuda", "torch"))
+    assert not found.loss.requires_grad
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -46,6 +46,7 @@ class Backend:
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
         contrast_candidates: largest group that ``contrast`` takes.
+        logits_loss: loss and gradient of logits that exist, in one launch, or None; for ``contrast_candidates`` too.
         linear_forward: log-probabilities without logits in memory, or None.
         too_old: why a device is too old for the kernels, or None.
     """
@@ -61,6 +62,7 @@ class Backend:
     scale_: Callable[[Tensor, Tensor], None] = reference.scale_
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
+    logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
     linear_forward: Callable[..., Any] | None = None
     too_old: Callable[[torch.device], str | None] | None = None
 
@@ -108,6 +110,7 @@ def cuda_backend() -> Backend:
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         contrast=native_groups.contrast,
+        logits_loss=native_groups.cpo_loss,
         contrast_candidates=native_groups.MAX_CANDIDATES,
         too_old=partial(triton_support.refusal, "cuda"),
     )

@@ -8,6 +8,7 @@ Nothing waits for the device, and all of it can be captured into a CUDA graph.
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +24,7 @@ MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles
 def _load() -> tuple[ModuleType | None, str | None]:
     """The extension, or None and why it cannot be used."""
     try:
-        from cpo_kernels import _cuda
+        return import_module("cpo_kernels._cuda"), None
     except ModuleNotFoundError:
         return None, (
             "this installation has no CUDA extension; reinstall it where nvcc is found (CPO_KERNELS_CUDA=1 demands "
@@ -31,7 +32,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"the CUDA extension cannot be loaded ({error}); backend='triton' runs on NVIDIA GPUs"
-    return _cuda, None
 
 
 def unavailable_reason() -> str | None:
