@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, linear_sequence_logps, token_logps
-from cpo_kernels.backends import native_cuda, native_groups
+from cpo_kernels.backends import native_cuda, native_groups, native_hopper
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 V, H = 1009, 64
@@ -76,6 +76,18 @@ def one_read(device: torch.device, dtype: torch.dtype) -> None:
             native_cuda.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
 
 
+def hopper_linear(device: torch.device, dtype: torch.dtype) -> None:
+    """The fused linear path of sm_90, alone and with the exponentials that its gradient overwrites."""
+    hidden, weight = torch.randn(5, H, device=device).to(dtype), torch.randn(V, H, device=device).to(dtype)
+    targets = torch.randint(0, V, (7,), device=device)
+    starts = torch.tensor([0, 3, 3, 6, 7, 7], device=device)
+    for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
+        native_hopper.linear_forward(hidden, weight, targets, starts, None, *head)
+        kept = native_hopper.new_kept(hidden, weight, targets)
+        stats, logps = native_hopper.linear_forward(hidden, weight, targets, starts, None, *head, kept)
+        native_hopper.linear_backward_(kept, targets, starts, stats, logps, torch.ones_like(logps), *head)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run one backend on the device it is for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -89,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.backend == "cuda":
             one_launch(args.device, dtype)
             one_read(args.device, dtype)
+            if dtype != torch.float32 and torch.cuda.get_device_capability(args.device) == (9, 0):
+                hopper_linear(args.device, dtype)
     if args.device.type == "cuda":
         torch.cuda.synchronize()
 

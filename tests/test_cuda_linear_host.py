@@ -19,6 +19,7 @@ from hopper_host import Schedule, Unit
 from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
 from tolerance import assert_accurate
 
+from benchmarks import small_run
 from cpo_kernels.backends import native_cuda
 
 pytestmark = [
@@ -341,3 +342,7 @@ def test_faults_are_found(gpu, tmp_path, fault):
     with pytest.raises(AssertionError):
         for gpu.seed in range(4):
             check_gradient(c)
+
+
+def test_what_the_sanitizer_watches_runs():
+    small_run.hopper_linear(torch.device("cpu"), torch.bfloat16)
