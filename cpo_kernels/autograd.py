@@ -13,12 +13,12 @@ from .calls import Grads, LinearCall, LossResult, Needs, run_token_logps, token_
 Compute = Callable[[Tensor, Tensor, Tensor | None, Needs], LossResult]
 
 
-def needs_grad(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Needs:
+def needs_grad(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Needs:
     """Which tensors autograd wants a gradient for, in the current grad mode."""
     enabled = torch.is_grad_enabled()
     return (
         enabled and hidden.requires_grad,
-        enabled and weight.requires_grad,
+        enabled and weight is not None and weight.requires_grad,
         enabled and bias is not None and bias.requires_grad,
     )
 

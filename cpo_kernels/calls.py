@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,11 +196,28 @@ def run_cpo(
     return LossResult(loss, sums, tokens.lengths, dropped, grads.result(), gain, linear.backend.scale_)
 
 
+def launch_options(problem: CPOProblem) -> dict[str, Any]:
+    """The objective's numbers as a backend's launch takes them."""
+    objective = problem.objective
+    return {
+        "beta": objective.beta,
+        "margin": objective.margin,
+        "label_smoothing": objective.label_smoothing,
+        "loss_type": objective.loss_type,
+        "length_normalized": objective.length_normalized,
+        "contrast_weight": objective.contrast_weight,
+        "mle_weight": objective.mle_weight,
+        "num_groups": problem.num_groups,
+        "num_target_tokens": problem.num_target_tokens,
+        "max_candidates": problem.groups.shape[1],
+    }
+
+
 def backend_contrast(
     backend: backends.Backend, problem: CPOProblem, ranks: Tensor | None, gain: float | Tensor
 ) -> engine.Contrast:
     """The contrast of a chunk by the backend's one launch."""
-    objective, launch = problem.objective, backend.contrast
+    launch, options = backend.contrast, launch_options(problem)
     assert launch is not None
     segment_starts = None
     sizes = problem.groups.sizes
@@ -216,17 +233,8 @@ def backend_contrast(
             problem.lengths[here],
             None if problem.ref_logps is None else problem.ref_logps[here],
             None if ranks is None else ranks[here],
-            beta=objective.beta,
-            margin=objective.margin,
-            label_smoothing=objective.label_smoothing,
-            loss_type=objective.loss_type,
-            length_normalized=objective.length_normalized,
-            contrast_weight=objective.contrast_weight,
-            mle_weight=objective.mle_weight,
-            num_groups=problem.num_groups,
-            num_target_tokens=problem.num_target_tokens,
             gain=1.0 if isinstance(gain, Tensor) else gain,
-            max_candidates=problem.groups.shape[1],
+            **options,
         )
         return sums, coef * gain if isinstance(gain, Tensor) else coef
 
@@ -255,7 +263,7 @@ class LogitsCall:
         """The loss and the gradients of the logits and the bias, in one launch; the gradient is a tensor of its own."""
         problem, launch = self.problem, self.backend.logits_loss
         assert launch is not None
-        objective, segments = problem.objective, problem.lengths.numel()
+        segments = problem.lengths.numel()
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if any(needs) else None
         sums, _ = launch(
             logits.detach(),
@@ -268,17 +276,8 @@ class LogitsCall:
             self.ranks,
             None if bias is None else bias.detach(),
             *self.head.transform,
-            beta=objective.beta,
-            margin=objective.margin,
-            label_smoothing=objective.label_smoothing,
-            loss_type=objective.loss_type,
-            length_normalized=objective.length_normalized,
-            contrast_weight=objective.contrast_weight,
-            mle_weight=objective.mle_weight,
-            num_groups=problem.num_groups,
-            num_target_tokens=problem.num_target_tokens,
             gain=1.0,
-            max_candidates=problem.groups.shape[1],
+            **launch_options(problem),
         )
         loss = problem.loss(sums)[0]
         grad_bias = None

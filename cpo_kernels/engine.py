@@ -169,10 +169,11 @@ def run(
         for block, block_stats in zip(blocks, stats, strict=True):
             if chunk.recomputed:
                 logits = linear.compute_logits(block, buffer)
-            dlogits = linear.backward_(block, logits, block_stats, coef[block.order])
+            block_coef = coef[block.order]
+            dlogits = linear.backward_(block, logits, block_stats, block_coef)
             kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
             if filters is not None:
-                kept = filters.compact(linear.backend, block, dlogits, coef[block.order])
+                kept = filters.compact(linear.backend, block, dlogits, block_coef)
             if kept is not None:
                 grads.add(kept)
     return sums, grads

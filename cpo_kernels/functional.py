@@ -75,7 +75,7 @@ def contrastive_loss(
     values = logps.to(accumulate_dtype(logps.dtype))
     boundaries = list(range(0, groups * candidates + 1, candidates))
     lengths = torch.ones(groups * candidates, dtype=torch.int64, device=logps.device)
-    problem = checked_problem(objective, boundaries, lengths, cast_ref(ref, values), flat_ranks)
+    problem = checked_problem(objective, boundaries, lengths, cast_ref(ref, values.dtype), flat_ranks)
     loss = problem.contrast(values.reshape(-1)).loss
     if reduction == "none":
         return loss
@@ -175,18 +175,17 @@ def cpo_loss(
     objective.check_candidates(targets.shape[1])
     shape = (targets.shape[0], targets.shape[1])
     backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
-    dtype = accumulate_dtype(logits.dtype)
     ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
     problem = checked_problem(
         objective,
         list(range(0, shape[0] * shape[1] + 1, shape[1])),
         (targets != IGNORE_INDEX).sum(-1).reshape(-1),
-        None if ref is None else ref.to(dtype),
+        cast_ref(ref, logits.dtype),
         flat_ranks,
     )
     if runs_in_one_launch(backend, logits.dtype, shape[1]):
         call = LogitsCall(backend, head, flat_targets, problem, flat_ranks)
-        needs = needs_grad(flat, flat.detach(), bias)
+        needs = needs_grad(flat, None, bias)
         loss, sums, *_ = FusedLoss.apply(flat, None, bias, call.run, needs)
         return summarize(problem, loss, sums, shape)
     logps = backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
@@ -216,9 +215,9 @@ def checked_problem(
     return problem
 
 
-def cast_ref(ref_logps: Tensor | None, sums: Tensor) -> Tensor | None:
-    """Reference log-likelihoods in the dtype of the sums."""
-    return None if ref_logps is None else ref_logps.to(sums.dtype)
+def cast_ref(ref_logps: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Reference log-likelihoods in the dtype in which those of logits of ``dtype`` are summed."""
+    return None if ref_logps is None else ref_logps.to(accumulate_dtype(dtype))
 
 
 def linear_token_logps(
@@ -324,7 +323,7 @@ def linear_cpo_loss(
     flat_ranks = merge_ranks(ranks, inputs)
     call, tensors = inputs.call, (inputs.hidden, inputs.weight, inputs.bias)
     needs = needs_grad(*tensors)
-    ref = None if ref is None else ref.to(accumulate_dtype(head.logits_dtype or inputs.hidden.dtype))
+    ref = cast_ref(ref, head.logits_dtype or inputs.hidden.dtype)
     if torch.compiler.is_compiling():
         loss, sums, lengths, dropped, *_ = compiled.linear_cpo(
             *tensors,

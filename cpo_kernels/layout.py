@@ -268,7 +268,7 @@ def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> l
     targets = tokens.targets[start:end]
     if tokens.one_per_row:
         bounds = [*range(start, end, rows_per_block), end]
-        absent = None if tokens.rows is not None else tokens.targets == IGNORE_INDEX
+        absent = targets == IGNORE_INDEX if tokens.rows is None else None
         return [
             Block(
                 rows=row_slots(tokens, a, b),
@@ -277,7 +277,7 @@ def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> l
                 row_starts=None,
                 host_row_starts=None,
                 targets=tokens.targets[a:b],
-                absent=None if absent is None else absent[a:b],
+                absent=None if absent is None else absent[a - start : b - start],
             )
             for a, b in pairwise(bounds)
         ]

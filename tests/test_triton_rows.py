@@ -12,7 +12,8 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels import reference
-from cpo_kernels.backends.triton import gradients, rows, transform, tuning
+from cpo_kernels.backends.transform import fold_transform
+from cpo_kernels.backends.triton import gradients, rows, tuning
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 64
@@ -349,7 +350,7 @@ BAD_HEADS = {
 @pytest.mark.parametrize(("head", "message"), BAD_HEADS.values(), ids=BAD_HEADS)
 def test_bad_head_is_named(head, message):
     with pytest.raises(ValueError, match=message):
-        transform.fold_transform(*head)
+        fold_transform(*head)
 
 
 STATS_CONFIG = {"BLOCK": 32, "ROWS": 4, "ROWS_PER_PROGRAM": 16, "num_warps": 1, "num_stages": 1}

@@ -7,7 +7,6 @@ touches a row.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ import torch  # must come before _cpu: it loads the OpenMP runtime, and the exte
 from torch import Tensor
 
 from cpo_kernels import reference
+
+from .transform import fold_transform
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
@@ -220,7 +221,7 @@ def front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
     check("logits", logits, (None, None), (torch.float32,), logits.device)
     if logits.stride(1) != 1:  # one column may have any stride otherwise, but not in a view of another dtype
         raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
-    return logits.detach().view(dtype)[:, : logits.shape[1]]
+    return reference.narrow_view(logits.detach(), dtype)
 
 
 def _backward_into(
@@ -453,18 +454,6 @@ def _row_batch(
         "threads": torch.get_num_threads() if threads is None else threads,
     }
     return _RowBatch(arguments, (logits, targets, row_starts, bias))
-
-
-def fold_transform(logit_scale: float, softcap: float, temperature: float) -> tuple[float, float, float]:
-    """mult, cap, slope of y = cap * tanh((x + bias) * mult), or (x + bias) * mult for cap 0; slope: dy/dx at y = 0."""
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
-    slope = logit_scale / temperature
-    return (logit_scale / softcap, softcap / temperature, slope) if softcap else (slope, 0.0, slope)
 
 
 def check(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import native_cuda
-from .native import DTYPE_CODES, check, fold_transform
+from .native import DTYPE_CODES, check
+from .transform import fold_transform
 
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)

@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cpo_kernels.backends.transform import fold_transform
+
 from . import tuning
 from .blocks import contiguous
 from .sampling import descend, exponential_variable, halves, uniforms
@@ -36,7 +38,7 @@ from .splits import (
     new_partials,
     plan_grid,
 )
-from .transform import fold_transform, transform
+from .transform import transform
 
 LOWEST = tl.constexpr(-3.0e38)
 # Columns that 4 threads of a tensor core's accumulator hold next to each other.

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpo_kernels.backends.transform import fold_transform
 from cpo_kernels.reference import narrow_view
 
 from . import tuning
@@ -27,7 +28,7 @@ from .blocks import (
     vector_size,
     wrap,
 )
-from .transform import exp, fold_transform, transform, transform_slope
+from .transform import exp, transform, transform_slope
 
 # Tensors of a number a row or a token: slices of them begin anywhere, which is not worth a kernel of its own.
 SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]

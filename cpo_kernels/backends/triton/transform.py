@@ -4,7 +4,6 @@ Device functions on float32 tensors of any shape. The constexpr flags drop what 
 """
 
 import math
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -67,32 +66,3 @@ def transform(x, bias, mult, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 def transform_slope(x, bias, mult, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr):
     """dy/dx in units of its value at y = 0, which is ``Transform.slope``."""
     return tanh_slope(prescale(x, bias, mult, HAS_BIAS, SCALED)) if SOFTCAP else 1.0
-
-
-class Transform(NamedTuple):
-    """``mult`` and ``cap`` of the device functions (cap 0: no softcap), and ``slope``: dy/dx at y = 0."""
-
-    mult: float
-    cap: float
-    slope: float
-
-    @property
-    def flags(self) -> dict[str, bool]:
-        """The constexpr arguments ``SOFTCAP`` and ``SCALED`` of the device functions."""
-        return {"SOFTCAP": self.cap != 0.0, "SCALED": self.mult != 1.0}
-
-
-def fold_transform(logit_scale: float, softcap: float, temperature: float) -> Transform:
-    """The two numbers that logit_scale, softcap (0.0: none) and temperature come down to, and the slope.
-
-    Raises:
-        ValueError: a value that is not finite, a negative softcap, or a temperature that is not positive.
-    """
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale is {logit_scale}; expected a finite number")
-    if not (math.isfinite(softcap) and softcap >= 0):
-        raise ValueError(f"softcap is {softcap}; expected a finite number above 0, or 0 for none")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
-    slope = logit_scale / temperature
-    return Transform(logit_scale / softcap, softcap / temperature, slope) if softcap else Transform(slope, 0.0, slope)
