@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ import transformers
 from torch import nn
 
 from cpo_kernels import CandidateLayout, attach_linear_loss
-from cpo_kernels.models import CPORequest, LogpsRequest
+from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
 
 V = tiny_models.VOCAB
 SMALL = {"vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -105,6 +106,39 @@ def test_log_likelihoods_equal_the_dense_computation(model):
     attach_linear_loss(model)
     got = model(ids, linear_loss=LogpsRequest(targets, layout)).logps
     torch.testing.assert_close(got, dense_logps(model, ids, targets, layout), rtol=1e-5, atol=1e-5)
+
+
+def test_pooled_hidden_states_are_means_over_the_predicting_rows():
+    model = attach_linear_loss(tiny_models.llama())
+    ids, targets, layout, _ = contrast_inputs()
+    targets[3:5] = -100  # segment 1 is absent
+    targets[7] = -100
+    out = model(ids, linear_loss=LogpsRequest(targets, layout, pool=True))
+    hidden = model.model(ids).last_hidden_state.flatten(0, 1).detach()
+    want = []
+    for start, end in pairwise(layout.cu_tokens):
+        mine = [int(layout.rows[n]) for n in range(start, end) if targets[n] != -100]
+        want.append(hidden[mine].mean(0) if mine else torch.zeros(hidden.shape[1]))
+    assert out.embeddings.dtype == torch.float32 and not out.embeddings.requires_grad
+    torch.testing.assert_close(out.embeddings, torch.stack(want))
+    assert torch.equal(out.logps, model(ids, linear_loss=LogpsRequest(targets, layout)).logps)
+
+
+def test_statistics_equal_the_models_own_logits(model):
+    ids, targets, layout, _ = contrast_inputs()
+    targets[4] = -100
+    attach_linear_loss(model)
+    out = model(ids, linear_loss=StatisticsRequest(targets, layout.rows, seed=3, entropy=True))
+    logps = model(ids).logits.flatten(0, 1).log_softmax(-1)[layout.rows].detach()
+    present = targets != -100
+    own = logps.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).where(present, 0.0)
+    entropy = -(logps.exp() * logps).sum(-1).where(present, 0.0)
+    torch.testing.assert_close(out.token_logps, own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.entropy, entropy, rtol=1e-5, atol=1e-5)
+    assert out.samples.shape == targets.shape and bool(((out.samples >= 0) == present).all())
+    again = model(ids, linear_loss=StatisticsRequest(targets, layout.rows, seed=3))
+    assert torch.equal(again.samples, out.samples) and again.entropy is None
+    assert not out.token_logps.requires_grad
 
 
 def test_without_the_keyword_the_model_is_as_before(model):

@@ -8,99 +8,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
-
-from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps
-from cpo_kernels.layout import CandidateLayout
 
 from .head import check_head, find_body, find_head, head_options, verify_head
+from .requests import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest
 
-
-@dataclass
-class LinearLossOutput(ModelOutput):
-    """What a model returns for a request; a field that the request does not compute is None.
-
-    Attributes:
-        loss: scalar, differentiable.
-        logits: always None; they are never materialised.
-        logps: (S,) log-likelihoods, differentiable for a :class:`LogpsRequest`, else detached.
-        rewards: (S,) ``beta * (logp - ref_logp)``.
-        contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    logps: Tensor | None = None
-    rewards: Tensor | None = None
-    contrastive_loss: Tensor | None = None
-    nll_loss: Tensor | None = None
-    accuracy: Tensor | None = None
-    margin: Tensor | None = None
-    dropped: Tensor | None = None
-
-
-class CPORequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
-
-    Not a dataclass, because FSDP casts the tensors of dataclasses among a forward's arguments to its compute dtype,
-    and reference log-likelihoods must stay in float32.
-
-    Args:
-        targets: (N,) int64, the vocabulary entry of each token; -100 for none.
-        layout: which row of the flattened (B * L, H) hidden states predicts each token, and which candidate of
-            which group it belongs to.
-        options: objective and head keywords of ``linear_cpo_loss`` (``ref_logps``, ``beta``, ``mle_weight``, ...).
-            ``bias``, ``logit_scale`` and ``softcap`` are the model's own.
-    """
-
-    def __init__(self, targets: Tensor, layout: CandidateLayout, **options: Any) -> None:
-        self.targets, self.layout, self.options = targets, layout, options
-
-    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
-        """The loss from hidden states (R, H) and the head's weight (V, H)."""
-        out = linear_cpo_loss(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
-        return LinearLossOutput(
-            loss=out.loss,
-            logps=out.logps,
-            rewards=out.rewards,
-            contrastive_loss=out.contrastive_loss,
-            nll_loss=out.nll_loss,
-            accuracy=out.accuracy,
-            margin=out.margin,
-            dropped=out.dropped,
-        )
-
-
-class LogpsRequest:
-    """Asks a model for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
-
-    Args:
-        targets, layout: as for :class:`CPORequest`.
-        options: head keywords of ``linear_sequence_logps``.
-    """
-
-    def __init__(self, targets: Tensor, layout: CandidateLayout, **options: Any) -> None:
-        self.targets, self.layout, self.options = targets, layout, options
-
-    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
-        """The log-likelihoods (S,) from hidden states (R, H) and the head's weight (V, H)."""
-        logps = linear_sequence_logps(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
-        return LinearLossOutput(logps=logps)
+__all__ = ["CPORequest", "LinearLossOutput", "LogpsRequest", "StatisticsRequest", "attach_linear_loss"]
 
 
 def attach_linear_loss(model: PreTrainedModel, *, verify: bool = True) -> PreTrainedModel:
     """Teach a causal language model to compute the fused loss in its forward pass.
 
-    Called with the extra keyword ``linear_loss=CPORequest(...)`` or ``LogpsRequest(...)``, the model runs its body,
-    never its head, and returns a :class:`LinearLossOutput`. Without the keyword it behaves as before. The change is
-    made in place, survives ``copy.deepcopy``, and leaves parameters, ``state_dict`` and ``save_pretrained`` as they
-    are; attaching twice changes nothing.
+    Called with the extra keyword ``linear_loss=CPORequest(...)`` (or ``LogpsRequest``, ``StatisticsRequest``), the
+    model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without the keyword it behaves as
+    before. The change is made in place, survives ``copy.deepcopy``, and leaves parameters, ``state_dict`` and
+    ``save_pretrained`` as they are; attaching twice changes nothing.
 
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not.

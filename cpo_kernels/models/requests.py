@@ -1,0 +1,140 @@
+"""What a model with an attached loss can be asked for, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.reference import IGNORE_INDEX
+from cpo_kernels.token_statistics import linear_token_statistics
+
+
+@dataclass
+class LinearLossOutput(ModelOutput):
+    """What a model returns for a request; a field that the request does not compute is None.
+
+    Attributes:
+        loss: scalar, differentiable.
+        logits: always None; they are never materialised.
+        logps: (S,) log-likelihoods, differentiable for a :class:`LogpsRequest`, else detached.
+        rewards: (S,) ``beta * (logp - ref_logp)``.
+        contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
+        embeddings: (S, H) float32, see :class:`LogpsRequest`.
+        token_logps, entropy, samples: (N,), see :class:`StatisticsRequest`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    logps: Tensor | None = None
+    rewards: Tensor | None = None
+    contrastive_loss: Tensor | None = None
+    nll_loss: Tensor | None = None
+    accuracy: Tensor | None = None
+    margin: Tensor | None = None
+    dropped: Tensor | None = None
+    embeddings: Tensor | None = None
+    token_logps: Tensor | None = None
+    entropy: Tensor | None = None
+    samples: Tensor | None = None
+
+
+class CPORequest:
+    """Asks a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
+
+    Not a dataclass, because FSDP casts the tensors of dataclasses among a forward's arguments to its compute dtype,
+    and reference log-likelihoods must stay in float32.
+
+    Args:
+        targets: (N,) int64, the vocabulary entry of each token; -100 for none.
+        layout: which row of the flattened (B * L, H) hidden states predicts each token, and which candidate of
+            which group it belongs to.
+        options: objective and head keywords of ``linear_cpo_loss`` (``ref_logps``, ``beta``, ``mle_weight``, ...).
+            ``bias``, ``logit_scale`` and ``softcap`` are the model's own.
+    """
+
+    def __init__(self, targets: Tensor, layout: CandidateLayout, **options: Any) -> None:
+        self.targets, self.layout, self.options = targets, layout, options
+
+    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
+        """The loss from hidden states (R, H) and the head's weight (V, H)."""
+        out = linear_cpo_loss(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
+        return LinearLossOutput(
+            loss=out.loss,
+            logps=out.logps,
+            rewards=out.rewards,
+            contrastive_loss=out.contrastive_loss,
+            nll_loss=out.nll_loss,
+            accuracy=out.accuracy,
+            margin=out.margin,
+            dropped=out.dropped,
+        )
+
+
+class LogpsRequest:
+    """Asks a model for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
+
+    Args:
+        targets, layout: as for :class:`CPORequest`.
+        pool: also return ``embeddings`` (S, H) float32, without gradient: for each segment the mean of the hidden
+            states of the rows that predict its tokens, 0 for an absent one.
+        options: head keywords of ``linear_sequence_logps``.
+    """
+
+    def __init__(self, targets: Tensor, layout: CandidateLayout, *, pool: bool = False, **options: Any) -> None:
+        self.targets, self.layout, self.pool, self.options = targets, layout, pool, options
+
+    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
+        """The log-likelihoods (S,) from hidden states (R, H) and the head's weight (V, H)."""
+        logps = linear_sequence_logps(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
+        embeddings = mean_rows(hidden.detach(), self.targets, self.layout) if self.pool else None
+        return LinearLossOutput(logps=logps, embeddings=embeddings)
+
+
+class StatisticsRequest:
+    """Asks a model for :func:`cpo_kernels.linear_token_statistics` of some rows; without gradient.
+
+    Args:
+        targets: (N,) int64, the vocabulary entry of each token; -100 for none.
+        rows: (N,) int64, the row of the flattened (B * L, H) hidden states that predicts each token.
+        seed: of the samples, see ``linear_token_statistics``; None for no samples.
+        num_samples: None for samples (N,), a number for samples (N, num_samples).
+        entropy: whether to compute entropies (N,).
+        options: head keywords of ``linear_token_statistics``.
+    """
+
+    def __init__(
+        self,
+        targets: Tensor,
+        rows: Tensor,
+        *,
+        seed: int | Tensor | None = None,
+        num_samples: int | None = None,
+        entropy: bool = False,
+        **options: Any,
+    ) -> None:
+        self.targets, self.rows = targets, rows
+        self.options = options | {"seed": seed, "entropy": entropy}
+        if num_samples is not None:
+            self.options["num_samples"] = num_samples
+
+    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
+        """The statistics (N,) from hidden states (R, H) and the head's weight (V, H)."""
+        out = linear_token_statistics(hidden.detach()[self.rows], weight, self.targets, **self.options, **head)
+        return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples)
+
+
+def mean_rows(hidden: Tensor, targets: Tensor, layout: CandidateLayout) -> Tensor:
+    """Mean (S, H) float32 of the rows of ``hidden`` (R, H) that predict each segment's tokens; 0 for an absent one."""
+    present = targets != IGNORE_INDEX
+    rows = torch.arange(layout.num_tokens, device=hidden.device) if layout.rows is None else layout.rows
+    counts = torch.cat([present.new_zeros(1, dtype=torch.int64), present.cumsum(0)])
+    lengths = counts[torch.tensor(layout.cu_tokens, device=hidden.device)].diff()
+    sums = torch.segment_reduce(hidden[rows[present]].float(), "sum", lengths=lengths, initial=0)
+    return sums / lengths.clamp(min=1).unsqueeze(1)
