@@ -123,10 +123,10 @@ class Tokens:
         return self.rows is None or not self.one_per_row or as_slice(self.rows) is None
 
     def among_all(self, values: Tensor, num_tokens: int) -> Tensor:
-        """Values (n,) of the slots as values (N,) of all tokens, 0 for those that do not count."""
+        """Values (n, ...) of the slots as values (N, ...) of all tokens, 0 for those that do not count."""
         if self.positions is None:
             return values
-        return values.new_zeros(num_tokens).index_copy_(0, self.positions, values)
+        return values.new_zeros((num_tokens, *values.shape[1:])).index_copy_(0, self.positions, values)
 
     def of_slots(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`among_all`."""

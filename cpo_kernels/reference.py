@@ -282,7 +282,7 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
 
 
 def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
-    """One word (R,) of each row, drawn from its softmax by inverse distribution function at ``uniforms`` (R,).
+    """K words (R, K) of each row, drawn from its softmax by inverse distribution function at ``uniforms`` (R, K).
 
     ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
     distribution (NaN, or nothing but -inf).
@@ -291,7 +291,6 @@ def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | 
     for tile in long_slices(*logits.shape):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
         below = (y - stats[0, tile, None]).exp().cumsum(-1, dtype=torch.float64)
-        threshold = uniforms[tile, None] * below[:, -1:]
-        words = torch.searchsorted(below, threshold, right=True).squeeze(1)
-        parts.append(words.where(below[:, -1].isfinite(), IGNORE_INDEX))
+        words = torch.searchsorted(below, uniforms[tile] * below[:, -1:], right=True)
+        parts.append(words.where(below[:, -1:].isfinite(), IGNORE_INDEX))
     return torch.cat(parts) if parts else uniforms.long()

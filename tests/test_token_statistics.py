@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, budget_of, random_problem
+from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, GemmCounter, budget_of, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import linear_token_logps, linear_token_statistics
+from cpo_kernels import counter_random, linear_token_logps, linear_token_statistics
 from cpo_kernels.reference import transform_logits
 
 # A correct sampler fails a chi-square test as rarely as this.
@@ -86,6 +86,114 @@ def test_samples_repeat_for_a_seed_only(backend):
     assert ((first >= 0) & (first < 211))[present].all()
 
 
+def chi_square_ratio(samples: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Chi-square of draws over its bound, for words that are all expected 5 times at least."""
+    assert (probabilities * len(samples) >= 5).all()
+    counts = samples.bincount(minlength=len(probabilities)).double()
+    return chi_square(counts, probabilities) / chi_square_bound(len(counts) - 1)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["one seed", "a seed per token"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_samples_follow_the_softmax_and_are_independent(backend, per_token):
+    """Over both dimensions: the tokens' pairs of samples have the product of the distribution with itself."""
+    hidden, weight = torch.randn(1, 8).expand(3000, 8), torch.randn(5, 8) * 0.3
+    seed = torch.arange(3000) if per_token else 3  # seeds as alike as can be
+    head = {"backend": backend, "max_logits_bytes": 5 * 4 * 700}
+    samples = linear_token_statistics(
+        hidden, weight, torch.zeros(3000, dtype=torch.int64), seed=seed, num_samples=3, **head
+    ).samples
+    assert samples.shape == (3000, 3)
+    p = (hidden[0].double() @ weight.double().T).softmax(-1)
+    joint = (p[:, None] * p[None, :]).flatten()
+    for k in range(3):
+        assert chi_square_ratio(samples[:, k], p) < 1
+        assert chi_square_ratio(5 * samples[:, k] + samples[:, (k + 1) % 3], joint) < 1
+    neighbours = 5 * samples[0::2, 0] + samples[1::2, 0]
+    assert chi_square_ratio(neighbours, joint) < 1
+    assert chi_square_ratio(6 * samples[:, 0], joint) > 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_of_a_token_depend_on_its_seed_alone(backend):
+    """Not on the tokens beside it, absent ones among them, nor on the blocks, nor on how many samples there are."""
+    hidden, weight, targets = torch.randn(40, 8), torch.randn(211, 8) * 0.2, torch.randint(0, 211, (40,))
+    targets[5::7] = -100
+    seeds = torch.randint(-(2**62), 2**62, (40,))
+    whole = linear_token_statistics(hidden, weight, targets, seed=seeds, num_samples=3, backend=backend).samples
+    assert (whole[5::7] == -100).all()
+    budget = 211 * 4 * 9
+    head = {"backend": backend, "max_logits_bytes": budget}
+    assert torch.equal(
+        linear_token_statistics(hidden, weight, targets, seed=seeds, num_samples=3, **head).samples, whole
+    )
+    order = torch.randperm(40)[:17]
+    part = linear_token_statistics(
+        hidden[order], weight, targets[order], seed=seeds[order], num_samples=2, backend=backend
+    )
+    assert torch.equal(part.samples, whole[order, :2])
+    for token in (0, 8):
+        one = slice(token, token + 1)
+        alone = linear_token_statistics(hidden[one], weight, targets[one], seed=seeds[one], backend=backend)
+        assert torch.equal(alone.samples, whole[one, 0])
+    dense = linear_token_statistics(hidden, weight, targets, seed=seeds, backend=backend, skip_absent_rows=False)
+    assert torch.equal(dense.samples, whole[:, 0])
+    other = linear_token_statistics(hidden, weight, targets, seed=seeds + 1, backend=backend).samples
+    assert (other != whole[:, 0]).float().mean() > 0.7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_of_several_samples_is_the_only_one(backend):
+    problem = random_problem(G=2, C=3, T=4, V=101).to(torch.float32)
+    arguments = (problem.hidden * 0.1, problem.weight, problem.targets)
+    one = linear_token_statistics(*arguments, seed=7, backend=backend).samples
+    for seed in (7, torch.full(problem.targets.shape, 3)):
+        several = linear_token_statistics(*arguments, seed=seed, num_samples=1, entropy=True, backend=backend)
+        assert several.samples.shape == (*problem.targets.shape, 1)
+        assert several.logps.shape == several.entropy.shape == problem.targets.shape
+        assert torch.equal(several.samples[..., 0], one) == isinstance(seed, int)
+
+
+@pytest.mark.cpu
+def test_several_samples_take_one_product():
+    problem = random_problem(H=16, V=101).to(torch.float32)
+    arguments = (problem.hidden, problem.weight, problem.targets)
+    with GemmCounter() as counter:
+        linear_token_statistics(*arguments, seed=1, num_samples=7, backend="torch")
+    assert len(counter.shapes) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 0, "seed": 1}, "num_samples must be at least 1 or None, got 0"),
+        ({"num_samples": 2}, "num_samples=2 needs a seed"),
+        ({"seed": torch.tensor([1, 2])}, r"shape of targets, \(3,\), got torch.int64 \(2,\)"),
+        ({"seed": torch.tensor(0.5)}, r"seed must be an integer.* got torch.float32"),
+    ],
+    ids=["no samples", "no seed", "shape", "dtype"],
+)
+def test_seeds_and_numbers_of_samples_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_token_statistics(torch.randn(3, 4), torch.randn(7, 4), torch.tensor([1, 2, 6]), **options)
+
+
+@pytest.mark.cpu
+def test_random_bits_are_those_of_splitmix64():
+    """Against the generator in unbounded integers, at both ends of int64."""
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
+    got = counter_random.uniforms(torch.tensor(seeds), 3)
+    for seed, row in zip(seeds, got.tolist(), strict=True):
+        states = [(mix(seed % 2**64) + (k + 1) * 0x9E3779B97F4A7C15) % 2**64 for k in range(3)]
+        assert row == [(mix(state) >> 11) / 2**53 for state in states]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_impossible_words_and_rows_without_a_distribution(backend):
     bias = torch.full((31,), -torch.inf)
@@ -121,3 +229,8 @@ def test_no_tokens():
     )
     assert out.logps.tolist() == out.entropy.tolist() == [0.0, 0.0]
     assert out.samples.tolist() == [-100, -100]
+    seeds = torch.tensor([1, 2])
+    out = linear_token_statistics(
+        torch.randn(2, 4), torch.randn(7, 4), torch.tensor([-100, -100]), seed=seeds, num_samples=2, backend="torch"
+    )
+    assert out.samples.tolist() == [[-100, -100]] * 2

@@ -428,6 +428,44 @@ def test_samples_do_not_depend_on_targets_or_splits():
         assert torch.equal(c.run({**SAMPLING, "SPLITS": count}, seed=torch.tensor([3])).samples, expected)
 
 
+def test_samples_of_rows_with_their_own_seeds_follow_the_softmax():
+    """Seeds as alike as 0, 1, 2: the counter of Philox is the same for all rows."""
+    c = identical_rows(101)
+    samples = c.run({**SAMPLING, "SPLITS": 3}, seed=torch.arange(ROWS)).samples
+    assert chi_square_ratio(samples, softmax_of(c)) < 1
+    coarse, p = samples // 26, torch.stack([part.sum() for part in softmax_of(c).split(26)])
+    joint = (p[:, None] * p[None, :]).flatten()
+    assert chi_square_ratio(4 * coarse[0::2] + coarse[1::2], joint) < 1
+    assert chi_square_ratio(4 * coarse + coarse, joint) > 1
+
+
+@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+def test_a_row_with_its_own_seed_does_not_depend_on_its_place(tma):
+    """Nor on the rows of its tile, the splits or the stride of the seeds; a single row is as with one seed."""
+    c = case(R=BLOCK_R + 5, V=101)
+    config, seeds = {**CONFIG, "TMA": tma}, torch.randint(-(2**62), 2**62, (BLOCK_R + 5,))
+    expected = c.run(config, seed=seeds).samples
+    order = torch.randperm(BLOCK_R + 5)
+    shuffled = Case(c.hidden[order], c.weight, c.targets[order])
+    assert torch.equal(shuffled.run(config, seed=seeds[order]).samples, expected[order])
+    assert torch.equal(c.run({**config, "SPLITS": 3}, seed=seeds).samples, expected)
+    assert torch.equal(c.run(config, seed=torch.stack([seeds, seeds], 1)[:, 0]).samples, expected)
+    for row in (0, BLOCK_R + 2):
+        one = slice(row, row + 1)
+        assert torch.equal(Case(c.hidden[one], c.weight, c.targets[one]).run(seed=seeds[one]).samples, expected[one])
+    other = seeds.clone()
+    other[3] += 2**33
+    draws = [c.run(config, seed=other + 2**40 * i).samples[3] for i in range(8)]
+    assert len(set(map(int, draws))) > 1  # all 64 bits count
+    other = torch.where(torch.arange(BLOCK_R + 5) == 3, seeds, seeds + 1)
+    assert c.run(config, seed=other).samples[3] == expected[3]
+
+
+def test_a_wrong_number_of_seeds_is_named():
+    with pytest.raises(ValueError, match=r"one element or shape \(5,\), got \(4,\)"):
+        case(R=5).run(seed=torch.arange(4))
+
+
 @pytest.mark.cpu
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="replaces a device function, which the interpreter alone allows")
 @pytest.mark.parametrize("u", [0.0, 1e-9, 0.5, 1 - 2.0**-24])

@@ -25,7 +25,7 @@ from cpo_kernels.backends.transform import fold_transform
 
 from . import tuning
 from .blocks import contiguous
-from .sampling import descend, exponential_variable, halves, uniforms
+from .sampling import descend, exponential_variable, find_seed, halves, uniforms
 from .splits import (
     LinearForward,
     combine_splits,
@@ -162,7 +162,7 @@ def linear_forward_kernel(
     bias,  # (V,) or None
     targets,  # (N,)
     row_starts,  # (R + 1,) or None
-    seed,  # (1,) or None
+    seed,  # (1,), or (R,) with ROW_SEEDS, or None
     target_logits,  # (N,) out
     maxima,  # (splits, R) out
     sums,  # (splits, R) out
@@ -188,6 +188,7 @@ def linear_forward_kernel(
     TMA: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
+    ROW_SEEDS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
@@ -232,7 +233,9 @@ def linear_forward_kernel(
         right, right_mass, right_tilt = exponentials(right, centre, tilts is not None)
         tile_mass = left_mass + right_mass
         if seed is not None:
-            u, threshold = uniforms(seed, row, tile)
+            # Read again for each tile: registers are scarce.
+            row_seed, counter = find_seed(seed, row, R, ROW_SEEDS)
+            u, threshold = uniforms(row_seed, counter, tile)
             tile_key = tile_top + tl.log(tile_mass) - tl.log(exponential_variable(u))
             won = tile_key > key
             key = tl.where(won, tile_key, key)
@@ -290,7 +293,8 @@ def linear_forward(
         softcap: c of ``c * tanh(logit / c)``, applied next; 0.0 for none.
         temperature: divides the result.
         seed: one int64 on the device; draws one sample a row, whatever its targets. The samples are a function of
-            (seed, row, block sizes) and of the logits: another seed for every call, or rows repeat each other.
+            (seed, row, block sizes) and of the logits: another seed for every call, or rows repeat each other. Or (R,)
+            int64, a seed for each row: its sample is a function of (its seed, ``BLOCK_V``) and of its logits.
         entropy: whether to return the entropy of each row.
         config: ``{"BLOCK_R", "BLOCK_V", "BLOCK_H", "TMA", "num_warps", "num_stages"}`` and optionally ``"SPLITS"``;
             None: the table's entry for ``"linear_forward"``, or ``"linear_sample"`` with a seed or the entropy, among
@@ -300,11 +304,13 @@ def linear_forward(
         :class:`LinearForward`. A row without a distribution (NaN, or nothing but -inf) has the sample -100.
 
     Raises:
-        ValueError: a logit_scale, softcap or temperature out of its domain.
+        ValueError: a logit_scale, softcap or temperature out of its domain, or seeds that are not one or R.
     """
+    if seed is not None and seed.numel() != 1 and seed.shape != hidden.shape[:1]:
+        raise ValueError(f"seed must have one element or shape ({hidden.shape[0]},), got {tuple(seed.shape)}")
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
         hidden, weight = hidden.float(), weight.float()  # the interpreter would multiply the bits as integers
-    targets, row_starts, bias = targets.contiguous(), contiguous(row_starts), contiguous(bias)
+    targets, row_starts, bias, seed = targets.contiguous(), contiguous(row_starts), contiguous(bias), contiguous(seed)
     (R, H), V = hidden.shape, weight.shape[0]
     new = hidden.new_empty
     result = LinearForward(
@@ -345,6 +351,7 @@ def linear_forward(
             TMA=tma,
             EVEN_V=V % blocks[1] == 0,
             EVEN_H=H % blocks[2] == 0,
+            ROW_SEEDS=seed is not None and seed.numel() > 1,  # of one row, both are the same
             **head.flags,
             **config,
             **tuning.LAUNCH,

@@ -3,8 +3,8 @@
 Of y_j + g_j over a set of columns, with independent Gumbel variables g_j, the maximum is distributed as a Gumbel
 variable located at the set's log-sum-exp, and is independent of which column attains it: that is column j with
 probability softmax_j. So a tile draws its maximum, which competes with those of the other tiles, and a column by
-inverse distribution function. Both uniforms come from Philox at (seed, row, tile), so a sample does not depend on the
-order in which tiles are visited or on how they are shared out.
+inverse distribution function. Both uniforms come from Philox at (seed, row, tile), or with a seed for each row at (its
+seed, tile), so a sample does not depend on the order in which tiles are visited or on how they are shared out.
 """
 
 import triton
@@ -52,8 +52,18 @@ def exponential_variable(u):
 
 
 @triton.jit
+def find_seed(seed, row, R, ROW_SEEDS: tl.constexpr):
+    """Seed and first counter (BLOCK_R,) of each row: the call's seed at the row, or the row's own at 0."""
+    if ROW_SEEDS:
+        value, counter = tl.load(seed + row, mask=row < R, other=0), row * 0
+    else:
+        value, counter = tl.load(seed), row
+    return value, counter
+
+
+@triton.jit
 def uniforms(seed, row, tile):
     """Two independent uniforms (BLOCK_R,) in [0, 1) that depend on (seed, row, tile) only."""
     zero = row * 0
-    first, second, _, _ = tl.philox(tl.load(seed), row, zero + tile, zero, zero)
+    first, second, _, _ = tl.philox(seed, row, zero + tile, zero, zero)
     return tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)

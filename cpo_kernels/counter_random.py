@@ -1,0 +1,37 @@
+"""Random numbers that are a function of a seed and a counter: nothing is drawn in order, so nothing depends on order.
+
+The generator is SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) in int64
+tensors, whose products and sums wrap around at 64 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# 2**64 divided by the golden ratio, and the multipliers of the finaliser, as signed 64-bit integers.
+GOLDEN = -7046029254386353131
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64, which torch's own shift, an arithmetic one, is not."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64, a bijection of 64 bits of which each depends on all: int64 of any shape."""
+    x = (x ^ shift_right(x, 30)) * MULTIPLIERS[0]
+    x = (x ^ shift_right(x, 27)) * MULTIPLIERS[1]
+    return x ^ shift_right(x, 31)
+
+
+def counted(seeds: Tensor, counters: Tensor) -> Tensor:
+    """64 random bits for each pair of seed and counter, int64, broadcast; seeds may be as alike as 0, 1, 2."""
+    return mix(mix(seeds) + (counters + 1) * GOLDEN)
+
+
+def uniforms(seeds: Tensor, count: int) -> Tensor:
+    """``count`` uniforms in [0, 1) for each seed: (n,) int64 -> (n, count) float64, all 53 bits of them."""
+    bits = counted(seeds[:, None], torch.arange(count, device=seeds.device))
+    return shift_right(bits, 11).double() * 2.0**-53
