@@ -1,0 +1,94 @@
+"""Mean-field negatives (MN in arXiv 2502.16433): every token drawn from the next-token distribution along the truth.
+
+The row that predicts a token of the ground truth also gives its replacement, independently of the other replacements:
+one forward pass over the ground truth gives its log-likelihood and any number of negatives, and nothing is generated.
+
+A negative has the ground truth's length at most. Where EOS is drawn it ends there (:func:`finish`): in generation
+nothing follows EOS, and a model that is contrasted with tokens behind one learns about texts that it never writes.
+Where no EOS is drawn, not even in the place of the ground truth's own, it is a completion that was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import counter_random
+from cpo_kernels.token_statistics import linear_token_statistics
+
+
+class MeanField(NamedTuple):
+    """What one product with the head gives along the ground truth.
+
+    Attributes:
+        logps: (N,) log-probabilities of the ground truth's tokens in nats, not differentiable.
+        samples: (count, N) int64, the tokens drawn instead; -100 where the target is.
+    """
+
+    logps: Tensor
+    samples: Tensor
+
+
+def mean_field_negatives(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, seeds: int | Tensor, count: int = 1, **head: Any
+) -> MeanField:
+    """Draw ``count`` mean-field negatives along ground truths.
+
+    Args:
+        hidden: (N, H), the rows that predict the tokens of the ground truths, one after the other.
+        weight: (V, H), the head of the model, or of the reference, that the tokens are drawn from.
+        targets: (N,) int64, the ground truths; -100 for no token.
+        seeds: one for the call, or (N,) int64 of :func:`token_seeds`, one for each token, so that what is drawn for an
+            example does not depend on which others share the call.
+        count: how many negatives of each ground truth.
+        **head: bias and options as for :func:`cpo_kernels.linear_token_statistics`.
+
+    Raises:
+        ValueError: a count below 1, and what :func:`cpo_kernels.linear_token_statistics` raises.
+    """
+    out = linear_token_statistics(hidden, weight, targets, seed=seeds, num_samples=count, **head)
+    assert out.samples is not None
+    return MeanField(out.logps, out.samples.T)
+
+
+def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
+    """Seeds (length,), int64 on the CPU, of the tokens of an example: a pure function, all of whose bits are mixed.
+
+    Args:
+        seed: any integer, as are the next two.
+        step: of training; -1, say, for an evaluation.
+        example: index of the example.
+        length: tokens of the ground truth; a longer one begins with the seeds of a shorter.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{example}".encode(), digest_size=8).digest()
+    key = torch.tensor(int.from_bytes(digest, "little", signed=True), device="cpu")
+    return counter_random.counted(key, torch.arange(length, device="cpu"))
+
+
+def finish(samples: Tensor, eos_token_id: int) -> list[list[int]]:
+    """The drawn sequences (count, T) of one ground truth as completions, each cut behind its first EOS.
+
+    A token that could not be drawn, -100 (its row has no distribution: NaN), ends its sequence before it.
+    """
+    return [_cut(sequence, eos_token_id) for sequence in samples.tolist()]
+
+
+def _cut(sequence: list[int], eos_token_id: int) -> list[int]:
+    for place, token in enumerate(sequence):
+        if token == eos_token_id:
+            return sequence[: place + 1]
+        if token < 0:
+            return sequence[:place]
+    return sequence
+
+
+def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:
+    """Whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
+
+    A model that is sure of the ground truth draws it; such a draw has to be left out.
+    """
+    return len(negative) > 0 and list(negative) != list(completion)
