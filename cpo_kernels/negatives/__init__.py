@@ -2,14 +2,18 @@
 
 from .batch import batch_negatives
 from .mean_field import MeanField, finish, is_wrong, mean_field_negatives, token_seeds
+from .ranking import SentenceEmbedder, mean_pool, similarity_ranks
 from .truncation import truncate, truncation_negatives
 
 __all__ = [
     "MeanField",
+    "SentenceEmbedder",
     "batch_negatives",
     "finish",
     "is_wrong",
     "mean_field_negatives",
+    "mean_pool",
+    "similarity_ranks",
     "token_seeds",
     "truncate",
     "truncation_negatives",
