@@ -1,5 +1,16 @@
 """The fused loss inside a Hugging Face causal language model."""
 
 from .attach import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest, attach_linear_loss
+from .sharing import PrefixTree, SharedBatch, check_prefix_sharing, pack_groups
 
-__all__ = ["CPORequest", "LinearLossOutput", "LogpsRequest", "StatisticsRequest", "attach_linear_loss"]
+__all__ = [
+    "CPORequest",
+    "LinearLossOutput",
+    "LogpsRequest",
+    "PrefixTree",
+    "SharedBatch",
+    "StatisticsRequest",
+    "attach_linear_loss",
+    "check_prefix_sharing",
+    "pack_groups",
+]

@@ -1,0 +1,144 @@
+"""Groups packed into rows in which the candidates of a prompt share its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CAPACITIES = (4, 5, 6, 7, 8)  # quarters of the longest group that rows are tried to hold
+
+
+@dataclass
+class PrefixTree:
+    """Which position of a packed row belongs to which branch of which group.
+
+    Along a row a group is one run: its prompt, then its candidates one after the other.
+
+    Attributes:
+        groups: (B, L) int32, a number for each group that no other group of the row has; -1 where padded.
+        branches: (B, L) int32, 0 for the prompt and c >= 1 for the c-th candidate of the group; 0 where padded.
+        positions: (B, L) int64, the position in prompt and candidate: 0 to P - 1 along a prompt of P tokens, from P
+            on along each of its candidates; 0 where padded.
+    """
+
+    groups: Tensor
+    branches: Tensor
+    positions: Tensor
+
+    def to(self, device: torch.device | str) -> PrefixTree:
+        """The same tree on a device."""
+        return PrefixTree(self.groups.to(device), self.branches.to(device), self.positions.to(device))
+
+
+@dataclass
+class SharedBatch:
+    """What :func:`pack_groups` makes of a batch.
+
+    Attributes:
+        input_ids: (B, L) int64, padded at the end.
+        tree: the tree of these positions.
+        rows: ``rows[g][c][t]`` is the position, of the B * L flattened ones, that predicts token t of candidate c of
+            group g; for t = 0 it is the last one of the group's prompt, whatever the candidate.
+    """
+
+    input_ids: Tensor
+    tree: PrefixTree
+    rows: list[list[list[int]]]
+
+
+def pack_groups(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[Sequence[int]]],
+    *,
+    max_row_tokens: int | None = None,
+    pad_token_id: int = 0,
+) -> SharedBatch:
+    """Pack groups into rows, each prompt once and behind it its candidates but for their last tokens.
+
+    The last token of a candidate predicts nothing, so it takes no position; a candidate of one token takes none at
+    all. Groups go into rows first-fit by decreasing length, so that the result depends on nothing but the arguments.
+
+    Args:
+        prompts: token ids of the prompt of each group, at least one.
+        completions: ``completions[g][c]``, token ids of candidate c of group g, at least one.
+        max_row_tokens: positions of a row, at most; a longer group has a row of its own, since none is split. None:
+            of one to two times the longest group, the length that leaves the fewest padded positions.
+        pad_token_id: what padded positions hold.
+
+    Raises:
+        ValueError: no groups, as many prompts as there are not groups, an empty prompt, a group without candidates or
+            an empty candidate, which are named.
+    """
+    _check_groups(prompts, completions)
+    lengths = [len(p) + sum(len(c) - 1 for c in cs) for p, cs in zip(prompts, completions, strict=True)]
+    bins = _fill_rows(lengths, max_row_tokens)
+    shape = len(bins), max(sum(lengths[g] for g in members) for members in bins)
+    input_ids = torch.full(shape, pad_token_id)
+    groups, branches = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    rows: list[list[list[int]]] = [[] for _ in prompts]
+    for b, members in enumerate(bins):
+        start = 0
+        for g in members:
+            stop = start + lengths[g]
+            ids, numbers, depths, rows[g] = _lay_out(prompts[g], completions[g], b * shape[1] + start)
+            input_ids[b, start:stop], groups[b, start:stop] = torch.tensor(ids), g
+            branches[b, start:stop], positions[b, start:stop] = torch.tensor(numbers), torch.tensor(depths)
+            start = stop
+    return SharedBatch(input_ids, PrefixTree(groups, branches, positions), rows)
+
+
+def _check_groups(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> None:
+    if len(prompts) != len(completions) or not len(prompts):
+        raise ValueError(
+            f"expected the candidates of at least one prompt, got {len(prompts)} prompts and the candidates of "
+            f"{len(completions)}"
+        )
+    for g, (prompt, candidates) in enumerate(zip(prompts, completions, strict=True)):
+        if not len(prompt):
+            raise ValueError(f"group {g} has an empty prompt; expected at least one token")
+        if not len(candidates):
+            raise ValueError(f"group {g} has no candidates; expected at least one")
+        for c, candidate in enumerate(candidates):
+            if not len(candidate):
+                raise ValueError(f"candidate {c} of group {g} is empty; expected at least one token")
+
+
+def _fill_rows(lengths: Sequence[int], max_row_tokens: int | None) -> list[list[int]]:
+    """The groups of each row."""
+    longest = max(lengths)
+    if max_row_tokens is not None:
+        return _first_fit_decreasing(lengths, max(longest, max_row_tokens))
+    tried = [_first_fit_decreasing(lengths, longest * quarters // 4) for quarters in CAPACITIES]
+    return min(tried, key=lambda bins: len(bins) * max(sum(lengths[g] for g in members) for members in bins))
+
+
+def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    bins: list[list[int]] = []
+    left: list[int] = []
+    for g in sorted(range(len(lengths)), key=lambda g: (-lengths[g], g)):
+        b = next((b for b, room in enumerate(left) if room >= lengths[g]), len(bins))
+        if b == len(bins):
+            bins.append([])
+            left.append(capacity)
+        bins[b].append(g)
+        left[b] -= lengths[g]
+    return bins
+
+
+def _lay_out(
+    prompt: Sequence[int], candidates: Sequence[Sequence[int]], start: int
+) -> tuple[list[int], list[int], list[int], list[list[int]]]:
+    """Token ids, branches and positions of one group, and the rows of its candidates' tokens, from ``start`` on."""
+    ids, branches, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
+    rows = []
+    for c, candidate in enumerate(candidates, start=1):
+        fed = candidate[:-1]
+        rows.append([start + len(prompt) - 1, *range(start + len(ids), start + len(ids) + len(fed))])
+        ids.extend(fed)
+        branches.extend([c] * len(fed))
+        positions.extend(range(len(prompt), len(prompt) + len(fed)))
+    return ids, branches, positions, rows
