@@ -1,0 +1,265 @@
+"""Judges of continuations: an OpenAI-compatible chat endpoint, a local model's likelihood, or any Python callable.
+
+A judge is a callable ``(prompt, first, second) -> verdict`` on texts, called for one order of a pair at a time. The
+verdict is 1 where ``first`` is the better continuation of ``prompt``, 0 where ``second`` is, 0.5 for a tie, and None
+where the judge came to no verdict. It may have these attributes, which :func:`~.verdicts.judge_pairs` looks up:
+
+- ``symmetric``: true if swapping ``first`` and ``second`` always gives ``1 - verdict``, so that one order is enough;
+- ``identity``: a string that names the judge and everything its verdicts depend on, the key of cached verdicts;
+- ``verdicts``: a method that takes a list of :class:`Question` and yields ``(index, verdict)`` in any order, each as
+  soon as it is known, for a judge that is faster on many questions than on one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.models import LogpsRequest, attach_linear_loss
+
+from .data import tokenize_examples
+from .reference import fingerprint
+
+Verdict = float | None
+Judge = Callable[[str, str, str], Verdict]
+
+INSTRUCTIONS = (
+    "You compare two continuations of the same prompt. Judge which one is the better continuation: relevant to the "
+    "prompt, correct, coherent, fluent and free of repetition. Neither their order nor their length matters. Answer "
+    "with a single word: A, B or tie."
+)
+QUESTION = (
+    "<prompt>\n{prompt}\n</prompt>\n\n<continuation_A>\n{first}\n</continuation_A>\n\n"
+    "<continuation_B>\n{second}\n</continuation_B>\n\nWhich continuation is better? Answer with A, B or tie."
+)
+REMINDER = "Answer with exactly one word and nothing else: A, B or tie."
+ANSWER = re.compile(r"\W*(A|B|tie)\W*", re.IGNORECASE)
+VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+
+
+class Question(NamedTuple):
+    """Which of two continuations of a prompt is better, asked in this order; ``pair`` names it in errors."""
+
+    pair: int
+    prompt: str
+    first: str
+    second: str
+
+
+class ChatJudge:
+    """A chat model behind an OpenAI-compatible endpoint, asked through the ``openai`` package.
+
+    The answer must be ``A``, ``B`` or ``tie`` but for case and punctuation. Any other answer is asked for once more
+    with a reminder of the form; after a second one there is no verdict.
+
+    Args:
+        url: base URL of the endpoint, such as ``http://localhost:8000/v1``.
+        model: its name there.
+        api_key: sent to ``url``. None sends a placeholder, which local servers accept, and never a key from the
+            environment: that one may be another service's.
+        timeout: seconds for one request.
+        max_retries: of a request that timed out, could not connect or got status 408, 409, 429 or 500 and above.
+        workers: requests in flight at once.
+        instructions: the system message. It must ask for ``A``, ``B`` or ``tie``.
+        options: further keywords of ``chat.completions.create``. Default: ``{"temperature": 0}``.
+
+    Raises:
+        RuntimeError: ``openai`` is not installed; on asking, a request that failed for good or a response without
+            choices. The message names the URL and the pair.
+        ValueError: ``workers`` below 1.
+    """
+
+    symmetric = False
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 3,
+        workers: int = 8,
+        instructions: str = INSTRUCTIONS,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        try:
+            import openai
+        except ImportError as error:
+            raise RuntimeError("ChatJudge needs the openai package: pip install openai") from error
+        self.url, self.model, self.workers, self.instructions = url, model, workers, instructions
+        self.options: dict[str, Any] = {"temperature": 0} if options is None else dict(options)
+        self._failure = openai.OpenAIError
+        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=max_retries)
+
+    @property
+    def identity(self) -> str:
+        """URL, model and a digest of everything else that is sent."""
+        sent = json.dumps([self.instructions, QUESTION, REMINDER, self.options], sort_keys=True, default=repr)
+        return f"chat {self.url} {self.model} {hashlib.sha256(sent.encode()).hexdigest()[:16]}"
+
+    def __call__(self, prompt: str, first: str, second: str) -> Verdict:
+        """The verdict in this order; a chat model's depends on the order."""
+        return self._ask(Question(0, prompt, first, second))
+
+    def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """``(index, verdict)`` as they come. Before an error is raised, what was in flight beside it is yielded."""
+        waiting = iter(enumerate(questions))
+        running: dict[Future[Verdict], int] = {}
+        failure: BaseException | None = None
+        with ThreadPoolExecutor(self.workers) as pool:
+            while True:
+                if failure is None:
+                    for index, question in islice(waiting, self.workers - len(running)):
+                        running[pool.submit(self._ask, question)] = index
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index, error = running.pop(future), future.exception()
+                    if error is None:
+                        yield index, future.result()
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _ask(self, question: Question) -> Verdict:
+        text = QUESTION.format(prompt=question.prompt, first=question.first, second=question.second)
+        messages = [{"role": "system", "content": self.instructions}, {"role": "user", "content": text}]
+        answer = self._answer(messages, question.pair)
+        if parse_verdict(answer) is None:
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": REMINDER}]
+            answer = self._answer(messages, question.pair)
+        return parse_verdict(answer)
+
+    def _answer(self, messages: list[dict[str, str]], pair: int) -> str:
+        try:
+            response = self._client.chat.completions.create(
+                model=self.model,
+                messages=messages,  # type: ignore[arg-type]
+                **self.options,
+            )
+        except self._failure as error:
+            raise RuntimeError(
+                f"{self.url} gave no verdict of {self.model} on pair {pair}: {type(error).__name__}: {error}"
+            ) from error
+        choices = getattr(response, "choices", None)
+        if not choices:
+            raise RuntimeError(f"{self.url} answered without choices on pair {pair}: {str(response)[:200]!r}")
+        return choices[0].message.content or ""
+
+
+def parse_verdict(answer: str) -> Verdict:
+    """1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
+    match = ANSWER.fullmatch(answer)
+    return VERDICTS[match[1].lower()] if match else None
+
+
+class LikelihoodJudge:
+    """Prefers the continuation with the higher log-likelihood per token under a local model.
+
+    A continuation is scored with EOS at its end, as it stands there, so that an empty one has a score too. Of a prompt
+    over half of ``max_length`` the beginning is left out, of a continuation that does not fit behind it the end.
+
+    Args:
+        model: a causal language model; :func:`cpo_kernels.attach_linear_loss` is applied to it.
+        tokenizer: its tokenizer, with an EOS token.
+        batch_size: pairs scored at once.
+        max_length: tokens of prompt and continuation, at most. Default: 1024 or the model's positions, whichever is
+            smaller.
+        head: head keywords of :func:`cpo_kernels.linear_sequence_logps`, such as ``backend``.
+
+    Raises:
+        ValueError: a tokenizer without EOS, a ``batch_size`` below 1, or a ``max_length`` below 2.
+        RuntimeError: a model that :func:`cpo_kernels.attach_linear_loss` does not know how to read; on asking, a score
+            that is NaN.
+    """
+
+    symmetric = True
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, **head: Any
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, which ends every continuation; set tokenizer.eos_token")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if max_length is None:
+            max_length = min(1024, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+        if max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {max_length}")
+        self.model, self.tokenizer = attach_linear_loss(model), tokenizer
+        self.batch_size, self.max_length, self.head = batch_size, max_length, head
+
+    @property
+    def identity(self) -> str:
+        """The model's fingerprint and dtype, and the length that texts are cut to."""
+        return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length}"
+
+    def __call__(self, prompt: str, first: str, second: str) -> Verdict:
+        """The verdict on one pair."""
+        return next(self.verdicts([Question(0, prompt, first, second)]))[1]
+
+    def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
+        """``(index, verdict)``, batch by batch, pairs of like length together."""
+        tokens = self._tokenize(questions)
+        order = sorted(range(len(questions)), key=lambda i: max(len(p) + len(c) for p, c in tokens[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            scores = self._scores([text for i in batch for text in tokens[i]]).view(-1, 2)
+            for i, (first, second) in zip(batch, scores.tolist(), strict=True):
+                question = questions[i]
+                if math.isnan(first) or math.isnan(second):
+                    raise RuntimeError(f"the judge's log-likelihood of pair {question.pair} is NaN")
+                # Texts that are equal are padded alike, yet may be rounded differently.
+                equal = first == second or question.first == question.second
+                yield i, 0.5 if equal else float(first > second)
+
+    def _tokenize(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
+        """For each question its prompt with the first and with the second continuation, as token ids."""
+        eos = self.tokenizer.eos_token_id
+        # Only the prompts are taken from here: a continuation may be empty, a completion to train on may not.
+        examples = [{"prompt": question.prompt, "completion": [eos, eos]} for question in questions]
+        limits = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
+        prompts = tokenize_examples(examples, self.tokenizer, **limits).prompts if examples else []
+        texts = [text for question in questions for text in (question.first, question.second)]
+        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        pairs = []
+        for i, prompt in enumerate(prompts):
+            ended = ([*ids[2 * i + k], eos][: self.max_length - len(prompt)] for k in (0, 1))
+            pairs.append([(list(prompt), text) for text in ended])
+        return pairs
+
+    def _scores(self, texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Log-likelihood per token (len(texts),) float32 of continuations behind their prompts."""
+        # The last token predicts nothing, so the body does not see it.
+        inputs = [torch.tensor([*prompt, *text[:-1]]) for prompt, text in texts]
+        ids = pad_sequence(inputs, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in inputs], batch_first=True)
+        starts = [i * ids.shape[1] + len(prompt) - 1 for i, (prompt, _) in enumerate(texts)]
+        lengths = torch.tensor([len(text) for _, text in texts])
+        rows = torch.cat([torch.arange(a, a + len(text)) for a, (_, text) in zip(starts, texts, strict=True)])
+        targets = torch.tensor([token for _, text in texts for token in text])
+        device = self.model.device
+        layout = CandidateLayout([0, *accumulate(lengths.tolist())], list(range(len(texts) + 1)), rows=rows.to(device))
+        request = LogpsRequest(targets.to(device), layout, **self.head)
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                logps = self.model(ids.to(device), attention_mask=mask.to(device), linear_loss=request).logps
+        finally:
+            self.model.train(training)
+        return logps.float().cpu() / lengths
