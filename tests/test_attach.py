@@ -247,10 +247,6 @@ def scaled_hidden_model():
     return Halved(tiny_models.llama().config)
 
 
-def adapted_head():
-    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["lm_head"]), tiny_models.llama())
-
-
 def quantised_head():
     model = tiny_models.llama()
     model.lm_head.weight = nn.Parameter(torch.zeros(V, 16, dtype=torch.int8), requires_grad=False)
@@ -269,7 +265,6 @@ def encoder_decoder():
         (lambda: nn.Linear(2, 2), "Linear has no recognisable body"),
         (lambda: transformers.GPT2ForSequenceClassification(tiny_models.gpt2().config), "no recognisable head"),
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
-        (adapted_head, "wrapped in an adapter"),
         (quantised_head, "torch.int8.*is quantised"),
         (scaled_logits_model, "Doubled transforms its logits"),
         (scaled_hidden_model, "Halved does not apply its head to the last hidden state"),

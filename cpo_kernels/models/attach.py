@@ -9,17 +9,22 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head, head_options, verify_head
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest
+from .sharded import run_inside
 
 __all__ = ["CPORequest", "LinearLossOutput", "LogpsRequest", "StatisticsRequest", "attach_linear_loss"]
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def attach_linear_loss(model: PreTrainedModel, *, verify: bool = True) -> PreTrainedModel:
+
+def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     """Teach a causal language model to compute the fused loss in its forward pass.
 
     Called with the extra keyword ``linear_loss=CPORequest(...)`` (or ``LogpsRequest``, ``StatisticsRequest``), the
@@ -28,26 +33,30 @@ def attach_linear_loss(model: PreTrainedModel, *, verify: bool = True) -> PreTra
     ``save_pretrained`` as they are; attaching twice changes nothing.
 
     Args:
-        model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not.
+        model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``
+            of one, whose base model is changed. Adapters of the body need nothing here; of the head, LoRA, DoRA and
+            ``modules_to_save`` are applied as they are active at each call, and disabled adapters give the base.
         verify: run one forward pass of a few tokens to check that the model's own logits are the head's product with
             the body's output, scaled and capped as its configuration says, so that a model family with a transform
-            unknown here raises instead of training on wrong numbers. Skipped on the meta device.
+            unknown here raises instead of training on wrong numbers. Skipped on the meta device and once the model
+            is sharded.
 
     Returns:
         ``model``.
 
     Raises:
-        RuntimeError: no recognisable body or head, a head with adapters or quantised weights, an encoder-decoder, or
-            logits that are not this head's.
+        RuntimeError: no recognisable body or head, a head with other adapters or quantised weights, prompt learning,
+            an encoder-decoder, or logits that are not this head's.
     """
-    if getattr(type(model), "_computes_linear_loss", False):
+    base: Any = find_base(model)
+    if getattr(type(base), "_computes_linear_loss", False):
         return model
-    find_body(model)
-    check_head(find_head(model))
+    find_body(base)
+    check_head(find_head(base))
     if verify:
-        verify_head(model)
-    kind: Any = type(model)
-    model.__class__ = _with_linear_loss(kind)
+        verify_head(base)
+    kind: Any = type(base)
+    base.__class__ = _with_linear_loss(kind)
     return model
 
 
@@ -81,8 +90,9 @@ def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: 
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning together with linear_loss, which brings its own targets")
     body, head = find_body(model), find_head(model)
-    hidden = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state
-    options: dict[str, Any] = dict(head_options(model))
-    if getattr(head, "bias", None) is not None:
-        options["bias"] = head.bias
-    return request.compute(hidden.flatten(0, -2), head.weight, options)
+    rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
+
+    def compute(hidden: Tensor) -> LinearLossOutput:
+        return request.compute(hidden, apply_head(head, hidden), head_options(model))
+
+    return run_inside(head_modules(head), compute, rows)

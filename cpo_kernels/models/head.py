@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from cpo_kernels.reference import transform_logits
 
+from .adapters import check_adapters, plain_head
+from .sharded import is_sharded
+
 
 def find_body(model: PreTrainedModel) -> nn.Module:
     """The module whose ``last_hidden_state`` the head is applied to.
@@ -33,8 +36,8 @@ def find_body(model: PreTrainedModel) -> nn.Module:
     return body
 
 
-def find_head(model: PreTrainedModel) -> nn.Linear:
-    """The output embeddings.
+def find_head(model: PreTrainedModel) -> nn.Module:
+    """The output embeddings, possibly wrapped in adapters.
 
     Raises:
         RuntimeError: the model has none.
@@ -48,17 +51,16 @@ def find_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def check_head(head: nn.Module) -> None:
-    """Raise ``RuntimeError`` for a head that is more than a plain weight (V, H) and bias (V,)."""
-    kind = type(head).__name__
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise RuntimeError(
-            f"the head is wrapped in an adapter ({kind}), which the fused loss does not apply; leave the head out of "
-            "the adapter's target modules, or merge it"
-        )
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
+    """Raise ``RuntimeError`` for a head that is more than a weight (V, H), a bias (V,) and known adapters."""
+    check_adapters(head)
+    plain = plain_head(head)
+    kind = type(plain).__name__
+    weight = getattr(plain, "weight", None)
+    emptied = isinstance(weight, Tensor) and weight.numel() == 0  # by ZeRO-3, which keeps the shape elsewhere
+    if not isinstance(weight, Tensor) or (weight.ndim != 2 and not emptied):
         raise RuntimeError(f"the head ({kind}) has no weight of shape (V, H); expected a linear layer")
-    if not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor):
+    known = type(weight) in (nn.Parameter, Tensor) or is_sharded(plain)
+    if not weight.is_floating_point() or not known:
         raise RuntimeError(
             f"the head ({kind}, weight {type(weight).__name__} of {weight.dtype}) is quantised, which the fused loss "
             "does not read; keep the head in floating point (llm_int8_skip_modules, modules_to_not_convert)"
@@ -86,14 +88,15 @@ def head_options(model: PreTrainedModel) -> dict[str, float]:
 def verify_head(model: PreTrainedModel) -> None:
     """Check on a few tokens that the model's logits are what :func:`head_options` says of its body and head.
 
-    The head's own forward does not run: a probe with the same weight stands in for it and records its input.
+    The head's own forward does not run: a probe with the weight below its adapters stands in for it and records its
+    input. A model that is sharded or on the meta device is not checked.
 
     Raises:
         RuntimeError: they are not.
     """
-    head = find_head(model)
-    if head.weight.device.type == "meta" or head.weight.numel() == 0:  # sharded away by ZeRO-3, or not loaded yet
+    if is_sharded(model):
         return
+    head: Any = plain_head(find_head(model))
     probe = _HeadProbe(head.weight, getattr(head, "bias", None))
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
     with _evaluating(model), _output_embeddings(model, probe), torch.no_grad():

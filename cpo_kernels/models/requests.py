@@ -15,6 +15,8 @@ from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.reference import IGNORE_INDEX
 from cpo_kernels.token_statistics import linear_token_statistics
 
+from .adapters import AppliedHead
+
 
 @dataclass
 class LinearLossOutput(ModelOutput):
@@ -62,9 +64,10 @@ class CPORequest:
     def __init__(self, targets: Tensor, layout: CandidateLayout, **options: Any) -> None:
         self.targets, self.layout, self.options = targets, layout, options
 
-    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
-        """The loss from hidden states (R, H) and the head's weight (V, H)."""
-        out = linear_cpo_loss(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
+        """The loss from hidden states (R, H), the head applied to them, and what is done to its logits."""
+        options = {"bias": head.bias, **self.options, **transform}
+        out = linear_cpo_loss(head.features, head.weight, self.targets, layout=self.layout, **options)
         return LinearLossOutput(
             loss=out.loss,
             logps=out.logps,
@@ -90,9 +93,10 @@ class LogpsRequest:
     def __init__(self, targets: Tensor, layout: CandidateLayout, *, pool: bool = False, **options: Any) -> None:
         self.targets, self.layout, self.pool, self.options = targets, layout, pool, options
 
-    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
-        """The log-likelihoods (S,) from hidden states (R, H) and the head's weight (V, H)."""
-        logps = linear_sequence_logps(hidden, weight, self.targets, layout=self.layout, **self.options, **head)
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
+        """The log-likelihoods (S,); arguments as for :meth:`CPORequest.compute`."""
+        options = {"bias": head.bias, **self.options, **transform}
+        logps = linear_sequence_logps(head.features, head.weight, self.targets, layout=self.layout, **options)
         embeddings = mean_rows(hidden.detach(), self.targets, self.layout) if self.pool else None
         return LinearLossOutput(logps=logps, embeddings=embeddings)
 
@@ -124,9 +128,10 @@ class StatisticsRequest:
         if num_samples is not None:
             self.options["num_samples"] = num_samples
 
-    def compute(self, hidden: Tensor, weight: Tensor, head: Mapping[str, Any]) -> LinearLossOutput:
-        """The statistics (N,) from hidden states (R, H) and the head's weight (V, H)."""
-        out = linear_token_statistics(hidden.detach()[self.rows], weight, self.targets, **self.options, **head)
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
+        """The statistics (N,); arguments as for :meth:`CPORequest.compute`."""
+        options = {"bias": head.bias, **self.options, **transform}
+        out = linear_token_statistics(head.features.detach()[self.rows], head.weight, self.targets, **options)
         return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples)
 
 

@@ -1,0 +1,179 @@
+"""Models and heads that PEFT has wrapped: which weight and which features give the logits of the active adapters."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class AppliedHead:
+    """A head as one product: its logits are ``features @ weight.T + bias``.
+
+    Attributes:
+        features: (R, F) hidden states, and behind them those of the active low-rank adapters; F = H + sum of ranks.
+        weight: (V, F), the columns of the adapters behind those of the head.
+        bias: (V,) or None.
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_base(model: nn.Module) -> nn.Module:
+    """The model of ``transformers`` inside a ``PeftModel``, else ``model`` itself.
+
+    Raises:
+        RuntimeError: an adapter that puts tokens of its own before the prompt, so that rows would be counted wrongly.
+    """
+    wrapper: Any = model
+    if _is_peft(model, "mixed_model", "PeftMixedModel"):
+        return wrapper.base_model.model
+    if not _is_peft(model, "peft_model", "PeftModel"):
+        return model
+    for name, config in wrapper.peft_config.items():
+        if config.is_prompt_learning:
+            raise RuntimeError(
+                f"adapter {name!r} ({config.peft_type.value}) puts virtual tokens before the prompt, which shifts the "
+                "rows that predict tokens; expected an adapter of the weights, such as LoRA"
+            )
+    return wrapper.get_base_model()
+
+
+def selected_head(head: nn.Module) -> nn.Module:
+    """The head in use: of a ``modules_to_save`` wrapper the trained copy or, with adapters disabled, the original."""
+    if not _is_peft(head, "utils", "ModulesToSaveWrapper"):
+        return head
+    wrapper: Any = head
+    _check_one_choice(wrapper)
+    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    return wrapper.original_module if wrapper.disable_adapters or not active else wrapper.modules_to_save[active[0]]
+
+
+def plain_head(head: nn.Module) -> nn.Module:
+    """The linear layer below all adapters.
+
+    Raises:
+        RuntimeError: an adapter that is not applied here.
+    """
+    chosen: Any = selected_head(head)
+    if not _is_wrapped(chosen):
+        return chosen
+    if not _is_peft(chosen, "tuners.lora", "Linear"):
+        kind = f"{type(chosen).__module__}.{type(chosen).__name__}"
+        raise RuntimeError(
+            f"the head is wrapped in an adapter ({kind}), which the fused loss does not apply; use LoRA or "
+            "modules_to_save for the head, leave it out of the adapter's target modules, or merge it"
+        )
+    if chosen.get_base_layer() is not chosen.base_layer:
+        raise RuntimeError(
+            "the head is wrapped in one adapter inside another, which the fused loss does not apply; expected one, "
+            "merge the inner"
+        )
+    return chosen.base_layer
+
+
+def check_adapters(head: nn.Module) -> None:
+    """Raise ``RuntimeError`` for active adapters of the head that :func:`apply_head` does not apply."""
+    chosen: Any = selected_head(head)
+    if chosen is plain_head(head):
+        return
+    _check_one_choice(chosen)
+    active = _active(chosen)
+    for name in active:
+        variant = chosen.lora_variant.get(name)
+        if variant is None:
+            continue
+        what = f"adapter {name!r} of the head is {type(variant).__name__.removesuffix('Variant')}"
+        if not _is_dora(chosen, name):
+            raise RuntimeError(f"{what}, which the fused loss does not apply; expected plain LoRA or DoRA, or merge it")
+        if len(active) > 1:
+            raise RuntimeError(f"{what} and not the only active one of {active}; expected one")
+        if chosen.training and not isinstance(chosen.lora_dropout[name], nn.Identity):
+            raise RuntimeError(f"{what} with dropout of its input; expected lora_dropout=0")
+
+
+def head_modules(head: nn.Module) -> list[nn.Module]:
+    """The modules that hold what :func:`apply_head` reads of ``head``, outer ones first."""
+    chosen: Any = selected_head(head)
+    modules: list[nn.Module] = [head, chosen, plain_head(head)]
+    for name in _active(chosen):
+        magnitudes = chosen.lora_magnitude_vector
+        modules += [chosen.lora_A[name], chosen.lora_B[name]]
+        modules += [magnitudes[name]] if name in magnitudes else []
+    return list(dict.fromkeys(modules))
+
+
+def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
+    """``head`` with its active adapters, for hidden states (R, H); differentiable in all of them.
+
+    A low-rank adapter is merged by columns: ``x W' + s (x A') B' = [x, s x A'] [W, B]'``. Against a sum of weights
+    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact.
+
+    Raises:
+        RuntimeError: an adapter that is not applied here.
+    """
+    check_adapters(head)
+    plain: Any = plain_head(head)
+    chosen: Any = selected_head(head)
+    weight, bias = plain.weight, getattr(plain, "bias", None)
+    if chosen is not plain and chosen.disable_adapters and chosen.merged:
+        chosen.unmerge()  # as the layer's own forward does
+    features, columns = [hidden], [weight]
+    for name in _active(chosen):
+        inner, outer, scaling = chosen.lora_A[name], chosen.lora_B[name], chosen.scaling[name]
+        dropped = chosen.lora_dropout[name](hidden.to(inner.weight.dtype))
+        features.append((functional.linear(dropped, inner.weight) * scaling).to(hidden.dtype))
+        columns.append(outer.weight.to(weight.dtype))
+        if outer.bias is not None:
+            shift = (outer.bias * scaling).to(weight.dtype)
+            bias = shift if bias is None else bias + shift
+    if len(columns) == 1:
+        return AppliedHead(hidden, weight, bias)
+    merged = torch.cat(columns, 1)
+    for name in _active(chosen):
+        if _is_dora(chosen, name):
+            merged = merged * _dora_scale(chosen, name, weight).to(weight.dtype).unsqueeze(1)
+    return AppliedHead(torch.cat(features, 1), merged, bias)
+
+
+def _active(head: Any) -> list[str]:
+    """Names of the low-rank adapters that count now."""
+    if not _is_wrapped(head) or head.disable_adapters or head.merged:
+        return []
+    return [name for name in head.active_adapters if name in head.lora_A]
+
+
+def _check_one_choice(head: nn.Module) -> None:
+    for hook in head._forward_pre_hooks.values():
+        if "adapter_names" in getattr(hook, "keywords", {}):
+            raise RuntimeError("adapter_names, an adapter per example, is not supported by a head with adapters")
+
+
+def _is_dora(head: Any, name: str) -> bool:
+    return name in head.lora_magnitude_vector and type(head.lora_variant.get(name)).__name__ == "DoraLinearVariant"
+
+
+def _dora_scale(head: Any, name: str, weight: Tensor) -> Tensor:
+    """Magnitude over norm, (V,); the norm is a constant to the gradient (Liu et al. 2024, DoRA, section 4.3)."""
+    inner, outer = head.lora_A[name].weight.detach(), head.lora_B[name].weight.detach()
+    norm = torch.linalg.norm(
+        torch.addmm(weight.detach().to(inner.dtype), outer, inner, alpha=head.scaling[name]), dim=1
+    )
+    return head.lora_magnitude_vector[name].weight / norm
+
+
+def _is_wrapped(head: nn.Module) -> bool:
+    return hasattr(head, "base_layer") or hasattr(head, "token_adapter")
+
+
+def _is_peft(module: nn.Module, package: str, kind: str) -> bool:
+    """Whether ``module`` is an instance of a class of PEFT, which nothing is before PEFT has been imported."""
+    source = sys.modules.get(f"peft.{package}")
+    return source is not None and isinstance(module, getattr(source, kind))

@@ -1,0 +1,62 @@
+"""Heads whose parameters FSDP2 or ZeRO gathers by hooks of the head's own: what reads them has to run in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether some parameter of ``module`` is not here as a whole now: a shard, emptied, or on the meta device."""
+    return any(_is_shard(p) or p.numel() == 0 or p.is_meta for p in module.parameters())
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether hooks of ``module`` itself have to run around what reads its parameters.
+
+    A module that FSDP2 wraps has such hooks even while its weight is there, gathered by its neighbours in a group;
+    ZeRO-3 marks its parameters with ``ds_id``.
+    """
+    if _is_fsdp_module(module):
+        return True
+    return any(_is_shard(p) or p.numel() == 0 or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def run_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``compute(hidden)`` inside a call of each of ``modules`` that needs one, the first outermost.
+
+    The call runs the module's hooks with ``compute`` in place of its forward; no hook of the others fires.
+    """
+    if not modules:
+        return compute(hidden)
+    first, rest = modules[0], modules[1:]
+    if not is_managed(first):
+        return run_inside(rest, compute, hidden)
+    own = first.__dict__.get("forward")
+    first.forward = lambda inputs: run_inside(rest, compute, inputs)
+    try:
+        return first(hidden)
+    finally:
+        if own is None:
+            del first.forward
+        else:
+            first.forward = own
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor)
+
+
+def _is_fsdp_module(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
