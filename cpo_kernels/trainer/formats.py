@@ -54,6 +54,14 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) ->
     }
 
 
+def check_example(example: Mapping[str, Any], index: int) -> None:
+    """Raise ``ValueError`` for what :func:`normalize_example` would not take, chat templates aside."""
+    fields = {name: value for name, value in example.items() if value is not None}
+    _, _, negatives, named = _candidates(fields, index)
+    _ranks(fields, index, named, len(negatives))
+    _kinds(fields, index, named, len(negatives))
+
+
 def _candidates(fields: Mapping[str, Any], index: int) -> tuple[Value, Value, list[Value], str]:
     """Prompt, completion and negatives as the example has them, and the name of the field of negatives."""
     preference = [name for name in ("chosen", "rejected") if name in fields]

@@ -1,0 +1,250 @@
+"""Examples from files, directories and names: what is read, and what is said of what cannot be."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+
+import pytest
+import tiny_models
+from datasets import Dataset, DatasetDict
+
+from cpo_kernels.trainer.loading import load_examples
+
+pytestmark = pytest.mark.cpu
+
+PAIRS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d", "negatives": ["e", "f"]}]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def table(rows):
+    """Every field of every row: a data set takes its columns from the first."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+
+
+# Files
+
+
+def test_json_lines(tmp_path):
+    assert load_examples(write(tmp_path / "a.jsonl", PAIRS)) == PAIRS
+
+
+def test_blank_lines_hold_no_example(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + json.dumps(PAIRS[0]) + "\n\n")
+    assert load_examples(str(path)) == PAIRS[:1]
+
+
+def test_json_list(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(PAIRS))
+    assert load_examples(str(path)) == PAIRS
+
+
+def test_several_files_in_order_of_their_names(tmp_path):
+    write(tmp_path / "b.jsonl", PAIRS[1:])
+    write(tmp_path / "a.jsonl", PAIRS[:1])
+    assert load_examples(str(tmp_path / "*.jsonl")) == PAIRS
+
+
+def test_parquet(tmp_path):
+    table(PAIRS).to_parquet(str(tmp_path / "a.parquet"))
+    (row, other) = load_examples(str(tmp_path / "a.parquet"))
+    assert row == PAIRS[0] | {"negatives": None}
+    assert other == PAIRS[1]
+    Dataset.from_list(PAIRS[1:]).to_parquet(str(tmp_path / "b.parquet"))
+    assert [row["prompt"] for row in load_examples(str(tmp_path / "*.parquet"))] == ["a", "c", "c"]
+
+
+def test_saved_data_set(tmp_path):
+    table(PAIRS).save_to_disk(str(tmp_path / "one"))
+    assert load_examples(str(tmp_path / "one"))[1] == PAIRS[1]
+    splits = DatasetDict({"train": Dataset.from_list(PAIRS[:1]), "test": Dataset.from_list(PAIRS[1:])})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    assert list(load_examples(str(tmp_path / "splits"), split="test")) == PAIRS[1:]
+    with pytest.raises(ValueError, match=r"has no split 'dev', only \['test', 'train'\]"):
+        load_examples(str(tmp_path / "splits"), split="dev")
+
+
+def test_the_first_examples_only(tmp_path):
+    assert load_examples(write(tmp_path / "a.jsonl", PAIRS), max_examples=1) == PAIRS[:1]
+    Dataset.from_list(PAIRS).to_parquet(str(tmp_path / "a.parquet"))
+    assert len(load_examples(str(tmp_path / "a.parquet"), max_examples=1)) == 1
+
+
+# Columns and templates
+
+ROWS = [{"question": "Why?", "context": "", "answer": "So."}, {"question": "Who?", "context": "Here.", "answer": "Me."}]
+
+
+def test_columns_are_renamed(tmp_path):
+    got = load_examples(write(tmp_path / "a.jsonl", ROWS), columns={"prompt": "question", "completion": "answer"})
+    assert got[0] == {"prompt": "Why?", "completion": "So.", "context": ""}
+
+
+def test_templates_are_filled_in(tmp_path):
+    prompt = "{{ question }}\n{% if context %}\n{{ context }}\n{% endif %}\nAnswer:"
+    templates = {"prompt_template": prompt, "completion_template": " {{ answer }}"}
+    got = load_examples(write(tmp_path / "a.jsonl", ROWS), **templates)
+    assert [row["prompt"] for row in got] == ["Why?\nAnswer:", "Who?\nHere.\nAnswer:"]
+    assert [row["completion"] for row in got] == [" So.", " Me."]
+
+
+def test_templates_see_the_names_of_the_row(tmp_path):
+    """Both may name one field: a template reads the row as it is in the file."""
+    options = {"columns": {"completion": "answer"}, "prompt_template": "{{ answer }}?"}
+    assert load_examples(write(tmp_path / "a.jsonl", ROWS), **options)[0]["prompt"] == "So.?"
+
+
+# Texts
+
+TEXT = "one two  three\nfour five six\n\n\n\nseven eight\n"
+
+
+def test_documents_are_cut_by_words(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    first, second = load_examples(str(tmp_path / "a.txt"), prompt_fraction=1 / 3)
+    assert first == {"prompt": "one two", "completion": "  three\nfour five six"}
+    assert second == {"prompt": "seven", "completion": " eight"}
+
+
+@pytest.mark.parametrize(("fraction", "words"), [(0.01, 1), (0.5, 3), (0.7, 4), (0.99, 5)])
+def test_a_cut_leaves_words_on_both_sides(tmp_path, fraction, words):
+    (tmp_path / "a.txt").write_text("one two three four five six")
+    (got,) = load_examples(str(tmp_path / "a.txt"), prompt_fraction=fraction)
+    assert len(got["prompt"].split()) == words
+    assert got["prompt"] + got["completion"] == "one two three four five six"
+
+
+def test_documents_are_cut_by_tokens(tmp_path):
+    tokenizer = tiny_models.tokenizer()
+    words = tiny_models.WORDS[:13]
+    (tmp_path / "a.txt").write_text(" ".join(words) + "\n\nthe cat\n")
+    got = load_examples(str(tmp_path / "a.txt"), prompt_tokens=2, completion_tokens=3, tokenizer=tokenizer)
+    ids = tokenizer(" ".join(words))["input_ids"]
+    assert got == [
+        {"prompt": ids[:2], "completion": ids[2:5]},
+        {"prompt": ids[5:7], "completion": ids[7:10]},
+        {"prompt": ids[10:12], "completion": ids[12:13]},
+    ]
+
+
+def test_texts_of_a_table_and_texts_too_short(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", [{"body": "word"}, {"body": "two words"}])
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        assert load_examples(path, text_column="body") == [{"prompt": "two", "completion": " words"}]
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert "1 of 2 texts are too short to cut and left out, the first at" in caplog.text
+    assert "a.jsonl:1" in caplog.text
+    with pytest.raises(ValueError, match="all 1 texts are too short to cut"):
+        load_examples(path, text_column="body", max_examples=1)
+
+
+# What cannot be read names itself
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{oops", "a.jsonl:3 is not JSON: Expecting property name"),
+        ('{"prompt": "x"', "a.jsonl:3 is not JSON"),
+        ("[1, 2]", "a.jsonl:3 must be an object with fields, got list"),
+        ('{"prompt": "x"}', "a.jsonl:3: example 2 has no 'completion'"),
+        ('{"prompt": "x", "completion": 4}', "a.jsonl:3: 'completion' of example 2 must be a string"),
+        ('{"prompt": "x", "completion": "y", "negatives": ["z"], "ranks": [-1]}', "a.jsonl:3: 'ranks' of example 2"),
+        ("\udcff", "a.jsonl:3 is not JSON"),
+    ],
+)
+def test_a_bad_line_names_file_and_line(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    lines = "".join(json.dumps(row) + "\n" for row in PAIRS) + line + "\n"
+    path.write_bytes(lines.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_examples(str(path))
+
+
+def test_a_bad_line_of_the_second_file_is_found(tmp_path):
+    write(tmp_path / "a.jsonl", PAIRS)
+    (tmp_path / "b.jsonl").write_text(json.dumps(PAIRS[0]) + "\n\n{}\n")
+    with pytest.raises(ValueError, match=r"b.jsonl:3: example 3 has no 'prompt'"):
+        load_examples(str(tmp_path / "*.jsonl"))
+
+
+def test_a_bad_row_of_a_table_names_file_and_row(tmp_path):
+    Dataset.from_list(PAIRS[:1]).to_parquet(str(tmp_path / "a.parquet"))
+    Dataset.from_list([*PAIRS[:1], {"prompt": "c"}]).to_parquet(str(tmp_path / "b.parquet"))
+    with pytest.raises(ValueError, match=r"b.parquet, row 1: example 2 has no 'completion'"):
+        load_examples(str(tmp_path / "*.parquet"))
+
+
+def test_a_template_that_does_not_fit_names_itself(tmp_path):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"prompt_template does not fit .*a.jsonl:1, .*'nothing' is undefined"):
+        load_examples(path, prompt_template="{{ nothing }}", completion_template="{{ answer }}")
+    with pytest.raises(ValueError, match="completion_template is not a Jinja template"):
+        load_examples(path, prompt_template="x", completion_template="{{ answer ")
+    with pytest.raises(ValueError, match=r"a.jsonl:1 has no 'reply', which columns takes 'completion' from"):
+        load_examples(path, columns={"completion": "reply"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt_fraction": 1.0}, r"prompt_fraction must be in \(0, 1\), got 1.0"),
+        ({"prompt_tokens": 4}, "prompt_tokens=4 and completion_tokens=None"),
+        ({"prompt_tokens": 0, "completion_tokens": 4}, "prompt_tokens must be at least 1, got 0"),
+        ({"prompt_tokens": 4, "completion_tokens": 4}, "pass the tokenizer"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_examples(write(tmp_path / "a.jsonl", PAIRS), **options)
+
+
+@pytest.mark.parametrize("source", ["nothing.jsonl", "./nothing", "no/*/such", "/nowhere/at/all"])
+def test_files_that_are_not_there(source):
+    with pytest.raises(ValueError, match=re.escape(f"there is no file {source}")):
+        load_examples(source)
+
+
+def test_files_of_unknown_kinds(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\n")
+    with pytest.raises(ValueError, match=r"a.csv: expected a file of type .jsonl, .json, .parquet, .txt, got .csv"):
+        load_examples(str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match="is not a directory that datasets saved"):
+        load_examples(str(tmp_path))
+    (tmp_path / "a.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"a.parquet is not Parquet"):
+        load_examples(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"a.jsonl has no examples"):
+        load_examples(str(tmp_path / "a.jsonl"))
+
+
+def test_a_name_on_the_hub_without_a_network_says_what_was_asked_for(monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        assert (args, kwargs) == (("someone/some-data", "en"), {"split": "train[:5]"})
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    asked = r"the data set 'someone/some-data' \(configuration 'en', split 'train\[:5\]'\): ConnectionError: Couldn't"
+    with pytest.raises(RuntimeError, match=asked):
+        load_examples("someone/some-data", name="en", split="train[:5]")
+
+
+def test_a_name_on_the_hub(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Dataset.from_list(PAIRS))
+    assert isinstance(load_examples("someone/some-data"), Dataset)  # as it came: nothing had to be changed
