@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import threading
 
 import pytest
 import tiny_models
@@ -87,6 +88,17 @@ def test_a_pair_without_a_verdict_in_one_order_has_none():
 def test_a_verdict_that_is_none_of_the_four_is_named(verdict):
     with pytest.raises(ValueError, match=r"verdict on pair 1 must be 1, 0.5, 0 or None, got"):
         judge_pairs(lambda p, a, b: verdict if p == "q" else 1, ["p", "q"], ["a", "b"], ["c", "d"])
+
+
+def test_a_judge_that_leaves_questions_out_is_found_out():
+    class Judge:
+        symmetric = True
+
+        def verdicts(self, questions):
+            yield 1, 0.5
+
+    with pytest.raises(ValueError, match="answered 1 of 2 questions"):
+        judge_pairs(Judge(), ["p", "q"], ["a", "b"], ["c", "d"])
 
 
 def test_sequences_of_different_lengths_are_refused():
@@ -183,6 +195,18 @@ def test_a_judge_that_always_says_a_gives_ties():
         verdicts = judge_pairs(chat(url), list("pqrst"), ["x"] * 5, ["y"] * 5)
     assert verdicts == [0.5] * 5
     assert len(endpoint.bodies) == 10
+
+
+def test_requests_run_beside_each_other():
+    workers = threading.Barrier(4)
+
+    def answer(body, number):
+        workers.wait(timeout=10)  # until four requests are in flight
+        return "A"
+
+    with chat_endpoint(answer) as (url, endpoint):
+        assert judge_pairs(chat(url, workers=4), list("pqrs"), ["x"] * 4, ["y"] * 4) == [0.5] * 4
+    assert len(endpoint.bodies) == 8
 
 
 def test_a_key_of_the_environment_is_not_sent(monkeypatch):

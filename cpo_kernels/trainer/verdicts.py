@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .judges import Judge, Question, Verdict
 
 Z95 = 1.959963984540054  # the standard normal distribution's 97.5 % quantile
@@ -43,8 +45,8 @@ def judge_pairs(
         the questions has no verdict.
 
     Raises:
-        ValueError: sequences of different lengths, a verdict other than these four, a cache that is not one, or a
-            cache for a judge without an ``identity`` or a name. Errors of the judge pass through; verdicts that came
+        ValueError: sequences of different lengths, a verdict other than these four, fewer verdicts than questions, a
+            cache that is not one, or a cache for a judge without an ``identity`` or a name. Errors of the judge pass through; verdicts that came
             before are in the cache.
     """
     if not len(prompts) == len(generated) == len(truths):
@@ -112,8 +114,13 @@ def _ask(judge: Judge, questions: dict[str, Question]) -> Iterator[tuple[str, Ve
     keys, asked = list(questions), list(questions.values())
     many: Callable[..., Any] | None = getattr(judge, "verdicts", None)
     answers = ((i, judge(*q[1:])) for i, q in enumerate(asked)) if many is None else many(asked)
-    for index, verdict in answers:
-        yield keys[index], _checked(verdict, f"the judge's verdict on pair {asked[index].pair}")
+    given = 0
+    with logging.tqdm(total=len(asked), desc="Judging", disable=None) as progress:  # None: on a terminal only
+        for given, (index, verdict) in enumerate(answers, start=1):
+            progress.update()
+            yield keys[index], _checked(verdict, f"the judge's verdict on pair {asked[index].pair}")
+    if given != len(asked):
+        raise ValueError(f"the judge answered {given} of {len(asked)} questions; None stands for no verdict")
 
 
 def _checked(verdict: Any, name: str) -> Verdict:
