@@ -1,0 +1,135 @@
+"""Models, ways to distribute them, and two steps of training, alike in one process and in two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tiny_models
+import torch
+from test_adapters import CASES as ADAPTERS
+from test_attach import contrast_inputs, request_for
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from cpo_kernels import attach_linear_loss
+from cpo_kernels.models import LogpsRequest, StatisticsRequest
+
+RANKS = 2
+
+
+class Case(NamedTuple):
+    """A model, how two processes share it, and whether the loss is attached before that."""
+
+    make: Callable[[], nn.Module]
+    distribute: Callable[[nn.Module], nn.Module]
+    attach_first: bool = True
+
+
+def tied_llama():
+    return tiny_models.llama(tie_word_embeddings=True)
+
+
+def layers_and_root(*groups: Callable[[nn.Module], nn.Module | list[nn.Module]]):
+    """FSDP2 of every layer, of some groups of modules, and of what is left."""
+
+    def distribute(model: nn.Module) -> nn.Module:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        body = base.base_model
+        for part in [*(body.layers if hasattr(body, "layers") else body.h), *(group(base) for group in groups)]:
+            fully_shard(part, reshard_after_forward=True)
+        return fully_shard(model, reshard_after_forward=True)
+
+    return distribute
+
+
+def head(model: nn.Module) -> nn.Module:
+    return model.lm_head
+
+
+def norm_and_head(model: nn.Module) -> list[nn.Module]:
+    return [model.model.norm, model.lm_head]
+
+
+def embeddings_and_head(model: nn.Module) -> list[nn.Module]:
+    return [model.model.embed_tokens, model.model.norm, model.lm_head]
+
+
+def low_rank(kind: str) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: getattr(model.lm_head, kind)["default"]
+
+
+CASES = {
+    "DDP": Case(tiny_models.llama, DistributedDataParallel),
+    "DDP, tied": Case(tiny_models.gpt2, DistributedDataParallel),
+    "root": Case(tiny_models.llama, layers_and_root()),
+    "root, tied": Case(tiny_models.gpt2, layers_and_root()),
+    "head": Case(tiny_models.llama, layers_and_root(head)),
+    "head, sharded before": Case(tiny_models.llama, layers_and_root(head), attach_first=False),
+    "norm and head": Case(tiny_models.llama, layers_and_root(norm_and_head)),
+    "embeddings and head, tied": Case(tied_llama, layers_and_root(embeddings_and_head)),
+    "adapter, root": Case(ADAPTERS["head"], layers_and_root()),
+    "adapter, head": Case(ADAPTERS["head"], layers_and_root(head)),
+    "adapter, its parts": Case(ADAPTERS["head"], layers_and_root(low_rank("lora_A"), low_rank("lora_B"), head)),
+    "DoRA, its parts": Case(ADAPTERS["DoRA"], layers_and_root(low_rank("lora_A"), low_rank("lora_B"))),
+    "trained copy": Case(ADAPTERS["trained copy"], layers_and_root(head)),
+}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def steps(model: nn.Module, ranks: list[int], average: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list]:
+    """What two steps of the mean loss over the inputs of ``ranks`` and some passes without gradient give."""
+    trainable = [(n.removeprefix("module."), p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD([p for _, p in trainable], lr=0.1)
+    seen: dict[str, list] = {"losses": [], "grads": [], "logps": [], "tokens": []}
+    for _ in range(2):
+        with torch.no_grad():
+            for name, value in answers(model, ranks).items():
+                seen[name].append(average(value))
+        loss = torch.stack([losses(model, rank) for rank in ranks]).mean()
+        loss.backward()
+        seen["losses"].append(average(loss.detach()))
+        seen["grads"].append({n: whole(p.grad).clone() for n, p in trainable})
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+def losses(model: nn.Module, rank: int) -> torch.Tensor:
+    """The fused loss, and one whose gradient arrives at the log-likelihoods later."""
+    ids, targets, layout, ref_logps = inputs(rank)
+    loss = model(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    return loss + 0.01 * model(input_ids=ids, linear_loss=LogpsRequest(targets, layout)).logps.square().mean()
+
+
+def answers(model: nn.Module, ranks: list[int]) -> dict[str, torch.Tensor]:
+    logps, tokens = [], []
+    for rank in ranks:
+        ids, targets, layout, _ = inputs(rank)
+        logps.append(model(input_ids=ids, linear_loss=LogpsRequest(targets, layout)).logps)
+        tokens.append(model(input_ids=ids, linear_loss=StatisticsRequest(targets, layout.rows)).token_logps)
+    return {"logps": torch.stack(logps).mean(0), "tokens": torch.stack(tokens).mean(0)}
+
+
+def inputs(rank: int):
+    """Different for every rank."""
+    ids, targets, layout, ref_logps = contrast_inputs()
+    return ids.roll(rank, 1), targets.roll(rank), layout, ref_logps + rank
+
+
+def run_distributed(case: Case, rank: int, average: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list]:
+    model = case.make()
+    model = case.distribute(attach_linear_loss(model) if case.attach_first else model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        attach_linear_loss(model)
+    return steps(model, [rank], average)
+
+
+def run_alone(case: Case) -> dict[str, list]:
+    return steps(attach_linear_loss(case.make()), list(range(RANKS)), lambda value: value)

@@ -1,0 +1,90 @@
+"""The fused loss under DDP, FSDP2 and parameters that hooks gather: equal to one process with all of the data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from sharded_cases import CASES, RANKS, run_alone
+from test_adapters import CASES as ADAPTERS
+from test_attach import contrast_inputs, request_for
+from torch.utils._pytree import tree_leaves
+
+from cpo_kernels import attach_linear_loss
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.fixture(scope="module")
+def distributed_runs(tmp_path_factory):
+    """Every case in the same two processes, over gloo."""
+    path = tmp_path_factory.mktemp("sharded")
+    worker = Path(__file__).parent / "sharded_worker.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(worker)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return torch.load(path / "run.pt")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(case, distributed_runs):
+    got, want = distributed_runs[case], run_alone(CASES[case])
+    assert not isinstance(got, str), got
+    for name in ("losses", "logps", "tokens"):
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
+    for step, (mine, expected) in enumerate(zip(got["grads"], want["grads"], strict=True)):
+        assert mine.keys() == expected.keys()
+        for name, grad in mine.items():
+            torch.testing.assert_close(
+                grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name, s=step: f"{n}, step {s}: {m}"
+            )
+
+
+def empty_parameters(model) -> None:
+    """As ZeRO-3 does: a module's parameters have data only inside its forward and its backward."""
+    whole = {p: p.data for p in model.parameters()}
+    for number, parameter in enumerate(whole):
+        parameter.data, parameter.ds_id = torch.empty(0), number
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = whole[parameter]
+
+    def release(module, _inputs, output):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda _grad: gather(module))
+
+    for module in model.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+
+
+@pytest.mark.parametrize("make_model", [tiny_models.llama, tiny_models.gpt2, ADAPTERS["head"]])
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_parameters_that_hooks_bring_equal_parameters_that_are_there(make_model, attach_first):
+    ids, targets, layout, ref_logps = contrast_inputs()
+    losses, grads = [], []
+    for emptied in (False, True):
+        model = make_model()
+        if attach_first or not emptied:
+            attach_linear_loss(model)
+        if emptied:
+            empty_parameters(model)
+            attach_linear_loss(model)
+        loss = model(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert torch.equal(*losses)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
