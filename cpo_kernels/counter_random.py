@@ -6,7 +6,6 @@ tensors, whose products and sums wrap around at 64 bits.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # 2**64 divided by the golden ratio, and the multipliers of the finaliser, as signed 64-bit integers.
@@ -31,7 +30,6 @@ def counted(seeds: Tensor, counters: Tensor) -> Tensor:
     return mix(mix(seeds) + (counters + 1) * GOLDEN)
 
 
-def uniforms(seeds: Tensor, count: int) -> Tensor:
-    """``count`` uniforms in [0, 1) for each seed: (n,) int64 -> (n, count) float64, all 53 bits of them."""
-    bits = counted(seeds[:, None], torch.arange(count, device=seeds.device))
-    return shift_right(bits, 11).double() * 2.0**-53
+def uniforms(seeds: Tensor, counters: Tensor) -> Tensor:
+    """A uniform in [0, 1) for each pair of seed and counter, float64, broadcast; all 53 bits of it are random."""
+    return shift_right(counted(seeds, counters), 11).double() * 2.0**-53

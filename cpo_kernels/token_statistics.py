@@ -125,9 +125,9 @@ class Seeds:
 
     def uniforms(self, rows: int, count: int) -> Tensor:
         """Uniforms (rows, count) in [0, 1), float64."""
-        if self.values.dim():
-            return counter_random.uniforms(self.values, count)
         device = self.values.device
+        if self.values.dim():
+            return counter_random.uniforms(self.values[:, None], torch.arange(count, device=device))
         generator = torch.Generator(device=device).manual_seed(int(self.values))
         return torch.rand((rows, count), dtype=torch.float64, generator=generator, device=device)
 

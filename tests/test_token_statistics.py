@@ -188,7 +188,7 @@ def test_random_bits_are_those_of_splitmix64():
         return x ^ (x >> 31)
 
     seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
-    got = counter_random.uniforms(torch.tensor(seeds), 3)
+    got = counter_random.uniforms(torch.tensor(seeds)[:, None], torch.arange(3))
     for seed, row in zip(seeds, got.tolist(), strict=True):
         states = [(mix(seed % 2**64) + (k + 1) * 0x9E3779B97F4A7C15) % 2**64 for k in range(3)]
         assert row == [(mix(state) >> 11) / 2**53 for state in states]

@@ -1,5 +1,6 @@
 """Synthetic negatives: wrong completions made without human labels, each kind usable from a plain loop."""
 
+from .autoregressive import Sampling, autoregressive_negatives, write_negatives
 from .batch import batch_negatives
 from .mean_field import MeanField, finish, is_wrong, mean_field_negatives, token_seeds
 from .ranking import SentenceEmbedder, mean_pool, similarity_ranks
@@ -7,7 +8,9 @@ from .truncation import truncate, truncation_negatives
 
 __all__ = [
     "MeanField",
+    "Sampling",
     "SentenceEmbedder",
+    "autoregressive_negatives",
     "batch_negatives",
     "finish",
     "is_wrong",
@@ -17,4 +20,5 @@ __all__ = [
     "token_seeds",
     "truncate",
     "truncation_negatives",
+    "write_negatives",
 ]

@@ -1,0 +1,312 @@
+"""Autoregressive negatives (AN in arXiv 2502.16433): completions that the model itself writes, by ``generate``.
+
+They are the dearest negatives, one forward pass a token, and those that training gains most from. A run draws them anew
+every few steps, or they are drawn ahead of time and kept in a file (:func:`write_negatives`) that training reads back.
+
+What is drawn is a function of the model, the prompt, the seed, and the key of the prompt: not of the other prompts, nor
+of how they are batched, nor of torch's global generators, which are neither read nor moved. (But for the rounding of
+products, which may depend on the number of rows: a draw on the very boundary of two tokens.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels import counter_random
+
+from .mean_field import token_seeds
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are sampled.
+
+    Args:
+        temperature: divisor of the logits, > 0.
+        top_p: in (0, 1]; tokens are drawn from the smallest set of the likeliest that has this probability together.
+        max_new_tokens: tokens of a completion at most, EOS included.
+        batch_size: sequences that are generated at once.
+        seed: any integer; the same seed draws the same completions.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 128
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a positive number, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def autoregressive_negatives(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    sampling: Sampling | None = None,
+    keys: Sequence[int] | None = None,
+    synced_gpus: bool = False,
+) -> list[list[list[int]]]:
+    """Sample ``count`` completions of each prompt.
+
+    Sampling is from the model's distribution at the temperature and top-p given; the model's own generation
+    configuration (its top-k, its penalties) plays no part. The model is in evaluation mode meanwhile, which turns
+    dropout and gradient checkpointing off, and uses its cache whatever its configuration says; afterwards it is as
+    before. It may have a loss attached or adapters.
+
+    Args:
+        model: a causal language model of ``transformers`` or a ``PeftModel`` of one.
+        prompts: token ids of each prompt, at least one. A prompt and its completion must fit the model's positions.
+        count: how many completions of each.
+        eos_token_id: the token that ends a completion.
+        pad_token_id: any token; it is masked.
+        sampling: how to sample; default: :class:`Sampling`'s own.
+        keys: an integer a prompt, such as the index of its example, that what is drawn for it depends on besides the
+            seed. Default: its position, 0, 1, ...
+        synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
+            ZeRO 3) need it; every process must then bring as many batches.
+
+    Returns:
+        ``completions[prompt][sample]``, token ids: with EOS at the end where the model ended it, without where it was
+        cut off at ``max_new_tokens``. Some may be the ground truth: see :func:`is_wrong`.
+
+    Raises:
+        ValueError: a negative count, an empty prompt (it is named), or another number of keys than of prompts.
+        RuntimeError: logits that are not finite.
+    """
+    sampling = sampling or Sampling()
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
+    if keys is not None and len(keys) != len(prompts):
+        raise ValueError(f"expected one key per prompt, {len(prompts)}, got {len(keys)}")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty; the first token of a completion needs a row that predicts it")
+    seeds = [
+        token_seeds(sampling.seed, 0, index if keys is None else keys[index], count) for index in range(len(prompts))
+    ]
+    # By length, so that a batch has little padding; the longest first, so that what does not fit in memory fails early.
+    jobs = [(index, sample) for index in range(len(prompts)) for sample in range(count)]
+    jobs.sort(key=lambda job: -len(prompts[job[0]]))
+    completions: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
+    with _ready_to_generate(model):
+        for start in range(0, len(jobs), sampling.batch_size):
+            batch = jobs[start : start + sampling.batch_size]
+            drawn = _generate(
+                model,
+                [prompts[index] for index, _ in batch],
+                torch.stack([seeds[index][sample] for index, sample in batch]),
+                sampling,
+                {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus},
+            )
+            for (index, sample), completion in zip(batch, drawn, strict=True):
+                completions[index][sample] = completion
+    return completions
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: Sampling, options: dict[str, Any]
+) -> list[list[int]]:
+    """One completion of each prompt (B), drawn with its seed (B,)."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    eos, pad = options.pop("eos_token_id"), options.pop("pad_token_id")
+    device, width = model.device, max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    # The choice is made by the last processor, which leaves one token: the search for the best one finds it.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=sampling.max_new_tokens,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    processors = LogitsProcessorList([*_warpers(sampling), _SeededChoice(seeds.to(device), width)])
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, **options
+    )
+    return [_ended(completion, eos) for completion in out[:, width:].tolist()]
+
+
+def _ended(completion: list[int], eos: int) -> list[int]:
+    """The completion up to its EOS; what follows in a batch is padding."""
+    return completion[: completion.index(eos) + 1] if eos in completion else completion
+
+
+def _warpers(sampling: Sampling) -> list[Any]:
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    warpers: list[Any] = []
+    if sampling.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(float(sampling.top_p)))
+    return warpers
+
+
+class _SeededChoice:
+    """A logits processor that draws each row's token by its own seed and place, and leaves that token alone.
+
+    Args:
+        seeds: (B,) int64 on the device of the logits.
+        width: tokens before the first that is drawn.
+    """
+
+    def __init__(self, seeds: Tensor, width: int) -> None:
+        self.seeds, self.width = seeds, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B, V), -inf but for the chosen token."""
+        place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
+        below = scores.double().softmax(-1).cumsum(-1)
+        if not bool(below[:, -1].isfinite().all()):
+            raise RuntimeError("the model's logits hold NaN or infinity, so no token can be drawn from them")
+        threshold = counter_random.uniforms(self.seeds, place)[:, None] * below[:, -1:]
+        chosen = torch.searchsorted(below, threshold, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+@contextmanager
+def _ready_to_generate(model: Any) -> Iterator[None]:
+    """Evaluation mode, and a generation configuration that adds nothing; both are put back."""
+    from transformers import GenerationConfig
+
+    trained = [module for module in model.modules() if module.training]
+    # A PeftModel hands its generation configuration on to the model in it.
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    configs = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        model.eval()
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+        for owner, config in zip(owners, configs, strict=True):
+            owner.generation_config = config
+
+
+# Files of negatives
+
+Negatives = Sequence[Sequence[str]] | Sequence[Sequence[Sequence[int]]]
+
+
+def write_negatives(
+    path: str | os.PathLike[str],
+    examples: Any,
+    negatives: Negatives,
+    *,
+    kind: str = "autoregressive",
+    ranks: Sequence[Sequence[int]] | None = None,
+) -> None:
+    """Write examples with negatives to a file that training reads.
+
+    Negatives go into the field ``"negatives"``, behind those that an example has already, or into ``"rejected"`` of an
+    example that has ``"chosen"``; ``"kinds"`` and, where given or there already, ``"ranks"`` are kept beside them.
+
+    Args:
+        path: ends with ``.parquet`` or ``.jsonl``; overwritten in one go.
+        examples: a ``datasets.Dataset`` or a list of mappings.
+        negatives: for each example its new negatives, texts or token ids, as its old ones are.
+        kind: what they are; a name of "batch", "mean_field", "truncation", "autoregressive", "given".
+        ranks: for each example the ranks of its new negatives. Where they or the old ones lack ranks that the other
+            have, it is 1 for the old ones and behind all others for the new ones.
+
+    Raises:
+        ValueError: another suffix, another number of negatives than of examples or of ranks than of negatives, or
+            negatives of another form than the example's own; the message names the example.
+        RuntimeError: ``datasets`` is not installed.
+    """
+    path = Path(path)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise ValueError(f"negatives are written to a file that ends with .parquet or .jsonl, got {str(path)!r}")
+    for name, values in (("lists of negatives", negatives), ("lists of ranks", ranks)):
+        if values is not None and len(values) != len(examples):
+            raise ValueError(f"expected {len(examples)} {name}, one per example, got {len(values)}")
+    rows = [
+        _extended(dict(example), index, list(negatives[index]), kind, None if ranks is None else list(ranks[index]))
+        for index, example in enumerate(examples)
+    ]
+    if any(row["ranks"] is not None for row in rows):
+        rows = [row | {"ranks": row["ranks"] or [1] * len(row["kinds"])} for row in rows]
+    else:
+        rows = [{name: value for name, value in row.items() if name != "ranks"} for row in rows]
+    _write(path, rows)
+
+
+def _extended(
+    example: dict[str, Any], index: int, negatives: list[Any], kind: str, ranks: list[int] | None
+) -> dict[str, Any]:
+    """An example with more negatives; ``"ranks"`` is None where nothing is ranked."""
+    field = "rejected" if example.get("chosen") is not None else "negatives"
+    old = _as_list(example.get(field), field, index)
+    forms = {"texts" if isinstance(value, str) else "token ids" for value in (*old, *negatives)}
+    if len(forms) > 1:
+        raise ValueError(f"{field!r} of example {index} would hold texts and token ids; expected one of them")
+    if ranks is not None and len(ranks) != len(negatives):
+        raise ValueError(f"example {index} has {len(negatives)} new negatives, got {len(ranks)} ranks for them")
+    old_ranks = example.get("ranks")
+    if old_ranks is not None or ranks is not None:
+        before = list(old_ranks) if old_ranks is not None else [1] * len(old)
+        behind = max([0, *before]) + 1
+        ranks = before + (ranks if ranks is not None else [behind] * len(negatives))
+    kinds = [*(example.get("kinds") or ["given"] * len(old)), *[kind] * len(negatives)]
+    return example | {field: old + negatives, "kinds": kinds, "ranks": ranks}
+
+
+def _as_list(value: Any, field: str, index: int) -> list[Any]:
+    """The negatives of an example: TRL has a single one without a list around it."""
+    if value is None:
+        return []
+    if isinstance(value, str) or (len(value) and isinstance(value[0], int)):
+        return [value]
+    if len(value) and (isinstance(value[0], Mapping) or (len(value[0]) and isinstance(value[0][0], Mapping))):
+        raise ValueError(
+            f"{field!r} of example {index} holds conversations, beside which there is no room for texts or token ids"
+        )
+    return list(value)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        raise RuntimeError(
+            f"writing {str(path)!r} needs datasets, which is not installed: pip install datasets"
+        ) from error
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    dataset = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    # Beside its place and moved there, so that a reader never sees half a file.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix == ".parquet":
+            dataset.to_parquet(str(part))
+        else:
+            dataset.to_json(str(part), lines=True, force_ascii=False)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
