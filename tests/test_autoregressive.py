@@ -190,9 +190,6 @@ EXAMPLES = [
     {"prompt": "the cat", "completion": "sat"},
     {"prompt": "ein H\u00fcndchen", "completion": "ran", "note": "n"},
 ]
-    {"prompt": "the cat", "completion": "sat"},
-    {"prompt": "ein H\u00fcndchen", "completion": "ran", "note": "n"},
-]
 
 
 def read_back(path):
