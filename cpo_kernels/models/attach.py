@@ -18,6 +18,8 @@ from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head, head_options, verify_head
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest
 from .sharded import run_inside
+from .sharing_masks import with_prefix_tree
+from .sharing_tree import PrefixTree
 
 __all__ = ["CPORequest", "LinearLossOutput", "LogpsRequest", "StatisticsRequest", "attach_linear_loss"]
 
@@ -29,8 +31,9 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
 
     Called with the extra keyword ``linear_loss=CPORequest(...)`` (or ``LogpsRequest``, ``StatisticsRequest``), the
     model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without the keyword it behaves as
-    before. The change is made in place, survives ``copy.deepcopy``, and leaves parameters, ``state_dict`` and
-    ``save_pretrained`` as they are; attaching twice changes nothing.
+    before. With ``prefix_tree=PrefixTree(...)`` its rows are packed groups, see :func:`cpo_kernels.models.pack_groups`,
+    and it takes no ``attention_mask`` or ``position_ids``. The change is made in place, survives ``copy.deepcopy``, and
+    leaves parameters, ``state_dict`` and ``save_pretrained`` as they are; attaching twice changes nothing.
 
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``
@@ -65,7 +68,11 @@ def _with_linear_loss(base: type) -> type:
     """A subclass of a model class whose forward takes ``linear_loss``; a class, so that copies of a model keep it."""
     original: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
 
-    def forward(self: PreTrainedModel, *args: Any, linear_loss: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: Any, linear_loss: Any = None, prefix_tree: PrefixTree | None = None, **kwargs: Any
+    ) -> Any:
+        if prefix_tree is not None:
+            kwargs = with_prefix_tree(self, prefix_tree, kwargs)
         if linear_loss is None:
             return original(self, *args, **kwargs)
         return _linear_forward(self, linear_loss, *args, **kwargs)
@@ -79,10 +86,11 @@ def _with_linear_loss(base: type) -> type:
 
 def _extended_signature(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
-    extra = inspect.Parameter("linear_loss", inspect.Parameter.KEYWORD_ONLY, default=None)
+    names = ("linear_loss", "prefix_tree")
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
     parameters = list(signature.parameters.values())
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    return signature.replace(parameters=[*parameters[:at], extra, *parameters[at:]])
+    return signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
 
 
 def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: Any) -> LinearLossOutput:

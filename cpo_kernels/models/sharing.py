@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .adapters import find_base
 from .head import find_body
+from .sharded import is_sharded
 from .sharing_masks import IMPLEMENTATIONS, layer_windows, tree_inputs
 from .sharing_tree import PrefixTree, SharedBatch, pack_groups
 
@@ -26,7 +28,7 @@ LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_lay
 ATTENTION = ("full_attention", "sliding_attention", "attention", "global")
 
 
-def check_prefix_sharing(model: PreTrainedModel) -> None:
+def check_prefix_sharing(model: nn.Module) -> None:
     """Check that packed rows give a model the hidden states of separate rows.
 
     What its configuration and its modules tell of it is read first: layers that carry a state from token to token,
@@ -41,15 +43,13 @@ def check_prefix_sharing(model: PreTrainedModel) -> None:
     Raises:
         RuntimeError: the model cannot share prefixes; says why.
     """
-    if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
-        raise RuntimeError("prompt-learning adapters put tokens of their own before a row; prefixes cannot be shared")
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    body = find_body(model)
-    reason = _refusal(model, body)
+    base: Any = find_base(model)
+    body = find_body(base)
+    reason = _refusal(base, body)
     if reason:
-        raise RuntimeError(f"{type(model).__name__} cannot share prefixes: {reason}")
-    if all(p.device.type != "meta" and p.numel() for p in body.parameters()):
-        _probe(model, body)
+        raise RuntimeError(f"{type(base).__name__} cannot share prefixes: {reason}")
+    if not is_sharded(body):
+        _probe(base, body)
 
 
 def _refusal(model: PreTrainedModel, body: nn.Module) -> str | None:

@@ -43,6 +43,18 @@ def tree_inputs(model: PreTrainedModel, tree: PrefixTree) -> dict[str, Any]:
     return {"position_ids": tree.positions, "attention_mask": by_type or masks[windows[None]]}
 
 
+def with_prefix_tree(model: PreTrainedModel, tree: PrefixTree, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of a forward pass and those of :func:`tree_inputs`.
+
+    Raises:
+        ValueError: ``attention_mask`` or ``position_ids`` is given as well.
+    """
+    given = [name for name in ("attention_mask", "position_ids") if keywords.get(name) is not None]
+    if given:
+        raise ValueError(f"prefix_tree brings its own attention_mask and position_ids; got {' and '.join(given)} too")
+    return keywords | tree_inputs(model, tree)
+
+
 def layer_windows(config: Any) -> dict[str | None, int | None]:
     """The window of each layer type of a configuration, None for full attention; one type None for all layers alike.
 
