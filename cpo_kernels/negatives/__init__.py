@@ -2,11 +2,14 @@
 
 from .autoregressive import Sampling, autoregressive_negatives, write_negatives
 from .batch import batch_negatives
+from .completions import Completion, CompletionsEndpoint
 from .mean_field import MeanField, finish, is_wrong, mean_field_negatives, token_seeds
 from .ranking import SentenceEmbedder, mean_pool, similarity_ranks
 from .truncation import truncate, truncation_negatives
 
 __all__ = [
+    "Completion",
+    "CompletionsEndpoint",
     "MeanField",
     "Sampling",
     "SentenceEmbedder",
