@@ -132,7 +132,7 @@ def score(model: nn.Module, examples: TokenizedExamples, eos: int, count: int | 
     for start in range(0, len(indices), 8):
         batch = ContrastBatch(eos, eos, MAX_LENGTH)
         for index in indices[start : start + 8]:
-            sampler.add_to(batch, index, step=0)
+            batch.add_group(examples.prompts[index], examples.completions[index], sampler.draw(index, step=0))
         inputs = batch.tensors()
         layout = CandidateLayout(inputs["cu_tokens"], inputs["cu_groups"], rows=inputs["rows"])
         request = LogpsRequest(inputs["targets"], layout)
@@ -270,7 +270,7 @@ def head_costs(model: nn.Module, corpus: Corpus) -> tuple[dict[str, HeadCost], s
     sampler = NegativeSampler(corpus.train, eos, BATCH_NEGATIVES, TRUNCATION_NEGATIVES, seed=0)
     batch = ContrastBatch(eos, eos, MAX_LENGTH)
     for index in range(16):
-        sampler.add_to(batch, index, step=0)
+        batch.add_group(corpus.train.prompts[index], corpus.train.completions[index], sampler.draw(index, step=0))
     inputs = batch.tensors()
     with torch.no_grad():
         hidden = model.base_model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state

@@ -94,8 +94,8 @@ def test_scores_equal_a_dense_computation(demo):
     nll, wins = [], torch.zeros(2)
     for index in range(9):
         batch = demo.ContrastBatch(2, max_length=demo.MAX_LENGTH)
-        sampler.add_to(batch, index, step=0)
-        truth, *others = [logps(examples.prompts[index], targets) for targets, _ in batch.segments]
+        batch.add_group(examples.prompts[index], examples.completions[index], sampler.draw(index, step=0))
+        truth, *others = [logps(examples.prompts[index], segment.tokens) for segment in batch.segments]
         nll.append(truth)
         means = torch.stack([other.mean() for other in others])
         split = demo.HELD_OUT_NEGATIVES
@@ -111,7 +111,7 @@ def head_inputs(demo):
     tokens = demo.tokenize_examples(examples, tiny_models.tokenizer(), max_length=32, max_prompt_length=16)
     sampler = demo.NegativeSampler(tokens, 2, 2, 2, seed=0)
     for index in range(6):
-        sampler.add_to(batch, index, step=0)
+        batch.add_group(tokens.prompts[index], tokens.completions[index], sampler.draw(index, step=0))
     inputs = batch.tensors()
     hidden = torch.randn(inputs["input_ids"].numel(), 16, generator=generator)
     weight = torch.randn(tiny_models.VOCAB, 16, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from cpo_kernels.trainer import ContrastBatch, NegativeSampler, tokenize_examples
+from cpo_kernels.trainer import ContrastBatch, Negative, NegativeSampler, tokenize_examples
 
 pytestmark = pytest.mark.cpu  # batches are made on the host
 
@@ -61,7 +61,10 @@ def test_what_does_not_fit_is_cut():
         ({"prompt": "the"}, r"example 2 has no 'completion'"),
         ({"prompt": "the", "completion": ""}, "completion of example 2 is empty"),
         ({"prompt": "the", "completion": [EOS]}, "completion of example 2 is empty"),
-        ({"prompt": 7, "completion": "sat"}, "'prompt' of example 2 must be a string or a list of token ids, got int"),
+        (
+            {"prompt": 7, "completion": "sat"},
+            "'prompt' of example 2 must be a string, a list of token ids .*, got int 7",
+        ),
     ],
 )
 def test_errors_name_the_example(example, message):
@@ -86,12 +89,19 @@ def test_data_that_cannot_be_trained_on():
 # Batches
 
 
-def batch_of(count: int, num_batch: int, num_truncation: int, step: int = 0, seed: int = 0) -> ContrastBatch:
-    sampler = NegativeSampler(tokenized(tiny_models.examples(16)), EOS, num_batch, num_truncation, seed)
-    batch = ContrastBatch(EOS, max_length=32)
+def batch_of(
+    count: int, num_batch: int, num_truncation: int, step: int = 0, seed: int = 0, share_prefixes: bool = False
+) -> ContrastBatch:
+    examples = tokenized(tiny_models.examples(16))
+    sampler = NegativeSampler(examples, EOS, num_batch, num_truncation, seed)
+    batch = ContrastBatch(EOS, max_length=32, share_prefixes=share_prefixes)
     for index in range(count):
-        sampler.add_to(batch, index, step)
+        batch.add_group(examples.prompts[index], examples.completions[index], sampler.draw(index, step))
     return batch
+
+
+def tokens_of(batch: ContrastBatch) -> list[list[int]]:
+    return [list(segment.tokens) for segment in batch.segments]
 
 
 def test_truncation_negatives_cost_the_body_nothing():
@@ -106,7 +116,7 @@ def test_every_token_is_predicted_by_the_row_before_it():
     batch = batch_of(4, 2, 2)
     tensors = batch.tensors()
     ids, length = tensors["input_ids"], tensors["input_ids"].shape[1]
-    for (targets, _), start, end in zip(batch.segments, tensors["cu_tokens"], tensors["cu_tokens"][1:], strict=False):
+    for targets, start, end in zip(tokens_of(batch), tensors["cu_tokens"], tensors["cu_tokens"][1:], strict=False):
         sequences, positions = tensors["rows"][start:end] // length, tensors["rows"][start:end] % length
         for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
             seen = ids[sequence, : position + 1].tolist()
@@ -122,17 +132,17 @@ def test_the_last_prompt_row_predicts_the_first_token_of_every_candidate():
 
 
 def test_negatives_are_a_function_of_seed_step_and_example():
-    alone = batch_of(1, 2, 2, step=5).segments
-    assert [s[0] for s in batch_of(4, 2, 2, step=5).segments[: len(alone)]] == [s[0] for s in alone]
-    assert [s[0] for s in batch_of(1, 2, 2, step=6).segments] != [s[0] for s in alone]
-    assert [s[0] for s in batch_of(1, 2, 2, step=5, seed=1).segments] != [s[0] for s in alone]
+    alone = tokens_of(batch_of(1, 2, 2, step=5))
+    assert tokens_of(batch_of(4, 2, 2, step=5))[: len(alone)] == alone
+    assert tokens_of(batch_of(1, 2, 2, step=6)) != alone
+    assert tokens_of(batch_of(1, 2, 2, step=5, seed=1)) != alone
 
 
 def test_a_negative_too_long_for_the_prompt_is_cut():
     batch = ContrastBatch(EOS, max_length=6)
-    batch.add_group([3, 4, 5, 6], [7, EOS], negatives=[[8, 9, 10, EOS]])
-    assert batch.sequences[1] == [3, 4, 5, 6, 8]
-    assert batch.segments[1][0] == [8, 9]
+    batch.add_group([3, 4, 5, 6], [7, EOS], [Negative("batch", [8, 9, 10, EOS])])
+    assert batch.tensors()["input_ids"][1].tolist() == [3, 4, 5, 6, 8]
+    assert batch.segments[1].tokens == [8, 9]
 
 
 def test_an_empty_prompt_names_the_group():
@@ -140,3 +150,68 @@ def test_an_empty_prompt_names_the_group():
     batch.add_group([3], [4, EOS])
     with pytest.raises(ValueError, match="group 1 has an empty prompt"):
         batch.add_group([], [4, EOS])
+
+
+def test_a_shared_row_shows_every_token_its_prompt_and_its_own_candidate():
+    batch = batch_of(5, 3, 2, share_prefixes=True)
+    tensors = batch.tensors()
+    ids, length = tensors["input_ids"], tensors["input_ids"].shape[1]
+    prompts = [prompt for prompt, size in zip(batch.prompts, group_sizes(tensors), strict=True) for _ in range(size)]
+    assert ids.numel() < batch_of(5, 3, 2).tensors()["input_ids"].numel()
+    bounds = zip(tensors["cu_tokens"], tensors["cu_tokens"][1:], strict=False)
+    for prompt, targets, (start, end) in zip(prompts, tokens_of(batch), bounds, strict=True):
+        for t, row in enumerate(tensors["rows"][start:end].tolist()):
+            own = {name: tensors[f"tree_{name}"][row // length] for name in ("groups", "branches", "positions")}
+            here = row % length
+            seen = (own["groups"] == own["groups"][here]) & (own["positions"] <= own["positions"][here])
+            seen &= (own["branches"] == 0) | (own["branches"] == own["branches"][here])
+            assert ids[row // length][seen].tolist() == [*prompt, *targets[:t]]
+
+
+def group_sizes(tensors) -> list[int]:
+    return torch.tensor(tensors["cu_groups"]).diff().tolist()
+
+
+def test_rows_are_shared_only_where_that_saves_tokens():
+    """Behind a prompt of one token, three candidates of many have nothing to share."""
+    batch = ContrastBatch(EOS, share_prefixes=True)
+    batch.add_group([3], [*range(4, 20), EOS], [Negative("batch", [*range(20, 4, -1), EOS])])
+    assert "attention_mask" in batch.tensors()
+    batch.add_group([*range(3, 20)], [4, 5, EOS], [Negative("batch", [5, EOS]), Negative("batch", [6, EOS])])
+    assert "tree_groups" in batch.tensors()
+
+
+# Negatives that the data brings
+
+
+def test_given_negatives_keep_their_ranks_and_drawn_ones_come_behind():
+    example = {"prompt": "the cat", "completion": "sat", "negatives": ["ran", "slept"], "ranks": [2, 1]}
+    examples = tokenized([example, *tiny_models.examples(4)])
+    drawn = NegativeSampler(examples, EOS, 1, 1, seed=0).draw(0, step=0)
+    assert [(own.kind, own.rank) for own in drawn] == [("given", 2), ("given", 1), ("batch", 3), ("truncation", 3)]
+    assert [own.rank for own in NegativeSampler(examples, EOS, 1, 1, seed=0).draw(1, step=0)] == [1, 1]
+
+
+def test_preference_data_are_groups_with_their_own_negatives():
+    given = {"prompt": "the cat", "chosen": "sat", "rejected": ["ran", "slept on"]}
+    examples = tokenized([given, {"prompt": "a dog", "chosen": "ran", "rejected": "flew"}])
+    words = tiny_models.tokenizer()
+    assert examples.completions[0] == [*words("sat")["input_ids"], EOS]
+    assert examples.negatives[0] == [[*words(text)["input_ids"], EOS] for text in ("ran", "slept on")]
+    assert len(examples.negatives[1]) == 1
+
+
+def test_an_empty_negative_names_itself_and_its_example():
+    example = {"prompt": "the", "completion": "sat", "negatives": ["ran", ""]}
+    with pytest.raises(ValueError, match="negative 1 of example 1 is empty"):
+        tokenized([*tiny_models.examples(1), example])
+
+
+def test_the_digest_tells_data_apart():
+    def digest(**changed):
+        example = {"prompt": "the", "completion": "sat", "negatives": ["ran"], "ranks": [1]}
+        return tokenized([example | changed]).digest()
+
+    assert digest() == digest()
+    others = [digest(prompt="a"), digest(completion="ran on"), digest(negatives=["sat on"]), digest(ranks=[2])]
+    assert len({digest(), *others}) == 5

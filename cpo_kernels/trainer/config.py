@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,69 +10,144 @@ from transformers import TrainingArguments
 
 from cpo_kernels.objective import LOSS_TYPES, Objective
 
-REFERENCES = ("frozen", "none")
+from .presets import PRESETS, Preset
+
+KINDS = ("batch", "mean_field", "truncation", "autoregressive", "given")
+REFERENCES = ("frozen", "precomputed", "none")
+SAMPLERS = ("reference", "model")
+RANKINGS = ("none", "similarity")
+PREFIX_SHARING = ("auto", "required", "off")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class CPOConfig(TrainingArguments):
-    """Arguments of :class:`~cpo_kernels.trainer.CPOTrainer`: ``L = alpha * CPO + (1 - alpha) * MLE``.
+    """Arguments of :class:`~cpo_kernels.trainer.CPOTrainer`: ``L = alpha * contrast + mle_weight * MLE``.
 
-    CPO is the objective of arXiv 2502.16433: the ground truth against synthetic negatives, as log-likelihood ratios
-    to a frozen copy of the model. With ``reference="none"`` and one negative it is that of arXiv 2401.08417; with
-    ``margin`` and ``length_normalized`` as well, SimPO (arXiv 2405.14734).
+    ``objective`` chooses the defaults of ``alpha, mle_weight, beta, margin, length_normalized, reference`` and of the
+    numbers of negatives; whatever is given overrides them. Fields that are None take these defaults:
+
+    - ``cpo``: arXiv 2502.16433, the ground truth against synthetic negatives as log-likelihood ratios to a frozen
+      reference; 0.5 contrast + 0.5 MLE.
+    - ``dpo``: arXiv 2305.18290, one negative and a reference.
+    - ``xu_cpo``: arXiv 2401.08417, one negative, no reference, contrast + MLE.
+    - ``simpo``: arXiv 2405.14734, one negative, no reference, mean log-probabilities and a margin.
+    - ``mle``: next-token prediction; ``scheduled_sampling``: the same, conditioned on text of which the model has
+      written a part (arXiv 1906.04331).
 
     Raises:
         ValueError: a value outside its range, or values that contradict each other; the message names both.
     """
 
-    alpha: float = field(default=0.5, metadata={"help": "Weight of the contrast; 1 - alpha is that of the MLE."})
-    beta: float = field(default=0.1, metadata={"help": "Factor of the log-likelihood ratios in the contrast."})
-    margin: float = field(default=0.0, metadata={"help": "Added to the score of every negative."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Probability of a flipped pair; one negative only."})
-    loss_type: str = field(default="plackett_luce", metadata={"help": f"One of {', '.join(LOSS_TYPES)}."})
-    length_normalized: bool = field(
-        default=False, metadata={"help": "Contrast the mean instead of the sum of the token log-probabilities."}
+    objective: str = _option("cpo", f"One of {', '.join(PRESETS)}: the defaults of the fields below that say None.")
+    alpha: float | None = _option(None, "Weight of the contrast, in [0, 1].")
+    mle_weight: float | None = _option(None, "Weight of the MLE part, per token. Default: 1 - alpha; for xu_cpo, 1.")
+    beta: float | None = _option(None, "Factor of the log-likelihood ratios in the contrast.")
+    margin: float | None = _option(None, "Added to the score of every negative.")
+    label_smoothing: float = _option(0.0, "Probability of a flipped pair; one negative only.")
+    loss_type: str = _option("plackett_luce", f"One of {', '.join(LOSS_TYPES)}.")
+    length_normalized: bool | None = _option(
+        None, "Contrast the mean instead of the sum of the token log-probabilities."
     )
-    reference: str = field(
-        default="frozen", metadata={"help": "frozen: a copy of the model as it was at the start; none: no reference."}
+    reference: str | None = _option(
+        None,
+        "frozen: the model as it was at the start (for adapters, the model without them); precomputed: the same, "
+        "scored once before training and kept on disk; none.",
     )
-    num_batch_negatives: int = field(
-        default=1, metadata={"help": "Completions of other training examples contrasted with each ground truth."}
-    )
-    num_truncation_negatives: int = field(
-        default=1, metadata={"help": "Truncations of the ground truth contrasted with it; no extra forward pass."}
-    )
-    max_length: int = field(default=1024, metadata={"help": "Tokens of prompt and completion together, at most."})
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens of the prompt, at most; its end is kept. Default: half of max_length."}
-    )
-    max_logits_bytes: int | None = field(
-        default=None, metadata={"help": "Budget for the logits held at once. Default: the backend's."}
-    )
-    candidate_eps: float | None = field(
-        default=None,
-        metadata={"help": "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.head."},
-    )
-    grad_filter_eps: float | None = field(
-        default=None,
-        metadata={"help": "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.head."},
-    )
-    backend: str = field(default="auto", metadata={"help": "Backend of the kernels; see cpo_kernels.backends."})
+    reference_cache: str | None = _option(None, "Directory of precomputed scores. Default: in output_dir.")
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    num_batch_negatives: int | None = _option(
+        None,
+        "Completions of other training examples contrasted with each ground truth. Default: 1, or 0 where the data "
+        "brings negatives of its own.",
+    )
+    num_truncation_negatives: int | None = _option(
+        None, "Truncations of the ground truth contrasted with it; no extra forward pass. Default: as above, for cpo."
+    )
+    num_mean_field_negatives: int = _option(
+        0, "Negatives whose tokens are drawn independently, along the ground truth."
+    )
+    num_autoregressive_negatives: int = _option(0, "Negatives that the model writes itself.")
+    batch_weight: float = _option(1.0, "A batch negative counts in the contrast as much as this many of it.")
+    truncation_weight: float = _option(1.0, "Likewise for truncations.")
+    mean_field_weight: float = _option(1.0, "Likewise for mean-field negatives.")
+    autoregressive_weight: float = _option(1.0, "Likewise for autoregressive negatives.")
+    given_weight: float = _option(1.0, "Likewise for the negatives that the data brings.")
+    resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
+    mean_field_source: str | None = _option(
+        None, "Which draws mean-field negatives: reference, or the model itself. Default: reference where it is frozen."
+    )
+    autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
+    autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
+    autoregressive_top_p: float = _option(1.0, "Nucleus that autoregressive negatives are sampled from.")
+    autoregressive_max_new_tokens: int | None = _option(
+        None, "Tokens of an autoregressive negative, at most. Default: those of the longest ground truth beside it."
+    )
+    autoregressive_batch_size: int = _option(32, "Autoregressive negatives written at a time.")
+    autoregressive_url: str | None = _option(
+        None, "An OpenAI-compatible completions endpoint that writes them in place of the model, .../v1."
+    )
+    autoregressive_model: str | None = _option(None, "The model's name at that endpoint.")
+    ranking: str = _option("none", "similarity: negatives are ranked by cosine similarity to the ground truth.")
+    embedding_model: str | None = _option(
+        None, "A sentence-transformers model for the ranking. Default: mean hidden states of the reference."
+    )
+    prefix_sharing: str = _option(
+        "auto",
+        "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
+        "where the model cannot; off.",
+    )
+    scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
+    scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
+
+    max_length: int = _option(1024, "Tokens of prompt and completion together, at most.")
+    max_prompt_length: int | None = _option(
+        None, "Tokens of the prompt, at most; its end is kept. Default: half of max_length."
+    )
+    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. Default: the backend's.")
+    candidate_eps: float | None = _option(
+        None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.head."
+    )
+    grad_filter_eps: float | None = _option(
+        None, "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.head."
+    )
+    backend: str = _option("auto", "Backend of the kernels; see cpo_kernels.backends.")
+
+    learning_rate: float = _option(1e-5, "The initial learning rate.")
+    logging_steps: float = _option(10, "Log every so many steps.")
     # A non-finite loss must show in the logs, not be replaced by an average.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave NaN and Inf out of the logged loss."})
+    logging_nan_inf_filter: bool = _option(False, "Leave NaN and Inf out of the logged loss.")
     # Examples carry text and indices that no model's forward takes.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False."})
+    remove_unused_columns: bool = _option(False, "Must be False.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._fill_in()
         self._check_objective()
         self._check_negatives()
         self._check_lengths()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: examples are text, which no model's forward takes")
+
+    def _fill_in(self) -> None:
+        """The preset's values for the fields that are None."""
+        if self.objective not in PRESETS:
+            raise ValueError(f"objective must be one of {', '.join(PRESETS)}, got {self.objective!r}")
+        for name, value in PRESETS[self.objective].fields().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.mle_weight is None:
+            self.mle_weight = 1 - self.alpha  # type: ignore[operator]
+        if self.mean_field_source is None:
+            self.mean_field_source = "reference" if self.reference == "frozen" and self.contrasts else "model"
+
+    @property
+    def preset(self) -> Preset:
+        """The defaults of the objective."""
+        return PRESETS[self.objective]
 
     @property
     def prompt_budget(self) -> int:
@@ -81,10 +157,10 @@ class CPOConfig(TrainingArguments):
     @property
     def contrasts(self) -> bool:
         """Whether the loss has a contrastive part."""
-        return self.alpha > 0
+        return self.alpha > 0  # type: ignore[operator]
 
     @property
-    def objective(self) -> dict[str, Any]:
+    def objective_options(self) -> dict[str, Any]:
         """The objective's keywords of :func:`cpo_kernels.linear_cpo_loss`."""
         return {
             "beta": self.beta,
@@ -93,41 +169,123 @@ class CPOConfig(TrainingArguments):
             "loss_type": self.loss_type,
             "length_normalized": self.length_normalized,
             "contrast_weight": self.alpha,
-            "mle_weight": 1 - self.alpha,
+            "mle_weight": self.mle_weight,
         }
 
+    def negative_counts(self, data_brings_negatives: bool) -> dict[str, int]:
+        """Negatives of each kind drawn for an example, at most; those of the data itself come on top.
+
+        Args:
+            data_brings_negatives: whether the examples have negatives of their own.
+
+        Raises:
+            ValueError: a contrast without any negatives, more than one for a loss of pairs, or changing ones for a
+                precomputed reference.
+        """
+        drawn_anyway = data_brings_negatives or self.num_mean_field_negatives or self.num_autoregressive_negatives
+        default = (0, 0) if drawn_anyway else self.preset.negatives
+        counts = {
+            "batch": default[0] if self.num_batch_negatives is None else self.num_batch_negatives,
+            "truncation": default[1] if self.num_truncation_negatives is None else self.num_truncation_negatives,
+            "mean_field": self.num_mean_field_negatives,
+            "autoregressive": self.num_autoregressive_negatives,
+        }
+        if self.contrasts and not data_brings_negatives and not any(counts.values()):
+            raise ValueError(
+                f"alpha={self.alpha} contrasts the ground truth with negatives, but there are none: the data brings "
+                "none and the numbers of all kinds are 0; set one of them, or objective='mle'"
+            )
+        self._check_pairs(counts, data_brings_negatives)
+        if self.reference == "precomputed" and self.resample_negatives and (counts["batch"] or counts["truncation"]):
+            raise ValueError(
+                "reference='precomputed' scores every candidate once, but resample_negatives=True draws new ones along "
+                "the way; use resample_negatives=False, negatives of the data alone, or reference='frozen'"
+            )
+        return counts
+
+    def _check_pairs(self, counts: dict[str, int], data_brings_negatives: bool = False) -> None:
+        pairs_only = Objective(**self.objective_options).pairs_only
+        if pairs_only is None:
+            return
+        named = [f"num_{kind}_negatives={count}" for kind, count in counts.items() if count]
+        named += ["those of the data"] * data_brings_negatives
+        if sum(counts.values()) + data_brings_negatives > 1:
+            raise ValueError(f"{pairs_only} is defined for one negative, got {' and '.join(named)}")
+        for kind, weight in self.negative_weights.items():
+            if weight != 1:
+                raise ValueError(f"{pairs_only} compares two log-likelihoods; {kind}_weight={weight} has no meaning")
+
     @property
-    def num_negatives(self) -> int:
-        """Negatives of each group, at most (a short completion has fewer truncations)."""
-        return self.num_batch_negatives + self.num_truncation_negatives
+    def negative_weights(self) -> dict[str, float]:
+        """Weight of each kind of negative in the contrast."""
+        return {kind: getattr(self, f"{kind}_weight") for kind in KINDS}
 
     def _check_objective(self) -> None:
-        if not 0 <= self.alpha <= 1:
+        if not 0 <= self.alpha <= 1:  # type: ignore[operator]
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        Objective(**self.objective)  # raises for the rest
+        Objective(**self.objective_options)  # raises for the rest
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} smooths cross entropy, which this trainer does "
                 "not compute from logits; label_smoothing is that of the contrast"
             )
-        if self.reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {REFERENCES}, got {self.reference!r}")
+        for name, known in (
+            ("reference", REFERENCES),
+            ("mean_field_source", SAMPLERS),
+            ("ranking", RANKINGS),
+            ("prefix_sharing", PREFIX_SHARING),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+        if not 0 <= self.scheduled_sampling_probability <= 1:
+            raise ValueError(
+                f"scheduled_sampling_probability must be in [0, 1], got {self.scheduled_sampling_probability}"
+            )
+        if self.scheduled_sampling_passes < 1:
+            raise ValueError(f"scheduled_sampling_passes must be at least 1, got {self.scheduled_sampling_passes}")
+        if self.objective == "scheduled_sampling" and self.contrasts:
+            raise ValueError(f"objective='scheduled_sampling' has no contrast; expected alpha=0, got {self.alpha}")
 
     def _check_negatives(self) -> None:
-        for name in ("num_batch_negatives", "num_truncation_negatives"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.contrasts and self.num_negatives == 0:
+        for kind in KINDS[:-1]:
+            count = getattr(self, f"num_{kind}_negatives")
+            if count is not None and count < 0:
+                raise ValueError(f"num_{kind}_negatives must not be negative, got {count}")
+        for kind, weight in self.negative_weights.items():
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ValueError(f"{kind}_weight must be a positive number, got {weight}")
+        self._check_pairs({kind: getattr(self, f"num_{kind}_negatives") or 0 for kind in KINDS[:-1]})
+        self._check_autoregressive()
+        self._check_reference()
+
+    def _check_autoregressive(self) -> None:
+        for name in ("autoregressive_every", "autoregressive_batch_size", "autoregressive_max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.autoregressive_temperature > 0:
+            raise ValueError(f"autoregressive_temperature must be positive, got {self.autoregressive_temperature}")
+        if not 0 < self.autoregressive_top_p <= 1:
+            raise ValueError(f"autoregressive_top_p must be in (0, 1], got {self.autoregressive_top_p}")
+        if self.autoregressive_url is not None and self.autoregressive_model is None:
+            raise ValueError("autoregressive_url needs autoregressive_model, the model's name at that endpoint")
+
+    def _check_reference(self) -> None:
+        if self.mean_field_source == "reference" and self.num_mean_field_negatives and self.reference != "frozen":
             raise ValueError(
-                f"alpha={self.alpha} contrasts the ground truth with negatives, but num_batch_negatives and "
-                "num_truncation_negatives are both 0; set one of them, or alpha=0 for plain MLE"
+                f"mean_field_source='reference' needs reference='frozen', got {self.reference!r}; or let the model draw"
             )
-        pairs_only = Objective(**self.objective).pairs_only
-        if pairs_only and self.num_negatives > 1:
+        if self.ranking == "similarity" and self.embedding_model is None and self.reference != "frozen":
             raise ValueError(
-                f"{pairs_only} is defined for one negative, got num_batch_negatives={self.num_batch_negatives} and "
-                f"num_truncation_negatives={self.num_truncation_negatives}"
+                f"ranking='similarity' needs an embedding_model or the hidden states of reference='frozen', got "
+                f"reference={self.reference!r}"
             )
+        for kind in ("mean_field", "autoregressive"):
+            if self.reference == "precomputed" and getattr(self, f"num_{kind}_negatives"):
+                raise ValueError(
+                    f"reference='precomputed' scores every candidate before training, but num_{kind}_negatives="
+                    f"{getattr(self, f'num_{kind}_negatives')} makes new ones along the way; use reference='frozen'"
+                )
 
     def _check_lengths(self) -> None:
         if self.max_length < 2:

@@ -1,32 +1,44 @@
-"""From ``{"prompt", "completion"}`` examples to token ids, and from token ids to the tensors of one contrast."""
+"""From examples as people write them to token ids."""
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpo_kernels.negatives import batch_negatives, truncate, truncation_negatives
+from .formats import normalize_example
 
 TOKENIZER_BATCH = 1000
 
 
 class TokenizedExamples(Dataset):
-    """Prompts and completions as token ids; item i tells its own index, from which its negatives are drawn.
+    """Prompts, completions and what negatives they bring, as token ids; item i tells its own index.
 
     Args:
         prompts, completions: one sequence of token ids per example, neither empty.
+        negatives: for every example its own negatives, each a sequence of token ids; None where no example has any.
+        ranks: for every example the ranks of its negatives, >= 0, or None for equal ones; None where none has any.
+        kinds: for every example the kinds of its negatives. Default: "given".
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != len(completions):
-            raise ValueError(f"expected one completion per prompt, got {len(completions)} for {len(prompts)} prompts")
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        negatives: Sequence[Sequence[Sequence[int]]] | None = None,
+        ranks: Sequence[Sequence[int] | None] | None = None,
+        kinds: Sequence[Sequence[str]] | None = None,
+    ) -> None:
+        for name, values in (("completion", completions), ("list of negatives", negatives), ("list of kinds", kinds)):
+            if values is not None and len(values) != len(prompts):
+                raise ValueError(f"expected one {name} per prompt, got {len(values)} for {len(prompts)} prompts")
         self.prompts, self.completions = prompts, completions
+        self.negatives, self.ranks, self.kinds = negatives, ranks, kinds
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -34,6 +46,22 @@ class TokenizedExamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         # input_ids is there for samplers that group by length
         return {"index": index, "input_ids": [*self.prompts[index], *self.completions[index]]}
+
+    @property
+    def brings_negatives(self) -> bool:
+        """Whether any example has negatives of its own."""
+        return self.negatives is not None
+
+    def digest(self) -> str:
+        """A digest of all token ids, ranks and kinds: the data's key in a cache."""
+        state = hashlib.sha256()
+        for index in range(len(self)):
+            own = [] if self.negatives is None else list(self.negatives[index])
+            for ids in (self.prompts[index], self.completions[index], *own):
+                state.update(array("q", [len(ids), *ids]).tobytes())
+            about = (self.ranks and self.ranks[index], self.kinds and self.kinds[index])
+            state.update(repr((len(own), *about)).encode())
+        return state.hexdigest()
 
 
 def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -51,7 +79,9 @@ def tokenize_examples(
     without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included.
 
     Args:
-        examples: mappings with ``"prompt"`` and ``"completion"``, each a string or a list of token ids.
+        examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
+            ``{"prompt", "completion"}``, with ``"negatives"`` and ``"ranks"`` if they bring any, or TRL's
+            ``{"prompt", "chosen", "rejected"}``; values are strings, lists of token ids, or conversations.
         tokenizer: a tokenizer of ``transformers`` with an EOS token.
         max_length: tokens of prompt and completion together, at most.
         max_prompt_length: tokens of the prompt, at most; smaller than ``max_length``.
@@ -67,16 +97,33 @@ def tokenize_examples(
         raise ValueError("the tokenizer has no EOS token, which ends every completion; set tokenizer.eos_token")
     prompts: list[Sequence[int]] = []
     completions: list[Sequence[int]] = []
+    negatives: list[list[list[int]]] = []
+    ranks: list[list[int] | None] = []
+    kinds: list[list[str]] = []
     for start, chunk in _chunks(examples):
-        raw_prompts = _encode(chunk, "prompt", start, tokenizer, add_special_tokens=True)
-        raw_completions = _encode(chunk, "completion", start, tokenizer, add_special_tokens=False)
-        for offset, (prompt, completion) in enumerate(zip(raw_prompts, raw_completions, strict=True)):
-            prompt = _finish_prompt(prompt, tokenizer, max_prompt_length, start + offset)
+        normal = [normalize_example(example, start + offset, tokenizer) for offset, example in enumerate(chunk)]
+        texts = [("prompt", start + i, example["prompt"]) for i, example in enumerate(normal)]
+        raw_prompts = _encode(texts, tokenizer, add_special_tokens=True)
+        texts = []
+        for i, example in enumerate(normal):
+            texts.append(("completion", start + i, example["completion"]))
+            texts += [("negatives", start + i, negative) for negative in example["negatives"]]
+        raw_completions = iter(_encode(texts, tokenizer, add_special_tokens=False))
+        for i, (prompt, example) in enumerate(zip(raw_prompts, normal, strict=True)):
+            prompt = _finish_prompt(prompt, tokenizer, max_prompt_length, start + i)
+            limit = max_length - len(prompt)
+            names = ["completion", *(f"negative {n}" for n in range(len(example["negatives"])))]
+            own = [_finish_completion(next(raw_completions), tokenizer, limit, name, start + i) for name in names]
             prompts.append(prompt)
-            completions.append(_finish_completion(completion, tokenizer, max_length - len(prompt), start + offset))
+            completions.append(own[0])
+            negatives.append(own[1:])
+            ranks.append(example["ranks"])
+            kinds.append(example["kinds"])
     if not prompts:
         raise ValueError("expected at least one example, got none")
-    return TokenizedExamples(prompts, completions)
+    if not any(negatives):
+        return TokenizedExamples(prompts, completions)
+    return TokenizedExamples(prompts, completions, negatives, ranks, kinds)
 
 
 def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
@@ -91,19 +138,13 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
         yield start, chunk
 
 
-def _encode(
-    chunk: Sequence[Mapping[str, Any]], key: str, start: int, tokenizer: Any, add_special_tokens: bool
-) -> list[list[int]]:
-    values = []
-    for offset, example in enumerate(chunk):
-        if key not in example:
-            raise ValueError(f"example {start + offset} has no {key!r}, only {sorted(example)}")
-        values.append(example[key])
-    texts = [value for value in values if isinstance(value, str)]
+def _encode(values: Sequence[tuple[str, int, Any]], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
+    """Token ids of (name, index of the example, string or token ids)."""
+    texts = [value for _, _, value in values if isinstance(value, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
     appends_eos = add_special_tokens and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
     ids = []
-    for offset, value in enumerate(values):
+    for name, index, value in values:
         if isinstance(value, str):
             tokens = list(next(encoded))
             ids.append(tokens[:-1] if appends_eos else tokens)
@@ -111,7 +152,7 @@ def _encode(
             ids.append(list(value))
         else:
             kind = type(value).__name__
-            raise ValueError(f"{key!r} of example {start + offset} must be a string or a list of token ids, got {kind}")
+            raise ValueError(f"{name!r} of example {index} must be a string or a list of token ids, got {kind}")
     return ids
 
 
@@ -129,121 +170,8 @@ def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> li
     return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[-limit:]
 
 
-def _finish_completion(ids: list[int], tokenizer: Any, limit: int, index: int) -> list[int]:
+def _finish_completion(ids: list[int], tokenizer: Any, limit: int, name: str, index: int) -> list[int]:
     eos = tokenizer.eos_token_id
     if not ids or ids == [eos]:
-        raise ValueError(f"the completion of example {index} is empty")
+        raise ValueError(f"the {name} of example {index} is empty")
     return (ids if ids[-1] == eos else [*ids, eos])[:limit]
-
-
-@dataclass
-class ContrastBatch:
-    """Sequences for the body and tokens for the head: groups are added one by one, then :meth:`tensors` packs them.
-
-    Every sequence is a prompt and a completion and becomes one row of (B, L); the tokens are those of all candidates.
-    The last prompt row of a group's ground truth predicts the first token of all its candidates.
-    """
-
-    eos_token_id: int
-    pad_token_id: int = 0
-    max_length: int | None = None
-    sequences: list[list[int]] = field(default_factory=list)
-    segments: list[tuple[Sequence[int], list[tuple[int, int]]]] = field(default_factory=list)
-    groups: list[int] = field(default_factory=lambda: [0])
-
-    def add_group(
-        self,
-        prompt: Sequence[int],
-        completion: Sequence[int],
-        negatives: Iterable[Sequence[int]] = (),
-        cuts: Iterable[int] = (),
-    ) -> None:
-        """Add one group: the ground truth, then whole completions as negatives, then its truncations.
-
-        Args:
-            prompt: token ids, at least one.
-            completion: token ids of the ground truth.
-            negatives: token ids of other completions; each costs the body one more sequence. The end of one that
-                does not fit in ``max_length`` behind this prompt is left out.
-            cuts: where to truncate the ground truth; costs the body nothing.
-        """
-        if not len(prompt):
-            raise ValueError(f"group {len(self.groups) - 1} has an empty prompt")
-        limit = None if self.max_length is None else self.max_length - len(prompt)
-        first = (len(self.sequences), len(prompt) - 1)  # (sequence, position) of the ground truth's last prompt row
-        positions = self._add_sequence(prompt, completion, first)
-        for negative in negatives:
-            self._add_sequence(prompt, negative[:limit], first)
-        for cut in cuts:
-            self.segments.append(truncate(completion, positions, cut, self.eos_token_id))
-        self.groups.append(len(self.segments))
-
-    def _add_sequence(
-        self, prompt: Sequence[int], completion: Sequence[int], first: tuple[int, int]
-    ) -> list[tuple[int, int]]:
-        index = len(self.sequences)
-        # The last token predicts nothing, so the body does not see it.
-        self.sequences.append([*prompt, *completion[:-1]])
-        positions = [first, *((index, len(prompt) - 1 + t) for t in range(1, len(completion)))]
-        self.segments.append((completion, positions))
-        return positions
-
-    @property
-    def num_groups(self) -> int:
-        """G."""
-        return len(self.groups) - 1
-
-    @property
-    def num_target_tokens(self) -> int:
-        """Tokens of the ground truths, which the MLE part averages over."""
-        return sum(len(self.segments[start][0]) for start in self.groups[:-1])
-
-    def tensors(self) -> dict[str, Any]:
-        """The batch.
-
-        Returns:
-            input_ids, attention_mask (B, L) int64, right-padded; targets, rows (N,) int64, with rows into the
-            flattened (B * L) positions; cu_tokens (S + 1) and cu_groups (G + 1), lists of host integers.
-        """
-        longest = max(map(len, self.sequences))
-        input_ids = torch.full((len(self.sequences), longest), self.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, sequence in enumerate(self.sequences):
-            input_ids[i, : len(sequence)] = torch.tensor(sequence)
-            attention_mask[i, : len(sequence)] = 1
-        cu_tokens = [0]
-        for targets, _ in self.segments:
-            cu_tokens.append(cu_tokens[-1] + len(targets))
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "targets": torch.tensor([token for targets, _ in self.segments for token in targets]),
-            "rows": torch.tensor([i * longest + t for _, positions in self.segments for i, t in positions]),
-            "cu_tokens": cu_tokens,
-            "cu_groups": list(self.groups),
-        }
-
-
-@dataclass(frozen=True)
-class NegativeSampler:
-    """Draws the negatives of an example: a pure function of (seed, step, example), whatever else is in its batch.
-
-    Batch negatives come from the whole data set. A batch is a random sample of it, so their distribution is that of
-    the other completions in a batch, but they do not depend on how a batch is split into micro-batches, on the number
-    of processes, or on where a run was resumed, and a batch of one example has them too.
-    """
-
-    examples: TokenizedExamples
-    eos_token_id: int
-    num_batch_negatives: int
-    num_truncation_negatives: int
-    seed: int
-
-    def add_to(self, batch: ContrastBatch, index: int, step: int) -> None:
-        """Add the group of example ``index`` as it is contrasted at ``step``."""
-        completions = self.examples.completions
-        completion = completions[index]
-        rng = Random(f"{self.seed}/{step}/{index}")
-        others = batch_negatives(completions, index, self.num_batch_negatives, rng)
-        cuts = truncation_negatives(completion, self.eos_token_id, self.num_truncation_negatives, rng)
-        batch.add_group(self.examples.prompts[index], completion, [completions[other] for other in others], cuts)

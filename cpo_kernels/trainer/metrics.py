@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,16 +45,48 @@ class MetricSums:
         return means, {name: int(n) for name, n in zip(names, nonfinite, strict=True) if n}
 
 
-def group_rewards(rewards: Tensor, cu_groups: Sequence[int]) -> dict[str, Tensor]:
-    """Means over groups of the ground truth's reward and of the mean reward of its negatives.
+def contrast_metrics(
+    rewards: Tensor, cu_groups: Sequence[int], ranks: Sequence[int], kinds: Sequence[str], known: Sequence[str]
+) -> dict[str, tuple[Tensor, int]]:
+    """How the candidates of rank 0 do against the others, over all and by kind of negative.
 
     Args:
-        rewards: (S,), the ground truth first in every group, with at least one negative each.
+        rewards: (S,) ``beta * (logp - ref_logp)``.
         cu_groups: (G + 1,) segments of each group.
+        ranks: (S,) of the candidates, 0 is best.
+        kinds: (S,) of the candidates.
+        known: kinds to report, whether or not this batch holds any.
+
+    Returns:
+        For ``rewards/chosen, rewards/rejected, margin, accuracy`` and ``accuracy/KIND`` the mean over the groups that
+        have such candidates, and their number. An accuracy is the share of groups whose candidates of rank 0 all have a
+        higher reward than all the others (of that kind).
     """
-    starts = torch.tensor(cu_groups, device=rewards.device)
-    sizes = starts.diff()
-    groups = torch.arange(sizes.numel(), device=rewards.device).repeat_interleave(sizes)
-    chosen = rewards[starts[:-1]]
-    totals = torch.zeros_like(chosen).index_add_(0, groups, rewards)
-    return {"rewards/chosen": chosen.mean(), "rewards/rejected": ((totals - chosen) / (sizes - 1)).mean()}
+    # Index tensors are made on the host, so that nothing waits for the device.
+    group_of = [group for group, (start, end) in enumerate(pairwise(cu_groups)) for _ in range(start, end)]
+
+    def reduce(chosen: Sequence[bool], how: str, start: float) -> Tensor:
+        segments = torch.tensor([i for i, mine in enumerate(chosen) if mine], dtype=torch.int64).to(rewards.device)
+        groups = torch.tensor([g for g, mine in zip(group_of, chosen, strict=True) if mine], dtype=torch.int64)
+        values = rewards.new_full((len(cu_groups) - 1,), start)
+        return values.scatter_reduce(0, groups.to(rewards.device), rewards[segments], how, include_self=how != "mean")
+
+    def over_groups(values: Tensor, chosen: Sequence[bool]) -> tuple[Tensor, int]:
+        present = [group for group, (start, end) in enumerate(pairwise(cu_groups)) if any(chosen[start:end])]
+        mine = values[torch.tensor(present, dtype=torch.int64).to(values.device)]
+        return mine.sum() / max(len(present), 1), len(present)
+
+    best = [rank == 0 for rank in ranks]
+    others = [not mine for mine in best]
+    chosen, rejected = reduce(best, "mean", 0.0), reduce(others, "mean", 0.0)
+    weakest = reduce(best, "amin", torch.inf)
+    metrics = {
+        "rewards/chosen": over_groups(chosen, others),
+        "rewards/rejected": over_groups(rejected, others),
+        "margin": over_groups(chosen - rejected, others),
+    }
+    for name, kind in (("accuracy", None), *((f"accuracy/{kind}", kind) for kind in known)):
+        mine = [other and kind in (None, own) for other, own in zip(others, kinds, strict=True)]
+        won = weakest > reduce(mine, "amax", -torch.inf)
+        metrics[name] = over_groups(won.to(rewards.dtype), mine)
+    return metrics

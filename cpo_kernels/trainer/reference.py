@@ -1,20 +1,78 @@
-"""The frozen reference: the same one has to be there when a run is resumed."""
+"""The frozen reference: which model it is, what it says of a batch, and that a resumed run has the same one."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from cpo_kernels.models import LinearLossOutput, LogpsRequest
+
+from .batch import body_inputs, layout_of
 
 FILE_NAME = "reference.json"
 
 
-def fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """A digest of a model's parameters: their names, shapes and ``samples`` values of each."""
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """A model in evaluation mode and without gradients; its modules' modes come back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Reference:
+    """A frozen model, or a model whose adapters are trained, without them.
+
+    Args:
+        model: in evaluation mode and frozen, or returning the model with adapters that is being trained.
+        adapters: whether it is the latter.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], adapters: bool) -> None:
+        self._model, self.adapters = model, adapters
+        # Taken before parameters are sharded or trained.
+        self.fingerprint = fingerprint(model(), frozen_only=adapters)
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """The model as it is to be asked."""
+        with evaluating(self._model()) as model:
+            if not self.adapters:
+                yield model
+                return
+            with model.disable_adapter():  # type: ignore[operator]
+                yield model
+
+    def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
+        """Log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
+        request = LogpsRequest(inputs["targets"], layout_of(inputs), pool=pool, **head)
+        with self.active() as model:
+            return model(**body_inputs(inputs), linear_loss=request)
+
+
+def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
+    """Log-likelihoods (S,) divided by the numbers of tokens."""
+    return logps / torch.tensor(cu_tokens, device=logps.device).diff()
+
+
+def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) -> str:
+    """A digest of a model's parameters, or of those that are not trained: names, shapes and ``samples`` values each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if frozen_only and parameter.requires_grad:
+            continue
         values = parameter.detach().flatten()
         stride = max(1, values.numel() // samples)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -22,15 +80,15 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
     return digest.hexdigest()
 
 
-def save_fingerprint(model: nn.Module, checkpoint: str) -> None:
+def save_fingerprint(value: str, checkpoint: str) -> None:
     """Leave the reference's fingerprint in a checkpoint, in place of the reference itself."""
-    Path(checkpoint, FILE_NAME).write_text(json.dumps({"fingerprint": fingerprint(model)}), encoding="utf-8")
+    Path(checkpoint, FILE_NAME).write_text(json.dumps({"fingerprint": value}), encoding="utf-8")
 
 
-def check_fingerprint(model: nn.Module, checkpoint: str) -> None:
+def check_fingerprint(value: str, checkpoint: str) -> None:
     """Raise ``ValueError`` if a checkpoint was trained with another reference; one without a fingerprint passes."""
     path = Path(checkpoint, FILE_NAME)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint(model):
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != value:
         raise ValueError(
             f"the reference of this trainer is not the one that {checkpoint} was trained with; construct CPOTrainer "
             "with the model that the run began with, or pass it as ref_model"

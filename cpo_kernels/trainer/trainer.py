@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,39 +17,44 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
-from cpo_kernels.layout import CandidateLayout
-from cpo_kernels.models import CPORequest, LinearLossOutput, LogpsRequest, attach_linear_loss
+from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 
-from .config import CPOConfig
-from .data import ContrastBatch, NegativeSampler, TokenizedExamples, collate_indices, tokenize_examples
-from .metrics import MetricSums, group_rewards
-from .reference import check_fingerprint, save_fingerprint
+from .along_truth import scheduled_conditions
+from .batch import ContrastBatch, body_inputs, layout_of
+from .config import KINDS, CPOConfig
+from .data import TokenizedExamples, collate_indices, tokenize_examples
+from .metrics import MetricSums, contrast_metrics
+from .negatives import EVALUATION_STEP, Negatives
+from .precomputed import ReferenceScores, cache_key, load_or_compute
+from .ranking import Ranking, ranks_by_similarity
+from .reference import Reference, check_fingerprint, evaluating, per_token, save_fingerprint
 
 logger = logging.get_logger(__name__)
 
-EVALUATION_STEP = -1  # the same negatives in every evaluation
-
 
 class CPOTrainer(Trainer):
-    """Trains a causal language model on ``alpha * CPO + (1 - alpha) * MLE``; see :class:`CPOConfig`.
+    """Trains a causal language model on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
 
     The body of the model runs once a step and its head never: the loss comes from the hidden states, without logits.
-    Negatives are a pure function of (seed, optimizer step, example), so a batch of 8 and 4 accumulated batches of 2
-    give the same gradients, and a resumed run equals an uninterrupted one.
+    Batch, truncation and mean-field negatives are a pure function of (seed, optimizer step, example, model), so a batch
+    of 8 and 4 accumulated batches of 2 give the same gradients; a resumed run equals an uninterrupted one.
 
-    Logs ``loss, contrastive_loss, nll_loss, rewards/chosen, rewards/rejected, accuracy, margin`` as means over the
-    logging window, and for every metric that was NaN or Inf its count as ``nonfinite/NAME``. ``evaluate`` returns the
-    same with the prefix ``eval_``, and ``eval_perplexity``.
+    Logs ``loss, contrastive_loss, nll_loss, rewards/chosen, rewards/rejected, margin, accuracy, accuracy/KIND`` as
+    means over the logging window, and for every metric that was NaN or Inf its count as ``nonfinite/NAME``.
+    ``evaluate`` returns the same with the prefix ``eval_``, and ``eval_perplexity``.
 
     Args:
-        model: a decoder-only model; :func:`cpo_kernels.attach_linear_loss` is applied to it.
+        model: a decoder-only model, or a ``PeftModel`` around one; :func:`cpo_kernels.attach_linear_loss` is applied
+            to it.
         args: the configuration.
-        train_dataset: examples ``{"prompt", "completion"}``: a list, a ``datasets.Dataset``, or what
-            :func:`tokenize_examples` returns.
+        train_dataset: examples ``{"prompt", "completion"}``, with ``"negatives"`` and ``"ranks"`` if they bring any, or
+            ``{"prompt", "chosen", "rejected"}``: a list, a ``datasets.Dataset``, or what :func:`tokenize_examples`
+            returns.
         eval_dataset: likewise, or a dictionary of them.
         processing_class: the tokenizer.
-        ref_model: the frozen reference. Default: a copy of ``model`` as it is now. To resume a run, give the trainer
-            the model that the run began with, or its reference here.
+        ref_model: the frozen reference. Default: a copy of ``model`` as it is now; for a ``PeftModel``, the model
+            itself with its adapters disabled. To resume a run, give the trainer the model that the run began with, or
+            its reference here.
         kwargs: the remaining arguments of ``transformers.Trainer``, such as ``callbacks`` or ``optimizers``.
 
     Raises:
@@ -91,7 +99,16 @@ class CPOTrainer(Trainer):
             )
         self._eval_examples: TokenizedExamples | None = None
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
-        self.ref_model = self._frozen_reference(ref_model)
+        self._upcoming: deque[list[list[int]]] = deque()
+        self._epoch_iterator: Iterator | None = None
+        self.ref_model: PreTrainedModel | None = None
+        self.reference = self._make_reference(ref_model)
+        # A resumed run must have the same reference, also where its scores are all that is kept of it.
+        self._fingerprint = None if self.reference is None else self.reference.fingerprint
+        self._ranking = Ranking(self.args, processing_class, self.args.device)
+        self._negatives = self._make_negatives()
+        self._share_prefixes = self._can_share_prefixes()
+        self._scores = self._precompute_reference()
 
     # Examples and batches
 
@@ -114,41 +131,131 @@ class CPOTrainer(Trainer):
             return {name: self._tokenize(examples) for name, examples in datasets.items()}
         return self._tokenize(datasets)
 
+    def _own_datasets(self) -> list[TokenizedExamples]:
+        evaluation = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        return [own for own in (self.train_dataset, *evaluation) if own is not None]
+
+    def _make_negatives(self) -> Negatives:
+        for examples in self._own_datasets():
+            counts = self.args.negative_counts(examples.brings_negatives)
+            if self.args.contrasts and examples.negatives is not None and not any(counts.values()):
+                for index, own in enumerate(examples.negatives):
+                    if not own:
+                        raise ValueError(f"example {index} brings no negatives and none are drawn for it")
+        return Negatives(
+            config=self.args,
+            tokenizer=self._tokenizer,
+            model=lambda: self._policy,
+            reference=self.reference,
+            head=self._head_options,
+            autocast=self.accelerator.autocast,
+            device=self.args.device,
+            process=self.accelerator.process_index,
+            synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+
+    @property
+    def _policy(self) -> torch.nn.Module:
+        """The model that is trained, without what a distributed run wraps around it to reduce gradients."""
+        assert self.model is not None
+        return self.model
+
+    def _has_negatives(self, examples: TokenizedExamples) -> bool:
+        return examples.brings_negatives or any(self.args.negative_counts(examples.brings_negatives).values())
+
+    def _can_share_prefixes(self) -> bool:
+        """Whether model and reference may run a prompt and its candidates as one row."""
+        if self.args.prefix_sharing == "off":
+            return False
+        try:
+            for model in (self.model, self.ref_model):
+                if model is not None:
+                    check_prefix_sharing(model)
+        except RuntimeError as error:
+            if self.args.prefix_sharing == "required":
+                raise
+            logger.warning(f"Every candidate takes a row of its own, with its prompt: {error}")
+            return False
+        return True
+
     def _build_batch(self, examples: Any, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
         """Draw the negatives of some :class:`TokenizedExamples` and pack them."""
         eos = self._tokenizer.eos_token_id
         pad = self._tokenizer.pad_token_id
-        batch = ContrastBatch(eos, eos if pad is None else pad, self.args.max_length)
-        sampler = NegativeSampler(
-            examples=examples,
-            eos_token_id=eos,
-            num_batch_negatives=self.args.num_batch_negatives if contrast else 0,
-            num_truncation_negatives=self.args.num_truncation_negatives if contrast else 0,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-        )
-        for index in indices:
-            sampler.add_to(batch, index, step)
+        batch = ContrastBatch(eos, eos if pad is None else pad, self.args.max_length, self._share_prefixes)
+        negatives = self._negatives.draw(examples, indices, step) if contrast else [[] for _ in indices]
+        conditions = self._conditions(examples, indices, step)
+        for index, own, condition in zip(indices, negatives, conditions, strict=True):
+            batch.add_group(examples.prompts[index], examples.completions[index], own, condition)
         return batch
+
+    def _conditions(
+        self, examples: TokenizedExamples, indices: Sequence[int], step: int
+    ) -> Sequence[Sequence[int] | None]:
+        """What the model is conditioned on in place of the completions: for scheduled sampling, partly its own text."""
+        if self.args.objective != "scheduled_sampling" or step == EVALUATION_STEP:
+            return [None] * len(indices)
+        with evaluating(self._policy) as model, self.accelerator.autocast():
+            return scheduled_conditions(
+                model,
+                [(examples.prompts[index], examples.completions[index]) for index in indices],
+                [(self._negatives.seed, step, index) for index in indices],
+                self.args.scheduled_sampling_probability,
+                self.args.scheduled_sampling_passes,
+                self._head_options,
+                self.args.device,
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
         """The micro-batches of one optimizer step, each with the sizes of the whole step to divide its loss by."""
-        indices, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [
-            self._build_batch(self.train_dataset, batch["index"].tolist(), self.state.global_step, self.args.contrasts)
-            for batch in indices
-        ]
+        step, examples = self.state.global_step, cast(TokenizedExamples, self.train_dataset)
+        if epoch_iterator is not self._epoch_iterator:  # an epoch that was broken off leaves some
+            self._upcoming.clear()
+            self._epoch_iterator = epoch_iterator
+        if not self._upcoming:
+            self._look_ahead(epoch_iterator, num_batches, device)
+            ahead = [(step + k, [i for own in batches for i in own]) for k, batches in enumerate(self._upcoming)]
+            self._negatives.write_ahead(examples, ahead)
+        own = self._upcoming.popleft()
+        batches = [self._build_batch(examples, indices, step, self.args.contrasts) for indices in own]
         sizes = torch.tensor(
             [sum(b.num_groups for b in batches), sum(b.num_target_tokens for b in batches)], device=device
         )
         groups, tokens = self.accelerator.reduce(sizes, "sum").tolist()
-        return [self._inputs(batch, groups, tokens) for batch in batches], tokens
+        return [
+            self._inputs(batch, groups, tokens, self._kept_scores(examples, indices))
+            for batch, indices in zip(batches, own, strict=True)
+        ], tokens
 
-    @staticmethod
-    def _inputs(batch: ContrastBatch, num_groups: int, num_target_tokens: int) -> dict[str, Any]:
-        own = {"own_target_tokens": batch.num_target_tokens}
-        return batch.tensors() | own | {"num_groups": num_groups, "num_target_tokens": num_target_tokens}
+    def _look_ahead(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> None:
+        """Take the examples of the coming steps for which negatives are written at once."""
+        every = self.args.autoregressive_every if self.args.num_autoregressive_negatives else 1
+        for _ in range(every - self.state.global_step % every):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not batches and self._upcoming:
+                return
+            self._upcoming.append([batch["index"].tolist() for batch in batches])
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``Trainer.train``."""
+        self._epoch_iterator = None
+        self._negatives.store.negatives.clear()
+        return super().train(*args, **kwargs)
+
+    def _inputs(
+        self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
+    ) -> dict[str, Any]:
+        inputs = batch.tensors() | {
+            "own_target_tokens": batch.num_target_tokens,
+            "num_groups": num_groups,
+            "num_target_tokens": num_target_tokens,
+        }
+        if ref_logps is not None:
+            inputs["ref_logps"] = ref_logps
+        self._ranking.rank_texts(batch, inputs)
+        return inputs
 
     # The loss
 
@@ -168,38 +275,53 @@ class CPOTrainer(Trainer):
         loss = out.loss * self.accelerator.num_processes
         return (loss, out) if return_outputs else loss
 
-    def _forward(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> LinearLossOutput:
-        layout = CandidateLayout(inputs["cu_tokens"], inputs["cu_groups"], rows=inputs["rows"])
+    def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> LinearLossOutput:
+        ref_logps = self._reference_logps(inputs)
+        counted = self._log_weights(inputs)
+        if counted is not None:
+            # w e^s = e^(s + log w): a weight is a shift of the score, which is beta times (logp - ref_logp).
+            shift = counted / self.args.objective_options["beta"]
+            ref_logps = -shift if ref_logps is None else ref_logps - shift
         request = CPORequest(
             inputs["targets"],
-            layout,
-            ref_logps=self._reference_logps(inputs, layout),
+            layout_of(inputs),
+            ref_logps=ref_logps,
             num_groups=inputs["num_groups"],
             num_target_tokens=inputs["num_target_tokens"],
             candidate_eps=self.args.candidate_eps,
             grad_filter_eps=self.args.grad_filter_eps,
-            **self.args.objective,
+            **self.args.objective_options,
             **self._head_options,
         )
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], linear_loss=request)
+        out = model(**body_inputs(inputs), linear_loss=request)
+        if counted is not None:
+            out.rewards = out.rewards - counted
+        return out
+
+    def _log_weights(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Logarithms (S,) of the weights that the candidates have by their kinds; None where all weigh the same."""
+        weights = [self.args.negative_weights.get(kind, 1.0) for kind in inputs["kinds"]]
+        if all(weight == 1 for weight in weights):
+            return None
+        return torch.tensor(weights, device=inputs["targets"].device).log()
 
     @property
     def _head_options(self) -> dict[str, Any]:
         return {"backend": self.args.backend, "max_logits_bytes": self.args.max_logits_bytes}
 
-    @torch.no_grad()
-    def _reference_logps(self, inputs: Mapping[str, Any], layout: CandidateLayout) -> Tensor | None:
-        """Log-likelihoods (S,) under the frozen reference, in the unit of the contrast; None where there is none."""
-        if self.ref_model is None:
-            return None
-        request = LogpsRequest(inputs["targets"], layout, **self._head_options)
-        with self.accelerator.autocast():
-            logps = self.ref_model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], linear_loss=request
-            ).logps
-        if not self.args.length_normalized:
-            return logps
-        return logps / torch.tensor(layout.cu_tokens, device=logps.device).diff()
+    def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
+        """Log-likelihoods (S,) under the reference, in the unit of the contrast; None where there is none.
+
+        Sets the ranks of the candidates where they follow from the reference's hidden states.
+        """
+        logps = inputs.get("ref_logps")
+        if self.reference is not None:
+            with self.accelerator.autocast():
+                out = self.reference.score(inputs, self._head_options, pool=self._ranking.by_reference)
+            logps = out.logps
+            if out.embeddings is not None:
+                inputs["ranks"] = ranks_by_similarity(out.embeddings, inputs)
+        return per_token(logps, inputs["cu_tokens"]) if self.args.length_normalized and logps is not None else logps
 
     @staticmethod
     def _own_groups(inputs: Mapping[str, Any]) -> int:
@@ -214,10 +336,9 @@ class CPOTrainer(Trainer):
         if len(inputs["cu_tokens"]) - 1 == own_groups:  # no negatives
             return
         sums.add("contrastive_loss", out.contrastive_loss * (inputs["num_groups"] / own_groups), groups)
-        for name, value in group_rewards(out.rewards, inputs["cu_groups"]).items():
-            sums.add(name, value, groups)
-        sums.add("accuracy", out.accuracy, groups)
-        sums.add("margin", out.margin, groups)
+        metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], KINDS)
+        for name, (value, count) in metrics.items():
+            sums.add(name, value, count * groups / own_groups)
 
     def _means(self, sums: MetricSums, prefix: str = "") -> dict[str, float]:
         """The metrics of a window or an evaluation; what is not finite in them is named in a warning."""
@@ -225,7 +346,8 @@ class CPOTrainer(Trainer):
         if nonfinite:
             names = ", ".join(f"{prefix}{name} ({count} times)" for name, count in nonfinite.items())
             logger.warning(f"NaN or Inf at step {self.state.global_step} in: {names}")
-        return {prefix + name: value for name, value in means.items()} | {
+        # Kinds of which there are no negatives have no mean; every process has to name the same metrics until here.
+        return {prefix + name: value for name, value in means.items() if sums.weights[name]} | {
             f"{prefix}nonfinite/{name}": float(count) for name, count in nonfinite.items()
         }
 
@@ -258,7 +380,8 @@ class CPOTrainer(Trainer):
         means = self._means(self._eval_sums, prefix)
         nll = means[f"{prefix}nll_loss"]
         contrast = means.get(f"{prefix}contrastive_loss", 0.0)
-        means[f"{prefix}loss"] = self.args.alpha * contrast + (1 - self.args.alpha) * nll if self.args.alpha else nll
+        weights = self.args.objective_options
+        means[f"{prefix}loss"] = weights["contrast_weight"] * contrast + weights["mle_weight"] * nll
         means[f"{prefix}perplexity"] = math.exp(nll) if nll < 700 else math.inf
         return output._replace(metrics={**(output.metrics or {}), **means})
 
@@ -271,8 +394,10 @@ class CPOTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Loss of one evaluation batch; its logits are never computed."""
         indices = inputs["index"].tolist()
-        batch = self._build_batch(self._eval_examples, indices, EVALUATION_STEP, self.args.num_negatives > 0)
-        inputs = self._prepare_inputs(self._inputs(batch, batch.num_groups, batch.num_target_tokens))
+        examples: Any = self._eval_examples
+        batch = self._build_batch(examples, indices, EVALUATION_STEP, self._has_negatives(examples))
+        scores = self._kept_scores(examples, indices)
+        inputs = self._prepare_inputs(self._inputs(batch, batch.num_groups, batch.num_target_tokens, scores))
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self._forward(model, inputs)
         self._record(self._eval_sums, out, inputs, batch.num_groups, batch.num_target_tokens)
@@ -280,24 +405,76 @@ class CPOTrainer(Trainer):
 
     # The reference
 
-    def _frozen_reference(self, ref_model: PreTrainedModel | None) -> PreTrainedModel | None:
+    def _make_reference(self, ref_model: PreTrainedModel | None) -> Reference | None:
         if self.args.reference == "none":
             if ref_model is not None:
                 raise ValueError("ref_model was given together with reference='none'")
             return None
+        if ref_model is None and not self.args.contrasts:
+            return None
+        policy = self.accelerator.unwrap_model(self.model)
+        if ref_model is None and hasattr(policy, "disable_adapter"):
+            return Reference(lambda: self._policy, adapters=True)
         if ref_model is None:
-            if not self.args.contrasts:
-                return None
-            ref_model = copy.deepcopy(self.accelerator.unwrap_model(self.model))
-        return attach_linear_loss(ref_model).eval().requires_grad_(False).to(self.args.device)
+            # Scores that are computed before training need no copy.
+            ref_model = policy if self.args.reference == "precomputed" else copy.deepcopy(policy)
+        attach_linear_loss(ref_model)
+        if ref_model is not policy:
+            ref_model.eval().requires_grad_(False).to(self.args.device)
+            self.ref_model = ref_model
+        return Reference(lambda: ref_model, adapters=False)
+
+    def _precompute_reference(self) -> dict[int, ReferenceScores]:
+        """The scores of the trainer's data sets by their identity; the reference is not needed after that."""
+        if self.args.reference != "precomputed" or self.reference is None:
+            return {}
+        scores = {id(examples): self._scores_of(examples) for examples in self._own_datasets()}
+        self.reference, self.ref_model = None, None
+        return scores
+
+    def _kept_scores(self, examples: Any, indices: Sequence[int]) -> Tensor | None:
+        """Log-likelihoods of the candidates of some examples under the reference, if they were precomputed."""
+        scores = self._scores.get(id(examples))
+        return None if scores is None else scores.of(indices)
+
+    def _scores_of(self, examples: TokenizedExamples) -> ReferenceScores:
+        assert self.reference is not None
+        reference = self.reference
+        step = EVALUATION_STEP if examples is not self.train_dataset else 0
+        counts = self.args.negative_counts(examples.brings_negatives)
+        key = cache_key(
+            model=reference.fingerprint,
+            data=examples.digest(),
+            negatives=[counts, self._negatives.seed, step, self.args.max_length],
+            precision=[self.accelerator.mixed_precision, str(next(self._policy.parameters()).dtype)],
+        )
+
+        def score(indices: Sequence[int]) -> list[Tensor]:
+            batch = self._build_batch(examples, indices, step, contrast=True)
+            inputs = self._prepare_inputs(batch.tensors())
+            with self.accelerator.autocast():
+                logps = reference.score(inputs, self._head_options, pool=False).logps
+            assert logps is not None
+            return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
+
+        directory = Path(self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference_scores"))
+        size = self.args.per_device_eval_batch_size
+        return load_or_compute(directory, key, len(examples), size, score, self.accelerator)
+
+    # Checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if self.ref_model is not None and self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_fingerprint(self.ref_model, os.path.join(self._get_output_dir(trial=trial), name))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoint = os.path.join(self._get_output_dir(trial=trial), name)
+        if self._fingerprint is not None and self.args.should_save:
+            save_fingerprint(self._fingerprint, checkpoint)
+        if self.args.num_autoregressive_negatives:
+            self._negatives.store.forget_before(self.state.global_step)
+            self._negatives.store.save(checkpoint, self.accelerator.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self.ref_model is not None:
-            check_fingerprint(self.ref_model, resume_from_checkpoint)
+        if self._fingerprint is not None:
+            check_fingerprint(self._fingerprint, resume_from_checkpoint)
+        self._negatives.store.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)

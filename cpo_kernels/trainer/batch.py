@@ -1,0 +1,193 @@
+"""From token ids to the tensors of one contrast: sequences for the body, tokens for the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.models import PrefixTree, pack_groups
+from cpo_kernels.negatives import truncate
+
+TRUTH = "truth"
+
+# Rows with a tree mask run without the fastest attention kernels, so a small saving of tokens is none of time.
+WORTH_SHARING = 1.2
+
+
+@dataclass(frozen=True)
+class Negative:
+    """A candidate besides the ground truth.
+
+    Args:
+        kind: "batch", "mean_field", "truncation", "autoregressive" or "given".
+        tokens: its token ids.
+        cut: instead of tokens: the ground truth cut behind so many tokens and ended with EOS; it costs the body
+            nothing.
+        rank: 0 for as good as the ground truth; equal ranks express no preference.
+    """
+
+    kind: str
+    tokens: Sequence[int] = ()
+    cut: int | None = None
+    rank: int = 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One candidate: its tokens, and for each of them (sequence, position) of the row that predicts it."""
+
+    kind: str
+    rank: int
+    tokens: Sequence[int]
+    positions: Sequence[tuple[int, int]]
+
+
+@dataclass
+class ContrastBatch:
+    """Groups are added one by one, then :meth:`tensors` packs them.
+
+    Every sequence is a prompt and a completion. The last prompt row of a group's ground truth predicts the first token
+    of all its candidates.
+
+    Args:
+        eos_token_id: ends a truncation.
+        pad_token_id: fills rows up.
+        max_length: tokens of a prompt and a completion together, at most; None for no limit.
+        share_prefixes: run a group's prompt and candidates as one row of the body wherever that saves enough tokens.
+    """
+
+    eos_token_id: int
+    pad_token_id: int = 0
+    max_length: int | None = None
+    share_prefixes: bool = False
+    prompts: list[Sequence[int]] = field(default_factory=list)
+    completions: list[list[Sequence[int]]] = field(default_factory=list)  # of each group, those with their own rows
+    segments: list[Segment] = field(default_factory=list)
+    groups: list[int] = field(default_factory=lambda: [0])
+
+    def add_group(
+        self,
+        prompt: Sequence[int],
+        completion: Sequence[int],
+        negatives: Iterable[Negative] = (),
+        conditioned_on: Sequence[int] | None = None,
+    ) -> None:
+        """Add one group: the ground truth, then its negatives.
+
+        Args:
+            prompt: token ids, at least one.
+            completion: token ids of the ground truth.
+            negatives: the end of one that does not fit in ``max_length`` behind this prompt is left out.
+            conditioned_on: (T,) what the body sees in place of ``completion``, whose tokens stay the targets; for
+                scheduled sampling.
+        """
+        if not len(prompt):
+            raise ValueError(f"group {len(self.groups) - 1} has an empty prompt")
+        limit = None if self.max_length is None else self.max_length - len(prompt)
+        first = self._num_sequences
+        self.prompts.append(prompt)
+        self.completions.append([])
+        positions = self._add_sequence(TRUTH, 0, completion, first)
+        if conditioned_on is not None:
+            self.completions[-1] = [conditioned_on]
+        for negative in negatives:
+            if negative.cut is None:
+                self._add_sequence(negative.kind, negative.rank, negative.tokens[:limit], first)
+            else:
+                tokens, rows = truncate(completion, positions, negative.cut, self.eos_token_id)
+                self.segments.append(Segment(negative.kind, negative.rank, tokens, rows))
+        self.groups.append(len(self.segments))
+
+    @property
+    def _num_sequences(self) -> int:
+        return sum(map(len, self.completions))
+
+    def _add_sequence(self, kind: str, rank: int, completion: Sequence[int], first: int) -> list[tuple[int, int]]:
+        last = len(self.prompts[-1]) - 1
+        index = self._num_sequences
+        positions = [(first, last), *((index, last + t) for t in range(1, len(completion)))]
+        self.completions[-1].append(completion)
+        self.segments.append(Segment(kind, rank, completion, positions))
+        return positions
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return len(self.groups) - 1
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens of the candidates of rank 0, which the MLE part averages over."""
+        return sum(len(segment.tokens) for segment in self.segments if segment.rank == 0)
+
+    def tensors(self) -> dict[str, Any]:
+        """The batch.
+
+        Returns:
+            input_ids (B, L) int64, right-padded, with attention_mask (B, L) int64 or, for shared prefixes, the parts
+            of a :class:`~cpo_kernels.models.PrefixTree` as tree_groups, tree_branches, tree_positions (B, L); targets,
+            rows (N,) int64, with rows into the flattened (B * L) positions; and host lists: cu_tokens (S + 1),
+            cu_groups (G + 1), ranks (S), kinds (S).
+        """
+        body, index_of = self._shared() if self._saves_by_sharing() else self._separate()
+        cu_tokens = [0]
+        for segment in self.segments:
+            cu_tokens.append(cu_tokens[-1] + len(segment.tokens))
+        return body | {
+            "targets": torch.tensor([token for segment in self.segments for token in segment.tokens]),
+            "rows": torch.tensor([index_of[i][t] for segment in self.segments for i, t in segment.positions]),
+            "cu_tokens": cu_tokens,
+            "cu_groups": list(self.groups),
+            "ranks": [segment.rank for segment in self.segments],
+            "kinds": [segment.kind for segment in self.segments],
+        }
+
+    def _saves_by_sharing(self) -> bool:
+        if not self.share_prefixes or self._num_sequences == self.num_groups:
+            return False
+        separate = sum(len(p) + len(c) - 1 for p, own in zip(self.prompts, self.completions, strict=True) for c in own)
+        shared = separate - sum(len(p) * (len(c) - 1) for p, c in zip(self.prompts, self.completions, strict=True))
+        return separate >= WORTH_SHARING * shared
+
+    def _separate(self) -> tuple[dict[str, Tensor], list[Any]]:
+        # The last token predicts nothing, so the body does not see it.
+        sequences = [[*p, *c[:-1]] for p, own in zip(self.prompts, self.completions, strict=True) for c in own]
+        longest = max(map(len, sequences))
+        input_ids = torch.full((len(sequences), longest), self.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, sequence in enumerate(sequences):
+            input_ids[i, : len(sequence)] = torch.tensor(sequence)
+            attention_mask[i, : len(sequence)] = 1
+        index_of = [range(i * longest, (i + 1) * longest) for i in range(len(sequences))]
+        return {"input_ids": input_ids, "attention_mask": attention_mask}, index_of
+
+    def _shared(self) -> tuple[dict[str, Tensor], list[Any]]:
+        shared = pack_groups(self.prompts, self.completions, pad_token_id=self.pad_token_id)
+        index_of = []
+        for prompt, rows in zip(self.prompts, shared.rows, strict=True):
+            # Only the last prompt row and those behind it predict anything.
+            index_of += [dict(enumerate(own, start=len(prompt) - 1)) for own in rows]
+        tree = {
+            "tree_groups": shared.tree.groups,
+            "tree_branches": shared.tree.branches,
+            "tree_positions": shared.tree.positions,
+        }
+        return {"input_ids": shared.input_ids, **tree}, index_of
+
+
+def layout_of(inputs: Mapping[str, Any]) -> CandidateLayout:
+    """The layout of a batch's tensors."""
+    return CandidateLayout(inputs["cu_tokens"], inputs["cu_groups"], rows=inputs["rows"], ranks=inputs["ranks"])
+
+
+def body_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of a model's forward among a batch's tensors."""
+    if "tree_groups" not in inputs:
+        return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    tree = PrefixTree(inputs["tree_groups"], inputs["tree_branches"], inputs["tree_positions"])
+    return {"input_ids": inputs["input_ids"], "prefix_tree": tree}

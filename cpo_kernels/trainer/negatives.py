@@ -1,0 +1,132 @@
+"""All negatives of a batch: those of the data, and those that a model draws or writes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpo_kernels.negatives import CompletionsEndpoint, finish, is_wrong, token_seeds
+
+from .along_truth import Passage, draw
+from .batch import Negative
+from .config import CPOConfig
+from .data import TokenizedExamples
+from .reference import Reference, evaluating
+from .sampler import NegativeSampler
+from .writing import Store, Write, sampling_of, write_with_endpoint, write_with_model
+
+EVALUATION_STEP = -1  # the same negatives in every evaluation
+
+
+@dataclass
+class Negatives:
+    """Draws the negatives that a configuration asks for.
+
+    Args:
+        config: how many of which kind, and how they are made.
+        tokenizer: for EOS, and for text that a server takes and gives.
+        model: returns the model that is trained.
+        reference: its frozen reference, if there is one.
+        head: options of the head.
+        autocast: the context of forward passes.
+        device: of the model.
+        process: index of this process.
+        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+    """
+
+    config: CPOConfig
+    tokenizer: Any
+    model: Callable[[], nn.Module]
+    reference: Reference | None
+    head: dict[str, Any]
+    autocast: Callable[[], AbstractContextManager]
+    device: torch.device
+    process: int = 0
+    synced_gpus: bool = False
+    store: Store = field(default_factory=Store)
+
+    def __post_init__(self) -> None:
+        url, name = self.config.autoregressive_url, self.config.autoregressive_model
+        self._endpoint = CompletionsEndpoint(url, name) if url is not None and name is not None else None
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return self.config.seed if self.config.data_seed is None else self.config.data_seed
+
+    def sampler(self, examples: TokenizedExamples) -> NegativeSampler:
+        """What draws the negatives of these examples that need no model."""
+        counts = self.config.negative_counts(examples.brings_negatives)
+        return NegativeSampler(
+            examples=examples,
+            eos_token_id=self.tokenizer.eos_token_id,
+            num_batch_negatives=counts["batch"],
+            num_truncation_negatives=counts["truncation"],
+            seed=self.seed,
+        )
+
+    def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[Negative]]:
+        """The negatives of some examples as they are contrasted at ``step``, in the order of their kinds."""
+        step = self._effective(step)
+        sampler = self.sampler(examples)
+        negatives = [sampler.draw(index, step) for index in indices]
+        for kind, make in (("mean_field", self._mean_field), ("autoregressive", self._autoregressive)):
+            if not getattr(self.config, f"num_{kind}_negatives"):
+                continue
+            for own, index, texts in zip(negatives, indices, make(examples, indices, step), strict=True):
+                truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
+                wrong = [Negative(kind, text, rank=rank) for text in texts if is_wrong(text, truth)]
+                # Alone, a negative equal to the ground truth has no gradient; without any there is no contrast.
+                own += wrong if wrong or own else [Negative(kind, truth, rank=rank)]
+        return negatives
+
+    def write_ahead(self, examples: TokenizedExamples, steps: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Write the autoregressive negatives of (step, indices of examples) that are not written yet."""
+        keys = [(self._effective(step), index) for step, indices in steps for index in indices]
+        if not self.config.num_autoregressive_negatives:
+            return
+        if self.config.resample_negatives:
+            self.store.forget_before(steps[0][0])
+        missing = self.store.missing(list(dict.fromkeys(keys)))
+        if missing:
+            written = self._write(examples, [index for _, index in missing], steps[0][0])
+            self.store.negatives.update(zip(missing, written, strict=True))
+
+    def _effective(self, step: int) -> int:
+        """The step that decides what is drawn."""
+        return step if self.config.resample_negatives or step == EVALUATION_STEP else 0
+
+    def _mean_field(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
+        passages = [
+            Passage(examples.prompts[i], completion, token_seeds(self.seed, step, i, len(completion)))
+            for i, completion in ((i, examples.completions[i]) for i in indices)
+        ]
+        drawn_from_reference = self.config.mean_field_source == "reference" and self.reference is not None
+        source = self.reference.active() if drawn_from_reference else evaluating(self.model())  # type: ignore[union-attr]
+        with source as model, self.autocast():
+            drawn = draw(model, passages, self.config.num_mean_field_negatives, self.head, self.device)
+        return [finish(samples, self.tokenizer.eos_token_id) for samples in drawn]
+
+    def _autoregressive(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
+        if step == EVALUATION_STEP:
+            return self._write(examples, indices, step)
+        return [self.store.negatives[step, index] for index in indices]
+
+    def _write(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
+        prompts = [examples.prompts[index] for index in indices]
+        truths = [examples.completions[index] for index in indices]
+        with self.autocast():
+            return self._writer()(
+                prompts, sampling_of(self.config, prompts, truths, self.seed, step, self.process, *indices)
+            )
+
+    def _writer(self) -> Write:
+        count = self.config.num_autoregressive_negatives
+        if self._endpoint is not None:
+            return write_with_endpoint(self._endpoint, self.tokenizer, count)
+        return write_with_model(self.model(), self.tokenizer, count, self.synced_gpus)

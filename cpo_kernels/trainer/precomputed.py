@@ -1,0 +1,81 @@
+"""Log-likelihoods under the reference, computed once before training and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import trange
+
+ScoreExamples = Callable[[Sequence[int]], list[Tensor]]
+
+
+class ReferenceScores:
+    """The log-likelihoods of every candidate of every example of a data set.
+
+    Args:
+        starts: (E + 1,) int64, the candidates of example e are ``starts[e]:starts[e + 1]``.
+        logps: (S,) float32, nats.
+    """
+
+    def __init__(self, starts: Tensor, logps: Tensor) -> None:
+        self.starts, self.logps = starts.tolist(), logps
+
+    def of(self, indices: Sequence[int]) -> Tensor:
+        """The log-likelihoods of the candidates of some examples, one after the other."""
+        return torch.cat([self.logps[self.starts[i] : self.starts[i + 1]] for i in indices])
+
+
+def cache_key(**parts: Any) -> str:
+    """A digest of what the scores depend on: model, data, negatives, precision."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def load_or_compute(
+    directory: Path, key: str, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator
+) -> ReferenceScores:
+    """The scores kept under ``key``, computed by all processes together where there are none.
+
+    Args:
+        directory: where scores are kept; one file per key.
+        key: see :func:`cache_key`.
+        num_examples: E.
+        batch_size: examples scored at a time by each process.
+        score: from indices of examples to the log-likelihoods of their candidates, one tensor per example.
+        accelerator: for the number of processes and what they share.
+    """
+    path = directory / f"{key}.safetensors"
+    # Decided by one process: a file system may show a file to the others later.
+    (found,) = gather_object([path.is_file()])[:1]
+    if not found:
+        _compute(path, num_examples, batch_size, score, accelerator)
+        accelerator.wait_for_everyone()
+    tensors = load_file(path)
+    return ReferenceScores(tensors["starts"], tensors["logps"])
+
+
+def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator) -> None:
+    mine = range(accelerator.process_index, num_examples, accelerator.num_processes)
+    scores: list[tuple[int, list[float]]] = []
+    for start in trange(0, len(mine), batch_size, desc="reference", disable=not accelerator.is_local_main_process):
+        indices = mine[start : start + batch_size]
+        own = score(indices)
+        scores += [(index, logps.tolist()) for index, logps in zip(indices, own, strict=True)]
+    scores = sorted(gather_object(scores))
+    if not accelerator.is_main_process:
+        return
+    starts = torch.tensor([0, *(len(logps) for _, logps in scores)]).cumsum(0)
+    logps = torch.tensor([value for _, own in scores for value in own], dtype=torch.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run that is killed while it writes must not leave half a file under the final name.
+    unfinished = path.with_suffix(".part")
+    save_file({"starts": starts, "logps": logps}, unfinished)
+    unfinished.replace(path)
