@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from tolerance import assert_accurate
 from torch import nn
 
 from cpo_kernels import CandidateLayout, attach_linear_loss
@@ -205,16 +206,45 @@ def test_generate_still_works():
     assert torch.equal(before, attach_linear_loss(model).generate(ids, max_new_tokens=4, do_sample=False))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_gives_the_same_gradients(family, reentrant):
     ids, targets, layout, ref_logps = contrast_inputs()
     grads = []
     for checkpointing in (False, True):
-        model = attach_linear_loss(tiny_models.llama()).train()
+        model = attach_linear_loss(FAMILIES[family]()).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_half_precision_is_as_close_as_the_dense_computation(model, precision):
+    ids, targets, layout, ref_logps = contrast_inputs()
+    if precision == "bfloat16":
+        model.bfloat16()
+    oracle = copy.deepcopy(model).double()
+    eager = copy.deepcopy(model)
+    attach_linear_loss(model)
+    dense_loss(oracle, ids, targets, layout, ref_logps).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        want = dense_loss(eager, ids, targets, layout, ref_logps)
+        got = model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    want.backward()
+    got.backward()
+    for (name, parameter), dense, exact in zip(
+        model.named_parameters(), eager.parameters(), oracle.parameters(), strict=True
+    ):
+        assert_accurate(parameter.grad, dense.grad, exact.grad, name)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        logps = model(ids, linear_loss=LogpsRequest(targets, layout)).logps
+        assert_accurate(
+            logps, dense_logps(eager, ids, targets, layout), dense_logps(oracle, ids, targets, layout), "logps"
+        )
 
 
 def test_an_adapter_in_the_body_trains_through_the_fused_loss():
