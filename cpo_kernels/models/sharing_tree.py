@@ -64,8 +64,8 @@ def pack_groups(
     Args:
         prompts: token ids of the prompt of each group, at least one.
         completions: ``completions[g][c]``, token ids of candidate c of group g, at least one.
-        max_row_tokens: positions of a row, at most; a longer group has a row of its own, since none is split. None:
-            of one to two times the longest group, the length that leaves the fewest padded positions.
+        max_row_tokens: positions of a row, at most, or those of the longest group where that has more: none is split.
+            None: of one to two times the longest group, the limit that leaves the fewest padded positions.
         pad_token_id: what padded positions hold.
 
     Raises:
