@@ -29,7 +29,7 @@ from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
 
 from .data import tokenize_examples
-from .reference import fingerprint
+from .reference import evaluating, fingerprint
 
 Verdict = float | None
 Judge = Callable[[str, str, str], Verdict]
@@ -255,11 +255,6 @@ class LikelihoodJudge:
         device = self.model.device
         layout = CandidateLayout([0, *accumulate(lengths.tolist())], list(range(len(texts) + 1)), rows=rows.to(device))
         request = LogpsRequest(targets.to(device), layout, **self.head)
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                logps = self.model(ids.to(device), attention_mask=mask.to(device), linear_loss=request).logps
-        finally:
-            self.model.train(training)
+        with evaluating(self.model) as model:
+            logps = model(ids.to(device), attention_mask=mask.to(device), linear_loss=request).logps
         return logps.float().cpu() / lengths

@@ -46,8 +46,8 @@ def judge_pairs(
 
     Raises:
         ValueError: sequences of different lengths, a verdict other than these four, fewer verdicts than questions, a
-            cache that is not one, or a cache for a judge without an ``identity`` or a name. Errors of the judge pass through; verdicts that came
-            before are in the cache.
+            cache that is not one, or a cache for a judge without an ``identity`` or a name. Errors of the judge pass
+            through; verdicts that came before are in the cache.
     """
     if not len(prompts) == len(generated) == len(truths):
         raise ValueError(
@@ -114,13 +114,14 @@ def _ask(judge: Judge, questions: dict[str, Question]) -> Iterator[tuple[str, Ve
     keys, asked = list(questions), list(questions.values())
     many: Callable[..., Any] | None = getattr(judge, "verdicts", None)
     answers = ((i, judge(*q[1:])) for i, q in enumerate(asked)) if many is None else many(asked)
-    given = 0
+    given = set()
     with logging.tqdm(total=len(asked), desc="Judging", disable=None) as progress:  # None: on a terminal only
-        for given, (index, verdict) in enumerate(answers, start=1):
+        for index, verdict in answers:
+            given.add(index)
             progress.update()
             yield keys[index], _checked(verdict, f"the judge's verdict on pair {asked[index].pair}")
-    if given != len(asked):
-        raise ValueError(f"the judge answered {given} of {len(asked)} questions; None stands for no verdict")
+    if len(given) < len(asked):
+        raise ValueError(f"the judge answered {len(given)} of {len(asked)} questions; None stands for no verdict")
 
 
 def _checked(verdict: Any, name: str) -> Verdict:

@@ -1,0 +1,266 @@
+"""What a trained model is worth: perplexity, contrast accuracy, its free generations, and their win rate by a judge.
+
+report = evaluate(model, tokenizer, examples, config=config, judge=ChatJudge(url, "name"), directory="eval")
+print(report.markdown())
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from transformers import PrinterCallback
+
+from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
+
+from .config import CPOConfig
+from .data import TokenizedExamples
+from .generations import GenerationStatistics, generation_statistics
+from .judges import Judge
+from .reference import evaluating, fingerprint
+from .trainer import CPOTrainer
+from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
+
+__all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
+
+DEFAULT_COUNT = 1  # negatives of each kind that costs little, for a model trained without any
+GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`evaluate` found out.
+
+    Attributes:
+        examples: how many were evaluated.
+        metrics: those of :meth:`CPOTrainer.evaluate`, without their prefix: ``perplexity``, ``accuracy/KIND``, ...
+        sampling: how the generations were drawn; None where there are none.
+        generated, truths: statistics of the generations and of the ground truths of the same examples.
+        win_rate: of the generations against those ground truths; None without a judge.
+        judge: who judged.
+    """
+
+    examples: int
+    metrics: dict[str, float]
+    sampling: Sampling | None = None
+    generated: GenerationStatistics | None = None
+    truths: GenerationStatistics | None = None
+    win_rate: WinRate | None = None
+    judge: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries of plain values for JSON; a number that is not finite is None."""
+        return _plain(asdict(self))
+
+    def markdown(self) -> str:
+        """A report to read: a table of scores, a table of generations, and the win rate in a sentence."""
+        return "\n\n".join(filter(None, [self._scores(), self._generations(), self._verdict()])) + "\n"
+
+    def _scores(self) -> str:
+        rows = [("examples", str(self.examples)), ("perplexity", f"{self.metrics['perplexity']:.3f}")]
+        for name, value in sorted(self.metrics.items()):
+            if name.startswith("accuracy"):
+                kind = name.partition("/")[2].replace("_", "-")
+                rows.append((f"accuracy against {kind or 'all'} negatives", _percent(value)))
+        return _table(("score", "value"), rows)
+
+    def _generations(self) -> str | None:
+        if self.generated is None or self.truths is None:
+            return None
+        sides = (self.generated, self.truths)
+        rows = [
+            ("completions", *(str(side.count) for side in sides)),
+            ("mean length, tokens", *(f"{side.mean_length:.1f}" for side in sides)),
+            ("median length, tokens", *(f"{side.median_length:.1f}" for side in sides)),
+            ("ended by EOS", *(_percent(side.ended) for side in sides)),
+        ]
+        rows += [(f"rep-{n}", *(_percent(side.repetition[n]) for side in sides)) for n in self.generated.repetition]
+        rows += [(f"distinct-{n}", *(_percent(side.distinct[n]) for side in sides)) for n in self.generated.distinct]
+        return _table(("", "generated", "ground truth"), rows)
+
+    def _verdict(self) -> str | None:
+        rate = self.win_rate
+        if rate is None:
+            return None
+        counts = f"{rate.wins} wins, {rate.ties} ties, {rate.losses} losses, {rate.unjudged} unjudged"
+        if math.isnan(rate.rate):
+            return f"No win rate against the ground truth: {self.judge} came to no verdict ({counts})."
+        interval = f"95 % interval {_percent(rate.low)} to {_percent(rate.high)}"
+        return (
+            f"Win rate against the ground truth, ties counted half: {_percent(rate.rate)} ({interval}; {counts}). "
+            f"Judge: {self.judge}."
+        )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    examples: Any,
+    *,
+    config: CPOConfig,
+    ref_model: Any = None,
+    judge: Judge | None = None,
+    generate: bool = True,
+    num_generations: int | None = None,
+    sampling: Sampling | None = None,
+    directory: str | Path | None = None,
+) -> Report:
+    """Evaluate a model on held-out examples, in one process.
+
+    Perplexity and the accuracies come from :meth:`CPOTrainer.evaluate`: how often the ground truth scores above its
+    negatives, as log-likelihood ratio to ``ref_model``, or without one as log-likelihood per token. A configuration
+    without a contrast is evaluated with one batch and one truncation negative where it does not say how many.
+
+    Args:
+        model: a causal language model; :func:`cpo_kernels.attach_linear_loss` is applied to it, and it is moved to
+            the configuration's device.
+        tokenizer: its tokenizer, with an EOS token.
+        examples: what ``CPOTrainer`` takes as ``eval_dataset``, but for a dictionary.
+        config: numbers of negatives, lengths, batch size and device. Its training options have no effect.
+        ref_model: the reference of the ratios.
+        judge: compares the generations with the ground truths; see :mod:`cpo_kernels.trainer.judges`.
+        generate: whether to continue prompts freely; without it there is nothing to judge.
+        num_generations: continue so many prompts, drawn with the seed of ``sampling``. Default: all of them.
+        sampling: how to continue. Default: temperature 1, the whole distribution, the configuration's evaluation
+            batch size and seed, and as many tokens as the longest ground truth has, if so many fit in ``max_length``.
+        directory: keeps generations and verdicts, so that a later call with the same model and settings goes on where
+            this one was interrupted and asks the judge nothing twice.
+
+    Raises:
+        ValueError: examples or options that contradict each other; the message names them.
+        RuntimeError: several processes. Errors of the model and the judge pass through.
+    """
+    if config.world_size > 1:
+        raise RuntimeError(f"evaluate runs in one process, got world_size={config.world_size}")
+    if judge is not None and not generate:
+        raise ValueError("a judge compares generations; expected generate=True")
+    if num_generations is not None and num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    trainer = CPOTrainer(
+        model,
+        _evaluation_config(config, ref_model is not None),
+        eval_dataset=examples,
+        processing_class=tokenizer,
+        ref_model=ref_model,
+    )
+    trainer.remove_callback(PrinterCallback)  # the report says it all
+    with evaluating(model):
+        metrics = {name.removeprefix("eval_"): float(value) for name, value in trainer.evaluate().items()}
+        data: Any = trainer.eval_dataset
+        if not generate:
+            return Report(len(data), metrics)
+        sampling = sampling or default_sampling(data, config)
+        indices = _chosen(len(data), num_generations, sampling.seed)
+        prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
+        folder = None if directory is None else Path(directory)
+        completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
+    eos = tokenizer.eos_token_id
+    report = Report(
+        len(data),
+        metrics,
+        sampling,
+        generation_statistics(completions, eos),
+        generation_statistics(truths, eos),
+    )
+    if judge is None:
+        return report
+    texts = (
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, completions, truths)
+    )
+    rate = win_rate(judge_pairs(judge, *texts, cache=folder and folder / VERDICTS))
+    return replace(report, win_rate=rate, judge=_name(judge))
+
+
+def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
+    """How :func:`evaluate` continues prompts where it is not told."""
+    room = config.max_length - max(map(len, data.prompts))
+    return Sampling(
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=max(1, min(room, max(map(len, data.completions)))),
+        batch_size=config.per_device_eval_batch_size,
+        seed=config.seed,
+    )
+
+
+def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
+    """The configuration of the trainer that evaluates: no reports, and no reference but the one that was given."""
+    config = copy.copy(config)
+    config.report_to, config.push_to_hub = [], False
+    if has_reference:
+        config.reference = "frozen"
+    else:
+        config.reference, config.mean_field_source, config.length_normalized = "none", "model", True
+        config.ranking = "none" if config.embedding_model is None else config.ranking
+    if not config.contrasts:
+        for name in ("num_batch_negatives", "num_truncation_negatives"):
+            if getattr(config, name) is None:
+                setattr(config, name, DEFAULT_COUNT)
+    return config
+
+
+def _chosen(total: int, count: int | None, seed: int) -> list[int]:
+    """The examples to continue, in their order: all, or ``count`` of them."""
+    return list(range(total)) if count is None or count >= total else sorted(Random(seed).sample(range(total), count))
+
+
+def _generations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    sampling: Sampling,
+    directory: Path | None,
+) -> list[list[int]]:
+    """One continuation of each prompt, as token ids; read from ``directory`` if it has those of this call.
+
+    A continuation is a function of the example's index and not of which others are drawn beside it.
+    """
+    path = None if directory is None else directory / GENERATIONS
+    asked = [fingerprint(model), asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    if path is not None and path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["key"] == key:
+            return kept["completions"]
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    drawn = autoregressive_negatives(
+        model, prompts, 1, eos_token_id=eos, pad_token_id=eos if pad is None else pad, sampling=sampling, keys=indices
+    )
+    completions = [list(candidates[0]) for candidates in drawn]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"key": key, "completions": completions}), encoding="utf-8")
+        os.replace(partial, path)  # a killed run leaves the file whole or absent
+    return completions
+
+
+def _name(judge: Judge) -> str:
+    try:
+        return judge_identity(judge)
+    except ValueError:
+        return "a callable without a name"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None or math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
