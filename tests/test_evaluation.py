@@ -341,10 +341,12 @@ def test_a_judge_without_verdicts_loses_no_report(tmp_path):
     ("options", "message"),
     [
         ({"judge": longer, "generate": False}, "expected generate=True"),
+        ({"judge": lambda *_: 1, "directory": "eval"}, "give it an attribute `identity`"),
         ({"num_generations": 0}, "num_generations must be at least 1, got 0"),
     ],
 )
-def test_options_that_contradict_each_other(tmp_path, options, message):
+def test_options_that_contradict_each_other(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(CPOTrainer, "evaluate", None)  # told before anything is computed
     with pytest.raises(ValueError, match=message):
         evaluate(
             tiny_models.gpt2(), tiny_models.tokenizer(), tiny_models.examples(4), config=config(tmp_path), **options

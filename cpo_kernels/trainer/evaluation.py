@@ -138,12 +138,7 @@ def evaluate(
         ValueError: examples or options that contradict each other; the message names them.
         RuntimeError: several processes. Errors of the model and the judge pass through.
     """
-    if config.world_size > 1:
-        raise RuntimeError(f"evaluate runs in one process, got world_size={config.world_size}")
-    if judge is not None and not generate:
-        raise ValueError("a judge compares generations; expected generate=True")
-    if num_generations is not None and num_generations < 1:
-        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    _check_options(config, judge, generate, num_generations, directory)
     trainer = CPOTrainer(
         model,
         _evaluation_config(config, ref_model is not None),
@@ -152,31 +147,38 @@ def evaluate(
         ref_model=ref_model,
     )
     trainer.remove_callback(PrinterCallback)  # the report says it all
+    data: Any = trainer.eval_dataset
+    folder = None if directory is None else Path(directory)
     with evaluating(model):
         metrics = {name.removeprefix("eval_"): float(value) for name, value in trainer.evaluate().items()}
-        data: Any = trainer.eval_dataset
+        report = Report(len(data), metrics)
         if not generate:
-            return Report(len(data), metrics)
+            return report
         sampling = sampling or default_sampling(data, config)
         indices = _chosen(len(data), num_generations, sampling.seed)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
-        folder = None if directory is None else Path(directory)
         completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
-    eos = tokenizer.eos_token_id
-    report = Report(
-        len(data),
-        metrics,
-        sampling,
-        generation_statistics(completions, eos),
-        generation_statistics(truths, eos),
-    )
+    generated, true = (generation_statistics(side, tokenizer.eos_token_id) for side in (completions, truths))
+    report = replace(report, sampling=sampling, generated=generated, truths=true)
     if judge is None:
         return report
-    texts = (
-        [tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in (prompts, completions, truths)
-    )
-    rate = win_rate(judge_pairs(judge, *texts, cache=folder and folder / VERDICTS))
+    sides = (prompts, completions, truths)
+    texts = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in sides)
+    rate = win_rate(judge_pairs(judge, *texts, cache=None if folder is None else folder / VERDICTS))
     return replace(report, win_rate=rate, judge=_name(judge))
+
+
+def _check_options(
+    config: CPOConfig, judge: Judge | None, generate: bool, num_generations: int | None, directory: str | Path | None
+) -> None:
+    if config.world_size > 1:
+        raise RuntimeError(f"evaluate runs in one process, got world_size={config.world_size}")
+    if judge is not None and not generate:
+        raise ValueError("a judge compares generations; expected generate=True")
+    if num_generations is not None and num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    if judge is not None and directory is not None:
+        judge_identity(judge)  # raises for a judge whose verdicts cannot be kept, before anything is computed
 
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
