@@ -160,6 +160,29 @@ def test_sampling_is_checked(options, message):
         Sampling(**options)
 
 
+def draw_with_others(rank: int, folder: str) -> None:
+    """One of two processes that generate together; the second has fewer prompts, then none."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    options = {"eos_token_id": EOS, "pad_token_id": PAD, "synced_gpus": True}
+    sampling = Sampling(max_new_tokens=12, batch_size=4)
+    drawn = [
+        autoregressive_negatives(tiny_models.llama(), prompts, 3, sampling=sampling, **options)
+        for prompts in ((PROMPTS, PROMPTS[:2])[rank], (PROMPTS[:1], [])[rank])
+    ]
+    torch.distributed.destroy_process_group()
+    torch.save(drawn, f"{folder}/drawn-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_processes_that_generate_together_draw_what_each_would_alone(tmp_path):
+    torch.multiprocessing.spawn(draw_with_others, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"drawn-{rank}.pt") for rank in range(2))
+    alone = draw(tiny_models.llama())
+    assert first == [alone, alone[:1]]
+    assert second == [alone[:2], []]
+
+
 def test_plain_loop():
     """The model's own completions pushed below the ground truth, without the trainer."""
     model = tiny_models.llama()

@@ -85,7 +85,7 @@ def autoregressive_negatives(
         keys: an integer a prompt, such as the index of its example, that what is drawn for it depends on besides the
             seed. Default: its position, 0, 1, ...
         synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
-            ZeRO 3) need it; every process must then bring as many batches.
+            ZeRO 3) need it. All processes must call then, with any number of prompts, none included.
 
     Returns:
         ``completions[prompt][sample]``, token ids: with EOS at the end where the model ended it, without where it was
@@ -109,31 +109,46 @@ def autoregressive_negatives(
     # By length, so that a batch has little padding; the longest first, so that what does not fit in memory fails early.
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(count)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))
+    batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
+    if synced_gpus:
+        batches += [[]] * (_most_of_all(len(batches), model.device) - len(batches))
     completions: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
+    options: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
     with _ready_to_generate(model):
-        for start in range(0, len(jobs), sampling.batch_size):
-            batch = jobs[start : start + sampling.batch_size]
-            drawn = _generate(
-                model,
-                [prompts[index] for index, _ in batch],
-                torch.stack([seeds[index][sample] for index, sample in batch]),
-                sampling,
-                {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus},
-            )
-            for (index, sample), completion in zip(batch, drawn, strict=True):
+        for batch in batches:
+            # Beside other processes' batches, any prompt will do.
+            texts = [prompts[index] for index, _ in batch] or [[eos_token_id]]
+            keyed = torch.tensor([seeds[index][sample] for index, sample in batch] or [0], device="cpu")
+            drawn = _generate(model, texts, keyed, sampling, **options)
+            for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 completions[index][sample] = completion
     return completions
 
 
+def _most_of_all(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    most = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 def _generate(
-    model: Any, prompts: Sequence[Sequence[int]], seeds: Tensor, sampling: Sampling, options: dict[str, Any]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    seeds: Tensor,
+    sampling: Sampling,
+    *,
+    eos_token_id: int,
+    pad_token_id: int,
+    synced_gpus: bool,
 ) -> list[list[int]]:
     """One completion of each prompt (B), drawn with its seed (B,)."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    eos, pad = options.pop("eos_token_id"), options.pop("pad_token_id")
     device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     # The choice is made by the last processor, which leaves one token: the search for the best one finds it.
     config = GenerationConfig(
@@ -141,14 +156,18 @@ def _generate(
         num_beams=1,
         max_new_tokens=sampling.max_new_tokens,
         use_cache=True,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
     )
     processors = LogitsProcessorList([*_warpers(sampling), _SeededChoice(seeds.to(device), width)])
     out = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors, **options
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=processors,
+        synced_gpus=synced_gpus,
     )
-    return [_ended(completion, eos) for completion in out[:, width:].tolist()]
+    return [_ended(completion, eos_token_id) for completion in out[:, width:].tolist()]
 
 
 def _ended(completion: list[int], eos: int) -> list[int]:
