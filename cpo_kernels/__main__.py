@@ -1,19 +1,53 @@
-"""``python -m cpo_kernels info``."""
+"""The command ``cpo-kernels``, also ``python -m cpo_kernels``: train, negatives, evaluate, ensemble, info."""
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
 
-from cpo_kernels.info import report
+from cpo_kernels.cli import help as texts
+from cpo_kernels.cli.errors import InputError
 
 
-def main() -> None:
-    """Parses the command line and prints what it asks for."""
-    parser = argparse.ArgumentParser(prog="python -m cpo_kernels", description=__doc__)
-    parser.add_argument("command", choices=["info"], help="info: versions, backends, instruction set, threads")
-    parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for a mistake in what was asked for."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(texts.overview())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in texts.COMMANDS:
+        near = difflib.get_close_matches(command, texts.COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(texts.COMMANDS)}"
+        print(f"cpo-kernels: there is no command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    if command == "info":
+        return _info(rest)
+    if command != "ensemble" and ({"-h", "--help"} & set(rest) or not rest):
+        print(texts.of(command))
+        return 0
+    try:
+        importlib.import_module(f"cpo_kernels.cli.{command}").run(rest)
+    except InputError as error:
+        print(f"cpo-kernels {command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _info(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] not in ("-h", "--help"):
+        print(f"cpo-kernels info: takes no arguments, got {' '.join(arguments)!r}", file=sys.stderr)
+        return 2
+    if arguments:
+        print(f"usage: cpo-kernels info\n\n{texts.COMMANDS['info']}")
+        return 0
+    from cpo_kernels.info import report
+
     print(report())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -88,7 +88,7 @@ def load_examples(
     how = ExampleOptions(**options)
     if how.prompt_tokens is not None and tokenizer is None:
         raise ValueError("prompt_tokens and completion_tokens cut by tokens; pass the tokenizer")
-    rows, place = _read(source, split, name)
+    rows, place = read_rows(source, split=split, name=name)
     if max_examples is not None:
         rows = rows[:max_examples] if isinstance(rows, list) else rows.select(range(min(max_examples, len(rows))))
     if not len(rows):
@@ -99,7 +99,8 @@ def load_examples(
 # Rows
 
 
-def _read(source: str, split: str, name: str | None) -> tuple[Any, Place]:
+def read_rows(source: str, *, split: str = "train", name: str | None = None) -> tuple[Any, Place]:
+    """The rows of a source as they are, and a function that says where a row stands; see :func:`load_examples`."""
     path = Path(source)
     if path.is_dir():
         return _read_saved(path, split), lambda i: f"{source}, row {i}"

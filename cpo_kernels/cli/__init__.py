@@ -1,0 +1,1 @@
+"""The commands of ``cpo-kernels``, a module each; see :mod:`cpo_kernels.__main__`."""

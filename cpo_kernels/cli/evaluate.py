@@ -1,0 +1,120 @@
+"""``cpo-kernels evaluate``: what a trained model is worth, as JSON and Markdown."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.trainer.data import tokenize_examples
+from cpo_kernels.trainer.evaluation import default_sampling
+from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
+from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
+
+from .errors import InputError, input_errors
+from .inputs import Inputs, load_model, load_tokenizer
+from .parsing import Settings, parse
+
+KEY_VARIABLE = "CPO_KERNELS_JUDGE_KEY"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Evaluate what ``arguments`` say; prints the report and writes it as report.json and report.md."""
+    settings = parse(arguments)
+    options, config = settings.run, settings.training
+    name = _checkpoint(settings)
+    inputs = Inputs(settings)
+    examples = inputs.eval_examples()
+    if examples is None:
+        raise InputError("there are no held-out examples; give eval_data, eval_split or eval_fraction")
+    tokenizer = load_tokenizer(name, options)
+    with input_errors(TypeError):
+        data = tokenize_examples(
+            examples, tokenizer, max_length=config.max_length, max_prompt_length=config.prompt_budget
+        )
+    directory = Path(options.eval_dir or Path(str(config.output_dir), "evaluation"))
+    directory.mkdir(parents=True, exist_ok=True)
+    generates = options.eval_generations != 0
+    judge = _judge(settings) if generates else None
+    model, reference = load_model(name, options), inputs.model() if options.eval_reference else None
+    with input_errors():
+        report = evaluate_model(
+            model,
+            tokenizer,
+            data,
+            config=config,
+            ref_model=reference,
+            judge=judge,
+            generate=generates,
+            num_generations=options.eval_generations or None,
+            sampling=_sampling(settings, data) if generates else None,
+            directory=directory,
+        )
+    _write(directory / "report.json", json.dumps({"checkpoint": name, **report.to_dict()}, indent=2) + "\n")
+    _write(directory / "report.md", f"# {name}\n\n{report.markdown()}")
+    print(report.markdown())
+    print(f"report.json and report.md are in {directory}")
+
+
+def _checkpoint(settings: Settings) -> str:
+    name = settings.run.checkpoint or str(settings.training.output_dir)
+    here = Path(name)
+    if settings.run.checkpoint is None and not any(
+        (here / file).is_file() for file in ("config.json", "adapter_config.json")
+    ):
+        raise InputError(f"there is no trained model in output_dir={name}; train it first, or give checkpoint")
+    return name
+
+
+def _sampling(settings: Settings, data: Any) -> Sampling:
+    options, usual = settings.run, default_sampling(data, settings.training)
+    length = options.eval_max_new_tokens or usual.max_new_tokens
+    with input_errors():
+        return Sampling(
+            temperature=options.eval_temperature,
+            top_p=options.eval_top_p,
+            max_new_tokens=length,
+            batch_size=usual.batch_size,
+            seed=usual.seed,
+        )
+
+
+def _judge(settings: Settings) -> Judge | None:
+    options = settings.run
+    if options.judge == "none":
+        return None
+    if options.judge == "chat":
+        with input_errors(RuntimeError):
+            return ChatJudge(str(options.judge_url), str(options.judge_model), api_key=os.environ.get(KEY_VARIABLE))
+    if options.judge == "likelihood":
+        name = options.judge_model or options.model
+        if name is None:
+            raise InputError("judge='likelihood' needs judge_model, or model: whose likelihood judges")
+        model = load_model(name, options).to(settings.training.device)
+        return LikelihoodJudge(model, load_tokenizer(name, options))
+    return _callable(options.judge)
+
+
+def _callable(name: str) -> Judge:
+    """The function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
+    module, _, function = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        judge = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"judge: there is no {name}: {error}") from error
+    if not callable(judge):
+        raise InputError(f"judge: {name} is a {type(judge).__name__}, not a function")
+    return judge
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

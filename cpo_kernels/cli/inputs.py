@@ -1,0 +1,167 @@
+"""Model, tokenizer and examples that a configuration names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from cpo_kernels.trainer.loading import load_examples, read_rows
+
+from .errors import InputError, input_errors
+from .options import RunConfig
+from .parsing import Settings
+from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
+
+TOKENIZER_ROWS = 64  # of a dry run
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+HELD_OUT_SEED = 0  # the same examples are held out by every command
+
+
+class Inputs:
+    """What a command works on: the tokenizer at once, the rest when it is asked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.run = settings, settings.run
+        if self.run.data is None and self.run.negatives_file is None:
+            raise InputError("data is not given: the training examples")
+        self.data = self._source(self.run.data)
+        self.tokenizer = self._tokenizer()
+
+    def _source(self, source: str | None) -> str | None:
+        """Where to read; a dry run does not ask the hub."""
+        if source is None or not self.run.tiny or _is_local(source):
+            return source
+        if self.run.tiny_data is not None:
+            return self.run.tiny_data
+        output = Path(self.settings.training.output_dir or ".")
+        # One file a process: two that write at once would read each other's half.
+        path = output / f"tiny_data_{os.environ.get('RANK', '0')}.jsonl"
+        return write_rows(tiny_rows(self.run), path, LIMITS["max_examples"] + LIMITS["max_eval_examples"])
+
+    def _tokenizer(self) -> Any:
+        if self.run.tiny:
+            with input_errors(RuntimeError):
+                rows, _ = read_rows(str(self.data or self.run.negatives_file), split=self.run.data_split)
+            return tiny_tokenizer(islice(rows, TOKENIZER_ROWS))
+        name = self.run.tokenizer or self.run.model
+        if name is None:
+            raise InputError("model is not given: a directory, or a name on the hub")
+        return load_tokenizer(name, self.run)
+
+    def model(self) -> Any:
+        """The model to start from, with adapters where they are asked for."""
+        training = self.settings.training
+        if self.run.tiny:
+            model = tiny_model(self.run, self.tokenizer, training.max_length, training.seed)
+        elif self.run.model is None:
+            raise InputError("model is not given: a directory, or a name on the hub")
+        else:
+            model = load_model(self.run.model, self.run)
+        return model
+
+    def adapted_model(self) -> Any:
+        """The model to train, with LoRA adapters if ``lora_r`` is not 0."""
+        model = self.model()
+        if self.run.lora_r == 0:
+            return model
+        import peft
+
+        targets: Any = self.run.lora_targets
+        config = peft.LoraConfig(
+            r=self.run.lora_r,
+            lora_alpha=self.run.lora_alpha,
+            lora_dropout=self.run.lora_dropout,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        )
+        with input_errors():
+            return peft.get_peft_model(model, config)
+
+    def train_examples(self) -> Sequence[Any]:
+        """All of the data but what is held out."""
+        if self.data is None:
+            raise InputError("data is not given: the training examples")
+        examples = self._load(self.data, self.run.data_split, self.run.max_examples)
+        return examples if not self.run.eval_fraction else self._split(examples)[0]
+
+    def eval_examples(self) -> Sequence[Any] | None:
+        """What is held out; None where the configuration has nothing of the kind."""
+        run = self.run
+        if run.eval_fraction and self.data is not None:
+            examples = self._split(self._load(self.data, run.data_split, run.max_examples))[1]
+            return _head(examples, run.max_eval_examples)
+        if run.eval_data is None and run.eval_split is None:
+            return None
+        source = self._source(run.eval_data) if run.eval_data is not None else self.data
+        if source is None:
+            raise InputError("eval_split is a split of data, which is not given")
+        if run.eval_data is None and not run.tiny and os.path.isfile(source):
+            raise InputError(f"eval_split={run.eval_split!r}: {source} has no splits; give eval_data or eval_fraction")
+        return self._load(source, run.eval_split or run.data_split, run.max_eval_examples)
+
+    def _load(self, source: str, split: str, count: int | None) -> Sequence[Any]:
+        run = self.run
+        with input_errors(RuntimeError):
+            return load_examples(
+                source,
+                split=split,
+                name=run.data_name,
+                tokenizer=self.tokenizer,
+                max_examples=count,
+                columns=run.columns,
+                prompt_template=run.prompt_template,
+                completion_template=run.completion_template,
+                text_column=run.text_column,
+                prompt_fraction=run.prompt_fraction,
+                prompt_tokens=run.prompt_tokens,
+                completion_tokens=run.completion_tokens,
+            )
+
+    def _split(self, examples: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        count = max(1, round(len(examples) * self.run.eval_fraction))
+        if count == len(examples):
+            raise InputError(f"eval_fraction={self.run.eval_fraction} of {count} examples leaves none to train on")
+        chosen = set(Random(HELD_OUT_SEED).sample(range(len(examples)), count))
+        kept = [i for i in range(len(examples)) if i not in chosen]
+        return _take(examples, kept), _take(examples, sorted(chosen))
+
+
+def _is_local(source: str) -> bool:
+    return os.path.exists(source) or any(c in source for c in "*?[") or source.startswith((".", "/"))
+
+
+def _take(examples: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
+    return examples.select(indices) if hasattr(examples, "select") else [examples[i] for i in indices]
+
+
+def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
+    return examples if count is None else _take(examples, range(min(count, len(examples))))
+
+
+def load_tokenizer(name: str, run: RunConfig) -> Any:
+    """A tokenizer from a directory or the hub."""
+    from transformers import AutoTokenizer
+
+    revision = run.revision if name == run.model else None
+    with input_errors(OSError):
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.trust_remote_code)
+
+
+def load_model(name: str, run: RunConfig) -> Any:
+    """A model from a directory or the hub; a directory of adapters is put on the model that it says."""
+    from transformers import AutoModelForCausalLM
+
+    if run.torch_dtype not in DTYPES:
+        raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {run.torch_dtype!r}")
+    with input_errors(OSError, ImportError):
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=run.revision if name == run.model else None,
+            dtype=run.torch_dtype,
+            attn_implementation=run.attn_implementation,
+            trust_remote_code=run.trust_remote_code,
+        )

@@ -1,0 +1,85 @@
+"""``cpo-kernels negatives``: autoregressive negatives for a whole data set, written ahead of time and part by part.
+
+Every part is a file of its own, named by a digest of all that it depends on, and there whole or not at all. So an
+interrupted call goes on where it was, and a line that is mended costs the part it is in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from cpo_kernels.negatives.autoregressive import write_negatives
+
+from .errors import InputError, input_errors
+from .parsing import Settings, parse
+from .parts import Job, Part
+
+COMPLETE = "complete"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the examples that ``arguments`` say, with negatives."""
+    settings = parse(arguments)
+    path = _target(settings)
+    job = Job(settings)
+    parts = job.parts()
+    folder = path.with_name(f"{path.name}.parts")
+    whole = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
+    if path.is_file() and _read(folder / COMPLETE) == whole:
+        print(f"{path} is complete")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    training = settings.training
+    own = parts[training.process_index :: training.world_size]
+    missing = [part for part in own if not (folder / part.name).is_file()]
+    if len(missing) < len(own):
+        print(f"{len(own) - len(missing)} of {len(own)} parts are there already, in {folder}")
+    for part in tqdm(missing, desc="parts", disable=training.disable_tqdm):
+        _write(folder / part.name, json.dumps(job.write(part)))
+    if training.world_size > 1:
+        torch.distributed.barrier()
+    if training.process_index == 0:
+        _merge(path, folder, parts, job)
+        _write(folder / COMPLETE, whole)
+        for file in folder.glob("*.json"):
+            file.unlink()
+
+
+def _target(settings: Settings) -> Path:
+    if settings.run.negatives_file is None:
+        raise InputError("negatives_file is not given: the .parquet or .jsonl file to write")
+    path = Path(settings.run.negatives_file)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise InputError(f"negatives_file must end with .parquet or .jsonl, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
+    """The parts as one file that training reads."""
+    written = [json.loads(_read(folder / part.name)) for part in parts]
+    negatives = [own for part in written for own in part["negatives"]]
+    ranks = None if job.likeness is None else [own for part in written for own in part["ranks"]]
+    with input_errors():
+        write_negatives(path, job.rows(), negatives, ranks=ranks)
+    bare = sum(not own for own in negatives)
+    print(f"wrote {sum(map(len, negatives))} negatives of {len(negatives)} examples to {path}")
+    if bare:
+        print(f"{bare} examples got none: what was written for them was empty or the ground truth itself")
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,163 @@
+"""What a configuration file says beside the fields of ``CPOConfig``: the model, the data, and what each command writes.
+
+Nothing heavy is imported here: ``--help`` reads these fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+RESUME = ("auto", "none")
+JUDGES = ("none", "chat", "likelihood")
+FORMATS = ("text", "ids")
+RANKINGS = ("none", "similarity")
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelOptions:
+    """Model."""
+
+    model: str | None = _option(None, "Model to start from: a directory, or a name on the hub.")
+    tokenizer: str | None = _option(None, "Its tokenizer. Default: the model's own.")
+    revision: str | None = _option(None, "Revision of the model on the hub.")
+    torch_dtype: str = _option("float32", "Type of the weights: float32, bfloat16, float16, or auto, as stored.")
+    attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flex_attention, flash_attention_2, ...")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model.")
+    lora_r: int = _option(0, "Train LoRA adapters of this rank in place of the weights; 0 trains the weights.")
+    lora_alpha: int = _option(16, "Scale of the adapters, over their rank.")
+    lora_dropout: float = _option(0.0, "Dropout in front of the adapters.")
+    lora_targets: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get adapters, by name, or all-linear. Default: those that peft knows for the model."
+        },
+    )
+
+
+@dataclass
+class DataOptions:
+    """Data."""
+
+    data: str | None = _option(
+        None,
+        "Training examples: a .jsonl, .json, .parquet or .txt file, a pattern such as 'data/*.jsonl', a directory that "
+        "datasets saved, or the name of a data set on the hub.",
+    )
+    data_name: str | None = _option(None, "Configuration of a data set on the hub.")
+    data_split: str = _option("train", "Its split; slices such as train[:1000] work.")
+    eval_data: str | None = _option(None, "Held-out examples, as data. Default: data, with eval_split.")
+    eval_split: str | None = _option(None, "Split of the held-out examples.")
+    eval_fraction: float = _option(0.0, "Share of data to hold out, where it has no part for that.")
+    max_examples: int | None = _option(None, "Use the first so many rows of data.")
+    max_eval_examples: int | None = _option(None, "Use the first so many rows of the held-out examples.")
+    columns: dict | str | None = field(
+        default=None,
+        metadata={"help": "Names of the fields where they are others, as {prompt: question, completion: answer}."},
+    )
+    prompt_template: str | None = _option(None, "A Jinja template over a row's fields that makes its prompt.")
+    completion_template: str | None = _option(None, "Likewise for its completion.")
+    text_column: str = _option("text", "Field of a document to be cut into prompt and completion.")
+    prompt_fraction: float = _option(0.5, "Share of a document's words that is its prompt.")
+    prompt_tokens: int | None = _option(None, "Cut documents into pieces that have so many tokens of prompt ...")
+    completion_tokens: int | None = _option(None, "... and so many of completion. Give both or neither.")
+
+
+@dataclass
+class NegativesOptions:
+    """Negatives made ahead of time."""
+
+    negatives_file: str | None = _option(
+        None,
+        "A .jsonl or .parquet file. The command negatives writes it; train reads its examples in place of data.",
+    )
+    negatives_count: int = _option(4, "Negatives written for each example.")
+    negatives_format: str = _option("text", "text, or ids: exact, but of use with one tokenizer only.")
+    negatives_ranking: str = _option(
+        "none", "similarity: rank them by likeness to the ground truth, for training that reads ranks; or none."
+    )
+    negatives_part: int = _option(256, "Examples between two times that what there is gets saved.")
+
+
+@dataclass
+class EvaluationOptions:
+    """Evaluation."""
+
+    checkpoint: str | None = _option(None, "Model to evaluate. Default: what train left in output_dir.")
+    eval_reference: bool = _option(False, "Compare log-likelihoods as ratios to model, the one trained from.")
+    eval_generations: int | None = _option(None, "Continue so many prompts freely; 0 for none. Default: all.")
+    eval_temperature: float = _option(1.0, "Temperature of the continuations.")
+    eval_top_p: float = _option(1.0, "Nucleus that they are sampled from.")
+    eval_max_new_tokens: int | None = _option(None, "Their length, at most. Default: the longest ground truth's.")
+    eval_dir: str | None = _option(None, "Where reports and verdicts go. Default: evaluation in output_dir.")
+    judge: str = _option(
+        "none",
+        "Compares continuations with ground truths. chat: an OpenAI-compatible chat endpoint; likelihood: a model's "
+        "likelihood; none; or MODULE:FUNCTION, a Python callable (prompt, first, second) -> 1, 0.5 or 0.",
+    )
+    judge_url: str | None = _option(None, "The chat endpoint, .../v1. Its key is read from CPO_KERNELS_JUDGE_KEY.")
+    judge_model: str | None = _option(None, "The judge's name at the endpoint, or the model whose likelihood judges.")
+
+
+@dataclass
+class DryRunOptions:
+    """Dry run."""
+
+    tiny: bool = _option(
+        False,
+        "Try the configuration out, offline and in seconds: a tiny random model of the same family, a tokenizer made "
+        "from the data, a few examples and steps, and text that comes with Python in place of data on the hub. Writes "
+        "to output_dir with -tiny behind it. What the command line says is kept.",
+    )
+    tiny_model: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Configuration of the tiny model, as {model_type: gpt2}; needed where model is a name on the hub."
+        },
+    )
+    tiny_data: str | None = _option(None, "A file to take in place of data on the hub.")
+
+
+@dataclass
+class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, DryRunOptions):
+    """All of them; the fields of a configuration file are these and those of ``CPOConfig``."""
+
+    resume: str = _option("auto", "auto: go on from the last checkpoint in output_dir; none; or a checkpoint.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
+        if self.eval_fraction and (self.eval_data or self.eval_split):
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} holds out a part of data; expected no eval_data and no eval_split "
+                f"beside it, got {self.eval_data or self.eval_split!r}"
+            )
+        for name, least in (
+            ("lora_r", 0),
+            ("max_examples", 1),
+            ("max_eval_examples", 1),
+            ("negatives_count", 1),
+            ("negatives_part", 1),
+            ("eval_generations", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.negatives_format not in FORMATS:
+            raise ValueError(f"negatives_format must be one of {', '.join(FORMATS)}, got {self.negatives_format!r}")
+        if self.negatives_ranking not in RANKINGS:
+            raise ValueError(f"negatives_ranking must be one of {', '.join(RANKINGS)}, got {self.negatives_ranking!r}")
+        if self.judge not in JUDGES and ":" not in self.judge:
+            raise ValueError(f"judge must be one of {', '.join(JUDGES)} or MODULE:FUNCTION, got {self.judge!r}")
+        if self.judge == "chat" and not (self.judge_url and self.judge_model):
+            raise ValueError(
+                f"judge='chat' needs judge_url and judge_model, got {self.judge_url!r} and {self.judge_model!r}"
+            )
+        for name in ("columns", "tiny_model"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must be a mapping, got {value!r}")

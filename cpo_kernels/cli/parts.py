@@ -1,0 +1,124 @@
+"""A data set whose negatives are written ahead of time, in parts that do not depend on each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.trainer.config import CPOConfig
+from cpo_kernels.trainer.data import TokenizedExamples, tokenize_examples
+from cpo_kernels.trainer.formats import normalize_example
+
+from .errors import input_errors
+from .inputs import Inputs
+from .likeness import Likeness
+from .parsing import Settings
+from .writers import EndpointWriter, ModelWriter
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive examples, ``start`` to ``stop``, and a digest of all that their negatives depend on."""
+
+    start: int
+    stop: int
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return f"{self.start:09d}-{self.digest[:16]}.json"
+
+
+class Job:
+    """What is written, by whom, and how.
+
+    Raises:
+        InputError: data, a model or a server that cannot be used; the message says which.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.run, config = settings.run, settings.training
+        inputs = Inputs(settings)
+        self.tokenizer = inputs.tokenizer
+        lengths = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
+        with input_errors(TypeError):
+            rows = inputs.train_examples()
+            self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
+            self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
+        self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
+        self.sampling = _sampling(config, self.data)
+        model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
+        self.writer = EndpointWriter(config, self.tokenizer) if model is None else ModelWriter(model, self.tokenizer)
+        self.likeness = Likeness(config, self.tokenizer, model) if self.run.negatives_ranking != "none" else None
+
+    def parts(self) -> list[Part]:
+        """All of them, in order."""
+        common = [self.writer.identity(), asdict(self.sampling), self.run.negatives_count, self.as_text]
+        common += [None if self.likeness is None else ["similarity", self.likeness.config.embedding_model]]
+        parts = []
+        for start in range(0, len(self.data), self.run.negatives_part):
+            stop = min(start + self.run.negatives_part, len(self.data))
+            ids = [[list(self.data.prompts[i]), list(self.data.completions[i])] for i in range(start, stop)]
+            text = json.dumps([common, start, ids, [self.examples[i]["prompt"] for i in range(start, stop)]])
+            parts.append(Part(start, stop, hashlib.sha256(text.encode()).hexdigest()))
+        return parts
+
+    def write(self, part: Part) -> dict[str, Any]:
+        """The negatives of a part and their ranks, a list for each example; none empty or the ground truth itself."""
+        some = slice(part.start, part.stop)
+        texts = [example["prompt"] for example in self.examples[some]]
+        prompts, truths = self.data.prompts[some], self.data.completions[some]
+        drawn = self.writer(texts, prompts, part.start, self.run.negatives_count, self.sampling)
+        eos = self.tokenizer.eos_token_id
+        kept = [
+            [ids for ids in own if _without(ids, eos) != _without(truth, eos) and not self._is_empty(ids)]
+            for own, truth in zip(drawn, truths, strict=True)
+        ]
+        ranks = None if self.likeness is None else self.likeness.ranks(prompts, truths, kept)
+        return {"negatives": self._as_written(kept), "ranks": ranks}
+
+    def _is_empty(self, ids: Sequence[int]) -> bool:
+        if self.as_text:
+            return not self.tokenizer.decode(ids, skip_special_tokens=True)
+        return not _without(ids, self.tokenizer.eos_token_id)
+
+    def _as_written(self, negatives: list[list[list[int]]]) -> list[Any]:
+        if not self.as_text:
+            return negatives
+        return [self.tokenizer.batch_decode(own, skip_special_tokens=True) if own else [] for own in negatives]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The examples that negatives are put to, in the form that these have."""
+        if self.as_text:
+            return self.examples
+        data, rows = self.data, []
+        for index, example in enumerate(self.examples):
+            own = [] if data.negatives is None else [list(ids) for ids in data.negatives[index]]
+            ids = {"prompt": list(data.prompts[index]), "completion": list(data.completions[index]), "negatives": own}
+            rows.append(example | ids)
+        return rows
+
+
+def _sampling(config: CPOConfig, data: TokenizedExamples) -> Sampling:
+    """How to sample: the same for all parts, so that they do not depend on where one begins."""
+    longest = config.autoregressive_max_new_tokens or max(map(len, data.completions))
+    return Sampling(
+        temperature=config.autoregressive_temperature,
+        top_p=config.autoregressive_top_p,
+        max_new_tokens=max(1, min(longest, config.max_length - max(map(len, data.prompts)))),
+        batch_size=config.autoregressive_batch_size,
+        seed=config.seed,
+    )
+
+
+def _is_text(example: dict[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in (example["prompt"], example["completion"], *example["negatives"]))
+
+
+def _without(ids: Sequence[int], eos: int) -> list[int]:
+    return list(ids[:-1] if len(ids) and ids[-1] == eos else ids)

@@ -1,0 +1,112 @@
+"""``cpo-kernels train``: a model from a configuration file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from cpo_kernels.trainer import CPOTrainer
+from cpo_kernels.trainer.loading import load_examples
+
+from .errors import InputError, input_errors
+from .inputs import Inputs
+from .options import RESUME
+from .parsing import Settings, parse
+
+logger = logging.get_logger(__name__)
+
+STATE = "trainer_state.json"  # written last into a checkpoint
+SETTINGS = "cpo_kernels.yaml"
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train what ``arguments`` say and save it; prints the metrics."""
+    settings = parse(arguments)
+    trainer = make_trainer(settings)
+    checkpoint = find_checkpoint(settings)
+    if trainer.is_world_process_zero():
+        _save_settings(settings)
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.save_metrics("all", metrics)
+    if trainer.is_world_process_zero():
+        _print_metrics(metrics)
+        print(f"saved to {settings.training.output_dir}")
+    if settings.training.push_to_hub:
+        trainer.push_to_hub()
+
+
+def make_trainer(settings: Settings) -> CPOTrainer:
+    """The trainer with its model and data; what is wrong with them is told before the first step."""
+    inputs = Inputs(settings)
+    examples, held_out = _train_examples(inputs), inputs.eval_examples()
+    given = settings.given.get("eval_strategy", "no")
+    if given != "no" and held_out is None:
+        raise InputError(
+            f"eval_strategy={str(given)!r} needs held-out examples; give eval_data, eval_split or eval_fraction"
+        )
+    model = inputs.adapted_model()
+    with input_errors(TypeError):
+        return CPOTrainer(
+            model,
+            settings.training,
+            train_dataset=examples,
+            eval_dataset=held_out,
+            processing_class=inputs.tokenizer,
+        )
+
+
+def _train_examples(inputs: Inputs) -> Sequence[Any]:
+    path = inputs.run.negatives_file
+    if path is None:
+        return inputs.train_examples()
+    if not Path(path).is_file():
+        raise InputError(f"there is no negatives_file {path}; `cpo-kernels negatives` with the same options writes it")
+    with input_errors():
+        return load_examples(path, max_examples=inputs.run.max_examples)
+
+
+def find_checkpoint(settings: Settings) -> str | None:
+    """What to go on from: the last checkpoint that was written to its end, the one that is named, or nothing."""
+    training = settings.training
+    asked = training.resume_from_checkpoint or settings.run.resume
+    if asked not in RESUME:
+        if not Path(asked, STATE).is_file():
+            raise InputError(f"resume: {asked} is not a checkpoint: it has no {STATE}")
+        return asked
+    if asked == "none" or training.save_only_model or training.output_dir is None:
+        return None
+    found = [path for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}
+    for step in sorted(numbered, reverse=True):
+        if Path(numbered[step], STATE).is_file():
+            return str(numbered[step])
+        logger.warning(f"{numbered[step]} was not written to its end; looking for the checkpoint before it")
+    return None
+
+
+def _save_settings(settings: Settings) -> None:
+    """What was asked for, beside what came of it; `cpo-kernels train` takes the file."""
+    path = Path(str(settings.training.output_dir), SETTINGS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(settings.given, sort_keys=True), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _print_metrics(metrics: dict[str, Any]) -> None:
+    width = max(map(len, metrics))
+    for name, value in sorted(metrics.items()):
+        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")
