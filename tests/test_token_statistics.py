@@ -9,7 +9,7 @@ import torch
 from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, GemmCounter, budget_of, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import counter_random, linear_token_logps, linear_token_statistics
+from cpo_kernels import counter_random, linear_token_logps, linear_token_statistics, reference
 from cpo_kernels.reference import transform_logits
 
 # A correct sampler fails a chi-square test as rarely as this.
@@ -192,6 +192,25 @@ def test_random_bits_are_those_of_splitmix64():
     for seed, row in zip(seeds, got.tolist(), strict=True):
         states = [(mix(seed % 2**64) + (k + 1) * 0x9E3779B97F4A7C15) % 2**64 for k in range(3)]
         assert row == [(mix(state) >> 11) / 2**53 for state in states]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("V", [1, 2, 3, 16, 31, 101, 1009])
+def test_words_are_found_as_in_one_running_sum(V):
+    """At random shares and at both ends; words of probability 0, at the ends and in whole chunks, are never found."""
+    masses = torch.rand(50, V).square()
+    masses[:, V // 3 : V // 2] = 0.0
+    if V > 3:
+        masses[:, [0, -1]] = 0.0
+        masses[7, : V - 2] = 0.0
+    shares = torch.rand(50, 6, dtype=torch.float64)
+    shares[:, 0], shares[:, 1] = 0.0, 1 - 2.0**-53
+    words = reference.words_at(masses, shares)
+    below = masses.double().cumsum(-1)
+    assert torch.equal(words[:, 2:], torch.searchsorted(below, shares[:, 2:] * below[:, -1:], right=True))
+    assert (masses.gather(1, words) > 0).all()
+    assert torch.equal(words[:, 0], (masses > 0).int().argmax(-1))
+    assert torch.equal(words[:, 1], V - 1 - (masses > 0).flip(-1).int().argmax(-1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
