@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
+from itertools import pairwise
 from random import Random
 
 import pytest
 import tiny_models
 import torch
 
-from cpo_kernels import CandidateLayout, linear_sequence_logps
-from cpo_kernels.negatives import batch_negatives, truncate, truncation_negatives
+from cpo_kernels import CandidateLayout, contrastive_loss, linear_sequence_logps, linear_sequence_loss
+from cpo_kernels.negatives import (
+    Sampling,
+    autoregressive_negatives,
+    batch_negatives,
+    finish,
+    is_wrong,
+    mean_field_negatives,
+    mean_pool,
+    similarity_ranks,
+    token_seeds,
+    truncate,
+    truncation_negatives,
+)
 
 POOL = [[5, 6, 2], [7, 2], [5, 6, 2], [8, 9, 2], [7, 2], [4, 2]]  # 0 and 2 are equal, so are 1 and 4
 EOS = 2
+
+
+@pytest.mark.cpu
+def test_importing_negatives_imports_nothing_heavy():
+    """What a kind of negatives needs besides torch is imported when it is used."""
+    code = "import sys, cpo_kernels.negatives; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"transformers", "openai", "sentence_transformers", "datasets", "peft", "accelerate"}
+    assert not heavy & set(modules)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -96,3 +120,80 @@ def test_a_truncation_scores_as_the_truncated_text_does(make_model, cut):
     logps = model(text).logits[0, :-1].log_softmax(-1)
     want = logps[len(prompt) - 1 :].gather(-1, text[0, len(prompt) :, None]).sum()
     torch.testing.assert_close(got, want.reshape(1), rtol=1e-5, atol=1e-5)
+
+
+WEIGHTS = {"batch": 1.0, "truncation": 0.25, "mean_field": 0.5, "autoregressive": 2.0}
+
+
+@pytest.mark.cpu
+def test_a_weighted_mixture_in_a_plain_loop():
+    """Every kind for one prompt, a contrast a kind, the autoregressive ones ranked; against dense log-softmax."""
+    model = tiny_models.llama().eval()
+    prompt, completion, last = [3, 4, 5], [6, 7, 8, 9, EOS], 2
+    with torch.no_grad():
+        hidden = model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0, last:-1]
+    seeds = token_seeds(0, 0, 0, len(completion))
+    drawn = mean_field_negatives(hidden, model.lm_head.weight, torch.tensor(completion), seeds=seeds, count=2)
+    own = autoregressive_negatives(
+        model, [prompt], 3, eos_token_id=EOS, pad_token_id=0, sampling=Sampling(max_new_tokens=6)
+    )[0]
+    pool = [completion, *POOL]
+    negatives = {
+        "batch": [pool[i] for i in batch_negatives(pool, 0, 2, Random(0))],
+        "truncation": [
+            truncate(completion, completion, cut, EOS)[0] for cut in truncation_negatives(completion, EOS, 2, Random(0))
+        ],
+        "mean_field": [negative for negative in finish(drawn.samples, EOS) if is_wrong(negative, completion)],
+        "autoregressive": [negative for negative in own if is_wrong(negative, completion)],
+    }
+    assert all(negatives.values())
+
+    # One row of hidden states a candidate; the ground truth's serves all groups, and its truncations.
+    texts, groups = [completion], []
+    for kind, others in negatives.items():
+        groups.append([0, *(0 if kind == "truncation" else len(texts) + i for i in range(len(others)))])
+        texts += [] if kind == "truncation" else others
+    width = len(prompt) + max(map(len, texts))
+    ids = torch.tensor([prompt + text + [0] * (width - len(prompt) - len(text)) for text in texts])
+    candidates = [[completion, *others] for others in negatives.values()]
+    rows = [
+        torch.arange(len(c)) + text * width + last
+        for texts_of, of_kind in zip(groups, candidates, strict=True)
+        for text, c in zip(texts_of, of_kind, strict=True)
+    ]
+    targets = torch.tensor([token for of_kind in candidates for c in of_kind for token in c])
+    cu_tokens = torch.tensor([0, *map(len, rows)]).cumsum(0).tolist()
+    cu_groups = torch.tensor([0, *map(len, groups)]).cumsum(0).tolist()
+
+    states = model.base_model(ids).last_hidden_state.flatten(0, 1)
+    ranks = [[0] + [1] * len(others) for others in negatives.values()]
+    embeddings = mean_pool(states, torch.cat(rows), cu_tokens)[cu_groups[-2] :]
+    ranks[-1] = similarity_ranks(embeddings, [0, len(embeddings)])
+
+    def mixture(logps: torch.Tensor, of_groups: range) -> torch.Tensor:
+        starts = [cu_groups[g] - cu_groups[of_groups[0]] for g in (*of_groups, of_groups[-1] + 1)]
+        return sum(
+            weight * contrastive_loss(logps[None, a:b], ranks=torch.tensor([ranks[g]]), beta=0.3)
+            for g, (a, b) in zip(of_groups, pairwise(starts), strict=True)
+            for weight in [list(WEIGHTS.values())[g]]
+        )
+
+    layout = CandidateLayout(cu_tokens, cu_groups, rows=torch.cat(rows))
+    budget = 4 * tiny_models.VOCAB * 24  # a few groups at a time
+    loss = linear_sequence_loss(states, model.lm_head.weight, targets, mixture, layout=layout, max_logits_bytes=budget)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+
+    expected = 0.0
+    for (kind, others), of_kind in zip(negatives.items(), ranks, strict=True):
+        scores = []
+        for candidate in (completion, *others):
+            text = torch.tensor([prompt + candidate])
+            logps = model(text).logits[0, last:-1].log_softmax(-1)
+            scores.append(0.3 * logps.gather(-1, text[0, len(prompt) :, None]).sum())
+        for i, rank in enumerate(of_kind):
+            lower = [scores[j] for j, other in enumerate(of_kind) if other > rank]
+            if lower:
+                expected = expected + WEIGHTS[kind] * (torch.stack([scores[i], *lower]).logsumexp(0) - scores[i])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
