@@ -1,14 +1,18 @@
-"""One of the processes of test_sharded.py: runs every case, and process 0 saves what came of it."""
+"""One of the processes of test_sharded.py: runs every case and an ensemble; process 0 saves what came of them."""
 
 from __future__ import annotations
 
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import tiny_models
 import torch
 from sharded_cases import CASES, RANKS, run_distributed
 from torch import distributed
+
+from cpo_kernels.trainer.ensemble import EnsembleCallback
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -25,6 +29,12 @@ if __name__ == "__main__":
             results[name] = run_distributed(case, distributed.get_rank(), average)
         except Exception:
             results[name] = traceback.format_exc()
-    if distributed.get_rank() == 0:
+    first = distributed.get_rank() == 0
+    callback = EnsembleCallback(CASES["root, tied"].make(), 0.3)
+    arguments, state = SimpleNamespace(output_dir=sys.argv[1]), SimpleNamespace(is_world_process_zero=first)
+    moved = CASES["root, tied"].distribute(tiny_models.gpt2(seed=1))
+    callback.on_train_begin(arguments, state, None, model=moved)
+    callback.on_train_end(arguments, state, None, model=moved)
+    if first:
         torch.save(results, Path(sys.argv[1]) / "run.pt")
     distributed.destroy_process_group()

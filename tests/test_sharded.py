@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import transformers
 from sharded_cases import CASES, RANKS, run_alone
 from test_adapters import CASES as ADAPTERS
 from test_attach import contrast_inputs, request_for
 from torch.utils._pytree import tree_leaves
 
 from cpo_kernels import attach_linear_loss
+from cpo_kernels.trainer.ensemble import ensemble
 
 pytestmark = pytest.mark.cpu
 
@@ -29,7 +31,7 @@ def distributed_runs(tmp_path_factory):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    return torch.load(path / "run.pt")
+    return torch.load(path / "run.pt") | {"ensemble": path / "ensemble"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -44,6 +46,13 @@ def test_two_processes_equal_one(case, distributed_runs):
             torch.testing.assert_close(
                 grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name, s=step: f"{n}, step {s}: {m}"
             )
+
+
+def test_an_ensemble_is_gathered_from_the_shards(distributed_runs):
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(distributed_runs["ensemble"])
+    want = ensemble(tiny_models.gpt2(seed=1), tiny_models.gpt2(seed=0), 0.3)
+    assert type(loaded) is transformers.GPT2LMHeadModel and loaded.state_dict().keys() == want.keys()
+    assert all(torch.equal(value, want[name]) for name, value in loaded.state_dict().items())
 
 
 def empty_parameters(model) -> None:
