@@ -85,7 +85,8 @@ def all_rows(batch) -> list[int]:
 
 def shared_logits(model, batch) -> torch.Tensor:
     """Logits (N, V) of all tokens of all candidates, from packed rows."""
-    out = model(input_ids=batch.input_ids, use_cache=False, **tree_inputs(model, batch.tree))
+    inputs = tree_inputs(model, batch.tree.to(model.device))
+    out = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **inputs)
     return out.logits.flatten(0, -2)[all_rows(batch)]
 
 
@@ -94,7 +95,7 @@ def separate_logits(model, prompts, completions) -> torch.Tensor:
     parts = []
     for prompt, own in zip(prompts, completions, strict=True):
         for candidate in own:
-            ids = torch.tensor([[*prompt, *candidate[:-1]]])
+            ids = torch.tensor([[*prompt, *candidate[:-1]]], device=model.device)
             parts.append(model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :])
     return torch.cat(parts)
 
@@ -102,7 +103,7 @@ def separate_logits(model, prompts, completions) -> torch.Tensor:
 def gradients(model, logits, completions) -> dict[str, torch.Tensor]:
     """Of a loss that weighs every token differently."""
     targets = torch.tensor([token for own in completions for candidate in own for token in candidate])
-    weights = torch.linspace(-1.0, 2.0, len(targets))
+    targets, weights = targets.to(logits.device), torch.linspace(-1.0, 2.0, len(targets), device=logits.device)
     model.zero_grad(set_to_none=True)
     (functional.cross_entropy(logits, targets, reduction="none") * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -512,3 +513,15 @@ def test_adapters_of_the_weights_share_and_virtual_tokens_do_not():
     prefix = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(RuntimeError, match="virtual tokens"):
         check_prefix_sharing(peft.get_peft_model(llama(), prefix))
+
+
+def test_the_default_device_does_not_matter():
+    prompts, completions = groups()
+    model = tiny("qwen3", "sdpa")
+    expected = shared_logits(model, pack_groups(prompts, completions))
+    with torch.device("meta"):
+        batch = pack_groups(prompts, completions)
+        inputs = tree_inputs(model, batch.tree)
+        check_prefix_sharing(model)
+    logits = model(input_ids=batch.input_ids, use_cache=False, **inputs).logits
+    assert torch.equal(logits.flatten(0, -2)[all_rows(batch)], expected)

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .sharing_attention import block_pairs, find_segments, make_blocks, make_gather, with_blocks
+from .sharing_attention import with_blocks
+from .sharing_blocks import block_pairs, find_segments, make_blocks, make_gather
 from .sharing_tree import PrefixTree
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
@@ -102,11 +103,12 @@ def _make_mask(implementation: str, tree: PrefixTree, window: int | None, dtype:
 
 def tree_mask_function(tree: PrefixTree, window: int | None) -> Callable[..., Tensor]:
     """A mask function of ``transformers``: whether a query sees a key, of the indices of row, head, query and key."""
-    groups, branches, positions = tree.groups, tree.branches, tree.positions
+    # One number for group and branch, and that of the group's prompt: two comparisons instead of three.
+    prompt = tree.groups.long() << 32
+    path, positions = prompt | tree.branches, tree.positions
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        branch = branches[b, k]
-        seen = (k <= q) & (groups[b, q] == groups[b, k]) & ((branch == 0) | (branch == branches[b, q]))
+        seen = (k <= q) & ((path[b, k] == prompt[b, q]) | (path[b, k] == path[b, q]))
         return seen if window is None else seen & (positions[b, q] - positions[b, k] < window)
 
     return allowed

@@ -38,7 +38,7 @@ class SharedBatch:
     """What :func:`pack_groups` makes of a batch.
 
     Attributes:
-        input_ids: (B, L) int64, padded at the end.
+        input_ids: (B, L) int64 on the host, padded at the end.
         tree: the tree of these positions.
         rows: ``rows[g][c][t]`` is the position, of the B * L flattened ones, that predicts token t of candidate c of
             group g; for t = 0 it is the last one of the group's prompt, whatever the candidate.
@@ -76,17 +76,18 @@ def pack_groups(
     lengths = [len(p) + sum(len(c) - 1 for c in cs) for p, cs in zip(prompts, completions, strict=True)]
     bins = _fill_rows(lengths, max_row_tokens)
     shape = len(bins), max(sum(lengths[g] for g in members) for members in bins)
-    input_ids = torch.full(shape, pad_token_id)
-    groups, branches = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
-    positions = torch.zeros(shape, dtype=torch.int64)
+    input_ids = torch.full(shape, pad_token_id, device="cpu")
+    groups, branches = (torch.full(shape, fill, dtype=torch.int32, device="cpu") for fill in (-1, 0))
+    positions = torch.zeros(shape, dtype=torch.int64, device="cpu")
     rows: list[list[list[int]]] = [[] for _ in prompts]
     for b, members in enumerate(bins):
         start = 0
         for g in members:
             stop = start + lengths[g]
             ids, numbers, depths, rows[g] = _lay_out(prompts[g], completions[g], b * shape[1] + start)
-            input_ids[b, start:stop], groups[b, start:stop] = torch.tensor(ids), g
-            branches[b, start:stop], positions[b, start:stop] = torch.tensor(numbers), torch.tensor(depths)
+            groups[b, start:stop] = g
+            for tensor, values in ((input_ids, ids), (branches, numbers), (positions, depths)):
+                tensor[b, start:stop] = torch.tensor(values, device="cpu")
             start = stop
     return SharedBatch(input_ids, PrefixTree(groups, branches, positions), rows)
 
