@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import gpt2, llama
 from torch.nn import functional
+from torch.nn.attention.bias import CausalBias
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
@@ -311,6 +312,20 @@ def test_attention_by_branches_is_attention_with_the_dense_mask(name, window):
     plain = mask.as_subclass(torch.Tensor)
     for got, expected in zip(attention(mask, tensors, real), attention(plain, tensors, real), strict=True):
         assert_same(got, expected)
+
+
+@pytest.mark.parametrize("name", ["equal lengths", "equal prompts"])
+def test_the_mask_that_the_flash_kernel_knows_is_the_dense_one(name, monkeypatch):
+    options = dict(TREES[name])
+    tree = pack_groups(*groups(lengths=options.pop("lengths")), **options).tree
+    mask = tree_inputs(tiny("llama", "sdpa"), tree)["attention_mask"]
+    tensors = [torch.randn(*tree.groups.shape, 3, 8).transpose(1, 2) for _ in range(3)]
+    expected = attention(mask.as_subclass(torch.Tensor), tensors, tree.groups >= 0)
+    bias = mask.blocks._mask(torch.device("cuda"))
+    assert isinstance(bias, CausalBias)
+    monkeypatch.setattr(type(mask.blocks), "_mask", lambda *_: bias)
+    for got, want in zip(attention(mask, tensors, tree.groups >= 0), expected, strict=True):
+        assert_same(got, want)
 
 
 def test_branches_are_used_where_they_are_less_work():

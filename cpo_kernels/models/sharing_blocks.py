@@ -31,9 +31,9 @@ class Segments:
 def find_segments(tree: PrefixTree) -> Segments | None:
     """The branches of a tree, or None where a group is not one run of its prompt and its candidates.
 
-    A tree on a GPU is copied to the host, which waits for it.
+    A tree on a GPU is copied to the host, which waits for the GPU once.
     """
-    groups, branches = tree.groups.cpu(), tree.branches.cpu()
+    groups, branches = torch.stack([tree.groups, tree.branches]).cpu()
     batch, length = groups.shape
     change = torch.ones(batch, length, dtype=torch.bool, device=HOST)
     change[:, 1:] = (groups[:, 1:] != groups[:, :-1]) | (branches[:, 1:] != branches[:, :-1])
