@@ -142,6 +142,20 @@ def test_statistics_equal_the_models_own_logits(model):
     assert not out.token_logps.requires_grad
 
 
+def test_samples_of_a_token_with_a_seed_of_its_own():
+    """Several of each token, the same whatever shares the call."""
+    ids, targets, layout, _ = contrast_inputs()
+    model, seeds = attach_linear_loss(tiny_models.llama()), torch.arange(len(targets)) + 7
+
+    def samples(part: slice) -> torch.Tensor:
+        request = StatisticsRequest(targets[part], layout.rows[part], seed=seeds[part], num_samples=5)
+        return model(ids, linear_loss=request).samples
+
+    everything = samples(slice(None))
+    assert everything.shape == (len(targets), 5)
+    assert torch.equal(samples(slice(3, 6)), everything[3:6])
+
+
 def test_without_the_keyword_the_model_is_as_before(model):
     ids = contrast_inputs()[0]
     before = model(ids, labels=ids)
@@ -197,6 +211,17 @@ def test_saved_and_loaded_under_its_own_name(tmp_path):
     assert type(loaded) is transformers.LlamaForCausalLM
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_compiled_without_a_break():
+    ids, targets, layout, ref_logps = contrast_inputs()
+    model = attach_linear_loss(tiny_models.gpt2(n_layer=1))
+    want = model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got = compiled(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in (want, got)]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
 
 
 def test_generate_still_works():
