@@ -177,16 +177,23 @@ def test_a_short_last_accumulation_is_weighed_by_what_it_holds(tmp_path):
         torch.testing.assert_close(parameters(runs[1])[name], whole, rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_equal_one(tmp_path):
-    """DDP over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""
-    worker = Path(__file__).parent / "ddp_worker.py"
+# What two processes train in distributed_worker.py: negatives of every kind.
+DISTRIBUTED = {"optim": "sgd", "num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "beta": 0.5}
+DISTRIBUTED |= {"autoregressive_every": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path, how):
+    """Over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""
+    worker = Path(__file__).parent / "distributed_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*command, str(tmp_path), how], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     parts = torch.load(tmp_path / "run.pt")
+    assert parts["sharded"] == (how == "fsdp2")
 
-    kwargs = {"per_device_train_batch_size": 8, "optim": "sgd", "eval_dataset": tiny_models.examples(8, seed=5)}
+    kwargs = {"per_device_train_batch_size": 8, "eval_dataset": tiny_models.examples(8, seed=5), **DISTRIBUTED}
     whole = trainer(tmp_path, **kwargs)
     whole.train()
     metrics = whole.evaluate()

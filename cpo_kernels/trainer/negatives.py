@@ -35,7 +35,6 @@ class Negatives:
         head: options of the head.
         autocast: the context of forward passes.
         device: of the model.
-        process: index of this process.
         synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
     """
 
@@ -46,7 +45,6 @@ class Negatives:
     head: dict[str, Any]
     autocast: Callable[[], AbstractContextManager]
     device: torch.device
-    process: int = 0
     synced_gpus: bool = False
     store: Store = field(default_factory=Store)
 
@@ -93,7 +91,7 @@ class Negatives:
         if self.config.resample_negatives:
             self.store.forget_before(steps[0][0])
         missing = self.store.missing(list(dict.fromkeys(keys)))
-        if missing:
+        if missing or self.synced_gpus:
             written = self._write(examples, [index for _, index in missing], steps[0][0])
             self.store.negatives.update(zip(missing, written, strict=True))
 
@@ -119,11 +117,9 @@ class Negatives:
 
     def _write(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
         prompts = [examples.prompts[index] for index in indices]
-        truths = [examples.completions[index] for index in indices]
+        sampling = sampling_of(self.config, examples, self.seed, step)
         with self.autocast():
-            return self._writer()(
-                prompts, sampling_of(self.config, prompts, truths, self.seed, step, self.process, *indices)
-            )
+            return self._writer()(prompts, indices, sampling)
 
     def _writer(self) -> Write:
         count = self.config.num_autoregressive_negatives

@@ -80,7 +80,7 @@ def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) 
     return digest.hexdigest()
 
 
-def save_fingerprint(value: str, checkpoint: str) -> None:
+def save_fingerprint(value: str, checkpoint: str | Path) -> None:
     """Leave the reference's fingerprint in a checkpoint, in place of the reference itself."""
     Path(checkpoint, FILE_NAME).write_text(json.dumps({"fingerprint": value}), encoding="utf-8")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -21,6 +21,7 @@ from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss,
 
 from .along_truth import scheduled_conditions
 from .batch import ContrastBatch, body_inputs, layout_of
+from .checkpoints import last_complete_checkpoint
 from .config import KINDS, CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
 from .metrics import MetricSums, contrast_metrics
@@ -36,8 +37,8 @@ class CPOTrainer(Trainer):
     """Trains a causal language model on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
 
     The body of the model runs once a step and its head never: the loss comes from the hidden states, without logits.
-    Batch, truncation and mean-field negatives are a pure function of (seed, optimizer step, example, model), so a batch
-    of 8 and 4 accumulated batches of 2 give the same gradients; a resumed run equals an uninterrupted one.
+    Negatives are a pure function of (seed, optimizer step, example) and of the model that draws them, so a batch of 8
+    and 4 accumulated batches of 2 give the same gradients, and a resumed run equals an uninterrupted one.
 
     Logs ``loss, contrastive_loss, nll_loss, rewards/chosen, rewards/rejected, margin, accuracy, accuracy/KIND`` as
     means over the logging window, and for every metric that was NaN or Inf its count as ``nonfinite/NAME``.
@@ -150,7 +151,6 @@ class CPOTrainer(Trainer):
             head=self._head_options,
             autocast=self.accelerator.autocast,
             device=self.args.device,
-            process=self.accelerator.process_index,
             synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
 
@@ -238,11 +238,23 @@ class CPOTrainer(Trainer):
                 return
             self._upcoming.append([batch["index"].tolist() for batch in batches])
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``Trainer.train``."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See ``Trainer.train``; ``resume_from_checkpoint=True`` goes on from the last one written to its end.
+
+        Raises:
+            ValueError: no such checkpoint, or one that was trained with another reference.
+        """
         self._epoch_iterator = None
         self._negatives.store.negatives.clear()
-        return super().train(*args, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+        if resume_from_checkpoint:
+            if self._fingerprint is not None:
+                check_fingerprint(self._fingerprint, resume_from_checkpoint)
+            self._negatives.store.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inputs(
         self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
@@ -419,10 +431,13 @@ class CPOTrainer(Trainer):
             # Scores that are computed before training need no copy.
             ref_model = policy if self.args.reference == "precomputed" else copy.deepcopy(policy)
         attach_linear_loss(ref_model)
-        if ref_model is not policy:
-            ref_model.eval().requires_grad_(False).to(self.args.device)
-            self.ref_model = ref_model
-        return Reference(lambda: ref_model, adapters=False)
+        if ref_model is policy:
+            return Reference(lambda: self._policy, adapters=False)
+        self.ref_model = ref_model.eval().requires_grad_(False).to(self.args.device)
+        reference = Reference(lambda: cast(torch.nn.Module, self.ref_model), adapters=False)
+        if self.accelerator.is_fsdp2:
+            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
+        return reference
 
     def _precompute_reference(self) -> dict[int, ReferenceScores]:
         """The scores of the trainer's data sets by their identity; the reference is not needed after that."""
@@ -457,24 +472,19 @@ class CPOTrainer(Trainer):
             assert logps is not None
             return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
 
-        directory = Path(self.args.reference_cache or os.path.join(str(self.args.output_dir), "reference_scores"))
+        directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
         size = self.args.per_device_eval_batch_size
         return load_or_compute(directory, key, len(examples), size, score, self.accelerator)
 
     # Checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoint = os.path.join(self._get_output_dir(trial=trial), name)
+        checkpoint = Path(self._get_output_dir(trial=trial), name)
+        checkpoint.mkdir(parents=True, exist_ok=True)
         if self._fingerprint is not None and self.args.should_save:
             save_fingerprint(self._fingerprint, checkpoint)
         if self.args.num_autoregressive_negatives:
-            self._negatives.store.forget_before(self.state.global_step)
             self._negatives.store.save(checkpoint, self.accelerator.process_index)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        if self._fingerprint is not None:
-            check_fingerprint(self._fingerprint, resume_from_checkpoint)
-        self._negatives.store.load(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The state of Trainer comes last: a checkpoint that has it has everything.
+        super()._save_checkpoint(model, trial)

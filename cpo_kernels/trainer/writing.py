@@ -13,11 +13,13 @@ from torch import nn
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
 
 from .config import CPOConfig
+from .data import TokenizedExamples
 
 FILE_NAME = "autoregressive-{process}.json"
 
 Key = tuple[int, int]  # (step, index of the example)
-Write = Callable[[Sequence[Sequence[int]], Sampling], list[list[list[int]]]]
+# From prompts, the indices of their examples, and how to sample, to negatives of each.
+Write = Callable[[Sequence[Sequence[int]], Sequence[int], Sampling], list[list[list[int]]]]
 
 
 class Store:
@@ -34,7 +36,7 @@ class Store:
         """Drop what belongs to steps before ``step``."""
         self.negatives = {key: own for key, own in self.negatives.items() if key[0] >= step}
 
-    def save(self, checkpoint: str, process: int) -> None:
+    def save(self, checkpoint: str | Path, process: int) -> None:
         """Leave what is not yet used in a checkpoint: a resumed run must not write it anew with another model."""
         entries = [[*key, own] for key, own in self.negatives.items()]
         Path(checkpoint, FILE_NAME.format(process=process)).write_text(json.dumps(entries), encoding="utf-8")
@@ -47,19 +49,17 @@ class Store:
                 self.negatives[step, index] = own
 
 
-def sampling_of(
-    config: CPOConfig, prompts: Sequence[Sequence[int]], truths: Sequence[Sequence[int]], *key: int
-) -> Sampling:
-    """How negatives are sampled behind some prompts, as a function of ``key``.
+def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:
+    """How negatives of some examples are sampled, as a function of ``key``.
 
-    Their length is at most the configured one or else that of the longest ground truth, and never more than what
-    ``max_length`` leaves behind the longest prompt.
+    Their length is at most the configured one, or else that of the longest ground truth, and never more than what
+    ``max_length`` leaves behind the longest prompt: of all the data, so that no example depends on its neighbours.
     """
-    longest = config.autoregressive_max_new_tokens or max(map(len, truths))
+    longest = config.autoregressive_max_new_tokens or max(map(len, examples.completions))
     return Sampling(
         temperature=config.autoregressive_temperature,
         top_p=config.autoregressive_top_p,
-        max_new_tokens=min(longest, config.max_length - max(map(len, prompts))),
+        max_new_tokens=min(longest, config.max_length - max(map(len, examples.prompts))),
         batch_size=config.autoregressive_batch_size,
         seed=int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little"),
     )
@@ -70,9 +70,16 @@ def write_with_model(model: nn.Module, tokenizer: Any, count: int, synced_gpus: 
     eos = tokenizer.eos_token_id
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
-    def write(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[list[int]]]:
+    def write(prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> list[list[list[int]]]:
         return autoregressive_negatives(
-            model, prompts, count, eos_token_id=eos, pad_token_id=pad, sampling=sampling, synced_gpus=synced_gpus
+            model,
+            prompts,
+            count,
+            eos_token_id=eos,
+            pad_token_id=pad,
+            sampling=sampling,
+            keys=indices,
+            synced_gpus=synced_gpus,
         )
 
     return write
@@ -85,7 +92,7 @@ def write_with_endpoint(endpoint: CompletionsEndpoint, tokenizer: Any, count: in
         tokens = tokenizer(completion.text, add_special_tokens=False)["input_ids"]
         return [*tokens, tokenizer.eos_token_id] if completion.ended or not tokens else tokens
 
-    def write(prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[list[int]]]:
+    def write(prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> list[list[list[int]]]:
         texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
         return [[ids(own) for own in group] for group in endpoint.negatives(texts, count, sampling)]
 
