@@ -17,7 +17,7 @@ from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
 from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 
 from .errors import InputError, input_errors
-from .inputs import Inputs, load_model, load_tokenizer
+from .inputs import ADAPTERS, Inputs, load_model, load_tokenizer
 from .parsing import Settings, parse
 
 KEY_VARIABLE = "CPO_KERNELS_JUDGE_KEY"
@@ -28,11 +28,11 @@ def run(arguments: Sequence[str]) -> None:
     settings = parse(arguments)
     options, config = settings.run, settings.training
     name = _checkpoint(settings)
-    inputs = Inputs(settings)
+    tokenizer = load_tokenizer(name, options)
+    inputs = Inputs(settings, tokenizer)
     examples = inputs.eval_examples()
     if examples is None:
         raise InputError("there are no held-out examples; give eval_data, eval_split or eval_fraction")
-    tokenizer = load_tokenizer(name, options)
     with input_errors(TypeError):
         data = tokenize_examples(
             examples, tokenizer, max_length=config.max_length, max_prompt_length=config.prompt_budget
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     generates = options.eval_generations != 0
     judge = _judge(settings) if generates else None
-    model, reference = load_model(name, options), inputs.model() if options.eval_reference else None
+    model, reference = inputs.trained_model(name), inputs.model() if options.eval_reference else None
     with input_errors():
         report = evaluate_model(
             model,
@@ -64,9 +64,7 @@ def run(arguments: Sequence[str]) -> None:
 def _checkpoint(settings: Settings) -> str:
     name = settings.run.checkpoint or str(settings.training.output_dir)
     here = Path(name)
-    if settings.run.checkpoint is None and not any(
-        (here / file).is_file() for file in ("config.json", "adapter_config.json")
-    ):
+    if settings.run.checkpoint is None and not any((here / file).is_file() for file in ("config.json", ADAPTERS)):
         raise InputError(f"there is no trained model in output_dir={name}; train it first, or give checkpoint")
     return name
 
@@ -110,7 +108,7 @@ def _callable(name: str) -> Judge:
     except (ImportError, AttributeError) as error:
         raise InputError(f"judge: there is no {name}: {error}") from error
     if not callable(judge):
-        raise InputError(f"judge: {name} is a {type(judge).__name__}, not a function")
+        raise InputError(f"judge: {name} is of type {type(judge).__name__}, not a function")
     return judge
 
 

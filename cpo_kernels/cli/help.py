@@ -6,7 +6,7 @@ import dataclasses
 import textwrap
 from collections.abc import Iterable
 
-from .options import DataOptions, DryRunOptions, EvaluationOptions, ModelOptions, NegativesOptions, RunConfig
+from .options import CourseOptions, DataOptions, DryRunOptions, EvaluationOptions, ModelOptions, NegativesOptions
 
 WIDTH = 100
 COMMANDS = {
@@ -118,8 +118,7 @@ def overview() -> str:
 
 def of(command: str) -> str:
     """The text of ``cpo-kernels COMMAND --help``."""
-    resume = {item.name: item.metadata["help"] for item in dataclasses.fields(RunConfig) if item.name == "resume"}
-    model, data, dry_run = (_group(cls) for cls in (ModelOptions, DataOptions, DryRunOptions))
+    model, data, course, dry_run = map(_group, (ModelOptions, DataOptions, CourseOptions, DryRunOptions))
     ahead, evaluation = _group(NegativesOptions), _group(EvaluationOptions)
     made = {"negatives_file": ahead[1]["negatives_file"]}
     groups = {
@@ -128,7 +127,8 @@ def of(command: str) -> str:
             (data[0], data[1] | made),
             ("Objective", OBJECTIVE),
             ("Negatives of each example", KINDS),
-            ("Training", TRAINING | resume),
+            ("Training", TRAINING),
+            course,
             dry_run,
         ],
         "negatives": [ahead, ("How they are written", WRITING), model, data, dry_run],

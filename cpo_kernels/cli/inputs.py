@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -17,19 +18,33 @@ from .parsing import Settings
 from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 TOKENIZER_ROWS = 64  # of a dry run
+ADAPTERS = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+NO_DATA = "data is not given: the training examples"
 HELD_OUT_SEED = 0  # the same examples are held out by every command
 
 
 class Inputs:
-    """What a command works on: the tokenizer at once, the rest when it is asked for."""
+    """What a command works on, read when it is asked for.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: what the command is to do.
+        tokenizer: the tokenizer, where it is not the one that the configuration names.
+    """
+
+    def __init__(self, settings: Settings, tokenizer: Any = None) -> None:
         self.settings, self.run = settings, settings.run
-        if self.run.data is None and self.run.negatives_file is None:
-            raise InputError("data is not given: the training examples")
-        self.data = self._source(self.run.data)
-        self.tokenizer = self._tokenizer()
+        self._given_tokenizer = tokenizer
+
+    @cached_property
+    def data(self) -> str | None:
+        """Where the training examples come from."""
+        return self._source(self.run.data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model to start from."""
+        return self._tokenizer() if self._given_tokenizer is None else self._given_tokenizer
 
     def _source(self, source: str | None) -> str | None:
         """Where to read; a dry run does not ask the hub."""
@@ -44,8 +59,11 @@ class Inputs:
 
     def _tokenizer(self) -> Any:
         if self.run.tiny:
+            source = self.data or self.run.negatives_file or self._source(self.run.eval_data)
+            if source is None:
+                raise InputError(NO_DATA)
             with input_errors(RuntimeError):
-                rows, _ = read_rows(str(self.data or self.run.negatives_file), split=self.run.data_split)
+                rows, _ = read_rows(source, split=self.run.data_split)
             return tiny_tokenizer(islice(rows, TOKENIZER_ROWS))
         name = self.run.tokenizer or self.run.model
         if name is None:
@@ -81,10 +99,19 @@ class Inputs:
         with input_errors():
             return peft.get_peft_model(model, config)
 
+    def trained_model(self, name: str) -> Any:
+        """A trained model; adapters are put on the model to start from."""
+        if not Path(name, ADAPTERS).is_file():
+            return load_model(name, self.run)
+        import peft
+
+        with input_errors(RuntimeError):
+            return peft.PeftModel.from_pretrained(self.model(), name)
+
     def train_examples(self) -> Sequence[Any]:
         """All of the data but what is held out."""
         if self.data is None:
-            raise InputError("data is not given: the training examples")
+            raise InputError(NO_DATA)
         examples = self._load(self.data, self.run.data_split, self.run.max_examples)
         return examples if not self.run.eval_fraction else self._split(examples)[0]
 
@@ -152,7 +179,7 @@ def load_tokenizer(name: str, run: RunConfig) -> Any:
 
 
 def load_model(name: str, run: RunConfig) -> Any:
-    """A model from a directory or the hub; a directory of adapters is put on the model that it says."""
+    """A model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
     if run.torch_dtype not in DTYPES:

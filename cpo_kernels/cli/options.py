@@ -123,10 +123,19 @@ class DryRunOptions:
 
 
 @dataclass
-class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, DryRunOptions):
-    """All of them; the fields of a configuration file are these and those of ``CPOConfig``."""
+class CourseOptions:
+    """Course of a run."""
 
     resume: str = _option("auto", "auto: go on from the last checkpoint in output_dir; none; or a checkpoint.")
+    ensemble_with: str | None = _option(
+        None, "At the end, also write the average of the weights with those of this model, to ensemble in output_dir."
+    )
+    ensemble_alpha: float = _option(0.5, "Weight of the trained model in it.")
+
+
+@dataclass
+class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, CourseOptions, DryRunOptions):
+    """All of them; the fields of a configuration file are these and those of ``CPOConfig``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:

@@ -53,7 +53,7 @@ def parse(arguments: Sequence[str]) -> Settings:
     given |= overrides
     with input_errors(TypeError, ImportError):
         run, training = (_construct(cls, given) for cls in (RunConfig, CPOConfig))
-    if training.output_dir is None:
+    if "output_dir" not in given:
         raise InputError("output_dir is not given: the directory to write to")
     return Settings(run, training, given)
 

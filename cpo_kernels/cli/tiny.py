@@ -73,6 +73,7 @@ DROPPED = (
     "eval_steps",
     "save_steps",
     "data_name",
+    "ensemble_with",
     "dataloader_prefetch_factor",
     "torch_compile_mode",
     "torch_compile_backend",
@@ -96,6 +97,8 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
         values |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
         if str(values.get("attn_implementation", "")).startswith("flash"):
             values["attn_implementation"] = "sdpa"
+    if values.get("eval_fraction"):
+        values["eval_fraction"] = max(values["eval_fraction"], 0.25)  # of so few, one alone has no batch negatives
     values["output_dir"] = f"{str(values.get('output_dir') or 'trainer_output').rstrip('/')}-tiny"
     if values.get("negatives_file") is not None:
         path = Path(values["negatives_file"])

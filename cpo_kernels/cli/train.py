@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from cpo_kernels.trainer import CPOTrainer
+from cpo_kernels.trainer.ensemble import EnsembleCallback
 from cpo_kernels.trainer.loading import load_examples
 
 from .errors import InputError, input_errors
@@ -36,10 +38,10 @@ def run(arguments: Sequence[str]) -> None:
             print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_state()
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
+    trainer.save_state()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         _print_metrics(metrics)
@@ -65,7 +67,13 @@ def make_trainer(settings: Settings) -> CPOTrainer:
             train_dataset=examples,
             eval_dataset=held_out,
             processing_class=inputs.tokenizer,
+            callbacks=_callbacks(settings),
         )
+
+
+def _callbacks(settings: Settings) -> list[TrainerCallback]:
+    other = settings.run.ensemble_with
+    return [] if other is None else [EnsembleCallback(other, settings.run.ensemble_alpha)]
 
 
 def _train_examples(inputs: Inputs) -> Sequence[Any]:

@@ -1,0 +1,231 @@
+"""``cpo-kernels negatives``: what it writes, that training reads it, and that an interruption loses nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+import pytest
+import tiny_models
+import torch
+from cli_models import save_model, write_config, write_examples
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cpo_kernels.__main__ import main
+from cpo_kernels.cli import writers
+from cpo_kernels.cli.parsing import parse
+from cpo_kernels.cli.train import make_trainer
+from cpo_kernels.negatives import similarity_ranks
+from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
+from cpo_kernels.negatives.completions import Completion
+
+pytestmark = pytest.mark.cpu
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    return {"model": save_model(folder / "model"), "data": write_examples(folder / "data.jsonl", 10)}
+
+
+@pytest.fixture
+def config(shared, tmp_path):
+    def write(**values) -> str:
+        usual = {"negatives_file": str(tmp_path / "negatives.jsonl"), "negatives_count": COUNT, "negatives_part": 4}
+        usual |= {"autoregressive_max_new_tokens": 5, "autoregressive_temperature": 0.7, "seed": 3}
+        return write_config(tmp_path / "run.yaml", **(shared | usual | values))
+
+    return write
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The first example of each part that the model writes for; the call numbered ``calls.fail_at`` raises."""
+
+    class Calls(list):
+        fail_at = None
+
+    calls, call = Calls(), writers.ModelWriter.__call__
+
+    def counted(self, prompts, ids, first, count, sampling):
+        if len(calls) == calls.fail_at:
+            raise KeyboardInterrupt
+        calls.append(first)
+        return call(self, prompts, ids, first, count, sampling)
+
+    monkeypatch.setattr(writers.ModelWriter, "__call__", counted)
+    return calls
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def drawn(shared) -> list[list[list[int]]]:
+    """What the model writes, without the command."""
+    tokenizer = AutoTokenizer.from_pretrained(shared["model"])
+    model = AutoModelForCausalLM.from_pretrained(shared["model"])
+    prompts = tokenizer([row["prompt"] for row in tiny_models.examples(10)])["input_ids"]
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    sampling = Sampling(temperature=0.7, max_new_tokens=5, seed=3)
+    return autoregressive_negatives(model, prompts, COUNT, sampling=sampling, **special)
+
+
+def test_the_file_holds_what_the_model_writes(shared, config, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared["model"])
+    assert main(["negatives", config()]) == 0
+    got = rows(tmp_path / "negatives.jsonl")
+    expected = [tokenizer.batch_decode(own, skip_special_tokens=True) for own in drawn(shared)]
+    assert [row["negatives"] for row in got] == [[text for text in own if text] for own in expected]
+    assert [{name: row[name] for name in ("prompt", "completion")} for row in got] == tiny_models.examples(10)
+    assert all(row["kinds"] == ["autoregressive"] * len(row["negatives"]) for row in got)
+
+
+def test_training_reads_the_file(shared, config, tmp_path, capsys):
+    path = config(negatives_file=str(tmp_path / "negatives.parquet"), negatives_format="ids")
+    assert main(["negatives", path]) == 0
+    table = Dataset.from_parquet(str(tmp_path / "negatives.parquet"))
+    eos = AutoTokenizer.from_pretrained(shared["model"]).eos_token_id
+    expected = [[ids for ids in own if ids != [eos]] for own in drawn(shared)]
+    assert table["negatives"][:] == expected
+    trainer = make_trainer(parse([path]))
+    data = trainer.train_dataset
+    ended = [[ids if ids[-1] == eos else [*ids, eos] for ids in own] for own in expected]
+    assert [[list(ids) for ids in own] for own in data.negatives] == ended
+    assert list(data.kinds) == [["autoregressive"] * len(own) for own in expected]
+    assert main(["train", path]) == 0
+    assert "saved to" in capsys.readouterr().out
+
+
+def test_ranks_are_those_of_the_hidden_states(shared, config, tmp_path):
+    """Means of the model's hidden states over the rows that predict a candidate, one candidate at a time."""
+    path = config(negatives_format="ids", negatives_ranking="similarity")
+    assert main(["negatives", path]) == 0
+    model = AutoModelForCausalLM.from_pretrained(shared["model"])
+    for row in rows(tmp_path / "negatives.jsonl"):
+        means = []
+        for candidate in (row["completion"], *row["negatives"]):
+            ids = torch.tensor([[*row["prompt"], *candidate[:-1]]])
+            with torch.no_grad():
+                hidden = model.transformer(ids).last_hidden_state[0]
+            means.append(hidden[len(row["prompt"]) - 1 :].mean(0))
+        assert row["ranks"] == similarity_ranks(torch.stack(means), [0, len(means)])[1:]
+
+
+def test_negatives_that_examples_bring_are_kept(config, tmp_path):
+    path = tmp_path / "data.jsonl"
+    own = [row | {"negatives": ["the mat"], "ranks": [2]} for row in tiny_models.examples(2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in own))
+    assert main(["negatives", config(data=str(path), negatives_count=1)]) == 0
+    for row in rows(tmp_path / "negatives.jsonl"):
+        assert row["negatives"][0] == "the mat"
+        assert row["kinds"] == ["given", "autoregressive"][: len(row["kinds"])]
+        assert row["ranks"] == [2, 3][: len(row["kinds"])]
+
+
+# Interruptions
+
+
+def test_an_interruption_loses_nothing(config, calls, tmp_path):
+    """Parts that are there are not written again, and the file is that of an uninterrupted call."""
+    whole = tmp_path / "whole.jsonl"
+    assert main(["negatives", config(), "--negatives_file", str(whole)]) == 0
+    assert calls == [0, 4, 8]
+    calls.clear()
+    calls.fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        main(["negatives", config()])
+    assert not (tmp_path / "negatives.jsonl").exists()
+    calls.clear()
+    calls.fail_at = None
+    assert main(["negatives", config()]) == 0
+    assert calls == [8]
+    assert (tmp_path / "negatives.jsonl").read_text() == whole.read_text()
+
+
+def test_a_finished_file_is_left_alone(config, calls, tmp_path, capsys):
+    assert main(["negatives", config()]) == 0
+    calls.clear()
+    before = (tmp_path / "negatives.jsonl").stat().st_mtime_ns
+    assert main(["negatives", config()]) == 0
+    assert calls == []
+    assert (tmp_path / "negatives.jsonl").stat().st_mtime_ns == before
+    assert "is complete" in capsys.readouterr().out
+    assert main(["negatives", config(seed=4)]) == 0  # other negatives are asked for
+    assert calls == [0, 4, 8]
+
+
+def test_a_mended_line_costs_its_part(config, calls, tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    good = [json.dumps(row) for row in tiny_models.examples(10)]
+    path.write_text("\n".join(good))
+    calls.fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        main(["negatives", config(data=str(path))])
+    path.write_text("\n".join([*good[:5], '{"prompt": "the"}', *good[6:]]))
+    calls.clear()
+    calls.fail_at = None
+    assert main(["negatives", config(data=str(path))]) == 2
+    assert "data.jsonl:6: example 5 has no 'completion'" in capsys.readouterr().err
+    assert calls == []
+    path.write_text("\n".join([*good[:5], json.dumps({"prompt": "the cat", "completion": "ran on"}), *good[6:]]))
+    assert main(["negatives", config(data=str(path))]) == 0
+    assert calls == [4, 8]
+
+
+# A server
+
+
+class Server:
+    """In place of ``CompletionsEndpoint``: it answers with the prompt and its number, and fails when told to."""
+
+    asked: ClassVar[list[tuple[list[str], int, int]]] = []
+    fails = False
+
+    def __init__(self, url, model, api_key=None):
+        self.url, self.model = url, model
+        assert api_key is None
+
+    def negatives(self, prompts, count, sampling):
+        if Server.fails and len(Server.asked) == 1:
+            raise RuntimeError(f"{self.url} gave no completions of {self.model} for prompt 0: time-out")
+        Server.asked.append((list(prompts), count, sampling.seed))
+        return [[Completion(f"the {prompt}", ended=k == 0) for k in range(count)] for prompt in prompts]
+
+
+def test_a_server_writes(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(writers, "CompletionsEndpoint", Server)
+    Server.asked, Server.fails = [], True
+    path = config(autoregressive_url="http://127.0.0.1:1/v1", autoregressive_model="big", negatives_count=2)
+    assert main(["negatives", path]) == 2
+    assert "http://127.0.0.1:1/v1 gave no completions of big for prompt 0: time-out" in capsys.readouterr().err
+    Server.fails = False
+    assert main(["negatives", path]) == 0
+    prompts = [row["prompt"] for row in tiny_models.examples(10)]
+    assert [(asked[0], asked[1]) for asked in Server.asked] == [(prompts[i : i + 4], 2) for i in (0, 4, 8)]
+    assert len({seed for _, _, seed in Server.asked}) == 3
+    got = rows(tmp_path / "negatives.jsonl")
+    assert [row["negatives"] for row in got] == [[f"the {prompt}"] * 2 for prompt in prompts]
+
+
+def test_a_server_needs_an_embedding_model_for_ranks(config, monkeypatch, capsys):
+    monkeypatch.setattr(writers, "CompletionsEndpoint", Server)
+    path = config(autoregressive_url="http://127.0.0.1:1/v1", autoregressive_model="big")
+    assert main(["negatives", path, "--negatives_ranking", "similarity"]) == 2
+    assert "negatives_ranking='similarity' needs an embedding_model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"negatives_file": None}, "negatives_file is not given"),
+        ({"negatives_file": "n.csv"}, "negatives_file must end with .parquet or .jsonl, got n.csv"),
+        ({"data": "none.jsonl"}, "there is no file none.jsonl"),
+    ],
+)
+def test_mistakes(config, capsys, values, message):
+    assert main(["negatives", config(**values)]) == 2
+    assert message in capsys.readouterr().err
