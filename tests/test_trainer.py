@@ -72,7 +72,7 @@ def dense_loss(model, reference, run: CPOTrainer, indices, step: int) -> torch.T
 
     contrasts, nll, count = [], 0.0, 0
     for index in indices:
-        batch = run._build_batch(run.train_dataset, [index], step, contrast=True)
+        batch = run._batches.build(run.train_dataset, [index], step, contrast=True)
         prompt = run.train_dataset.prompts[index]
         scores = []
         for c, completion in enumerate(segment.tokens for segment in batch.segments):

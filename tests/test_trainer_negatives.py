@@ -287,7 +287,7 @@ def test_negatives_that_are_not_resampled_are_written_once(tmp_path, monkeypatch
         tmp_path, num_autoregressive_negatives=1, num_batch_negatives=1, resample_negatives=False, max_steps=6
     )
     seen: dict[int, list] = {}
-    build = run._build_batch
+    build = run._batches.build
 
     def record(examples, indices, step, contrast):
         batch = build(examples, indices, step, contrast)
@@ -296,7 +296,7 @@ def test_negatives_that_are_not_resampled_are_written_once(tmp_path, monkeypatch
             assert seen.setdefault(index, own) == own
         return batch
 
-    monkeypatch.setattr(run, "_build_batch", record)
+    monkeypatch.setattr(run._batches, "build", record)
     run.train()
     assert len(seen) == 16
 

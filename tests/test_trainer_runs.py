@@ -1,4 +1,4 @@
-"""Whole runs: killed and resumed, with adapters, with checkpointed activations, with the rest of what Trainer offers."""
+"""Whole runs: killed and resumed, with adapters, with checkpointed activations, and the rest of what Trainer offers."""
 
 from __future__ import annotations
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, finish, is_wrong, token_seeds
 
@@ -16,8 +12,8 @@ from .along_truth import Passage, draw
 from .batch import Negative
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .reference import Reference, evaluating
 from .sampler import NegativeSampler
+from .sources import Sources
 from .writing import Store, Write, sampling_of, write_with_endpoint, write_with_model
 
 EVALUATION_STEP = -1  # the same negatives in every evaluation
@@ -30,22 +26,13 @@ class Negatives:
     Args:
         config: how many of which kind, and how they are made.
         tokenizer: for EOS, and for text that a server takes and gives.
-        model: returns the model that is trained.
-        reference: its frozen reference, if there is one.
-        head: options of the head.
-        autocast: the context of forward passes.
-        device: of the model.
-        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+        sources: the models that draw.
+        store: autoregressive negatives that are written and not yet used.
     """
 
     config: CPOConfig
     tokenizer: Any
-    model: Callable[[], nn.Module]
-    reference: Reference | None
-    head: dict[str, Any]
-    autocast: Callable[[], AbstractContextManager]
-    device: torch.device
-    synced_gpus: bool = False
+    sources: Sources
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
@@ -67,6 +54,19 @@ class Negatives:
             num_truncation_negatives=counts["truncation"],
             seed=self.seed,
         )
+
+    def check(self, examples: TokenizedExamples) -> None:
+        """Raise ``ValueError`` if an example would be contrasted with nothing."""
+        counts = self.config.negative_counts(examples.brings_negatives)
+        if not self.config.contrasts or examples.negatives is None or any(counts.values()):
+            return
+        for index, own in enumerate(examples.negatives):
+            if not own:
+                raise ValueError(f"example {index} brings no negatives and none are drawn for it")
+
+    def any_for(self, examples: TokenizedExamples) -> bool:
+        """Whether these examples have negatives."""
+        return examples.brings_negatives or any(self.config.negative_counts(examples.brings_negatives).values())
 
     def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[Negative]]:
         """The negatives of some examples as they are contrasted at ``step``, in the order of their kinds."""
@@ -91,7 +91,7 @@ class Negatives:
         if self.config.resample_negatives:
             self.store.forget_before(steps[0][0])
         missing = self.store.missing(list(dict.fromkeys(keys)))
-        if missing or self.synced_gpus:
+        if missing or self.sources.synced_gpus:
             written = self._write(examples, [index for _, index in missing], steps[0][0])
             self.store.negatives.update(zip(missing, written, strict=True))
 
@@ -104,10 +104,8 @@ class Negatives:
             Passage(examples.prompts[i], completion, token_seeds(self.seed, step, i, len(completion)))
             for i, completion in ((i, examples.completions[i]) for i in indices)
         ]
-        drawn_from_reference = self.config.mean_field_source == "reference" and self.reference is not None
-        source = self.reference.active() if drawn_from_reference else evaluating(self.model())  # type: ignore[union-attr]
-        with source as model, self.autocast():
-            drawn = draw(model, passages, self.config.num_mean_field_negatives, self.head, self.device)
+        with self.sources.asking(str(self.config.mean_field_source)) as model:
+            drawn = draw(model, passages, self.config.num_mean_field_negatives, self.sources.head, self.sources.device)
         return [finish(samples, self.tokenizer.eos_token_id) for samples in drawn]
 
     def _autoregressive(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
@@ -118,11 +116,11 @@ class Negatives:
     def _write(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
         prompts = [examples.prompts[index] for index in indices]
         sampling = sampling_of(self.config, examples, self.seed, step)
-        with self.autocast():
+        with self.sources.autocast():
             return self._writer()(prompts, indices, sampling)
 
     def _writer(self) -> Write:
         count = self.config.num_autoregressive_negatives
         if self._endpoint is not None:
             return write_with_endpoint(self._endpoint, self.tokenizer, count)
-        return write_with_model(self.model(), self.tokenizer, count, self.synced_gpus)
+        return write_with_model(self.sources.policy(), self.tokenizer, count, self.sources.synced_gpus)

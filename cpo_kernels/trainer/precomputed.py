@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import trange
+
+from .builder import BatchBuilder
+from .data import TokenizedExamples
 
 ScoreExamples = Callable[[Sequence[int]], list[Tensor]]
 
@@ -32,6 +36,42 @@ class ReferenceScores:
     def of(self, indices: Sequence[int]) -> Tensor:
         """The log-likelihoods of the candidates of some examples, one after the other."""
         return torch.cat([self.logps[self.starts[i] : self.starts[i + 1]] for i in indices])
+
+
+def precompute(
+    directory: Path, batches: BatchBuilder, examples: TokenizedExamples, step: int, accelerator: Accelerator
+) -> ReferenceScores:
+    """The scores of a data set whose negatives never change.
+
+    Args:
+        directory: where scores are kept.
+        batches: builds the groups that are scored.
+        examples: the data.
+        step: at which its negatives are drawn.
+        accelerator: of the run.
+    """
+    config, sources = batches.config, batches.negatives.sources
+    reference = sources.reference
+    assert reference is not None
+    key = cache_key(
+        model=reference.fingerprint,
+        data=examples.digest(),
+        negatives=[config.negative_counts(examples.brings_negatives), batches.negatives.seed, step, config.max_length],
+        precision=[accelerator.mixed_precision, str(next(sources.policy().parameters()).dtype)],
+    )
+
+    def score(indices: Sequence[int]) -> list[Tensor]:
+        batch = batches.build(examples, indices, step, contrast=True)
+        inputs = {
+            name: value.to(sources.device) if isinstance(value, Tensor) else value
+            for name, value in batch.tensors().items()
+        }
+        with sources.autocast():
+            logps = reference.score(inputs, sources.head, pool=False).logps
+        assert logps is not None
+        return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
+
+    return load_or_compute(directory, key, len(examples), config.per_device_eval_batch_size, score, accelerator)
 
 
 def cache_key(**parts: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from cpo_kernels.models import LinearLossOutput, LogpsRequest
+from cpo_kernels.models import LinearLossOutput, LogpsRequest, attach_linear_loss
 
 from .batch import body_inputs, layout_of
+from .config import CPOConfig
 
 FILE_NAME = "reference.json"
 
@@ -60,6 +65,37 @@ class Reference:
         request = LogpsRequest(inputs["targets"], layout_of(inputs), pool=pool, **head)
         with self.active() as model:
             return model(**body_inputs(inputs), linear_loss=request)
+
+
+def make_reference(
+    config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
+) -> tuple[nn.Module | None, Reference | None]:
+    """The model that a configuration takes as reference, where it is another than the one that is trained, and the
+    reference itself.
+
+    Args:
+        config: whether there is one.
+        policy: returns the model that is trained.
+        ref_model: the reference that was given, if one was.
+        accelerator: of the run; parameters that it shards are sharded in the reference too.
+    """
+    if config.reference == "none":
+        if ref_model is not None:
+            raise ValueError("ref_model was given together with reference='none'")
+        return None, None
+    if ref_model is None and not config.contrasts:
+        return None, None
+    model = accelerator.unwrap_model(policy())
+    if ref_model is None and hasattr(model, "disable_adapter"):
+        return None, Reference(policy, adapters=True)
+    if ref_model is None and config.reference == "precomputed":  # it is asked before it is trained, and no longer
+        return None, Reference(policy, adapters=False)
+    frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
+    frozen = frozen.eval().requires_grad_(False).to(accelerator.device)
+    reference = Reference(lambda: frozen, adapters=False)
+    if accelerator.is_fsdp2:
+        frozen = fsdp2_prepare_model(accelerator, frozen)
+    return frozen, reference
 
 
 def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -19,16 +16,17 @@ from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 
-from .along_truth import scheduled_conditions
-from .batch import ContrastBatch, body_inputs, layout_of
+from .batch import body_inputs, layout_of
+from .builder import BatchBuilder
 from .checkpoints import last_complete_checkpoint
 from .config import KINDS, CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
-from .precomputed import ReferenceScores, cache_key, load_or_compute
+from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
-from .reference import Reference, check_fingerprint, evaluating, per_token, save_fingerprint
+from .reference import check_fingerprint, make_reference, per_token, save_fingerprint
+from .sources import Sources
 
 logger = logging.get_logger(__name__)
 
@@ -102,13 +100,23 @@ class CPOTrainer(Trainer):
         self._train_sums, self._eval_sums = MetricSums(), MetricSums()
         self._upcoming: deque[list[list[int]]] = deque()
         self._epoch_iterator: Iterator | None = None
-        self.ref_model: PreTrainedModel | None = None
-        self.reference = self._make_reference(ref_model)
+        self.ref_model, self.reference = make_reference(self.args, lambda: self._policy, ref_model, self.accelerator)
         # A resumed run must have the same reference, also where its scores are all that is kept of it.
         self._fingerprint = None if self.reference is None else self.reference.fingerprint
-        self._ranking = Ranking(self.args, processing_class, self.args.device)
-        self._negatives = self._make_negatives()
-        self._share_prefixes = self._can_share_prefixes()
+        sources = Sources(
+            policy=lambda: self._policy,
+            reference=self.reference,
+            head=self._head_options,
+            autocast=self.accelerator.autocast,
+            device=self.args.device,
+            synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
+        )
+        self._negatives = Negatives(self.args, processing_class, sources)
+        for examples in self._own_datasets():
+            self._negatives.check(examples)
+        ranking = Ranking(self.args, processing_class, self.args.device)
+        share = self._can_share_prefixes()
+        self._batches = BatchBuilder(self.args, processing_class, self._negatives, ranking, share)
         self._scores = self._precompute_reference()
 
     # Examples and batches
@@ -136,36 +144,16 @@ class CPOTrainer(Trainer):
         evaluation = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         return [own for own in (self.train_dataset, *evaluation) if own is not None]
 
-    def _make_negatives(self) -> Negatives:
-        for examples in self._own_datasets():
-            counts = self.args.negative_counts(examples.brings_negatives)
-            if self.args.contrasts and examples.negatives is not None and not any(counts.values()):
-                for index, own in enumerate(examples.negatives):
-                    if not own:
-                        raise ValueError(f"example {index} brings no negatives and none are drawn for it")
-        return Negatives(
-            config=self.args,
-            tokenizer=self._tokenizer,
-            model=lambda: self._policy,
-            reference=self.reference,
-            head=self._head_options,
-            autocast=self.accelerator.autocast,
-            device=self.args.device,
-            synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
-        )
-
     @property
     def _policy(self) -> torch.nn.Module:
         """The model that is trained, without what a distributed run wraps around it to reduce gradients."""
         assert self.model is not None
         return self.model
 
-    def _has_negatives(self, examples: TokenizedExamples) -> bool:
-        return examples.brings_negatives or any(self.args.negative_counts(examples.brings_negatives).values())
-
     def _can_share_prefixes(self) -> bool:
         """Whether model and reference may run a prompt and its candidates as one row."""
-        if self.args.prefix_sharing == "off":
+        contrasted = any(self._negatives.any_for(examples) for examples in self._own_datasets())
+        if self.args.prefix_sharing == "off" or not contrasted:
             return False
         try:
             for model in (self.model, self.ref_model):
@@ -177,34 +165,6 @@ class CPOTrainer(Trainer):
             logger.warning(f"Every candidate takes a row of its own, with its prompt: {error}")
             return False
         return True
-
-    def _build_batch(self, examples: Any, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
-        """Draw the negatives of some :class:`TokenizedExamples` and pack them."""
-        eos = self._tokenizer.eos_token_id
-        pad = self._tokenizer.pad_token_id
-        batch = ContrastBatch(eos, eos if pad is None else pad, self.args.max_length, self._share_prefixes)
-        negatives = self._negatives.draw(examples, indices, step) if contrast else [[] for _ in indices]
-        conditions = self._conditions(examples, indices, step)
-        for index, own, condition in zip(indices, negatives, conditions, strict=True):
-            batch.add_group(examples.prompts[index], examples.completions[index], own, condition)
-        return batch
-
-    def _conditions(
-        self, examples: TokenizedExamples, indices: Sequence[int], step: int
-    ) -> Sequence[Sequence[int] | None]:
-        """What the model is conditioned on in place of the completions: for scheduled sampling, partly its own text."""
-        if self.args.objective != "scheduled_sampling" or step == EVALUATION_STEP:
-            return [None] * len(indices)
-        with evaluating(self._policy) as model, self.accelerator.autocast():
-            return scheduled_conditions(
-                model,
-                [(examples.prompts[index], examples.completions[index]) for index in indices],
-                [(self._negatives.seed, step, index) for index in indices],
-                self.args.scheduled_sampling_probability,
-                self.args.scheduled_sampling_passes,
-                self._head_options,
-                self.args.device,
-            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -219,13 +179,13 @@ class CPOTrainer(Trainer):
             ahead = [(step + k, [i for own in batches for i in own]) for k, batches in enumerate(self._upcoming)]
             self._negatives.write_ahead(examples, ahead)
         own = self._upcoming.popleft()
-        batches = [self._build_batch(examples, indices, step, self.args.contrasts) for indices in own]
+        batches = [self._batches.build(examples, indices, step, self.args.contrasts) for indices in own]
         sizes = torch.tensor(
             [sum(b.num_groups for b in batches), sum(b.num_target_tokens for b in batches)], device=device
         )
         groups, tokens = self.accelerator.reduce(sizes, "sum").tolist()
         return [
-            self._inputs(batch, groups, tokens, self._kept_scores(examples, indices))
+            self._batches.inputs(batch, groups, tokens, self._kept_scores(examples, indices))
             for batch, indices in zip(batches, own, strict=True)
         ], tokens
 
@@ -255,19 +215,6 @@ class CPOTrainer(Trainer):
                 check_fingerprint(self._fingerprint, resume_from_checkpoint)
             self._negatives.store.load(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _inputs(
-        self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
-    ) -> dict[str, Any]:
-        inputs = batch.tensors() | {
-            "own_target_tokens": batch.num_target_tokens,
-            "num_groups": num_groups,
-            "num_target_tokens": num_target_tokens,
-        }
-        if ref_logps is not None:
-            inputs["ref_logps"] = ref_logps
-        self._ranking.rank_texts(batch, inputs)
-        return inputs
 
     # The loss
 
@@ -329,7 +276,7 @@ class CPOTrainer(Trainer):
         logps = inputs.get("ref_logps")
         if self.reference is not None:
             with self.accelerator.autocast():
-                out = self.reference.score(inputs, self._head_options, pool=self._ranking.by_reference)
+                out = self.reference.score(inputs, self._head_options, pool=self._batches.ranking.by_reference)
             logps = out.logps
             if out.embeddings is not None:
                 inputs["ranks"] = ranks_by_similarity(out.embeddings, inputs)
@@ -407,9 +354,9 @@ class CPOTrainer(Trainer):
         """Loss of one evaluation batch; its logits are never computed."""
         indices = inputs["index"].tolist()
         examples: Any = self._eval_examples
-        batch = self._build_batch(examples, indices, EVALUATION_STEP, self._has_negatives(examples))
+        batch = self._batches.build(examples, indices, EVALUATION_STEP, self._negatives.any_for(examples))
         scores = self._kept_scores(examples, indices)
-        inputs = self._prepare_inputs(self._inputs(batch, batch.num_groups, batch.num_target_tokens, scores))
+        inputs = self._prepare_inputs(self._batches.inputs(batch, batch.num_groups, batch.num_target_tokens, scores))
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self._forward(model, inputs)
         self._record(self._eval_sums, out, inputs, batch.num_groups, batch.num_target_tokens)
@@ -417,33 +364,15 @@ class CPOTrainer(Trainer):
 
     # The reference
 
-    def _make_reference(self, ref_model: PreTrainedModel | None) -> Reference | None:
-        if self.args.reference == "none":
-            if ref_model is not None:
-                raise ValueError("ref_model was given together with reference='none'")
-            return None
-        if ref_model is None and not self.args.contrasts:
-            return None
-        policy = self.accelerator.unwrap_model(self.model)
-        if ref_model is None and hasattr(policy, "disable_adapter"):
-            return Reference(lambda: self._policy, adapters=True)
-        if ref_model is None:
-            # Scores that are computed before training need no copy.
-            ref_model = policy if self.args.reference == "precomputed" else copy.deepcopy(policy)
-        attach_linear_loss(ref_model)
-        if ref_model is policy:
-            return Reference(lambda: self._policy, adapters=False)
-        self.ref_model = ref_model.eval().requires_grad_(False).to(self.args.device)
-        reference = Reference(lambda: cast(torch.nn.Module, self.ref_model), adapters=False)
-        if self.accelerator.is_fsdp2:
-            self.ref_model = fsdp2_prepare_model(self.accelerator, self.ref_model)
-        return reference
-
     def _precompute_reference(self) -> dict[int, ReferenceScores]:
         """The scores of the trainer's data sets by their identity; the reference is not needed after that."""
         if self.args.reference != "precomputed" or self.reference is None:
             return {}
-        scores = {id(examples): self._scores_of(examples) for examples in self._own_datasets()}
+        directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
+        scores = {}
+        for examples in self._own_datasets():
+            step = 0 if examples is self.train_dataset else EVALUATION_STEP
+            scores[id(examples)] = precompute(directory, self._batches, examples, step, self.accelerator)
         self.reference, self.ref_model = None, None
         return scores
 
@@ -451,30 +380,6 @@ class CPOTrainer(Trainer):
         """Log-likelihoods of the candidates of some examples under the reference, if they were precomputed."""
         scores = self._scores.get(id(examples))
         return None if scores is None else scores.of(indices)
-
-    def _scores_of(self, examples: TokenizedExamples) -> ReferenceScores:
-        assert self.reference is not None
-        reference = self.reference
-        step = EVALUATION_STEP if examples is not self.train_dataset else 0
-        counts = self.args.negative_counts(examples.brings_negatives)
-        key = cache_key(
-            model=reference.fingerprint,
-            data=examples.digest(),
-            negatives=[counts, self._negatives.seed, step, self.args.max_length],
-            precision=[self.accelerator.mixed_precision, str(next(self._policy.parameters()).dtype)],
-        )
-
-        def score(indices: Sequence[int]) -> list[Tensor]:
-            batch = self._build_batch(examples, indices, step, contrast=True)
-            inputs = self._prepare_inputs(batch.tensors())
-            with self.accelerator.autocast():
-                logps = reference.score(inputs, self._head_options, pool=False).logps
-            assert logps is not None
-            return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
-
-        directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
-        size = self.args.per_device_eval_batch_size
-        return load_or_compute(directory, key, len(examples), size, score, self.accelerator)
 
     # Checkpoints
 

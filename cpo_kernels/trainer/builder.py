@@ -1,0 +1,84 @@
+"""From indices of examples to the inputs of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .along_truth import scheduled_conditions
+from .batch import ContrastBatch
+from .config import CPOConfig
+from .data import TokenizedExamples
+from .negatives import EVALUATION_STEP, Negatives
+from .ranking import Ranking
+
+
+@dataclass
+class BatchBuilder:
+    """Draws the negatives of some examples and packs them.
+
+    Args:
+        config: the objective and its limits.
+        tokenizer: for EOS and padding.
+        negatives: draws them.
+        ranking: orders them.
+        share_prefixes: whether prompts may be shared by their candidates.
+    """
+
+    config: CPOConfig
+    tokenizer: Any
+    negatives: Negatives
+    ranking: Ranking
+    share_prefixes: bool
+
+    def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
+        """The groups of some examples as they are at ``step``, with negatives if ``contrast``."""
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        batch = ContrastBatch(eos, eos if pad is None else pad, self.config.max_length, self.share_prefixes)
+        negatives = self.negatives.draw(examples, indices, step) if contrast else [[] for _ in indices]
+        conditions = self._conditions(examples, indices, step)
+        for index, own, condition in zip(indices, negatives, conditions, strict=True):
+            batch.add_group(examples.prompts[index], examples.completions[index], own, condition)
+        return batch
+
+    def inputs(
+        self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The tensors of a batch with the sizes of the whole step, which its loss is divided by.
+
+        Args:
+            batch: one micro-batch of this process.
+            num_groups: groups of all micro-batches of all processes.
+            num_target_tokens: likewise, the tokens of rank 0.
+            ref_logps: (S,) where they are known already.
+        """
+        inputs = batch.tensors() | {
+            "own_target_tokens": batch.num_target_tokens,
+            "num_groups": num_groups,
+            "num_target_tokens": num_target_tokens,
+        }
+        if ref_logps is not None:
+            inputs["ref_logps"] = ref_logps
+        self.ranking.rank_texts(batch, inputs)
+        return inputs
+
+    def _conditions(
+        self, examples: TokenizedExamples, indices: Sequence[int], step: int
+    ) -> Sequence[Sequence[int] | None]:
+        """What the model is conditioned on in place of the completions: for scheduled sampling, partly its own text."""
+        if self.config.objective != "scheduled_sampling" or step == EVALUATION_STEP:
+            return [None] * len(indices)
+        sources = self.negatives.sources
+        with sources.asking("model") as model:
+            return scheduled_conditions(
+                model,
+                [(examples.prompts[index], examples.completions[index]) for index in indices],
+                [(self.negatives.seed, step, index) for index in indices],
+                self.config.scheduled_sampling_probability,
+                self.config.scheduled_sampling_passes,
+                sources.head,
+                sources.device,
+            )
