@@ -10,7 +10,7 @@ import torch
 from test_adapters import CASES as ADAPTERS
 from test_attach import contrast_inputs, request_for
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,15 +32,18 @@ def tied_llama():
     return tiny_models.llama(tie_word_embeddings=True)
 
 
-def layers_and_root(*groups: Callable[[nn.Module], nn.Module | list[nn.Module]]):
-    """FSDP2 of every layer, of some groups of modules, and of what is left."""
+def layers_and_root(*groups: Callable[[nn.Module], nn.Module | list[nn.Module]], output: torch.dtype | None = None):
+    """FSDP2 of every layer, of some groups of modules, and of what is left, whose outputs have dtype ``output``."""
+    policy = MixedPrecisionPolicy(output_dtype=output)
 
     def distribute(model: nn.Module) -> nn.Module:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         body = base.base_model
-        for part in [*(body.layers if hasattr(body, "layers") else body.h), *(group(base) for group in groups)]:
-            fully_shard(part, reshard_after_forward=True)
-        return fully_shard(model, reshard_after_forward=True)
+        for layer in body.layers if hasattr(body, "layers") else body.h:
+            fully_shard(layer, reshard_after_forward=True)
+        for group in groups:
+            fully_shard(group(base), reshard_after_forward=True, mp_policy=policy)
+        return fully_shard(model, reshard_after_forward=True, mp_policy=policy)
 
     return distribute
 
@@ -68,6 +71,8 @@ CASES = {
     "root, tied": Case(tiny_models.gpt2, layers_and_root()),
     "head": Case(tiny_models.llama, layers_and_root(head)),
     "head, sharded before": Case(tiny_models.llama, layers_and_root(head), attach_first=False),
+    "root, rounded outputs": Case(tiny_models.gpt2, layers_and_root(output=torch.bfloat16)),
+    "head, rounded outputs": Case(tiny_models.llama, layers_and_root(head, output=torch.bfloat16)),
     "norm and head": Case(tiny_models.llama, layers_and_root(norm_and_head)),
     "embeddings and head, tied": Case(tied_llama, layers_and_root(embeddings_and_head)),
     "adapter, root": Case(ADAPTERS["head"], layers_and_root()),

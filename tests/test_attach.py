@@ -204,6 +204,18 @@ def test_attaching_twice_changes_nothing():
     assert type(attach_linear_loss(model)) is kind
 
 
+def test_attached_on_the_meta_device():
+    """Nothing can be verified there; the weights come later."""
+    with torch.device("meta"):
+        model = attach_linear_loss(tiny_models.llama())
+    weights = tiny_models.llama()
+    model.load_state_dict(weights.state_dict(), assign=True)
+    model.model.rotary_emb = weights.model.rotary_emb
+    ids, targets, layout, _ = contrast_inputs()
+    want = dense_logps(weights, ids, targets, layout)
+    torch.testing.assert_close(model(ids, linear_loss=LogpsRequest(targets, layout)).logps, want, rtol=1e-5, atol=1e-5)
+
+
 def test_saved_and_loaded_under_its_own_name(tmp_path):
     model = attach_linear_loss(tiny_models.llama())
     model.save_pretrained(tmp_path)
@@ -256,7 +268,7 @@ def test_half_precision_is_as_close_as_the_dense_computation(model, precision):
     eager = copy.deepcopy(model)
     attach_linear_loss(model)
     dense_loss(oracle, ids, targets, layout, ref_logps).backward()
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
         want = dense_loss(eager, ids, targets, layout, ref_logps)
         got = model(ids, linear_loss=request_for(targets, layout, ref_logps)).loss
     want.backward()
@@ -265,7 +277,7 @@ def test_half_precision_is_as_close_as_the_dense_computation(model, precision):
         model.named_parameters(), eager.parameters(), oracle.parameters(), strict=True
     ):
         assert_accurate(parameter.grad, dense.grad, exact.grad, name)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+    with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "autocast"):
         logps = model(ids, linear_loss=LogpsRequest(targets, layout)).logps
         assert_accurate(
             logps, dense_logps(eager, ids, targets, layout), dense_logps(oracle, ids, targets, layout), "logps"

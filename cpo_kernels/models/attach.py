@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head, head_options, verify_head
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest
-from .sharded import run_inside
+from .sharded import may_be_sharded, run_inside
 from .sharing_masks import with_prefix_tree
 from .sharing_tree import PrefixTree
 
@@ -101,6 +101,7 @@ def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: 
     rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
 
     def compute(hidden: Tensor) -> LinearLossOutput:
-        return request.compute(hidden, apply_head(head, hidden), head_options(model))
+        out = request.compute(hidden, apply_head(head, hidden), head_options(model))
+        return out.protected() if may_be_sharded() else out
 
     return run_inside(head_modules(head), compute, rows)

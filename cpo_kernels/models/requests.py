@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class LinearLossOutput(ModelOutput):
         contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
         embeddings: (S, H) float32, see :class:`LogpsRequest`.
         token_logps, entropy, samples: (N,), see :class:`StatisticsRequest`.
+        exact: internal, see :meth:`protected`.
     """
 
     loss: Tensor | None = None
@@ -45,6 +46,29 @@ class LinearLossOutput(ModelOutput):
     token_logps: Tensor | None = None
     entropy: Tensor | None = None
     samples: Tensor | None = None
+    exact: ExactValues | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in () if self.exact is None else self.exact.values.items():
+            if getattr(self, name).dtype != value.dtype:
+                setattr(self, name, value)
+
+    def protected(self) -> LinearLossOutput:
+        """The same, safe from FSDP2's ``output_dtype``, with which accelerate rounds all outputs to 16 bits.
+
+        FSDP2 rounds a copy of an output field by field; this one takes its own values back when it is copied. Their
+        hooks, by which FSDP2 learns of the backward pass, are on them already.
+        """
+        values = {name: value for name, value in self.items() if torch.is_floating_point(value)}
+        return replace(self, exact=ExactValues(values))
+
+
+class ExactValues:
+    """Fields of an output by name; a class of its own, in which nothing looks for tensors."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
 
 
 class CPORequest:

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
+def may_be_sharded() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether some parameter of ``module`` is not here as a whole now: a shard, emptied, or on the meta device."""
     return any(_is_shard(p) or p.numel() == 0 or p.is_meta for p in module.parameters())
