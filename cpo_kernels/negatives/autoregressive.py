@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import counter_random
+from cpo_kernels import counter_random, reference
 
 from .mean_field import token_seeds
 
@@ -200,11 +200,9 @@ class _SeededChoice:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V), -inf but for the chosen token."""
         place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
-        below = scores.double().softmax(-1).cumsum(-1)
-        if not bool(below[:, -1].isfinite().all()):
+        chosen = reference.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
+        if bool((chosen < 0).any()):
             raise RuntimeError("the model's logits hold NaN or infinity, so no token can be drawn from them")
-        threshold = counter_random.uniforms(self.seeds, place)[:, None] * below[:, -1:]
-        chosen = torch.searchsorted(below, threshold, right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
@@ -252,8 +250,8 @@ def write_negatives(
         examples: a ``datasets.Dataset`` or a list of mappings.
         negatives: for each example its new negatives, texts or token ids, as its old ones are.
         kind: what they are; a name of "batch", "mean_field", "truncation", "autoregressive", "given".
-        ranks: for each example the ranks of its new negatives. Where they or the old ones lack ranks that the other
-            have, it is 1 for the old ones and behind all others for the new ones.
+        ranks: for each example the ranks of its new negatives, 1 or more. If they are given and the old negatives have
+            none, those get rank 1; if only the old ones have ranks, the new ones share the rank behind them.
 
     Raises:
         ValueError: another suffix, another number of negatives than of examples or of ranks than of negatives, or
