@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from cpo_kernels.cli import help as texts
 from cpo_kernels.cli.errors import InputError
 
+# What the commands need beside the package itself: the extra "trainer".
+TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "yaml")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 for a mistake in what was asked for."""
@@ -32,6 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         importlib.import_module(f"cpo_kernels.cli.{command}").run(rest)
     except InputError as error:
         print(f"cpo-kernels {command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in TRAINER:
+            raise
+        print(f"cpo-kernels {command}: {error}; pip install 'cpo-kernels[trainer]'", file=sys.stderr)
         return 2
     return 0
 

@@ -315,6 +315,35 @@ def test_recipes_run_dry(recipe, tmp_path, capsys, monkeypatch):
     assert (out / "evaluation" / "report.md").is_file()
 
 
+def test_conversations_run_dry(tmp_path, monkeypatch, capsys):
+    """Preferences among several answers; the tokenizer of a dry run has a chat template."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What color is the {thing}?"}],
+            "chosen": [{"role": "assistant", "content": "Blue."}],
+            "rejected": [[{"role": "assistant", "content": "Red."}], [{"role": "assistant", "content": "Square."}]],
+            "ranks": [1, 2],
+        }
+        for thing in ("sky", "sea", "car", "door")
+    ]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = write_config(tmp_path / "run.yaml", model="some/name", tiny_model={"model_type": "llama"}, tiny=True)
+    arguments = ["--data", "chat.jsonl", "--negatives_file", "more.parquet"]
+    assert main(["train", config, *arguments[:2]]) == 0
+    assert main(["negatives", config, *arguments]) == 0
+    assert "wrote 8 negatives of 4 examples to more.parquet" in capsys.readouterr().out
+    assert main(["train", config, *arguments]) == 0
+
+
+def test_a_file_stands_in_for_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", None)
+    values = {"data": "some/data", "tiny_data": write_examples(tmp_path / "data.jsonl"), "tiny": True}
+    config = write_config(tmp_path / "run.yaml", model="some/name", tiny_model={"model_type": "qwen3"}, **values)
+    assert main(["train", config]) == 0
+    assert json.loads((tmp_path / "run-tiny" / "config.json").read_text())["model_type"] == "qwen3"
+
+
 def test_a_recipe_runs_dry_with_negatives_ahead_of_time(tmp_path, monkeypatch, capsys):
     """The two commands that the recipe's comment names."""
     monkeypatch.chdir(tmp_path)

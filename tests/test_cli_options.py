@@ -245,6 +245,17 @@ def test_help_and_info_do_not_wait_for_transformers():
     assert "cpo-kernels      " in run.stdout
 
 
+def test_a_package_that_is_not_there_is_named(monkeypatch, capsys, config):
+    monkeypatch.setitem(sys.modules, "cpo_kernels.cli.train", None)
+    with pytest.raises(ModuleNotFoundError):  # ours: a fault of the installation itself
+        main(["train", config("")])
+    monkeypatch.delitem(sys.modules, "cpo_kernels.cli.train")
+    monkeypatch.delitem(sys.modules, "cpo_kernels.cli.parsing")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert main(["train", config("")]) == 2
+    assert "pip install 'cpo-kernels[trainer]'" in capsys.readouterr().err
+
+
 def test_info_takes_nothing(capsys):
     assert main(["info", "--help"]) == 0
     assert main(["info", "more"]) == 2

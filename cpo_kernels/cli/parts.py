@@ -64,7 +64,7 @@ class Job:
         for start in range(0, len(self.data), self.run.negatives_part):
             stop = min(start + self.run.negatives_part, len(self.data))
             ids = [[list(self.data.prompts[i]), list(self.data.completions[i])] for i in range(start, stop)]
-            text = json.dumps([common, start, ids, [self.examples[i]["prompt"] for i in range(start, stop)]])
+            text = json.dumps([common, start, ids, self.examples[start:stop]])
             parts.append(Part(start, stop, hashlib.sha256(text.encode()).hexdigest()))
         return parts
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.trainer import TRAINER_STATE_NAME
 
 from cpo_kernels.trainer import CPOTrainer
+from cpo_kernels.trainer.checkpoints import last_complete_checkpoint
 from cpo_kernels.trainer.ensemble import EnsembleCallback
 from cpo_kernels.trainer.loading import load_examples
 
@@ -21,9 +21,6 @@ from .inputs import Inputs
 from .options import RESUME
 from .parsing import Settings, parse
 
-logger = logging.get_logger(__name__)
-
-STATE = "trainer_state.json"  # written last into a checkpoint
 SETTINGS = "cpo_kernels.yaml"
 
 
@@ -91,18 +88,13 @@ def find_checkpoint(settings: Settings) -> str | None:
     training = settings.training
     asked = training.resume_from_checkpoint or settings.run.resume
     if asked not in RESUME:
-        if not Path(asked, STATE).is_file():
-            raise InputError(f"resume: {asked} is not a checkpoint: it has no {STATE}")
+        if not Path(asked, TRAINER_STATE_NAME).is_file():
+            raise InputError(f"resume: {asked} is not a checkpoint: it has no {TRAINER_STATE_NAME}")
         return asked
-    if asked == "none" or training.save_only_model or training.output_dir is None:
+    # Without the optimizer's state there is nothing to go on with.
+    if asked == "none" or training.save_only_model:
         return None
-    found = [path for path in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = {int(path.name.rpartition("-")[2]): path for path in found if path.name.rpartition("-")[2].isdigit()}
-    for step in sorted(numbered, reverse=True):
-        if Path(numbered[step], STATE).is_file():
-            return str(numbered[step])
-        logger.warning(f"{numbered[step]} was not written to its end; looking for the checkpoint before it")
-    return None
+    return last_complete_checkpoint(str(training.output_dir))
 
 
 def _save_settings(settings: Settings) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NEGATIVE_KINDS = ("batch", "mean_field", "truncation", "autoregressive", "given")
+from .config import KINDS
 
 Value = Any  # a text, a list of token ids, or a conversation: a list of {"role", "content"}
 
@@ -17,7 +17,7 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) ->
     Accepted are ``{"prompt", "completion"}`` and TRL's preference data ``{"prompt", "chosen", "rejected"}``, each value
     a text, a list of token ids, or a conversation (a list of ``{"role", "content"}``); ``rejected`` is one value or a
     list of them. Beside a completion, ``"negatives"`` is a list of values. Both may have ``"ranks"``, one integer a
-    negative (0: as good as the ground truth), and ``"kinds"``, one of :data:`NEGATIVE_KINDS` a negative. A field that
+    negative (0: as good as the ground truth), and ``"kinds"``, one of :data:`.config.KINDS` a negative. A field that
     is ``None`` counts as absent; any other field is ignored.
 
     - Without a prompt, what ``chosen`` and every ``rejected`` begin with is the prompt, by TRL's rule; so also where
@@ -261,9 +261,8 @@ def _kinds(fields: Mapping[str, Any], index: int, negatives: str, count: int) ->
         return ["given"] * count
     kinds = _per_negative(fields, "kinds", index, negatives, count)
     for number, kind in enumerate(kinds):
-        if kind not in NEGATIVE_KINDS:
+        if kind not in KINDS:
             raise ValueError(
-                f"'kinds' of example {index} must be among {', '.join(NEGATIVE_KINDS)}, "
-                f"got {_describe(kind)} at {number}"
+                f"'kinds' of example {index} must be among {', '.join(KINDS)}, got {_describe(kind)} at {number}"
             )
     return kinds
