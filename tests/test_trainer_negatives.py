@@ -15,6 +15,7 @@ from test_trainer import parameters, steps, trainer
 
 from cpo_kernels import contrastive_loss
 from cpo_kernels.trainer import CPOConfig
+from cpo_kernels.trainer.along_truth import Reading
 from cpo_kernels.trainer.metrics import contrast_metrics
 
 pytestmark = pytest.mark.cpu
@@ -234,11 +235,33 @@ def test_drawing_leaves_generators_and_modes_alone(tmp_path):
 def test_a_draw_equal_to_the_truth_alone_has_no_gradient(tmp_path, monkeypatch):
     run = trainer(tmp_path, num_mean_field_negatives=2, alpha=1.0, **NONE)
     truth = run.train_dataset.completions[0]
-    monkeypatch.setattr(run._negatives, "_mean_field", lambda *_: [[truth, truth]])
+    reading = Reading(torch.tensor([truth, truth]), logp=0.0, cut_logps=[])
+    monkeypatch.setattr(run._negatives, "_read", lambda *_: [reading])
+    monkeypatch.setattr(type(run._negatives), "_reads_with_reference", False)
     inputs = micro_batch(run, [0])
     assert candidates(run, inputs) == [[truth, truth]]
     run._forward(run.model, inputs).loss.backward()
     assert max(p.grad.abs().max() for p in run.model.parameters()) < 1e-6
+
+
+@pytest.mark.parametrize("sharing", ["off", "required"])
+def test_the_reference_reads_no_ground_truth_twice(tmp_path, sharing):
+    """The pass that draws gives the log-likelihoods of ground truths and truncations, which are those of a full one."""
+    options = {"num_mean_field_negatives": 2, "num_batch_negatives": 1, "num_truncation_negatives": 2}
+    options |= {"prefix_sharing": sharing, "ref_model": tiny_models.llama(seed=1)}
+    run = trainer(tmp_path, mean_field_source="reference", **options)
+    rows = []
+    run.ref_model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    inputs = micro_batch(run, [0, 3, 5])
+    got = run._reference_logps(inputs)
+    drawn, rest = rows
+    assert drawn.shape[0] == 3
+    assert rest.shape[0] == 3 * 3 or sharing == "required"
+    without = {name: value for name, value in inputs.items() if name not in ("ref_logps", "unknown", "unread")}
+    torch.testing.assert_close(got, run._reference_logps(without), rtol=1e-5, atol=1e-5)
+    assert rows[-1].numel() > rest.numel()
 
 
 # Autoregressive

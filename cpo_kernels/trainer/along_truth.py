@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -24,35 +25,77 @@ class Passage:
         prompt, completion: token ids.
         seeds: (T,) int64, one for each token of the completion.
         conditioned_on: (T,) token ids that the model sees in place of the completion's.
+        cuts: truncations of the completion whose log-likelihoods are wanted too.
     """
 
     prompt: Sequence[int]
     completion: Sequence[int]
     seeds: Tensor
     conditioned_on: Sequence[int] | None = None
+    cuts: Sequence[int] = ()
 
 
-def draw(
-    model: nn.Module, passages: Sequence[Passage], count: int, head: Mapping[str, Any], device: torch.device
-) -> list[Tensor]:
-    """For each passage ``count`` sequences (count, T) of tokens, each drawn from its own next-token distribution.
+@dataclass(frozen=True)
+class Reading:
+    """What one forward pass over a passage gives.
+
+    Attributes:
+        samples: (count, T) int64 on the CPU, each token drawn from its own next-token distribution.
+        logp: log-likelihood of the completion, nats.
+        cut_logps: those of its truncations.
+    """
+
+    samples: Tensor
+    logp: float
+    cut_logps: list[float]
+
+
+def read(
+    model: nn.Module,
+    passages: Sequence[Passage],
+    count: int,
+    eos_token_id: int,
+    head: Mapping[str, Any],
+    device: torch.device,
+) -> list[Reading]:
+    """Read passages in one forward pass, drawing ``count`` tokens in the place of each of theirs.
 
     Args:
         model: with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
-        passages: what is read, in one forward pass.
+        passages: what is read.
         count: draws of each token.
+        eos_token_id: ends a truncation.
         head: options of the head.
         device: of the model.
     """
-    batch = ContrastBatch(eos_token_id=0)  # there is no truncation that it would end
+    batch = ContrastBatch(eos_token_id)
     for passage in passages:
         batch.add_group(passage.prompt, passage.completion, conditioned_on=passage.conditioned_on)
     tensors = batch.tensors()
     inputs = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+    # A truncation ends at a row of its ground truth, with another target.
+    starts = tensors["cu_tokens"]
+    ends = [start + cut for start, passage in zip(starts, passages, strict=False) for cut in passage.cuts]
+    places = torch.tensor(ends, dtype=torch.int64, device=device)
     seeds = torch.cat([passage.seeds for passage in passages]).to(device)
-    request = StatisticsRequest(inputs["targets"], inputs["rows"], seed=seeds, num_samples=count, **head)
-    samples = model(**body_inputs(inputs), linear_loss=request).samples
-    return [own.T for own in samples.cpu().split([len(passage.completion) for passage in passages])]
+    request = StatisticsRequest(
+        torch.cat([inputs["targets"], torch.full_like(places, eos_token_id)]),
+        torch.cat([inputs["rows"], inputs["rows"][places]]),
+        seed=torch.cat([seeds, torch.zeros_like(places)]),
+        num_samples=count,
+        **head,
+    )
+    out = model(**body_inputs(inputs), linear_loss=request)
+    logps, last = out.token_logps.double().cpu(), iter(out.token_logps.double().cpu()[starts[-1] :].tolist())
+    samples = out.samples.cpu()
+    return [
+        Reading(
+            samples=samples[start:end].T,
+            logp=float(logps[start:end].sum()),
+            cut_logps=[float(logps[start : start + cut].sum()) + next(last) for cut in passage.cuts],
+        )
+        for (start, end), passage in zip(pairwise(starts), passages, strict=True)
+    ]
 
 
 def scheduled_conditions(
@@ -61,6 +104,7 @@ def scheduled_conditions(
     keys: Sequence[tuple[int, int, int]],
     probability: float,
     passes: int,
+    eos_token_id: int,
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[list[int]]:
@@ -75,6 +119,7 @@ def scheduled_conditions(
         keys: (seed, step, example) of each, which alone decide what is drawn.
         probability: that a token is replaced.
         passes: sampling passes.
+        eos_token_id: of the tokenizer.
         head: options of the head.
         device: of the model.
     """
@@ -84,12 +129,12 @@ def scheduled_conditions(
             Passage(prompt, completion, token_seeds(seed + (number << 64), step, index, len(completion)), condition)
             for (prompt, completion), (seed, step, index), condition in zip(texts, keys, conditions, strict=True)
         ]
-        drawn = draw(model, passages, 1, head, device)
+        readings = read(model, passages, 1, eos_token_id, head, device)
         for i, ((_, completion), key) in enumerate(zip(texts, keys, strict=True)):
             rng = Random(f"{key}/{number}")
             conditions[i] = [
                 # -100: a model whose logits are NaN draws nothing
                 new if rng.random() < probability and new >= 0 else old
-                for new, old in zip(drawn[i][0].tolist(), completion, strict=True)
+                for new, old in zip(readings[i].samples[0].tolist(), completion, strict=True)
             ]
     return conditions

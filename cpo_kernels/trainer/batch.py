@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ class Negative:
         cut: instead of tokens: the ground truth cut behind so many tokens and ended with EOS; it costs the body
             nothing.
         rank: 0 for as good as the ground truth; equal ranks express no preference.
+        ref_logp: its log-likelihood under the reference, where it is known already.
     """
 
     kind: str
     tokens: Sequence[int] = ()
     cut: int | None = None
     rank: int = 1
+    ref_logp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Segment:
     rank: int
     tokens: Sequence[int]
     positions: Sequence[tuple[int, int]]
+    ref_logp: float | None = None
 
 
 @dataclass
@@ -76,6 +80,7 @@ class ContrastBatch:
         completion: Sequence[int],
         negatives: Iterable[Negative] = (),
         conditioned_on: Sequence[int] | None = None,
+        ref_logp: float | None = None,
     ) -> None:
         """Add one group: the ground truth, then its negatives.
 
@@ -85,6 +90,7 @@ class ContrastBatch:
             negatives: the end of one that does not fit in ``max_length`` behind this prompt is left out.
             conditioned_on: (T,) what the body sees in place of ``completion``, whose tokens stay the targets; for
                 scheduled sampling.
+            ref_logp: log-likelihood of the ground truth under the reference, where it is known already.
         """
         if not len(prompt):
             raise ValueError(f"group {len(self.groups) - 1} has an empty prompt")
@@ -92,27 +98,29 @@ class ContrastBatch:
         first = self._num_sequences
         self.prompts.append(prompt)
         self.completions.append([])
-        positions = self._add_sequence(TRUTH, 0, completion, first)
+        positions = self._add_sequence(TRUTH, 0, completion, first, ref_logp)
         if conditioned_on is not None:
             self.completions[-1] = [conditioned_on]
         for negative in negatives:
             if negative.cut is None:
-                self._add_sequence(negative.kind, negative.rank, negative.tokens[:limit], first)
+                self._add_sequence(negative.kind, negative.rank, negative.tokens[:limit], first, negative.ref_logp)
             else:
                 tokens, rows = truncate(completion, positions, negative.cut, self.eos_token_id)
-                self.segments.append(Segment(negative.kind, negative.rank, tokens, rows))
+                self.segments.append(Segment(negative.kind, negative.rank, tokens, rows, negative.ref_logp))
         self.groups.append(len(self.segments))
 
     @property
     def _num_sequences(self) -> int:
         return sum(map(len, self.completions))
 
-    def _add_sequence(self, kind: str, rank: int, completion: Sequence[int], first: int) -> list[tuple[int, int]]:
+    def _add_sequence(
+        self, kind: str, rank: int, completion: Sequence[int], first: int, ref_logp: float | None
+    ) -> list[tuple[int, int]]:
         last = len(self.prompts[-1]) - 1
         index = self._num_sequences
         positions = [(first, last), *((index, last + t) for t in range(1, len(completion)))]
         self.completions[-1].append(completion)
-        self.segments.append(Segment(kind, rank, completion, positions))
+        self.segments.append(Segment(kind, rank, completion, positions, ref_logp))
         return positions
 
     @property
@@ -146,6 +154,27 @@ class ContrastBatch:
             "ranks": [segment.rank for segment in self.segments],
             "kinds": [segment.kind for segment in self.segments],
         }
+
+    def reference_tensors(self) -> dict[str, Any]:
+        """What the reference is asked where it has read the ground truths already, to draw along them.
+
+        Returns:
+            Nothing where it has not. Else ref_logps (S,) float32, 0 where they are not known; unknown, the places of
+            those; and unread, the :meth:`tensors` of their candidates alone, where there are any.
+        """
+        unknown = [place for place, segment in enumerate(self.segments) if segment.ref_logp is None]
+        if len(unknown) == len(self.segments):
+            return {}
+        rest = ContrastBatch(self.eos_token_id, self.pad_token_id, self.max_length, self.share_prefixes)
+        for prompt, (start, end) in zip(self.prompts, pairwise(self.groups), strict=True):
+            own = [segment for segment in self.segments[start:end] if segment.ref_logp is None]
+            if own:
+                others = [Negative(segment.kind, segment.tokens) for segment in own[1:]]
+                rest.add_group(prompt, own[0].tokens, others)
+        known = {"ref_logps": torch.tensor([segment.ref_logp or 0.0 for segment in self.segments])}
+        if not unknown:
+            return known
+        return known | {"unknown": torch.tensor(unknown), "unread": rest.tensors()}
 
     def _saves_by_sharing(self) -> bool:
         if not self.share_prefixes or self._num_sequences == self.num_groups:

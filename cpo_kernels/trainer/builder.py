@@ -12,7 +12,7 @@ from .along_truth import scheduled_conditions
 from .batch import ContrastBatch
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .negatives import EVALUATION_STEP, Negatives
+from .negatives import EVALUATION_STEP, Drawn, Negatives
 from .ranking import Ranking
 
 
@@ -38,10 +38,11 @@ class BatchBuilder:
         """The groups of some examples as they are at ``step``, with negatives if ``contrast``."""
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         batch = ContrastBatch(eos, eos if pad is None else pad, self.config.max_length, self.share_prefixes)
-        negatives = self.negatives.draw(examples, indices, step) if contrast else [[] for _ in indices]
+        drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
         conditions = self._conditions(examples, indices, step)
-        for index, own, condition in zip(indices, negatives, conditions, strict=True):
-            batch.add_group(examples.prompts[index], examples.completions[index], own, condition)
+        for index, own, condition in zip(indices, drawn, conditions, strict=True):
+            prompt, completion = examples.prompts[index], examples.completions[index]
+            batch.add_group(prompt, completion, own.negatives, condition, own.ref_logp)
         return batch
 
     def inputs(
@@ -62,6 +63,8 @@ class BatchBuilder:
         }
         if ref_logps is not None:
             inputs["ref_logps"] = ref_logps
+        elif not self.ranking.by_reference:  # which has to see every candidate
+            inputs |= batch.reference_tensors()
         self.ranking.rank_texts(batch, inputs)
         return inputs
 
@@ -79,6 +82,7 @@ class BatchBuilder:
                 [(self.negatives.seed, step, index) for index in indices],
                 self.config.scheduled_sampling_probability,
                 self.config.scheduled_sampling_passes,
+                self.tokenizer.eos_token_id,
                 sources.head,
                 sources.device,
             )

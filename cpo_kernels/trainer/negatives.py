@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cpo_kernels.negatives import CompletionsEndpoint, finish, is_wrong, token_seeds
 
-from .along_truth import Passage, draw
+from .along_truth import Passage, Reading, read
 from .batch import Negative
 from .config import CPOConfig
 from .data import TokenizedExamples
@@ -17,6 +17,19 @@ from .sources import Sources
 from .writing import Store, Write, sampling_of, write_with_endpoint, write_with_model
 
 EVALUATION_STEP = -1  # the same negatives in every evaluation
+
+
+@dataclass
+class Drawn:
+    """What is contrasted with one ground truth.
+
+    Attributes:
+        negatives: in the order of their kinds.
+        ref_logp: log-likelihood of the ground truth under the reference, where it was found on the way.
+    """
+
+    negatives: list[Negative] = field(default_factory=list)
+    ref_logp: float | None = None
 
 
 @dataclass
@@ -68,20 +81,37 @@ class Negatives:
         """Whether these examples have negatives."""
         return examples.brings_negatives or any(self.config.negative_counts(examples.brings_negatives).values())
 
-    def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[Negative]]:
-        """The negatives of some examples as they are contrasted at ``step``, in the order of their kinds."""
+    def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[Drawn]:
+        """The negatives of some examples as they are contrasted at ``step``."""
         step = self._effective(step)
         sampler = self.sampler(examples)
-        negatives = [sampler.draw(index, step) for index in indices]
-        for kind, make in (("mean_field", self._mean_field), ("autoregressive", self._autoregressive)):
-            if not getattr(self.config, f"num_{kind}_negatives"):
-                continue
-            for own, index, texts in zip(negatives, indices, make(examples, indices, step), strict=True):
-                truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
-                wrong = [Negative(kind, text, rank=rank) for text in texts if is_wrong(text, truth)]
-                # Alone, a negative equal to the ground truth has no gradient; without any there is no contrast.
-                own += wrong if wrong or own else [Negative(kind, truth, rank=rank)]
-        return negatives
+        drawn = [Drawn(sampler.draw(index, step)) for index in indices]
+        if self.config.num_mean_field_negatives:
+            readings = self._read(examples, indices, step, drawn)
+            if self._reads_with_reference:
+                drawn = [with_reference(own, reading) for own, reading in zip(drawn, readings, strict=True)]
+            texts = [finish(reading.samples, self.tokenizer.eos_token_id) for reading in readings]
+            self._add(drawn, "mean_field", texts, examples, indices, sampler)
+        if self.config.num_autoregressive_negatives:
+            texts = self._autoregressive(examples, indices, step)
+            self._add(drawn, "autoregressive", texts, examples, indices, sampler)
+        return drawn
+
+    @staticmethod
+    def _add(
+        drawn: Sequence[Drawn],
+        kind: str,
+        texts: Sequence[Sequence[Sequence[int]]],
+        examples: TokenizedExamples,
+        indices: Sequence[int],
+        sampler: NegativeSampler,
+    ) -> None:
+        """Add the texts of each example that can be its negatives."""
+        for group, own, index in zip(drawn, texts, indices, strict=True):
+            truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
+            wrong = [Negative(kind, text, rank=rank) for text in own if is_wrong(text, truth)]
+            # Alone, a negative equal to the ground truth has no gradient; without any there is no contrast.
+            group.negatives += wrong if wrong or group.negatives else [Negative(kind, truth, rank=rank)]
 
     def write_ahead(self, examples: TokenizedExamples, steps: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Write the autoregressive negatives of (step, indices of examples) that are not written yet."""
@@ -99,14 +129,23 @@ class Negatives:
         """The step that decides what is drawn."""
         return step if self.config.resample_negatives or step == EVALUATION_STEP else 0
 
-    def _mean_field(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
-        passages = [
-            Passage(examples.prompts[i], completion, token_seeds(self.seed, step, i, len(completion)))
-            for i, completion in ((i, examples.completions[i]) for i in indices)
-        ]
-        with self.sources.asking(str(self.config.mean_field_source)) as model:
-            drawn = draw(model, passages, self.config.num_mean_field_negatives, self.sources.head, self.sources.device)
-        return [finish(samples, self.tokenizer.eos_token_id) for samples in drawn]
+    @property
+    def _reads_with_reference(self) -> bool:
+        return self.config.mean_field_source == "reference" and self.sources.reference is not None
+
+    def _read(
+        self, examples: TokenizedExamples, indices: Sequence[int], step: int, drawn: Sequence[Drawn]
+    ) -> list[Reading]:
+        """One forward pass over the ground truths and, in the same rows, over their truncations."""
+        passages = []
+        for index, own in zip(indices, drawn, strict=True):
+            completion = examples.completions[index]
+            seeds = token_seeds(self.seed, step, index, len(completion))
+            cuts = [negative.cut for negative in own.negatives if negative.cut is not None]
+            passages.append(Passage(examples.prompts[index], completion, seeds, cuts=cuts))
+        count, sources = self.config.num_mean_field_negatives, self.sources
+        with sources.asking(str(self.config.mean_field_source)) as model:
+            return read(model, passages, count, self.tokenizer.eos_token_id, sources.head, sources.device)
 
     def _autoregressive(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
         if step == EVALUATION_STEP:
@@ -124,3 +163,10 @@ class Negatives:
         if self._endpoint is not None:
             return write_with_endpoint(self._endpoint, self.tokenizer, count)
         return write_with_model(self.sources.policy(), self.tokenizer, count, self.sources.synced_gpus)
+
+
+def with_reference(drawn: Drawn, reading: Reading) -> Drawn:
+    """The same negatives with what the reference has said of the ground truth and its truncations."""
+    cut_logps = iter(reading.cut_logps)
+    negatives = [own if own.cut is None else replace(own, ref_logp=next(cut_logps)) for own in drawn.negatives]
+    return Drawn(negatives, reading.logp)

@@ -274,10 +274,12 @@ class CPOTrainer(Trainer):
         Sets the ranks of the candidates where they follow from the reference's hidden states.
         """
         logps = inputs.get("ref_logps")
-        if self.reference is not None:
+        if self.reference is not None and (logps is None or "unread" in inputs):
             with self.accelerator.autocast():
-                out = self.reference.score(inputs, self._head_options, pool=self._batches.ranking.by_reference)
-            logps = out.logps
+                out = self.reference.score(
+                    inputs.get("unread", inputs), self._head_options, pool=self._batches.ranking.by_reference
+                )
+            logps = out.logps if logps is None else logps.index_copy(0, inputs["unknown"], out.logps)
             if out.embeddings is not None:
                 inputs["ranks"] = ranks_by_similarity(out.embeddings, inputs)
         return per_token(logps, inputs["cu_tokens"]) if self.args.length_normalized and logps is not None else logps
