@@ -15,7 +15,7 @@ from cpo_kernels.cli import help as texts
 from cpo_kernels.cli.errors import InputError
 from cpo_kernels.cli.options import RunConfig
 from cpo_kernels.cli.parsing import field_types, parse
-from cpo_kernels.cli.tiny import tiny_rows
+from cpo_kernels.cli.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.cpu
 
@@ -200,6 +200,22 @@ def test_rows_of_a_dry_run_have_the_fields_that_are_asked_for(options, names):
     row = next(tiny_rows(RunConfig(**options)))
     assert row.keys() == names
     assert all(row.values())
+
+
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "opt", "olmo2"]
+FAMILIES += ["smollm3", "granite", "falcon", "bloom"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tiny_model_of_every_family(family):
+    options = RunConfig(tiny_model={"model_type": family})
+    tokenizer = tiny_tokenizer([{"text": "the cat sat on the mat"}] * 2)
+    model = tiny_model(options, tokenizer, 32, seed=0)
+    assert model.config.model_type == family
+    assert model.num_parameters() < 1_000_000
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = torch.arange(32)[None] % len(tokenizer)
+    assert model(ids, attention_mask=torch.ones_like(ids)).logits.shape == (1, 32, len(tokenizer))
 
 
 # Help

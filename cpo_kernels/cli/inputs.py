@@ -20,6 +20,7 @@ from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 TOKENIZER_ROWS = 64  # of a dry run
 ADAPTERS = "adapter_config.json"
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
 HELD_OUT_SEED = 0  # the same examples are held out by every command
 
@@ -67,19 +68,17 @@ class Inputs:
             return tiny_tokenizer(islice(rows, TOKENIZER_ROWS))
         name = self.run.tokenizer or self.run.model
         if name is None:
-            raise InputError("model is not given: a directory, or a name on the hub")
+            raise InputError(NO_MODEL)
         return load_tokenizer(name, self.run)
 
     def model(self) -> Any:
-        """The model to start from, with adapters where they are asked for."""
+        """The model to start from."""
         training = self.settings.training
         if self.run.tiny:
-            model = tiny_model(self.run, self.tokenizer, training.max_length, training.seed)
-        elif self.run.model is None:
-            raise InputError("model is not given: a directory, or a name on the hub")
-        else:
-            model = load_model(self.run.model, self.run)
-        return model
+            return tiny_model(self.run, self.tokenizer, training.max_length, training.seed)
+        if self.run.model is None:
+            raise InputError(NO_MODEL)
+        return load_model(self.run.model, self.run)
 
     def adapted_model(self) -> Any:
         """The model to train, with LoRA adapters if ``lora_r`` is not 0."""

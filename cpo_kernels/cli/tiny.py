@@ -211,7 +211,8 @@ def tiny_model(run: RunConfig, tokenizer: Any, max_length: int, seed: int) -> An
         "word_embed_proj_dim": 32,
         "max_position_embeddings": max(64, max_length),
     }
-    sizes = {name: size for name, size in sizes.items() if getattr(usual, name, None) is not None}
+    known = {*usual.to_dict(), *usual.attribute_map}
+    sizes = {name: size for name, size in sizes.items() if name in known and getattr(usual, name) is not None}
     special = {f"{name}_token_id": tokenizer.eos_token_id for name in ("bos", "eos", "pad")}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **({"vocab_size": len(tokenizer)} | special | sizes | asked))
