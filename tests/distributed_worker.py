@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from test_trainer import DISTRIBUTED, steps, trainer
-from tiny_models import examples
+from tiny_models import examples, llama
 from torch.distributed.tensor import DTensor
 
 
@@ -38,7 +38,7 @@ if __name__ == "__main__":
         let_processors_shard()
         options |= {"fsdp": True}
         options |= {"fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    run = trainer(out, eval_dataset=examples(8, seed=5), **options)
+    run = trainer(out, ref_model=llama(seed=1), eval_dataset=examples(8, seed=5), **options)
     run.train()
     run.evaluate()
     sharded = all(
