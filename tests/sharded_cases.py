@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import tiny_models
@@ -113,10 +114,12 @@ def losses(model: nn.Module, rank: int) -> torch.Tensor:
 
 
 def answers(model: nn.Module, ranks: list[int]) -> dict[str, torch.Tensor]:
+    """Log-likelihoods, without adapters where there are some, and of single tokens with them."""
     logps, tokens = [], []
     for rank in ranks:
         ids, targets, layout, _ = inputs(rank)
-        logps.append(model(input_ids=ids, linear_loss=LogpsRequest(targets, layout)).logps)
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            logps.append(model(input_ids=ids, linear_loss=LogpsRequest(targets, layout)).logps)
         tokens.append(model(input_ids=ids, linear_loss=StatisticsRequest(targets, layout.rows)).token_logps)
     return {"logps": torch.stack(logps).mean(0), "tokens": torch.stack(tokens).mean(0)}
 
