@@ -14,10 +14,14 @@ import tiny_models
 import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_kernels import CPOConfig, CPOTrainer
 from cpo_kernels.__main__ import main
+from cpo_kernels.cli.inputs import Inputs
+from cpo_kernels.cli.parsing import parse
+from cpo_kernels.cli.train import make_trainer
 
 pytestmark = pytest.mark.cpu
 
@@ -106,9 +110,6 @@ def test_evaluation_along_a_run_and_at_its_end(shared, tmp_path):
 
 
 def test_what_is_held_out_is_not_trained_on(shared, tmp_path):
-    from cpo_kernels.cli.inputs import Inputs
-    from cpo_kernels.cli.parsing import parse
-
     inputs = Inputs(parse([write_config(tmp_path / "run.yaml", **shared, eval_fraction=0.25)]))
     train, held_out = inputs.train_examples(), inputs.eval_examples()
     assert (len(train), len(held_out)) == (18, 6)
@@ -133,6 +134,32 @@ def test_adapters_are_trained_and_evaluated(shared, tmp_path, capsys):
     assert (saved["r"], saved["target_modules"]) == (2, ["c_attn"])
     assert main(["evaluate", config, "--eval_generations", "0"]) == 0
     assert "perplexity" in capsys.readouterr().out
+
+
+def test_splits_of_a_saved_data_set(shared, tmp_path):
+    rows = tiny_models.examples(24)
+    DatasetDict({"train": Dataset.from_list(rows[:20]), "test": Dataset.from_list(rows[20:])}).save_to_disk(
+        str(tmp_path / "saved")
+    )
+    values = {"model": shared["model"], "data": str(tmp_path / "saved"), "eval_split": "test"}
+    inputs = Inputs(parse([write_config(tmp_path / "run.yaml", **values)]))
+    assert list(inputs.train_examples()) == rows[:20]
+    assert list(inputs.eval_examples()) == rows[20:]
+
+
+def test_documents_are_trained_on_in_pieces(shared, tmp_path):
+    """Only the end of a document gets EOS; a piece from within one fills ``max_length``."""
+    words = tiny_models.WORDS * 2
+    (tmp_path / "text.txt").write_text("\n\n".join([" ".join(words), " ".join(words[:11])]))
+    values = {"model": shared["model"], "data": str(tmp_path / "text.txt"), "prompt_tokens": 4, "completion_tokens": 6}
+    config = write_config(tmp_path / "run.yaml", **values, max_length=10)
+    data = make_trainer(parse([config])).train_dataset
+    ids = AutoTokenizer.from_pretrained(shared["model"])(" ".join(words))["input_ids"]
+    assert [[*p, *c] for p, c in zip(data.prompts, data.completions, strict=True)] == [
+        *(ids[start : start + 10] for start in range(0, 40, 10)),
+        ids[:10],
+    ]
+    assert main(["train", config]) == 0
 
 
 MISTAKES = {

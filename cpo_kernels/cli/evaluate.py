@@ -27,6 +27,8 @@ def run(arguments: Sequence[str]) -> None:
     """Evaluate what ``arguments`` say; prints the report and writes it as report.json and report.md."""
     settings = parse(arguments)
     options, config = settings.run, settings.training
+    if config.world_size > 1:
+        raise InputError(f"evaluate runs in one process, got {config.world_size}; start it without torchrun")
     name = _checkpoint(settings)
     tokenizer = load_tokenizer(name, options)
     inputs = Inputs(settings, tokenizer)

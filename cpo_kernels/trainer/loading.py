@@ -75,7 +75,8 @@ def load_examples(
               ``"{{ question }}\n"``.
             - A row that has ``text_column`` (default ``text``) and no prompt or completion is a document to cut: behind
               ``prompt_fraction`` of its words (default 0.5), or, with ``prompt_tokens`` and ``completion_tokens``, into
-              consecutive pieces of so many tokens. What is too short for that is left out and counted in a warning.
+              consecutive pieces of so many tokens, but for an end that is no longer than a prompt. Documents too short
+              for that are left out and counted in a warning.
 
     Returns:
         A ``datasets.Dataset`` or a list of mappings, in one of the forms of :func:`.formats.normalize_example`.
