@@ -1,13 +1,15 @@
 """Transformer bodies on packed rows that share their prompts against one right-padded row a candidate, taking turns.
 
 `python -m benchmarks.bench_sharing --tokens 256 --candidates 5 --threads 2`. Forward and backward of the body, without
-embeddings of a large vocabulary and without a head; the time is the best of the rounds.
+embeddings of a large vocabulary and without a head; the time is the best of the rounds. On a machine that others use,
+`--threads 1 --processor-time` counts the seconds of the processor instead of the clock's.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.environment import as_markdown, describe, log
-from benchmarks.timing import Effort, clock_for, round_robin
+from benchmarks.timing import Call, Clock, Effort, clock_for, round_robin
 from cpo_kernels.models.sharing import SharedBatch, check_prefix_sharing, pack_groups, tree_inputs
 
-SEPARATE = "separate rows"
+DENSE = "sdpa-dense"  # sdpa with the whole mask, not branch by branch
 VOCABULARY = 1024
 BAR = 1.5
+ATTENTION = ("sdpa", DENSE, "eager", "flex_attention")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -80,7 +83,7 @@ def make_problem(groups: int, candidates: int, prompt: int, completion: int, rag
     return Problem(pack_groups(prompts, completions), ids, mask, torch.tensor(rows))
 
 
-def calls(model: PreTrainedModel, problem: Problem, device: torch.device, name: str) -> dict[str, Callable[[], object]]:
+def calls(model: PreTrainedModel, problem: Problem, device: torch.device, name: str) -> dict[str, Call]:
     """Forward and backward on shared and on separate rows."""
     tree, ids = problem.shared.tree.to(device), problem.shared.input_ids.to(device)
     shared_rows, separate_rows = problem.shared_rows.to(device), problem.separate_rows.to(device)
@@ -93,9 +96,10 @@ def calls(model: PreTrainedModel, problem: Problem, device: torch.device, name: 
 
     def share() -> None:
         # The masks are made in every call, as in every step of training.
-        backward(
-            model.base_model(input_ids=ids, use_cache=False, **tree_inputs(model, tree)).last_hidden_state, shared_rows
-        )
+        inputs = tree_inputs(model, tree)
+        if name == DENSE:
+            inputs["attention_mask"] = inputs["attention_mask"].as_subclass(Tensor)
+        backward(model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state, shared_rows)
 
     def separate() -> None:
         out = model.base_model(input_ids=separate_ids, attention_mask=mask, use_cache=False)
@@ -104,54 +108,69 @@ def calls(model: PreTrainedModel, problem: Problem, device: torch.device, name: 
     return {f"{name} shared": share, f"{name} separate": separate}
 
 
-def main() -> None:
-    """Prints one table."""
+def processor_clock(call: Call) -> tuple[float, object]:
+    """Seconds of this process on the processor."""
+    begin = time.process_time()
+    result = call()
+    return time.process_time() - begin, result
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bodies", nargs="+", choices=BODIES, default=list(BODIES))
-    parser.add_argument("--attention", nargs="+", default=["sdpa", "eager"])
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION[:3])
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--candidates", type=int, default=5, help="candidates of a group, K + 1")
     parser.add_argument("--tokens", type=int, default=256, help="of the prompt and of each candidate")
     parser.add_argument("--ragged", action="store_true", help="lengths between half of and the whole of --tokens")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processor-time", action="store_true", help="not the clock's; CPU only, for one thread")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(body: str, attention: str, problem: Problem, args: argparse.Namespace) -> str:
+    """The line of one body with one attention."""
+    log(f"{body} {attention} ...")
+    torch.manual_seed(0)
+    model = BODIES[body](attention.removesuffix("-dense"), args.layers, 2 * args.tokens)
+    model.to(args.device, DTYPES[args.dtype])
+    check_prefix_sharing(model)
+    contestants = calls(model, problem, args.device, attention)
+    share, separate = contestants
+    clock: Clock = processor_clock if args.processor_time else clock_for(args.device)
+    effort = Effort(rounds=args.rounds, seconds=60.0)
+    times = round_robin(contestants, effort, reference=separate, always=contestants, clock=clock)
+    ratio = times[separate].best / times[share].best
+    return f"| {body} | {attention} | {times[separate].best:.4f} | {times[share].best:.4f} | {ratio:.2f} |"
+
+
+def main() -> None:
+    """Prints one table."""
+    args = parse()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
     problem = make_problem(args.groups, args.candidates, args.tokens, args.tokens, args.ragged)
-    tokens = problem.separate_ids.numel() / problem.shared.input_ids.numel()
-    lines = [
-        f"{args.groups} groups of {args.candidates} candidates, {args.tokens} tokens of prompt and of each candidate"
-        f"{', ragged' if args.ragged else ''}, {args.layers} layers, {args.dtype}: {problem.shared.input_ids.numel()} "
-        f"positions shared, {problem.separate_ids.numel()} separate (ratio {tokens:.2f}).",
+    shared, separate = problem.shared.input_ids.numel(), problem.separate_ids.numel()
+    report = [
+        f"{args.groups} group(s) of {args.candidates} candidates, {args.tokens} tokens of prompt and of each candidate"
+        f"{', ragged' if args.ragged else ''}, {args.layers} layer(s), {args.dtype}: {shared} positions shared, "
+        f"{separate} separate (ratio {separate / shared:.2f}); "
+        f"{'seconds of the processor' if args.processor_time else 'seconds'}, best of {args.rounds} rounds.",
         "",
         f"| body | attention | separate, s | shared, s | ratio (bar {BAR}) |",
-        "| --- | --- | --- | --- | --- |",
+        "| --- | --- | ---: | ---: | ---: |",
+        *(measure(body, attention, problem, args) for body in args.bodies for attention in args.attention),
     ]
-    for body in args.bodies:
-        for attention in args.attention:
-            torch.manual_seed(0)
-            model = BODIES[body](attention, args.layers, 2 * args.tokens).to(device, DTYPES[args.dtype])
-            check_prefix_sharing(model)
-            contestants = calls(model, problem, device, attention)
-            share, separate = contestants
-            effort = Effort(rounds=args.rounds, seconds=60.0)
-            log(f"{body} {attention}")
-            times = round_robin(contestants, effort, reference=separate, always=contestants, clock=clock_for(device))
-            ratio = times[separate].best / times[share].best
-            lines.append(
-                f"| {body} | {attention} | {times[separate].best:.4f} | {times[share].best:.4f} | {ratio:.2f} |"
-            )
-    report = "\n".join(lines)
-    print(report)
+    print("\n".join(report))
     if args.out:
         header = "# Prefix sharing: the transformer body, forward and backward"
-        described = as_markdown(describe(["bench_sharing", *sys.argv[1:]], device.type))
-        args.out.write_text(f"{header}\n\n{report}\n\n{described}\n")
+        described = as_markdown(describe(["bench_sharing", *sys.argv[1:]], args.device.type))
+        args.out.write_text("\n".join([header, "", *report, "", described, ""]))
 
 
 if __name__ == "__main__":
