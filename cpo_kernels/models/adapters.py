@@ -114,7 +114,8 @@ def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
     """``head`` with its active adapters, for hidden states (R, H); differentiable in all of them.
 
     A low-rank adapter is merged by columns: ``x W' + s (x A') B' = [x, s x A'] [W, B]'``. Against a sum of weights
-    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact.
+    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact. It costs
+    the three products of a trainable head, also where W is frozen and only the columns of B need a gradient.
 
     Raises:
         RuntimeError: an adapter that is not applied here.

@@ -3,6 +3,7 @@
 from .batch import ContrastBatch, Negative
 from .config import CPOConfig
 from .data import TokenizedExamples, tokenize_examples
+from .ensemble import EnsembleCallback, ensemble_checkpoints
 from .evaluation import Report, evaluate
 from .judges import ChatJudge, LikelihoodJudge
 from .sampler import NegativeSampler
@@ -14,11 +15,13 @@ __all__ = [
     "CPOTrainer",
     "ChatJudge",
     "ContrastBatch",
+    "EnsembleCallback",
     "LikelihoodJudge",
     "Negative",
     "NegativeSampler",
     "Report",
     "TokenizedExamples",
+    "ensemble_checkpoints",
     "evaluate",
     "judge_pairs",
     "tokenize_examples",
