@@ -126,6 +126,21 @@ def test_negatives_that_examples_bring_are_kept(config, tmp_path):
         assert row["ranks"] == [2, 3][: len(row["kinds"])]
 
 
+def test_what_is_no_negative_is_left_out(config, tmp_path, monkeypatch, capsys):
+    """Nothing at all, and the ground truth itself; an example that is left without any is told of."""
+    tokenizer = tiny_models.tokenizer()
+    truth = tokenizer(tiny_models.examples(1)[0]["completion"])["input_ids"]
+    eos = tokenizer.eos_token_id
+    monkeypatch.setattr(
+        writers.ModelWriter,
+        "__call__",
+        lambda self, prompts, ids, first, count, sampling: [[[eos], truth, [*truth, eos]] for _ in ids],
+    )
+    assert main(["negatives", config(max_examples=1, negatives_format="ids")]) == 0
+    assert "1 examples got none" in capsys.readouterr().out
+    assert [row["negatives"] for row in rows(tmp_path / "negatives.jsonl")] == [[]]
+
+
 # Interruptions
 
 

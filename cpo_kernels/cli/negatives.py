@@ -72,7 +72,10 @@ def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
     bare = sum(not own for own in negatives)
     print(f"wrote {sum(map(len, negatives))} negatives of {len(negatives)} examples to {path}")
     if bare:
-        print(f"{bare} examples got none: what was written for them was empty or the ground truth itself")
+        print(
+            f"{bare} examples got none: what was written for them was empty or the ground truth itself; they need "
+            "another kind in training, such as num_batch_negatives"
+        )
 
 
 def _write(path: Path, text: str) -> None:
