@@ -201,10 +201,10 @@ def test_preference_data_are_groups_with_their_own_negatives():
     assert len(examples.negatives[1]) == 1
 
 
-def test_an_empty_negative_names_itself_and_its_example():
-    example = {"prompt": "the", "completion": "sat", "negatives": ["ran", ""]}
-    with pytest.raises(ValueError, match="negative 1 of example 1 is empty"):
-        tokenized([*tiny_models.examples(1), example])
+@pytest.mark.parametrize("empty", ["", [EOS]], ids=["text", "token ids"])
+def test_an_empty_negative_is_a_model_that_ended_at_once(empty):
+    example = {"prompt": "the", "completion": "sat", "negatives": ["ran", empty]}
+    assert tokenized([example]).negatives[0][1] == [EOS]
 
 
 def test_the_digest_tells_data_apart():

@@ -76,7 +76,8 @@ def tokenize_examples(
 
     A prompt is tokenised with the special tokens that the tokenizer puts before a text; an empty one becomes BOS. Of
     a prompt over ``max_prompt_length`` the end is kept, after BOS if it began with it. A completion is tokenised
-    without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included.
+    without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included. An
+    empty negative is EOS alone: a model that ended at once.
 
     Args:
         examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
@@ -112,11 +113,14 @@ def tokenize_examples(
         for i, (prompt, example) in enumerate(zip(raw_prompts, normal, strict=True)):
             prompt = _finish_prompt(prompt, tokenizer, max_prompt_length, start + i)
             limit = max_length - len(prompt)
-            names = ["completion", *(f"negative {n}" for n in range(len(example["negatives"])))]
-            own = [_finish_completion(next(raw_completions), tokenizer, limit, name, start + i) for name in names]
+            completion = next(raw_completions)
+            if not completion or completion == [tokenizer.eos_token_id]:
+                raise ValueError(f"the completion of example {start + i} is empty")
             prompts.append(prompt)
-            completions.append(own[0])
-            negatives.append(own[1:])
+            completions.append(_end(completion, tokenizer.eos_token_id, limit))
+            # An empty negative is a model that ended at once.
+            own = [_end(next(raw_completions), tokenizer.eos_token_id, limit) for _ in example["negatives"]]
+            negatives.append(own)
             ranks.append(example["ranks"])
             kinds.append(example["kinds"])
     if not prompts:
@@ -170,8 +174,6 @@ def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> li
     return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[-limit:]
 
 
-def _finish_completion(ids: list[int], tokenizer: Any, limit: int, name: str, index: int) -> list[int]:
-    eos = tokenizer.eos_token_id
-    if not ids or ids == [eos]:
-        raise ValueError(f"the {name} of example {index} is empty")
-    return (ids if ids[-1] == eos else [*ids, eos])[:limit]
+def _end(ids: list[int], eos: int, limit: int) -> list[int]:
+    """The completion ended with EOS, of at most ``limit`` tokens."""
+    return (ids if ids and ids[-1] == eos else [*ids, eos])[:limit]
