@@ -99,9 +99,10 @@ def verify_head(model: PreTrainedModel) -> None:
     head: Any = plain_head(find_head(model))
     probe = _HeadProbe(head.weight, getattr(head, "bias", None))
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
     with _evaluating(model), _output_embeddings(model, probe), torch.no_grad():
-        logits = model.forward(input_ids=ids, use_cache=False, return_dict=True).logits
-        hidden = find_body(model)(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        logits = model.forward(**inputs).logits
+        hidden = find_body(model)(**inputs).last_hidden_state
     name = type(model).__name__
     if probe.hidden is None or not _same(probe.hidden, hidden):
         raise RuntimeError(

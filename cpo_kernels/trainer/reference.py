@@ -57,7 +57,11 @@ class Reference:
             if not self.adapters:
                 yield model
                 return
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with model.disable_adapter():  # type: ignore[operator]
+                # Disabling freezes them, and FSDP2 would remember their first pass as that of frozen ones.
+                for parameter in trained:
+                    parameter.requires_grad_(True)
                 yield model
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
