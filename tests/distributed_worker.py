@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from test_trainer import DISTRIBUTED, steps, trainer
-from tiny_models import examples, llama
+from tiny_models import adapted, examples, llama
 from torch.distributed.tensor import DTensor
 
 
@@ -44,8 +44,14 @@ if __name__ == "__main__":
     sharded = all(
         any(isinstance(parameter, DTensor) for parameter in model.parameters()) for model in (run.model, run.ref_model)
     )
+    adapted_losses = None
+    if how == "fsdp2":  # accelerate rounds there, and the reference is a pass with the adapters off
+        adapted_run = trainer(out, adapted(llama()), bf16=True, **options)
+        adapted_run.train()
+        adapted_losses = [entry["loss"] for entry in steps(adapted_run)]
     parameters = {name: whole(parameter) for name, parameter in run.model.named_parameters()}
     if run.is_world_process_zero():
         evaluation = [entry for entry in run.state.log_history if "eval_loss" in entry]
         result = {"parameters": parameters, "steps": steps(run), "evaluation": evaluation, "sharded": sharded}
+        result["adapted_losses"] = adapted_losses
         torch.save(result, out / "run.pt")

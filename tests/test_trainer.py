@@ -206,6 +206,10 @@ def test_two_processes_equal_one(tmp_path, how):
         assert evaluation[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
     for name, value in parameters(whole).items():
         torch.testing.assert_close(parts["parameters"][name], value, rtol=1e-5, atol=1e-6)
+    if how == "fsdp2":
+        one = trainer(tmp_path, tiny_models.adapted(), bf16=True, **kwargs)
+        one.train()
+        assert parts["adapted_losses"] == pytest.approx([entry["loss"] for entry in steps(one)], rel=0.02)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import parameters, steps, trainer
 from test_trainer_negatives import NONE, candidates, dense_logps, micro_batch
@@ -91,17 +90,10 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
 # Adapters
 
 
-def adapted(model=None, **config) -> PeftModel:
-    torch.manual_seed(3)
-    model = tiny_models.llama() if model is None else model
-    lora = LoraConfig(**({"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | config))
-    return get_peft_model(model, lora)
-
-
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "lm_head"]], ids=["body", "body and head"])
 def test_the_reference_of_adapters_is_the_model_without_them(tmp_path, targets):
     base = tiny_models.llama()
-    model = adapted(copy.deepcopy(base), target_modules=targets)
+    model = tiny_models.adapted(copy.deepcopy(base), target_modules=targets)
     dense = copy.deepcopy(model)
     run = trainer(tmp_path, model, beta=0.5, **(NONE | {"num_batch_negatives": 2}))
     assert run.ref_model is None and run.reference.adapters
@@ -118,18 +110,18 @@ def test_the_reference_of_adapters_is_the_model_without_them(tmp_path, targets):
 
 def test_adapters_alone_are_trained_saved_and_resumed(tmp_path):
     kwargs = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer(tmp_path, adapted(), **kwargs)
+    whole = trainer(tmp_path, tiny_models.adapted(), **kwargs)
     start = parameters(whole)
     whole.train()
     moved = {name for name, value in parameters(whole).items() if not torch.equal(value, start[name])}
     assert moved == {name for name in start if "lora_" in name}
     assert set(load_file(tmp_path / "checkpoint-4" / "adapter_model.safetensors"))
-    resumed = trainer(tmp_path, adapted(), **kwargs)
+    resumed = trainer(tmp_path, tiny_models.adapted(), **kwargs)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, value in parameters(whole).items():
         assert torch.equal(parameters(resumed)[name], value), name
     with pytest.raises(ValueError, match="reference of this trainer is not the one"):
-        other = trainer(tmp_path, adapted(tiny_models.llama(seed=1)), **kwargs)
+        other = trainer(tmp_path, tiny_models.adapted(tiny_models.llama(seed=1)), **kwargs)
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -5,8 +5,16 @@ from __future__ import annotations
 import random
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = ["the", "a", "cat", "dog", "bird", "fish", "sat", "ran", "flew", "swam", "on", "under", "over", "near", "mat"]
 WORDS += ["tree", "river", "house", "and", "then", "slept"]
@@ -36,6 +44,14 @@ def llama(seed: int = 0, **config) -> LlamaForCausalLM:
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**(sizes | heads | {"initializer_range": 0.2} | config)))
+
+
+def adapted(model: PreTrainedModel | None = None, **config) -> PeftModel:
+    """A model with random LoRA adapters."""
+    model = llama() if model is None else model
+    torch.manual_seed(3)
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    return get_peft_model(model, LoraConfig(**(lora | config)))
 
 
 def examples(count: int, seed: int = 0) -> list[dict[str, str]]:
