@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,16 @@ class TokenizedExamples(Dataset):
     def brings_negatives(self) -> bool:
         """Whether any example has negatives of its own."""
         return self.negatives is not None
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.prompts))
+
+    @cached_property
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion."""
+        return max(map(len, self.completions))
 
     def digest(self) -> str:
         """A digest of all token ids, ranks and kinds: the data's key in a cache."""

@@ -55,11 +55,11 @@ def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sa
     Their length is at most the configured one, or else that of the longest ground truth, and never more than what
     ``max_length`` leaves behind the longest prompt: of all the data, so that no example depends on its neighbours.
     """
-    longest = config.autoregressive_max_new_tokens or max(map(len, examples.completions))
+    longest = config.autoregressive_max_new_tokens or examples.longest_completion
     return Sampling(
         temperature=config.autoregressive_temperature,
         top_p=config.autoregressive_top_p,
-        max_new_tokens=min(longest, config.max_length - max(map(len, examples.prompts))),
+        max_new_tokens=min(longest, config.max_length - examples.longest_prompt),
         batch_size=config.autoregressive_batch_size,
         seed=int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little"),
     )
