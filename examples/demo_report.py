@@ -1,66 +1,120 @@
-"""The demo's one table and one picture."""
+"""The demo's tables and its picture."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo_scores import KINDS, Scores
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cpo_kernels.trainer.evaluation import GenerationStatistics
 
-def print_table(console: Console, models: dict[str, Any], head: dict[str, Any], title: str) -> None:
-    """One table: a row per model, then a row per head."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+BEATEN = {
+    "batch": "other\ntexts",
+    "truncation": "trunca-\ntions",
+    "mean_field": "mean-\nfield",
+    "autoregressive": "auto-\nregr.",
+}
+COLORS = {
+    "all kinds": "tab:orange",
+    "MLE": "tab:blue",
+    "batch": "tab:green",
+    "truncation": "tab:red",
+    "mean-field": "tab:purple",
+    "autoregressive": "tab:brown",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is told of a model: seconds of a step, the same over those of MLE, scores, and its generations."""
+
+    seconds: float | None = None
+    times_mle: float | None = None
+    scores: Scores | None = None
+    generated: GenerationStatistics | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        """One text a column."""
+        cells = ["" if self.seconds is None else f"{1e3 * self.seconds:.0f}"]
+        cells.append("" if self.times_mle is None else f"{self.times_mle:.2f}")
+        cells.append("" if self.scores is None else f"{self.scores.perplexity:.1f}")
+        wins = {} if self.scores is None else self.scores.wins
+        cells += [f"{wins[kind]:.0%}" if kind in wins else "" for kind in KINDS]
+        if self.generated is not None:
+            cells += [f"{self.generated.mean_length:.0f}", f"{self.generated.repetition[2]:.1%}"]
+        return cells
+
+
+def print_rows(console: Console, rows: dict[str, Row], title: str, sections: Collection[str]) -> None:
+    """A row per model; ``sections`` end with the rows named."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0))
     table.add_column("", no_wrap=True)
-    for heading in ("held-out\nperplexity", "truth beats\nother texts", "truth beats\ntruncations"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("head\ntime", "head\nmemory"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, s in models.items():
-        table.add_row(name, f"{s.perplexity:.2f}", f"{s.batch_wins:.1%}", f"{s.truncation_wins:.1%}", "", "")
-    table.add_section()
-    for name, cost in head.items():
-        cells = [f"{1e3 * cost.seconds:.0f} ms", f"{cost.peak_bytes / 2**20:.0f} MiB"]
-        table.add_row(f"head, {name}", "", "", "", *cells)
+    headings = ["ms\na\nstep", "times\nMLE", "held-out\nperplex-\nity", *(f"beats\n{BEATEN[kind]}" for kind in KINDS)]
+    for heading in (*headings, "sample\nlength", "sample\nrepeats"):
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for name, row in rows.items():
+        table.add_row(name, *row.cells, end_section=name in sections)
     console.print(table)
 
 
-def write_curves(path: Path, pretraining: Any, branches: dict[str, Any], chance: float) -> None:
-    """Held-out perplexity and ranking against training steps, as ``path``."""
+def print_head(console: Console, head: dict[str, Any]) -> None:
+    """A row per implementation of the head."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("time", "memory"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, cost in head.items():
+        table.add_row(f"head, {name}", f"{1e3 * cost.seconds:.0f} ms", f"{cost.peak_bytes / 2**20:.0f} MiB")
+    console.print(table)
+
+
+def write_curves(path: Path, curves: dict[str, Any], scratch: str, chance: float) -> None:
+    """Held-out perplexity of the run from scratch, and all scores of the others, as ``path``.
+
+    Args:
+        path: a PNG file.
+        curves: by name.
+        scratch: the name of the run from scratch.
+        chance: of the truth against its negatives.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import LogFormatter
 
-    panels = (
-        ("perplexity", "held-out perplexity", 1.0),
-        ("batch_wins", "truth beats other texts (%)", 100.0),
-        ("truncation_wins", "truth beats truncations (%)", 100.0),
-    )
-    colors = {"MLE": "tab:blue", "CPO": "tab:orange"}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    switch = pretraining.steps[-1]
-    for axis, (name, label, factor) in zip(axes, panels, strict=True):
-        values = [factor * getattr(s, name) for s in pretraining.scores]
-        axis.plot(pretraining.steps, values, color="0.35", marker="o", markersize=3, label="MLE from scratch")
-        for title, curve in branches.items():
-            values = [factor * getattr(s, name) for s in curve.scores]
-            steps = [switch + step for step in curve.steps]
-            axis.plot(steps, values, color=colors[title], marker="o", markersize=3, label=f"continued with {title}")
-        axis.axvline(switch, color="0.7", linestyle=":", linewidth=1)
-        axis.set_xlabel("optimizer step")
-        axis.set_title(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:.0f}")
-    axes[0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    for axis in axes[1:]:
-        axis.axhline(100 * chance, color="0.6", linestyle="--", linewidth=1, label="chance")
-        axis.set_ylim(0, 100)
-    axes[0].legend()
-    axes[1].legend()
+    figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    first, *panels = axes.flat
+    others = {name: curve for name, curve in curves.items() if name != scratch}
+    _draw(first, {scratch: curves[scratch]}, None)
+    first.set_title("held-out perplexity, MLE from scratch")
+    first.set_yscale("log")
+    first.yaxis.set_major_formatter("{x:.0f}")
+    first.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    for axis, kind in zip(panels, (None, *KINDS), strict=True):
+        _draw(axis, others, kind)
+        if kind is None:
+            axis.set_title("held-out perplexity, continued")
+            axis.legend()
+        else:
+            axis.set_title(f"truth beats {kind.replace('_', '-')} negatives (%)")
+            axis.axhline(100 * chance, color="0.6", linestyle="--", linewidth=1)
+            axis.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     figure.savefig(path, dpi=140)
     plt.close(figure)
+
+
+def _draw(axis: Any, curves: dict[str, Any], kind: str | None) -> None:
+    """One line a run: its perplexity, or how often the truth beats negatives of a kind."""
+    for name, curve in curves.items():
+        values = [s.perplexity if kind is None else 100 * s.wins[kind] for s in curve.scores]
+        axis.plot(curve.steps, values, label=name, color=COLORS.get(name, "0.35"), marker="o", markersize=3)
+    axis.set_xlabel("optimizer step")
+    axis.grid(alpha=0.3)
