@@ -1,0 +1,236 @@
+"""``cpo_kernels.integrations.liger`` against Liger itself: loss, gradients and the other outputs in order."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from tolerance import assert_accurate, relative_error
+from torch import Tensor
+from torch.testing import assert_close
+
+from cpo_kernels.integrations import liger as ours
+from cpo_kernels.integrations.pair_losses import PAIR_LOSSES
+
+# A development dependency, which constraints.txt pins and CI installs.
+theirs = pytest.importorskip("liger_kernel.chunked_loss")
+
+B, T, V, H = 5, 7, 23, 6
+NAMES = ("LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss", "LigerFusedLinearDPOLoss")
+AUX = (
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_logits",
+    "rejected_logits",
+    "nll",
+    "chosen_rewards",
+    "rejected_rewards",
+)
+BETA = 0.3
+
+
+def make_inputs(dtype: torch.dtype, *, bias: bool, reference: bool, ignore_index: int = -100) -> list[Tensor | None]:
+    """lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias in the order of the call."""
+    weight, hidden = torch.randn(V, H), torch.randn(2 * B, T, H)
+    target = torch.randint(V - 1, (2 * B, T))  # the last word is left for an ignore_index within the vocabulary
+    prompt = torch.randint(4, (2 * B, 1))
+    target = target.masked_fill(torch.arange(T) < prompt, ignore_index)
+    shift = torch.randn(V)
+    leaves = [weight, hidden, *([shift] if bias else [])]
+    weight, hidden, *shifts = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    inputs = [weight, hidden, target, shifts[0] if bias else None]
+    if reference:
+        others = (torch.randn(2 * B, T, H), weight.detach().float() + 0.1 * torch.randn(V, H), torch.randn(V))
+        ref_hidden, ref_weight, ref_bias = (tensor.to(dtype) for tensor in others)
+        inputs += [ref_hidden, ref_weight, ref_bias if bias else None]
+    return inputs
+
+
+def copies(inputs: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Leaves of another dtype."""
+    return [
+        x if x is None or not x.is_floating_point() else x.detach().to(dtype).requires_grad_(x.requires_grad)
+        for x in inputs
+    ]
+
+
+def values(module: torch.nn.Module, inputs: list[Tensor | None], upstream: float = 1.0) -> dict[str, Tensor]:
+    """Loss, the other outputs and the gradients by name."""
+    loss, aux = module(*inputs)
+    leaves = {name: x for name, x in zip(("weight", "input", "target", "bias"), inputs, strict=False) if x is not None}
+    leaves = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(loss * upstream, list(leaves.values()))
+    assert not any(x.requires_grad for x in aux)
+    return {"loss": loss.detach(), **dict(zip(AUX, aux, strict=True)), **dict(zip(leaves, grads, strict=True))}
+
+
+def dense(module: torch.nn.Module, inputs: list[Tensor | None], upstream: float = 1.0) -> dict[str, Tensor]:
+    """The same from logits in the dtype of the inputs, by no code of Liger's or ours but the losses of pairs."""
+    weight, hidden, target, bias, *reference = inputs
+
+    def log_likelihoods(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+        present = target != module.ignore_index
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        logps = wide.log_softmax(-1).gather(-1, target.where(present, 0).unsqueeze(-1)).squeeze(-1) * present
+        return logits, logps
+
+    present = target != module.ignore_index
+    logits, tokens = log_likelihoods(hidden, weight, bias)
+    average = getattr(module, "average_log_prob", True)
+    divisor = present.sum(-1) if average else 1
+    logps = tokens.sum(-1) / divisor
+    ref = torch.zeros_like(logps)
+    if getattr(module, "use_ref_model", False):
+        ref = log_likelihoods(*reference)[1].sum(-1) / divisor
+    good, bad = (logps - ref).chunk(2)
+    if hasattr(module, "loss_type"):
+        options = {"beta": module.beta, "label_smoothing": module.label_smoothing, "tau": module.discopop_tau}
+        losses = PAIR_LOSSES[module.loss_type](good, bad, **options)
+    else:
+        difference = module.beta * (good - bad) - getattr(module, "gamma", 0.0)
+        losses = (1 - module.label_smoothing) * (1 + (-difference).exp()).log()
+        losses = losses + module.label_smoothing * (1 + difference.exp()).log()
+    nll = -tokens[:B].sum() / present[:B].sum() if module.compute_nll_loss else logps.new_zeros(())
+    loss = losses.mean() + (module.alpha * nll if module.compute_nll_loss else 0.0)
+    means = [half.to(logps.dtype).mean() for half in logits.detach().chunk(2)]
+    rewards = module.beta * (logps - ref)
+    leaves = {name: x for name, x in (("weight", weight), ("input", hidden), ("bias", bias)) if x is not None}
+    grads = torch.autograd.grad(loss * upstream, list(leaves.values()))
+    aux = (*logps.chunk(2), *means, nll, *rewards.chunk(2))
+    out = {"loss": loss, **dict(zip(AUX, aux, strict=True))}
+    return {name: x.detach() for name, x in out.items()} | dict(zip(leaves, grads, strict=True))
+
+
+CASES = {
+    "cpo": ("LigerFusedLinearCPOLoss", {"alpha": 0.7}),
+    "cpo, no nll": ("LigerFusedLinearCPOLoss", {"compute_nll_loss": False, "alpha": 3.0}),
+    "cpo, smoothed means": ("LigerFusedLinearCPOLoss", {"label_smoothing": 0.2, "average_log_prob": True}),
+    "cpo, pad token": ("LigerFusedLinearCPOLoss", {"ignore_index": V - 1}),
+    "simpo": ("LigerFusedLinearSimPOLoss", {"gamma": 0.7}),
+    "simpo, smoothed": ("LigerFusedLinearSimPOLoss", {"label_smoothing": 0.1, "alpha": 0.4, "ignore_index": V - 1}),
+    "dpo": ("LigerFusedLinearDPOLoss", {}),
+    "dpo, nll": ("LigerFusedLinearDPOLoss", {"compute_nll_loss": True, "alpha": 0.5}),
+    "dpo, means": ("LigerFusedLinearDPOLoss", {"average_log_prob": True, "ignore_index": V - 1}),
+    "dpo, no reference": ("LigerFusedLinearDPOLoss", {"use_ref_model": False}),
+}
+CASES |= {
+    f"dpo, {kind}": ("LigerFusedLinearDPOLoss", {"loss_type": kind, "label_smoothing": 0.1, "discopop_tau": 0.5})
+    for kind in PAIR_LOSSES
+}
+
+
+def make_case(name: str, dtype: torch.dtype, bias: bool) -> tuple[str, dict, list[Tensor | None]]:
+    kind, options = CASES[name]
+    options = {"beta": BETA} | options
+    reference = kind == NAMES[2] and options.get("use_ref_model", True)
+    inputs = make_inputs(dtype, bias=bias, reference=reference, ignore_index=options.get("ignore_index", -100))
+    return kind, options, inputs
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_liger(name, dtype, bias):
+    """Liger, in float32, says that the oracle computes its loss; the policy says how near ours has to come to it."""
+    kind, options, inputs = make_case(name, dtype, bias)
+    module = getattr(ours, kind)(**options)
+    liger = getattr(theirs, kind)(**options, compiled=False, chunk_size=2)
+    oracle = dense(module, copies(inputs, torch.float64), upstream=3.0)
+    eager, expected = dense(module, inputs, upstream=3.0), values(liger, inputs, upstream=3.0)
+    got = values(module, inputs, upstream=3.0)
+    assert got.keys() == expected.keys() == oracle.keys()
+    for field, value in got.items():
+        assert value.dtype == expected[field].dtype, field
+        assert_accurate(value, eager[field], oracle[field], field)
+        assert dtype != torch.float32 or relative_error(expected[field], oracle[field]) < 2e-5, f"Liger's {field}"
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_constructors_and_calls_take_what_ligers_take(kind):
+    for function in ("__init__", "forward"):
+        mine, liger = (inspect.signature(getattr(getattr(m, kind), function)) for m in (ours, theirs))
+        assert [(p.name, p.default) for p in mine.parameters.values()] == [
+            (p.name, p.default) for p in liger.parameters.values()
+        ]
+    assert vars(getattr(ours, kind)()).keys() >= set(inspect.signature(getattr(ours, kind)).parameters)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_without_gradients(kind):
+    inputs = [x if x is None else x.detach() for x in make_inputs(torch.float32, bias=True, reference=kind == NAMES[2])]
+    loss, aux = getattr(ours, kind)()(*inputs)
+    expected, others = getattr(theirs, kind)(compiled=False)(*inputs)
+    assert not loss.requires_grad
+    assert_close((loss, *aux), (expected, *others))
+
+
+def test_several_chunks_put_their_log_likelihoods_in_order(monkeypatch):
+    """The log-likelihoods are collected from the calls of a Python function, one for each chunk of groups."""
+    inputs = make_inputs(torch.float32, bias=True, reference=False)
+    module = ours.LigerFusedLinearCPOLoss()
+    expected, whole, calls = values(module, inputs), ours.linear_sequence_loss, []
+
+    def in_chunks(hidden, weight, targets, loss_fn, **options):
+        def counted(logps, groups):
+            calls.append(groups)
+            return loss_fn(logps, groups)
+
+        return whole(hidden, weight, targets, counted, max_logits_bytes=2 * T * V * 4, **options)
+
+    monkeypatch.setattr(ours, "linear_sequence_loss", in_chunks)
+    got = values(module, inputs)
+    assert len(calls) == B
+    for field, value in expected.items():
+        assert_close(got[field], value)
+
+
+def test_compiled_without_a_break():
+    kind, options, inputs = make_case("dpo", torch.float32, bias=True)
+    module = getattr(ours, kind)(**options)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, got = values(module, inputs), values(compiled, inputs)
+    for field, value in expected.items():
+        assert_close(got[field], value)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("sequences", [0, 1, 5])
+def test_sequences_that_do_not_pair_are_refused(kind, sequences):
+    """Liger drops or mispairs the odd one without a word."""
+    target, hidden = torch.randint(V, (sequences, T)), torch.randn(sequences, T, H)
+    module = getattr(ours, kind)(**({"use_ref_model": False} if kind == NAMES[2] else {}))
+    with pytest.raises(ValueError, match=f"even number, got {sequences} sequences"):
+        module(torch.randn(V, H), hidden, target)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [(((4, T, H), (4, T + 1)), r"target \(2B, T\), got \(4, 7, 6\) and \(4, 8\)"), (((4 * T, H), (4 * T,)), "_input")],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    hidden, target = torch.randn(shapes[0]), torch.randint(V, shapes[1])
+    with pytest.raises(ValueError, match=message):
+        ours.LigerFusedLinearCPOLoss()(torch.randn(V, H), hidden, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "ipo"}, "loss_type must be one of .*'sigmoid'.* got 'ipo'"),
+        ({"loss_type": "exo_pair"}, r"exo_pair' needs label_smoothing in \(0, 1\), got 0.0"),
+        ({"loss_type": "robust", "label_smoothing": 0.5}, "robust' needs label_smoothing"),
+    ],
+)
+def test_options_that_liger_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        ours.LigerFusedLinearDPOLoss(**options)
+    with pytest.raises(ValueError):
+        theirs.LigerFusedLinearDPOLoss(**options)
+
+
+def test_a_reference_that_is_not_given_is_asked_for():
+    inputs = make_inputs(torch.float32, bias=False, reference=False)
+    with pytest.raises(ValueError, match="use_ref_model=True needs ref_input and ref_weight"):
+        ours.LigerFusedLinearDPOLoss()(*inputs)
