@@ -1,6 +1,13 @@
 """The fused loss inside a Hugging Face causal language model."""
 
-from .attach import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest, attach_linear_loss
+from .attach import (
+    CPORequest,
+    LinearLossOutput,
+    LogpsRequest,
+    SequenceLossRequest,
+    StatisticsRequest,
+    attach_linear_loss,
+)
 from .sharing import PrefixTree, SharedBatch, check_prefix_sharing, pack_groups
 
 __all__ = [
@@ -8,6 +15,7 @@ __all__ = [
     "LinearLossOutput",
     "LogpsRequest",
     "PrefixTree",
+    "SequenceLossRequest",
     "SharedBatch",
     "StatisticsRequest",
     "attach_linear_loss",

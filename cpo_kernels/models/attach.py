@@ -16,12 +16,19 @@ from transformers import PreTrainedModel
 
 from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head, head_options, verify_head
-from .requests import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest
+from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRequest, StatisticsRequest
 from .sharded import may_be_sharded, run_inside
 from .sharing_masks import with_prefix_tree
 from .sharing_tree import PrefixTree
 
-__all__ = ["CPORequest", "LinearLossOutput", "LogpsRequest", "StatisticsRequest", "attach_linear_loss"]
+__all__ = [
+    "CPORequest",
+    "LinearLossOutput",
+    "LogpsRequest",
+    "SequenceLossRequest",
+    "StatisticsRequest",
+    "attach_linear_loss",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,11 +36,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     """Teach a causal language model to compute the fused loss in its forward pass.
 
-    Called with the extra keyword ``linear_loss=CPORequest(...)`` (or ``LogpsRequest``, ``StatisticsRequest``), the
-    model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without the keyword it behaves as
-    before. With ``prefix_tree=PrefixTree(...)`` its rows are packed groups, see :func:`cpo_kernels.models.pack_groups`,
-    and it takes no ``attention_mask`` or ``position_ids``. The change is made in place, survives ``copy.deepcopy``, and
-    leaves parameters, ``state_dict`` and ``save_pretrained`` as they are; attaching twice changes nothing.
+    Called with the extra keyword ``linear_loss=CPORequest(...)`` (or ``SequenceLossRequest``, ``LogpsRequest``,
+    ``StatisticsRequest``), the model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without
+    the keyword it behaves as before. With ``prefix_tree=PrefixTree(...)`` its rows are packed groups, see
+    :func:`cpo_kernels.models.pack_groups`, and it takes no ``attention_mask`` or ``position_ids``. The change is made
+    in place, survives ``copy.deepcopy``, and leaves parameters, ``state_dict`` and ``save_pretrained`` as they are;
+    attaching twice changes nothing.
 
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps
+from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps, linear_sequence_loss
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.reference import IGNORE_INDEX
 from cpo_kernels.token_statistics import linear_token_statistics
@@ -102,6 +102,29 @@ class CPORequest:
             margin=out.margin,
             dropped=out.dropped,
         )
+
+
+class SequenceLossRequest:
+    """Asks a model for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
+
+    Args:
+        targets: as for :class:`CPORequest`.
+        layout: as for :class:`CPORequest`.
+        loss_fn: called with log-likelihoods (s,) of the segments of some whole groups, and ``groups``, the range of
+            their indices; returns the sum of their losses, a scalar.
+        options: head keywords of ``linear_sequence_loss``.
+    """
+
+    def __init__(
+        self, targets: Tensor, layout: CandidateLayout, loss_fn: Callable[[Tensor, range], Tensor], **options: Any
+    ) -> None:
+        self.targets, self.layout, self.loss_fn, self.options = targets, layout, loss_fn, options
+
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
+        """The loss; arguments as for :meth:`CPORequest.compute`."""
+        options = {"bias": head.bias, **self.options, **transform}
+        tensors = head.features, head.weight, self.targets
+        return LinearLossOutput(loss=linear_sequence_loss(*tensors, self.loss_fn, layout=self.layout, **options))
 
 
 class LogpsRequest:
