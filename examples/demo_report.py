@@ -28,6 +28,7 @@ COLORS = {
     "mean-field": "tab:purple",
     "autoregressive": "tab:brown",
 }
+LEAST_SPAN = 25.0  # percentage points on an axis, so that chance does not look like a result
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,14 @@ def write_curves(path: Path, curves: dict[str, Any], scratch: str, chance: float
         _draw(axis, others, kind)
         if kind is None:
             axis.set_title("held-out perplexity, continued")
-            axis.legend()
         else:
             axis.set_title(f"truth beats {kind.replace('_', '-')} negatives (%)")
             axis.axhline(100 * chance, color="0.6", linestyle="--", linewidth=1)
             axis.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+            low, high = axis.get_ylim()
+            short = max(0.0, (LEAST_SPAN - (high - low)) / 2)
+            axis.set_ylim(low - short, high + short)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(others))
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
