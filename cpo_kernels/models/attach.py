@@ -57,11 +57,16 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
 
     Raises:
         RuntimeError: no recognisable body or head, a head with other adapters or quantised weights, prompt learning,
-            an encoder-decoder, or logits that are not this head's.
+            an encoder-decoder, logits that are not this head's, or a ``forward`` that has been replaced on the object.
     """
     base: Any = find_base(model)
     if getattr(type(base), "_computes_linear_loss", False):
         return model
+    if "forward" in vars(base):
+        raise RuntimeError(
+            f"the forward of this {type(base).__name__} object has been replaced (by hooks of device_map, a prepared "
+            "model of accelerate, or a fused head), which would hide the one that computes the loss; attach it first"
+        )
     find_body(base)
     check_head(find_head(base))
     if verify:

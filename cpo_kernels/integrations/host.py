@@ -1,0 +1,43 @@
+"""What an integration needs of the project that it plugs into, checked before it is used, and replaced for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+
+def require_names(package: str, tested: str, owner: object, *names: str) -> None:
+    """Check that an object of another package still has the names that an integration builds on.
+
+    Args:
+        package: the distribution, for its version in the message.
+        tested: the versions that the integration is tested with.
+        owner: a module, a class or an object.
+        names: attributes that it must have.
+
+    Raises:
+        RuntimeError: it lacks some, which are named with both versions.
+    """
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise RuntimeError(
+            f"{package} {version(package)} has no {', '.join(f'{where}.{name}' for name in missing)}, which this "
+            f"integration builds on; it is tested with {package} {tested}. Install that version, or use "
+            "attach_linear_loss and a compute_loss of your own (docs/plugging-in.md)"
+        )
+
+
+@contextmanager
+def replaced(owner: object, values: dict[str, Any]) -> Iterator[None]:
+    """Attributes of ``owner`` with other values, as long as the context lasts."""
+    before = {name: getattr(owner, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)

@@ -1,0 +1,103 @@
+"""From the padded rows of other trainers to the requests of a model with an attached loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.functional import linear_sequence_loss
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.models import LinearLossOutput
+from cpo_kernels.models.adapters import AppliedHead
+from cpo_kernels.reference import IGNORE_INDEX
+
+
+def candidate_rows(
+    labels: Tensor, group_sizes: Sequence[int], order: Tensor | None = None
+) -> tuple[Tensor, CandidateLayout]:
+    """Targets and layout of candidates that each have a padded row of the body to themselves.
+
+    Args:
+        labels: (B, L) int64, the token at each position, -100 for those that are not targets (prompt, padding). As
+            everywhere in ``transformers``, position t - 1 predicts the label of position t.
+        group_sizes: how many rows each group has, its best candidate first.
+        order: (B,) int64, rows in the order of the candidates; None: as they are.
+
+    Returns:
+        Targets (N,), and the layout of the B segments over the flattened (B * L) positions.
+    """
+    order = torch.arange(len(labels), device=labels.device) if order is None else order
+    shifted = labels[order, 1:]
+    present = shifted != IGNORE_INDEX
+    segments, positions = present.nonzero(as_tuple=True)
+    rows = order[segments] * labels.shape[1] + positions
+    cu_tokens = [0, *present.sum(1).cumsum(0).tolist()]
+    return shifted[present], CandidateLayout(cu_tokens, [0, *accumulate(group_sizes)], rows=rows)
+
+
+class SequenceLossRequest:
+    """Asks a model for the loss of :func:`cpo_kernels.linear_sequence_loss`, and the log-likelihoods (S,) it is of.
+
+    Args:
+        targets, layout: as for :class:`cpo_kernels.models.CPORequest`.
+        loss_fn: of the packed log-likelihoods of some whole groups and the range of these groups.
+    """
+
+    def __init__(self, targets: Tensor, layout: CandidateLayout, loss_fn: Callable[[Tensor, range], Tensor]) -> None:
+        self.targets, self.layout, self.loss_fn = targets, layout, loss_fn
+
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, Any]) -> LinearLossOutput:
+        """The loss and detached log-likelihoods; arguments as for :meth:`CPORequest.compute`."""
+        seen = torch.zeros(self.layout.num_segments, device=hidden.device)
+        starts = self.layout.cu_groups
+
+        def loss_fn(logps: Tensor, groups: range) -> Tensor:
+            seen[starts[groups.start] : starts[groups.stop]] = logps.detach().float()
+            return self.loss_fn(logps, groups)
+
+        targets, layout = self.targets, self.layout
+        loss = linear_sequence_loss(
+            head.features, head.weight, targets, loss_fn, layout=layout, bias=head.bias, **transform
+        )
+        return LinearLossOutput(loss=loss, logps=seen)
+
+
+@dataclass
+class OutputWithMeanLogits(LinearLossOutput):
+    """The answer to a :class:`MeanLogitsRequest`.
+
+    Attributes:
+        mean_logits: (M,) float32, detached.
+    """
+
+    mean_logits: Tensor | None = None
+
+
+class MeanLogitsRequest:
+    """Another request, and the mean logits of some rows, which trainers log; no logits are computed for them.
+
+    The mean of a linear head's logits over the vocabulary is the product with the mean of its weight's rows, so M
+    means cost one pass over the weight. A softcap is not linear: with one they are NaN.
+
+    Args:
+        request: what is asked for, see :mod:`cpo_kernels.models`.
+        row_sets: M index tensors; each mean is taken over the whole vocabulary at these rows of the hidden states.
+    """
+
+    def __init__(self, request: Any, *row_sets: Tensor) -> None:
+        self.request, self.row_sets = request, row_sets
+
+    def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
+        """The request's output with ``mean_logits``; arguments as for :meth:`CPORequest.compute`."""
+        out = self.request.compute(hidden, head, transform)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            features = torch.stack([head.features[rows].float().mean(0) for rows in self.row_sets])
+            means = features @ head.weight.mean(0, dtype=torch.float32)
+            means = (means + (0 if head.bias is None else head.bias.float().mean())) * transform.get("logit_scale", 1.0)
+            means = means * torch.nan if transform.get("softcap") else means
+        return OutputWithMeanLogits(**out, mean_logits=means)

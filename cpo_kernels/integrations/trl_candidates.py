@@ -1,0 +1,100 @@
+"""K negatives per prompt through TRL's own preparation of preference data, which knows one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor, tensor
+
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.reference import IGNORE_INDEX
+
+from .padded_rows import candidate_rows
+
+GROUP = "candidate_group"
+
+
+def has_lists(example: Mapping[str, Any]) -> bool:
+    """Whether ``rejected`` is a list of texts or of conversations; one conversation is a list of messages."""
+    rejected = example["rejected"]
+    return not isinstance(rejected, str) and not (rejected and isinstance(rejected[0], Mapping))
+
+
+def to_pairs(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    """A batch of examples with one row per negative, and the index of its example."""
+    for index, negatives in zip(indices, columns["rejected"], strict=True):
+        if not negatives:
+            raise ValueError(f"example {index} has no negatives: rejected is {negatives!r}, expected at least one")
+    repeats = [len(negatives) for negatives in columns["rejected"]]
+    pairs = {
+        name: [value for value, times in zip(column, repeats, strict=True) for _ in range(times)]
+        for name, column in columns.items()
+    }
+    pairs["rejected"] = [negative for negatives in columns["rejected"] for negative in negatives]
+    pairs[GROUP] = [index for index, times in zip(indices, repeats, strict=True) for _ in range(times)]
+    return pairs
+
+
+def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
+    """Examples of token ids, ``rejected_ids`` a list per example, of tokenized rows in the order of :func:`to_pairs`.
+
+    TRL ends the prompt of a pair where its two texts first differ in tokens; the shortest of an example holds for all.
+    """
+    for _, group in groupby(pairs, itemgetter(GROUP)):
+        rows = list(group)
+        start = min(len(row["prompt_ids"]) for row in rows)
+        yield {
+            "prompt_ids": rows[0]["prompt_ids"][:start],
+            "chosen_ids": (rows[0]["prompt_ids"] + rows[0]["chosen_ids"])[start:],
+            "rejected_ids": [(row["prompt_ids"] + row["rejected_ids"])[start:] for row in rows],
+        }
+
+
+class CandidateCollator:
+    """A batch with the candidates of an example in consecutive rows, the chosen one first.
+
+    Args:
+        collate: TRL's collator of pairs, which truncates and pads; of every pair that it is given only the first row is
+            used.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask`` and ``completion_mask`` (S, L); ``group_sizes``, a list of G integers; and
+        ``ref_logps`` (S,), where they are precomputed.
+        """
+        rows: list[dict[str, Any]] = []
+        sizes, ref_logps = [], []
+        for example in examples:
+            if "prompt_ids" not in example:
+                raise ValueError(f"expected tokenized text, got an example with {', '.join(example)}")
+            negatives = as_list(example["rejected_ids"], of=list)
+            candidates = [example["chosen_ids"], *negatives]
+            rows += [{"prompt_ids": example["prompt_ids"], "chosen_ids": c, "rejected_ids": []} for c in candidates]
+            sizes.append(len(candidates))
+            if "ref_chosen_logps" in example:
+                ref = [example["ref_chosen_logps"], *as_list(example["ref_rejected_logps"], of=float)]
+                ref_logps += ref[: len(candidates)]
+        batch = {name: value[: len(rows)] for name, value in self.collate(rows).items()}
+        return batch | {"group_sizes": sizes} | ({"ref_logps": tensor(ref_logps)} if ref_logps else {})
+
+
+def as_list(value: Any, of: type) -> list[Any]:
+    """``value`` if it is a list of such elements, else a list of it alone."""
+    return value if isinstance(value, list) and value and isinstance(value[0], of) else [value]
+
+
+def body_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the body of a model is given of a batch."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def scored_rows(batch: Mapping[str, Any]) -> tuple[Tensor, CandidateLayout]:
+    """The completions of a batch as targets (N,) and their layout."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
+    return candidate_rows(labels, batch["group_sizes"])

@@ -1,0 +1,92 @@
+"""TRL's CPOTrainer (Xu et al. 2024), and with it SimPO, SLiC, IPO and AlphaPO, on the fused loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl.experimental.cpo import CPOTrainer
+
+from cpo_kernels.models import CPORequest, attach_linear_loss
+
+from .host import require_names
+from .padded_rows import MeanLogitsRequest, SequenceLossRequest, candidate_rows
+
+TESTED = "1.16"
+AVERAGED = ("ipo", "simpo")  # losses of means per token
+SMOOTHED = ("sigmoid", "simpo")  # and with it ours called plackett_luce
+
+
+class FusedCPOTrainer(CPOTrainer):
+    """``trl.experimental.cpo.CPOTrainer`` whose loss and gradients come from hidden states in one pass.
+
+    Arguments, configuration, data sets, loss, gradients and metrics are TRL's, for every ``loss_type`` (``sigmoid``,
+    ``hinge``, ``ipo``, ``simpo``, ``alphapo``), ``cpo_alpha``, ``label_smoothing`` below 0.5 and ``alpha``: with
+    ``alpha != 0`` (AlphaPO, Gupta et al. 2025, arXiv 2501.03884) TRL's own formula of the log-likelihoods runs inside
+    :func:`cpo_kernels.linear_sequence_loss`. ``logits/*`` are NaN for a model with a softcap.
+
+    Raises:
+        RuntimeError: the installed TRL lacks a name that is used here.
+        ValueError: an encoder-decoder, or a load-balancing loss of experts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_names("trl", TESTED, CPOTrainer, "get_batch_loss_metrics", "concatenated_inputs", "cpo_loss")
+        super().__init__(*args, **kwargs)
+        if self.is_encoder_decoder or self.aux_loss_enabled:
+            raise ValueError("expected a decoder-only model without output_router_logits")
+        attach_linear_loss(self.model)  # type: ignore[type-var]
+
+    def get_batch_loss_metrics(
+        self, model: Any, batch: Any, train_eval: str = "train"
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a padded batch, a scalar, and TRL's metrics of it."""
+        padding: Any = self.pad_token_id
+        rows = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
+        labels = rows["concatenated_labels"]
+        pairs = len(labels) // 2
+        positions = torch.arange(labels.numel(), device=labels.device)
+        order = positions[: 2 * pairs].view(2, pairs).T.flatten()  # TRL has all chosen answers before all rejected
+        targets, layout = candidate_rows(labels, [2] * pairs, order)
+        lengths = torch.tensor(layout.cu_tokens, device=labels.device).diff().view(pairs, 2)
+        divisors = lengths if self.loss_type in AVERAGED else torch.ones_like(lengths)
+
+        def nll(sums: Tensor) -> Tensor:
+            return -sums[:, 0].sum() / lengths[:, 0].sum() if self.cpo_alpha else torch.zeros_like(sums[0, 0])
+
+        def formula(logps: Tensor, groups: range) -> Tensor:
+            sums = logps.view(-1, 2)
+            losses = self.cpo_loss(*(sums / divisors[groups.start : groups.stop]).T)[0]
+            return losses.sum() / pairs + self.cpo_alpha * nll(sums)
+
+        request: Any = SequenceLossRequest(targets, layout, formula)
+        if not self.alpha:
+            request = CPORequest(targets, layout, **self._objective())
+        out = model(
+            rows["concatenated_input_ids"],
+            attention_mask=rows["concatenated_attention_mask"],
+            linear_loss=MeanLogitsRequest(request, *positions.chunk(2)),
+        )
+        averages = out.logps.view(pairs, 2) / (divisors if self.alpha else 1)
+        _, chosen, rejected = self.cpo_loss(*averages.T)
+        metrics = {
+            **{"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected},
+            **{"rewards/accuracies": (chosen > rejected).float()},
+            **{"logps/chosen": averages[:, 0], "logps/rejected": averages[:, 1]},
+            **{"logits/chosen": out.mean_logits[0], "logits/rejected": out.mean_logits[1]},
+            "nll_loss": nll(averages * divisors),
+        }
+        prefix, gather = "eval_" if train_eval == "eval" else "", self.accelerator.gather_for_metrics
+        return out.loss, {prefix + name: gather(value).mean().item() for name, value in metrics.items()}
+
+    def _objective(self) -> dict[str, Any]:
+        """Options of :func:`cpo_kernels.linear_cpo_loss` for rewards that are log-likelihoods."""
+        return {
+            "beta": self.beta,
+            "margin": self.simpo_gamma if self.loss_type == "simpo" else 0.0,
+            "label_smoothing": self.label_smoothing if self.loss_type in SMOOTHED else 0.0,
+            "loss_type": "plackett_luce" if self.loss_type in SMOOTHED else self.loss_type,
+            "length_normalized": self.loss_type in AVERAGED,
+            "mle_weight": self.cpo_alpha,
+        }

@@ -1,0 +1,123 @@
+"""TRL's DPOTrainer on the fused loss, with any number of negatives per prompt."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from torch.nn.functional import pad
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer, utils
+
+from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
+
+from .host import replaced, require_names
+from .padded_rows import MeanLogitsRequest
+from .trl_candidates import CandidateCollator, body_inputs, from_pairs, has_lists, scored_rows, to_pairs
+from .trl_groups import group_metrics, objective_of, record
+
+TESTED = "1.16"
+
+
+class FusedDPOTrainer(DPOTrainer):
+    """``trl.DPOTrainer`` whose loss and gradients come from hidden states in one pass, by :func:`attach_linear_loss`.
+
+    Arguments, configuration, data sets and reference (a model, a path, a PEFT model without its adapters, precomputed
+    log-probabilities) are TRL's, and with one negative so are loss, gradients and metrics. ``rejected`` may also be a
+    list, of texts or of conversations, whose length may differ between examples; with K > 1 the loss is
+
+        log(1 + sum_k exp(beta * (r_k - r_chosen))),  r = logp - ref_logp
+
+    (S-DPO, Chen et al. 2024, arXiv 2406.09215), of means per token for ``sigmoid_norm``.
+
+    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also ``hinge`` or ``ipo``, and besides one of them ``sft``;
+    ``loss_weights`` apply. Means per token are over the tokens that are predicted, where TRL also counts a first token
+    without a prompt, as ``truncation_mode="keep_end"`` can leave one.
+
+    Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
+    (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
+    softcap) and ``num_tokens``. TRL's ``entropy`` and ``mean_token_accuracy`` need the logits, and are not there; with
+    :func:`~cpo_kernels.integrations.trl.patch_fused_head` TRL's own DPOTrainer has them.
+
+    Raises:
+        RuntimeError: the installed TRL lacks a private name that is used here.
+        ValueError: an option whose loss is not computed here, which is named.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_names("trl", TESTED, DPOTrainer, "_prepare_dataset", "compute_ref_log_probs")
+        require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
+        self.most_negatives = 1
+        # TRL calls it between loading a model and preparing it, where the loss has to be attached.
+        attaching = partial(_attach_first, dpo_trainer.add_fused_lm_head)
+        with replaced(dpo_trainer, {"add_fused_lm_head": attaching}):
+            super().__init__(*args, **kwargs)
+        require_names("trl", TESTED, self, "_metrics", "_total_train_tokens", "precompute_ref_logps", "loss_weights")
+        self.objective: dict[str, Any] = objective_of(self)
+
+    @property
+    def data_collator(self) -> Any:
+        """Collates candidates, by the collator that was set."""
+        return self._collator
+
+    @data_collator.setter
+    def data_collator(self, collate: Any) -> None:
+        self._collator = collate if isinstance(collate, CandidateCollator) else CandidateCollator(collate)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        if not has_lists(next(iter(dataset))):
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        pairs = dataset.map(to_pairs, with_indices=True, batched=True)
+        pairs = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
+        examples = type(dataset).from_generator(from_pairs, gen_kwargs={"pairs": pairs})
+        if args.precompute_ref_log_probs:
+            self.most_negatives = max([self.most_negatives, *map(len, examples["rejected_ids"])])
+        return examples
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
+
+        These are (G,) where no example so far has more than one, else (G, K) and padded.
+        """
+        logps = self._ref_logps(model, inputs).split(inputs["group_sizes"])
+        negatives = [pad(own[1:], (0, self.most_negatives - len(own) + 1)) for own in logps]
+        return torch.stack([own[0] for own in logps]), torch.stack(negatives).squeeze(1)
+
+    def _ref_logps(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        adapters: Any = nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            policy: Any = self.accelerator.unwrap_model(self.model)
+            adapters = utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        with torch.no_grad(), adapters, self.accelerator.autocast():
+            return model(**body_inputs(inputs), linear_loss=LogpsRequest(*scored_rows(inputs))).logps
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch of :class:`CandidateCollator`, a scalar; its metrics are logged."""
+        targets, layout = scored_rows(inputs)
+        precomputed = self.precompute_ref_logps
+        ref = inputs["ref_logps"] if precomputed else self._ref_logps(self.ref_model or self.model, inputs)
+        counts = torch.tensor(layout.cu_tokens, device=targets.device).diff()
+        per_token = counts.clamp(min=1) if self.objective.get("length_normalized") else 1
+        chosen = torch.zeros_like(counts, dtype=torch.bool)
+        chosen[list(layout.cu_groups[:-1])] = True
+        of_chosen = chosen.repeat_interleave(counts)
+        request = CPORequest(targets, layout, ref_logps=ref / per_token, **self.objective)
+        row_sets = [layout.rows[where] for where in (of_chosen, ~of_chosen)]  # type: ignore[index]
+        out = model(**body_inputs(inputs), linear_loss=MeanLogitsRequest(request, *row_sets))
+        metrics = group_metrics(inputs["group_sizes"], out.logps * per_token, out.rewards * per_token)
+        record(self, inputs["attention_mask"], metrics, out.mean_logits, [len(rows) for rows in row_sets])
+        return (out.loss, self._logits(model, inputs)) if return_outputs else out.loss
+
+    @torch.no_grad()
+    def _logits(self, model: Any, inputs: dict[str, Any]) -> Any:
+        return model(**body_inputs(inputs))
+
+
+def _attach_first(stock: Any, model: Any, *args: Any, **options: Any) -> None:
+    stock(attach_linear_loss(model), *args, **options)
