@@ -21,6 +21,7 @@ from .modules import CPOLoss, LinearCPOLoss
 from .objective import CPOOutput
 from .planning import Plan
 from .token_statistics import TokenStatistics, linear_token_statistics
+from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from .models import attach_linear_loss
@@ -37,6 +38,7 @@ __all__ = [
     "LinearCPOLoss",
     "Plan",
     "TokenStatistics",
+    "VocabShard",
     "attach_linear_loss",
     "backends",
     "contrastive_loss",

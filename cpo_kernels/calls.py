@@ -64,10 +64,25 @@ class LinearCall:
     cu_groups: Sequence[int]
     head: Head
 
+    def backend(self, hidden: Tensor) -> backends.Backend:
+        """The backend that will run this call; its row kernels span the processes of a vocabulary-parallel head."""
+        backend = backends.select(self.head.backend, hidden.device, self.head.logits_dtype or hidden.dtype)
+        shard = self.head.vocab_shard
+        return backend if shard is None else replace(backend, rows=shard.rows(backend.rows), linear_forward=None)
+
+    def vocab(self, weight: Tensor) -> int:
+        """V."""
+        return weight.shape[0] if self.head.vocab_shard is None else self.head.vocab_shard.vocab
+
+    def summed(self, grads: Grads) -> Grads:
+        """Gradients of hidden, weight and bias, the first summed over the processes of a vocabulary-parallel head."""
+        shard = self.head.vocab_shard
+        return grads if shard is None else (shard.sum_grad_hidden(grads[0]), *grads[1:])
+
     def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> engine.LinearHead:
         """The head with the backend that will run it."""
         dtype = self.head.logits_dtype or hidden.dtype
-        backend = backends.select(self.head.backend, hidden.device, dtype)
+        backend = self.backend(hidden)
         fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
         leaves = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         return engine.LinearHead(*leaves, self.head, backend, dtype, fused)
@@ -84,25 +99,28 @@ class LinearCall:
     def tokens(self, hidden: Tensor, weight: Tensor) -> Tokens:
         """The tokens that count; raises ``ValueError`` for targets or rows out of range."""
         if self.is_dense():
-            return dense_tokens(self.targets, weight.shape[0], self.cu_tokens, self.cu_groups)
-        return find_tokens(self.targets, hidden.shape[0], weight.shape[0], self.rows, self.cu_tokens, self.cu_groups)
+            return dense_tokens(self.targets, self.vocab(weight), self.cu_tokens, self.cu_groups)
+        return find_tokens(self.targets, hidden.shape[0], self.vocab(weight), self.rows, self.cu_tokens, self.cu_groups)
 
     def plan(self, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs, *, whole_groups: bool = True) -> Plan:
         """The chunks of this call."""
-        dtype = self.head.logits_dtype or hidden.dtype
-        backend = backends.select(self.head.backend, hidden.device, dtype)
+        backend, shard = self.backend(hidden), self.head.vocab_shard
+        held = weight.shape[0] if shard is None else shard.largest
+        workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
         plan = make_plan(
             tokens,
-            vocab=gemm.row_width(weight.shape[0], hidden.device),
-            logits_dtype=dtype,
+            vocab=gemm.row_width(held, hidden.device),
+            logits_dtype=self.head.logits_dtype or hidden.dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
-            default_bytes=default_logits_bytes(hidden.device),
-            accumulator_bytes=gemm.accumulator_bytes(weight),
+            default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
+            accumulator_bytes=gemm.accumulator_bytes(weight) // weight.shape[0] * held,
             gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied else 0,
-            workspace_bytes=backend.gemm_workspace(tokens.num_rows, weight.shape[0], weight.shape[1], weight.dtype),
+            # It depends on the threads of a process, and processes that share a head need the same chunks.
+            workspace_bytes=workspace if shard is None else 0,
             whole_groups=whole_groups,
         )
+        plan = replace(plan, workspace_bytes=workspace)
         fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
         return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if fused else plan
 
@@ -193,7 +211,7 @@ def run_cpo(
     sums, grads = engine.run(linear, tokens, call.plan(tokens, hidden, weight, needs), needs, contrast, filters)
     loss = problem.loss(sums)[0]
     dropped = dropped_share(filters, loss)
-    return LossResult(loss, sums, tokens.lengths, dropped, grads.result(), gain, linear.backend.scale_)
+    return LossResult(loss, sums, tokens.lengths, dropped, call.summed(grads.result()), gain, linear.backend.scale_)
 
 
 def launch_options(problem: CPOProblem) -> dict[str, Any]:
@@ -330,9 +348,8 @@ def run_loss_fn(
     plan = call.plan(tokens, hidden, weight, needs)
     sums, grads = engine.run(linear, tokens, plan, needs, contrast, filters)
     loss, scale_ = torch.stack(losses).sum(), linear.backend.scale_
-    return LossResult(
-        loss, sums, tokens.lengths, dropped_share(filters, loss), grads.result(), 1.0 if gain is None else gain, scale_
-    )
+    dropped, built = dropped_share(filters, loss), call.summed(grads.result())
+    return LossResult(loss, sums, tokens.lengths, dropped, built, 1.0 if gain is None else gain, scale_)
 
 
 def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | Tensor:
@@ -394,6 +411,7 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
         if keep:
             stats.append(block_stats)
     everywhere = tokens.among_all(logps, call.targets.numel())
+    unscaled = call.summed((unscaled, None, None))[0]
     return TokenLogps(everywhere, (buffer, stats) if keep else None, unscaled)
 
 
@@ -428,4 +446,4 @@ def token_logps_grads(
             logits, stats = buffer[: block.num_rows], kept[1][index]
         dlogits = linear.backward_(block, logits, stats, coef[block.order])
         grads.add(Kept(dlogits, block.rows, absent=block.absent))
-    return grads.result()
+    return call.summed(grads.result())

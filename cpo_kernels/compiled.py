@@ -37,7 +37,8 @@ def make_head(
 
 
 def flatten_head(head: Head) -> tuple[Any, ...]:
-    """The inverse of :func:`make_head`."""
+    """The inverse of :func:`make_head`; a process group is nothing that an operator can carry."""
+    head.check_whole("torch.compile")
     filters = (head.grad_filter_eps, head.candidate_eps)
     return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype, *filters, head.skip_absent_rows)
 

@@ -107,6 +107,7 @@ def flatten_logits(
 ) -> tuple[backends.Backend, Tensor, Tensor]:
     """The backend, logits (R, V) of unit column stride and targets (R,), checked."""
     options.check_exact("a loss of logits that already exist")
+    options.check_whole("a loss of logits that already exist")
     if logits.dtype not in FLOAT_DTYPES:
         raise ValueError(f"logits must be one of {FLOAT_DTYPES}, got {logits.dtype}")
     if targets.shape != logits.shape[:-1] or logits.dim() == 0 or logits.shape[-1] == 0:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
+
+if TYPE_CHECKING:
+    from .vocab_parallel import VocabShard
 
 
 class HeadOptions(TypedDict, total=False):
@@ -21,6 +24,7 @@ class HeadOptions(TypedDict, total=False):
     grad_filter_eps: float | None
     candidate_eps: float | None
     skip_absent_rows: bool
+    vocab_shard: VocabShard | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Head:
             synchronisation a call. False (and always while a CUDA graph is captured): every row of the padded form
             enters the products, and nothing waits for the device. Warm up with it before a capture, so that no kernel
             is compiled in it.
+        vocab_shard: None, or what :meth:`cpo_kernels.VocabShard.of` says of a weight that is sharded over processes
+            along the vocabulary. Every process of its group makes the same calls with the same ``hidden`` and
+            ``targets`` (of the whole vocabulary), and ``weight`` and ``bias`` are its shards.
     """
 
     logit_scale: float = 1.0
@@ -59,6 +66,7 @@ class Head:
     grad_filter_eps: float | None = None
     candidate_eps: float | None = None
     skip_absent_rows: bool = True
+    vocab_shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.logit_scale):
@@ -75,6 +83,8 @@ class Head:
             eps = getattr(self, name)
             if eps is not None and not 0 <= eps < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0 or None, got {eps}")
+            if eps is not None and self.vocab_shard is not None:
+                raise ValueError(f"{name}={eps}: a vocabulary-parallel head has no filters")
 
     @property
     def filtered(self) -> bool:
@@ -89,6 +99,11 @@ class Head:
                     f"{name}={getattr(self, name)}: {function} has no filters; only linear_cpo_loss "
                     "and linear_sequence_loss have them"
                 )
+
+    def check_whole(self, function: str) -> None:
+        """Raise ``ValueError`` where ``function`` cannot take a head sharded over processes."""
+        if self.vocab_shard is not None:
+            raise ValueError(f"{function} cannot take vocab_shard, got {self.vocab_shard}")
 
     @property
     def transform(self) -> tuple[float, float, float]:

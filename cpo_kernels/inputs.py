@@ -12,6 +12,7 @@ from .calls import LinearCall
 from .head import Head, HeadOptions
 from .layout import CandidateLayout, to_device
 from .objective import Objective, ObjectiveOptions
+from .vocab_parallel import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_NAMES = frozenset(HeadOptions.__annotations__)
@@ -43,6 +44,8 @@ class Inputs(NamedTuple):
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
     """Raise ``ValueError`` for dtypes, devices or shapes that do not fit; the message shows both sides."""
+    if not torch.compiler.is_compiling():
+        check_whole(hidden, weight, bias)
     if hidden.dtype not in FLOAT_DTYPES:
         raise ValueError(f"hidden must be one of {FLOAT_DTYPES}, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
@@ -55,6 +58,18 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
     for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+
+
+def check_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ``ValueError`` for a DTensor, whose shards may be those of FSDP, with other data on every process."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and is_dtensor(tensor):
+            raise ValueError(
+                f"{name} is a DTensor placed {tuple(tensor.placements)}, expected a tensor. "  # type: ignore[attr-defined]
+                "Weights of FSDP2 are whole inside the model's forward, where attach_linear_loss computes the loss; "
+                "elsewhere full_tensor() gathers them. A head sharded along the vocabulary by tensor parallelism "
+                "takes vocab_shard=VocabShard.of(weight)"
+            )
 
 
 def check_targets(targets: Tensor) -> None:
@@ -86,6 +101,9 @@ def prepare(
         raise ValueError("hidden must be (..., H), got a scalar of shape ()")
     if targets.shape != hidden.shape[:-1] and layout is None:
         raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    if head.vocab_shard is not None:
+        weight = head.vocab_shard.local("weight", weight)
+        bias = None if bias is None else head.vocab_shard.local("bias", bias)
     hidden, weight, bias = autocast(hidden.device, hidden, weight, bias)  # type: ignore[assignment]
     check_head(hidden, weight, bias, targets)
     if head.logits_dtype is not None and hidden.dtype == torch.float64:

@@ -72,6 +72,8 @@ def linear_token_statistics(
         RuntimeError: a backend that is not available.
     """
     check_num_samples(num_samples, seed)
+    if seed is not None:
+        Head(**head).check_whole("a sample of words")
     inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
     inputs.call.head.check_exact("a call without gradients")
     seeds = None if seed is None else Seeds.of(seed, targets)
@@ -185,7 +187,11 @@ def block_of(
     samples = None
     if seeds is not None:
         samples = reference.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
-    return TokenStatistics(logps, reference.row_entropy(logits, stats, *head) if entropy else None, samples)
+    entropies = reference.row_entropy(logits, stats, *head) if entropy else None
+    shard = linear.head.vocab_shard
+    if entropies is not None and shard is not None:
+        entropies = shard.sum_(entropies)
+    return TokenStatistics(logps, entropies, samples)
 
 
 def gather(call: LinearCall, tokens: Tokens, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
