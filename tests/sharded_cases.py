@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cpo_kernels import attach_linear_loss
+from cpo_kernels import attach_linear_loss, linear_cpo_loss
 from cpo_kernels.models import LogpsRequest, StatisticsRequest
 
 RANKS = 2
@@ -141,3 +141,15 @@ def run_distributed(case: Case, rank: int, average: Callable[[torch.Tensor], tor
 
 def run_alone(case: Case) -> dict[str, list]:
     return steps(attach_linear_loss(case.make()), list(range(RANKS)), lambda value: value)
+
+
+def around_forward(rank: int) -> dict[str, torch.Tensor]:
+    """The head's gradient under DDP from a loss inside forward and from one that reads the weight around it."""
+    ids, targets, layout, ref_logps = inputs(rank)
+    inside, around = (DistributedDataParallel(attach_linear_loss(tiny_models.llama())) for _ in range(2))
+    inside(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
+    body, head = around.module.model, around.module.lm_head
+    hidden = body(input_ids=ids).last_hidden_state.flatten(0, -2)
+    request = request_for(targets, layout, ref_logps)
+    linear_cpo_loss(hidden, head.weight, targets, layout=layout, **request.options).loss.backward()
+    return {"inside": inside.module.lm_head.weight.grad, "around": head.weight.grad}

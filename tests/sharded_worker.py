@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import tiny_models
 import torch
-from sharded_cases import CASES, RANKS, run_distributed
+from sharded_cases import CASES, RANKS, around_forward, run_distributed
 from torch import distributed
 
 from cpo_kernels.trainer.ensemble import EnsembleCallback
@@ -29,7 +29,12 @@ if __name__ == "__main__":
             results[name] = run_distributed(case, distributed.get_rank(), average)
         except Exception:
             results[name] = traceback.format_exc()
-    first = distributed.get_rank() == 0
+    rank = distributed.get_rank()
+    for name, grad in around_forward(rank).items():
+        of_all = [torch.empty_like(grad) for _ in range(RANKS)]
+        distributed.all_gather(of_all, grad)
+        results[f"gradients {name} forward"] = of_all
+    first = rank == 0
     callback = EnsembleCallback(CASES["root, tied"].make(), 0.3)
     arguments, state = SimpleNamespace(output_dir=sys.argv[1]), SimpleNamespace(is_world_process_zero=first)
     moved = CASES["root, tied"].distribute(tiny_models.gpt2(seed=1))

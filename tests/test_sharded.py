@@ -48,6 +48,14 @@ def test_two_processes_equal_one(case, distributed_runs):
             )
 
 
+def test_a_loss_around_the_forward_of_ddp_leaves_gradients_unreduced(distributed_runs):
+    """What the loss inside forward avoids: the hooks that reduce gradients never hear of the call."""
+    inside, around = (distributed_runs[f"gradients {how} forward"] for how in ("inside", "around"))
+    assert torch.equal(*inside)
+    assert not torch.allclose(*around, rtol=0.1)
+    torch.testing.assert_close(torch.stack(around).mean(0), inside[0], rtol=1e-4, atol=1e-6)
+
+
 def test_an_ensemble_is_gathered_from_the_shards(distributed_runs):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(distributed_runs["ensemble"])
     want = ensemble(tiny_models.gpt2(seed=1), tiny_models.gpt2(seed=0), 0.3)
