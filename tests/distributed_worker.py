@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from test_trainer import DISTRIBUTED, steps, trainer
-from tiny_models import adapted, examples, llama
+from test_trainer import DISTRIBUTED, held_out, steps, trainer
+from tiny_models import adapted, llama
 from torch.distributed.tensor import DTensor
 
 
@@ -34,11 +34,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, how = Path(sys.argv[1]), sys.argv[2]
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **DISTRIBUTED}
+    options["resample_negatives"] = how == "fsdp2"
     if how == "fsdp2":
         let_processors_shard()
         options |= {"fsdp": True}
         options |= {"fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-    run = trainer(out, ref_model=llama(seed=1), eval_dataset=examples(8, seed=5), **options)
+    run = trainer(out, ref_model=llama(seed=1), eval_dataset=held_out(), **options)
     run.train()
     run.evaluate()
     sharded = all(

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from cpo_kernels.trainer import ContrastBatch, Negative, NegativeSampler, tokenize_examples
+from cpo_kernels.trainer import ContrastBatch, Negative, NegativeSampler, TokenizedExamples, tokenize_examples
 
 pytestmark = pytest.mark.cpu  # batches are made on the host
 
@@ -207,10 +207,27 @@ def test_an_empty_negative_is_a_model_that_ended_at_once(empty):
     assert tokenized([example]).negatives[0][1] == [EOS]
 
 
+def test_drawn_token_ids_are_taken_as_they_are():
+    """A draw may have been cut off; what a user writes is a whole text."""
+    example = {
+        "prompt": "the",
+        "completion": "sat",
+        "negatives": [[5, 6], [5, 6]],
+        "kinds": ["autoregressive", "given"],
+    }
+    assert tokenized([example]).negatives[0] == [[5, 6], [5, 6, EOS]]
+
+
+def test_batch_negatives_differ_in_what_fits_behind_the_prompt():
+    prompts, completions = [[3] * 4, [3], [3]], [[7, 8], [7, 8, 9, EOS], [9, EOS]]
+    sampler = NegativeSampler(TokenizedExamples(prompts, completions), EOS, 1, 0, seed=0, max_length=6)
+    assert {tuple(sampler.draw(0, step)[0].tokens) for step in range(20)} == {(9, EOS)}
+
+
 def test_the_digest_tells_data_apart():
     def digest(**changed):
         example = {"prompt": "the", "completion": "sat", "negatives": ["ran"], "ranks": [1]}
-        return tokenized([example | changed]).digest()
+        return tokenized([example | changed]).digest
 
     assert digest() == digest()
     others = [digest(prompt="a"), digest(completion="ran on"), digest(negatives=["sat on"]), digest(ranks=[2])]

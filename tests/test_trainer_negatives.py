@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import logging
 import math
+import weakref
 
 import pytest
 import tiny_models
@@ -14,7 +16,7 @@ import torch
 from test_trainer import parameters, steps, trainer
 
 from cpo_kernels import contrastive_loss
-from cpo_kernels.trainer import CPOConfig
+from cpo_kernels.trainer import CPOConfig, TokenizedExamples
 from cpo_kernels.trainer.along_truth import Reading
 from cpo_kernels.trainer.metrics import contrast_metrics
 
@@ -66,7 +68,7 @@ def test_given_negatives_with_ranks_and_weights_equal_the_dense_contrast(tmp_pat
         prompt = run.train_dataset.prompts[index]
         own = torch.stack([dense_logps(model, prompt, completion) for completion in group])
         ref = torch.stack([dense_logps(reference, prompt, completion) for completion in group])
-        log_weights = torch.tensor([0.0, *[math.log(3)] * 3])
+        log_weights = torch.tensor([math.log(3) * (rank > 0) for rank in group_ranks])
         scores.append(own - ref + log_weights / 0.5)
         torch.testing.assert_close(
             out.rewards[4 * index : 4 * index + 4], 0.5 * (own - ref), rtol=1e-4, atol=1e-5, msg="without the weights"
@@ -348,6 +350,14 @@ def test_negatives_ranked_by_mean_hidden_states_of_the_reference(tmp_path, shari
     torch.testing.assert_close(out.contrastive_loss, want, rtol=1e-5, atol=1e-6)
 
 
+def test_similarity_orders_only_what_the_data_ranks_equal(tmp_path):
+    examples = [example | {"ranks": [0, 2, 1]} for example in GIVEN]
+    run = trainer(tmp_path, examples=examples, ranking="similarity", **NONE)
+    inputs = micro_batch(run, [0, 1])
+    run._forward(run.model, inputs)
+    assert inputs["ranks"] == [0, 0, 2, 1] * 2
+
+
 # Precomputed references
 
 
@@ -364,6 +374,29 @@ def test_precomputed_scores_train_as_the_frozen_reference_does(tmp_path):
             assert (name in whole) == (name in kept)
             if name in whole:
                 assert kept[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
+
+
+def test_precomputed_scores_are_of_the_examples_and_of_their_negatives(tmp_path):
+    """The same data as a list, and as training and evaluation set at once; other data has no scores."""
+    data = tiny_models.examples(6)
+    options = {"resample_negatives": False, "eval_dataset": data}
+    frozen = trainer(tmp_path, examples=data, ref_model=tiny_models.llama(seed=1), **options)
+    kept = trainer(tmp_path, examples=data, ref_model=tiny_models.llama(seed=1), reference="precomputed", **options)
+    want, got = frozen.evaluate(), kept.evaluate(data)
+    for name in ("eval_loss", "eval_rewards/chosen", "eval_accuracy/truncation"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5), name
+    with pytest.raises(ValueError, match="has no scores of these examples"):
+        kept.evaluate(tiny_models.examples(6, seed=1))
+
+
+def test_a_precomputed_reference_is_let_go(tmp_path):
+    reference = tiny_models.llama(seed=1)
+    gone = weakref.ref(reference)
+    run = trainer(tmp_path, ref_model=reference, reference="precomputed", resample_negatives=False)
+    del reference
+    gc.collect()
+    assert gone() is None
+    run.train()
 
 
 def test_precomputed_scores_are_kept_by_model_and_data(tmp_path, monkeypatch):
@@ -438,6 +471,15 @@ def test_scheduled_sampling_conditions_on_the_models_own_tokens(tmp_path, probab
         ({"autoregressive_every": 0}, "autoregressive_every must be at least 1, got 0"),
         ({"autoregressive_url": "http://localhost/v1"}, "needs autoregressive_model"),
         ({"prefix_sharing": "yes"}, "prefix_sharing must be one of"),
+        ({"logits_dtype": "bfloat16"}, "logits_dtype must be one of"),
+        (
+            {"mean_field_source": "reference", "alpha": 0.0, "num_mean_field_negatives": 1},
+            "and a contrast, got .* alpha=0.0",
+        ),
+        (
+            {"mean_field_source": "model", "num_mean_field_negatives": 1, "resample_negatives": False},
+            "draws them from a model that changes",
+        ),
         ({"scheduled_sampling_probability": 2.0}, "scheduled_sampling_probability must be in"),
         (
             {"loss_type": "ipo", "num_batch_negatives": 1, "num_truncation_negatives": 0, "batch_weight": 2.0},
@@ -460,6 +502,55 @@ def test_contrasts_without_negatives_are_refused(tmp_path):
         trainer(tmp_path, examples=some, **NONE)
     with pytest.raises(ValueError, match="resample_negatives=True draws new ones"):
         trainer(tmp_path, reference="precomputed")
+
+
+def test_too_few_completions_are_found_before_training(tmp_path):
+    with pytest.raises(ValueError, match="2 batch negatives need as many other completions, but 2 examples have 2"):
+        trainer(tmp_path, examples=tiny_models.examples(2))
+    with pytest.raises(ValueError, match="but 1 examples have 1 distinct"):
+        trainer(tmp_path, eval_dataset=tiny_models.examples(1))
+
+
+def test_tokens_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"example 1 has 30 \+ 5 tokens, max_length is 32"):
+        trainer(tmp_path, examples=TokenizedExamples([[3], [3] * 30], [[4, 2], [4, 5, 6, 7, 2]]))
+    with pytest.raises(ValueError, match="a negative of example 0 is empty"):
+        TokenizedExamples([[3]], [[4, 2]], negatives=[[[]]])
+    with pytest.raises(ValueError, match="example 0 has 1 negatives but 2 ranks"):
+        TokenizedExamples([[3]], [[4, 2]], negatives=[[[5]]], ranks=[[1, 2]])
+
+
+def test_predict_takes_examples_as_they_are(tmp_path):
+    data = tiny_models.examples(5, seed=5)
+    run = trainer(tmp_path, eval_dataset=data)
+    metrics, want = run.predict(data).metrics, run.evaluate()
+    for name in ("loss", "nll_loss", "accuracy/batch"):
+        assert metrics[f"test_{name}"] == want[f"eval_{name}"]
+
+
+def test_evaluation_weighs_groups_with_negatives_only(tmp_path):
+    """Of data where only some examples bring negatives, the contrast is a mean over those, whatever the batches."""
+    some = [
+        example | ({"negatives": ["ran", "sat"]} if index % 3 == 0 else {})
+        for index, example in enumerate(tiny_models.examples(7, seed=5))
+    ]
+    results = []
+    for size in (1, 7):
+        options = {"objective": "mle", "alpha": None, "per_device_eval_batch_size": size, "prefix_sharing": "off"}
+        results.append(trainer(tmp_path, eval_dataset=some, **options, **NONE).evaluate())
+    assert "eval_accuracy/given" in results[0] and "eval_accuracy/batch" not in results[0]
+    for name in ("eval_nll_loss", "eval_contrastive_loss", "eval_accuracy", "eval_accuracy/given", "eval_margin"):
+        assert results[1][name] == pytest.approx(results[0][name], rel=1e-5, abs=1e-6), name
+
+
+def test_float32_logits_reach_the_head(tmp_path):
+    """Half-precision logits differ from float32 ones; the log-likelihoods that are contrasted say which were used."""
+    logps = []
+    for logits_dtype in (None, "float32"):
+        run = trainer(tmp_path, tiny_models.llama().bfloat16(), logits_dtype=logits_dtype, reference="none")
+        logps.append(run._forward(run.model, micro_batch(run, [0, 1])).logps)
+    assert not torch.equal(*logps)
+    torch.testing.assert_close(logps[0], logps[1], rtol=0.05, atol=0.3)
 
 
 def test_logs_of_negatives_are_plain_json(tmp_path):

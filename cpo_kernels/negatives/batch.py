@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 
-def batch_negatives(completions: Sequence[Sequence[int]], index: int, count: int, rng: Random) -> list[int]:
+def batch_negatives(
+    completions: Sequence[Sequence[int]], index: int, count: int, rng: Random, max_tokens: int | None = None
+) -> list[int]:
     """Draw ``count`` other completions of a pool as negatives for the prompt of example ``index``.
 
     The draw is uniform without replacement. The example's own completion, any completion with the same tokens as it,
@@ -17,6 +19,7 @@ def batch_negatives(completions: Sequence[Sequence[int]], index: int, count: int
         index: the example to draw for, a position in ``completions``.
         count: how many negatives to draw.
         rng: source of randomness; the result is a function of its state and of the pool alone.
+        max_tokens: compare so many of their first tokens only, where the rest will be left out; None for all.
 
     Returns:
         ``count`` positions in ``completions``.
@@ -26,10 +29,10 @@ def batch_negatives(completions: Sequence[Sequence[int]], index: int, count: int
     """
     if count == 0:
         return []
-    taken = {tuple(completions[index])}
+    taken = {tuple(completions[index][:max_tokens])}
     drawn: list[int] = []
     for other in _random_order(len(completions), rng):
-        tokens = tuple(completions[other])
+        tokens = tuple(completions[other][:max_tokens])
         if tokens in taken:
             continue
         taken.add(tokens)

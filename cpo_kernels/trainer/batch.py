@@ -42,12 +42,12 @@ class Negative:
 
 @dataclass(frozen=True)
 class Segment:
-    """One candidate: its tokens, and for each of them (sequence, position) of the row that predicts it."""
+    """One candidate: its tokens, and the sequence of the body whose first rows predict them."""
 
     kind: str
     rank: int
     tokens: Sequence[int]
-    positions: Sequence[tuple[int, int]]
+    sequence: int
     ref_logp: float | None = None
 
 
@@ -95,33 +95,30 @@ class ContrastBatch:
         if not len(prompt):
             raise ValueError(f"group {len(self.groups) - 1} has an empty prompt")
         limit = None if self.max_length is None else self.max_length - len(prompt)
-        first = self._num_sequences
         self.prompts.append(prompt)
         self.completions.append([])
-        positions = self._add_sequence(TRUTH, 0, completion, first, ref_logp)
+        first = self._add_sequence(TRUTH, 0, completion, ref_logp)
         if conditioned_on is not None:
             self.completions[-1] = [conditioned_on]
         for negative in negatives:
             if negative.cut is None:
-                self._add_sequence(negative.kind, negative.rank, negative.tokens[:limit], first, negative.ref_logp)
+                self._add_sequence(negative.kind, negative.rank, negative.tokens[:limit], negative.ref_logp)
             else:
-                tokens, rows = truncate(completion, positions, negative.cut, self.eos_token_id)
-                self.segments.append(Segment(negative.kind, negative.rank, tokens, rows, negative.ref_logp))
+                tokens, _ = truncate(completion, completion, negative.cut, self.eos_token_id)
+                self.segments.append(Segment(negative.kind, negative.rank, tokens, first, negative.ref_logp))
         self.groups.append(len(self.segments))
 
     @property
     def _num_sequences(self) -> int:
         return sum(map(len, self.completions))
 
-    def _add_sequence(
-        self, kind: str, rank: int, completion: Sequence[int], first: int, ref_logp: float | None
-    ) -> list[tuple[int, int]]:
-        last = len(self.prompts[-1]) - 1
+    def _add_sequence(self, kind: str, rank: int, completion: Sequence[int], ref_logp: float | None) -> int:
+        if not len(completion):
+            raise ValueError(f"a candidate of group {len(self.groups) - 1} ({kind}) has no tokens")
         index = self._num_sequences
-        positions = [(first, last), *((index, last + t) for t in range(1, len(completion)))]
         self.completions[-1].append(completion)
-        self.segments.append(Segment(kind, rank, completion, positions, ref_logp))
-        return positions
+        self.segments.append(Segment(kind, rank, completion, index, ref_logp))
+        return index
 
     @property
     def num_groups(self) -> int:
@@ -142,13 +139,15 @@ class ContrastBatch:
             rows (N,) int64, with rows into the flattened (B * L) positions; and host lists: cu_tokens (S + 1),
             cu_groups (G + 1), ranks (S), kinds (S).
         """
-        body, index_of = self._shared() if self._saves_by_sharing() else self._separate()
-        cu_tokens = [0]
+        body, rows_of = self._shared() if self._saves_by_sharing() else self._separate()
+        cu_tokens, rows, targets = [0], list[int](), list[int]()
         for segment in self.segments:
             cu_tokens.append(cu_tokens[-1] + len(segment.tokens))
+            rows += rows_of[segment.sequence][: len(segment.tokens)]
+            targets += segment.tokens
         return body | {
-            "targets": torch.tensor([token for segment in self.segments for token in segment.tokens]),
-            "rows": torch.tensor([index_of[i][t] for segment in self.segments for i, t in segment.positions]),
+            "targets": torch.tensor(targets),
+            "rows": torch.tensor(rows),
             "cu_tokens": cu_tokens,
             "cu_groups": list(self.groups),
             "ranks": [segment.rank for segment in self.segments],
@@ -183,7 +182,8 @@ class ContrastBatch:
         shared = separate - sum(len(p) * (len(c) - 1) for p, c in zip(self.prompts, self.completions, strict=True))
         return separate >= WORTH_SHARING * shared
 
-    def _separate(self) -> tuple[dict[str, Tensor], list[Any]]:
+    def _separate(self) -> tuple[dict[str, Tensor], list[list[int]]]:
+        """Inputs of the body, and for each sequence the rows that predict its completion."""
         # The last token predicts nothing, so the body does not see it.
         sequences = [[*p, *c[:-1]] for p, own in zip(self.prompts, self.completions, strict=True) for c in own]
         longest = max(map(len, sequences))
@@ -192,21 +192,22 @@ class ContrastBatch:
         for i, sequence in enumerate(sequences):
             input_ids[i, : len(sequence)] = torch.tensor(sequence)
             attention_mask[i, : len(sequence)] = 1
-        index_of = [range(i * longest, (i + 1) * longest) for i in range(len(sequences))]
-        return {"input_ids": input_ids, "attention_mask": attention_mask}, index_of
+        rows_of: list[list[int]] = []
+        for prompt, own in zip(self.prompts, self.completions, strict=True):
+            first = len(rows_of) * longest + len(prompt) - 1
+            for completion in own:
+                start = len(rows_of) * longest + len(prompt)
+                rows_of.append([first, *range(start, start + len(completion) - 1)])
+        return {"input_ids": input_ids, "attention_mask": attention_mask}, rows_of
 
-    def _shared(self) -> tuple[dict[str, Tensor], list[Any]]:
+    def _shared(self) -> tuple[dict[str, Tensor], list[list[int]]]:
         shared = pack_groups(self.prompts, self.completions, pad_token_id=self.pad_token_id)
-        index_of = []
-        for prompt, rows in zip(self.prompts, shared.rows, strict=True):
-            # Only the last prompt row and those behind it predict anything.
-            index_of += [dict(enumerate(own, start=len(prompt) - 1)) for own in rows]
         tree = {
             "tree_groups": shared.tree.groups,
             "tree_branches": shared.tree.branches,
             "tree_positions": shared.tree.positions,
         }
-        return {"input_ids": shared.input_ids, **tree}, index_of
+        return {"input_ids": shared.input_ids, **tree}, [rows for own in shared.rows for rows in own]
 
 
 def layout_of(inputs: Mapping[str, Any]) -> CandidateLayout:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from cpo_kernels.objective import LOSS_TYPES, Objective
@@ -114,6 +115,9 @@ class CPOConfig(TrainingArguments):
     grad_filter_eps: float | None = _option(
         None, "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.head."
     )
+    logits_dtype: str | None = _option(
+        None, "float32: log-likelihoods of half-precision models without the rounding of their logits; or None."
+    )
     backend: str = _option("auto", "Backend of the kernels; see cpo_kernels.backends.")
 
     learning_rate: float = _option(1e-5, "The initial learning rate.")
@@ -171,6 +175,12 @@ class CPOConfig(TrainingArguments):
             "contrast_weight": self.alpha,
             "mle_weight": self.mle_weight,
         }
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """The head's keywords of :func:`cpo_kernels.linear_cpo_loss`, besides the filters of gradients."""
+        dtype = None if self.logits_dtype is None else torch.float32
+        return {"backend": self.backend, "max_logits_bytes": self.max_logits_bytes, "logits_dtype": dtype}
 
     def negative_counts(self, data_brings_negatives: bool) -> dict[str, int]:
         """Negatives of each kind drawn for an example, at most; those of the data itself come on top.
@@ -234,6 +244,7 @@ class CPOConfig(TrainingArguments):
             ("mean_field_source", SAMPLERS),
             ("ranking", RANKINGS),
             ("prefix_sharing", PREFIX_SHARING),
+            ("logits_dtype", (None, "float32")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
@@ -271,9 +282,16 @@ class CPOConfig(TrainingArguments):
             raise ValueError("autoregressive_url needs autoregressive_model, the model's name at that endpoint")
 
     def _check_reference(self) -> None:
-        if self.mean_field_source == "reference" and self.num_mean_field_negatives and self.reference != "frozen":
+        asks_reference = self.num_mean_field_negatives > 0 and self.mean_field_source == "reference"
+        if asks_reference and (self.reference != "frozen" or not self.contrasts):
             raise ValueError(
-                f"mean_field_source='reference' needs reference='frozen', got {self.reference!r}; or let the model draw"
+                f"mean_field_source='reference' needs reference='frozen' and a contrast, got {self.reference!r} and "
+                f"alpha={self.alpha}; or let the model draw"
+            )
+        if self.num_mean_field_negatives and not asks_reference and not self.resample_negatives:
+            raise ValueError(
+                "resample_negatives=False keeps negatives as they are, but mean_field_source='model' draws them from a "
+                "model that changes; let the reference draw"
             )
         if self.ranking == "similarity" and self.embedding_model is None and self.reference != "frozen":
             raise ValueError(

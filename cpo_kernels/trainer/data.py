@@ -40,6 +40,28 @@ class TokenizedExamples(Dataset):
                 raise ValueError(f"expected one {name} per prompt, got {len(values)} for {len(prompts)} prompts")
         self.prompts, self.completions = prompts, completions
         self.negatives, self.ranks, self.kinds = negatives, ranks, kinds
+        self._check()
+
+    def _check(self) -> None:
+        """Raise ``ValueError`` for an example with an empty part, or with other numbers of ranks or kinds."""
+        for index, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
+            own = () if self.negatives is None else self.negatives[index]
+            for name, ids in (("prompt", prompt), ("completion", completion), *(("negative", ids) for ids in own)):
+                if not len(ids):
+                    raise ValueError(f"a {name} of example {index} is empty")
+            ranks = None if self.ranks is None else self.ranks[index]
+            kinds = None if self.kinds is None else self.kinds[index]
+            for name, values in (("ranks", ranks), ("kinds", kinds)):
+                if values is not None and len(values) != len(own):
+                    raise ValueError(f"example {index} has {len(own)} negatives but {len(values)} {name}")
+
+    def check_lengths(self, max_length: int) -> None:
+        """Raise ``ValueError`` for a prompt and completion that have more than ``max_length`` tokens together."""
+        for index, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
+            if len(prompt) + len(completion) > max_length or len(prompt) == max_length:
+                raise ValueError(
+                    f"example {index} has {len(prompt)} + {len(completion)} tokens, max_length is {max_length}"
+                )
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,6 +85,7 @@ class TokenizedExamples(Dataset):
         """Tokens of the longest completion."""
         return max(map(len, self.completions))
 
+    @cached_property
     def digest(self) -> str:
         """A digest of all token ids, ranks and kinds: the data's key in a cache."""
         state = hashlib.sha256()
@@ -87,8 +110,9 @@ def tokenize_examples(
 
     A prompt is tokenised with the special tokens that the tokenizer puts before a text; an empty one becomes BOS. Of
     a prompt over ``max_prompt_length`` the end is kept, after BOS if it began with it. A completion is tokenised
-    without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included. An
-    empty negative is EOS alone: a model that ended at once.
+    without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included. So
+    are negatives, but for the token ids of those that a model has drawn, which may have been cut off: they are taken as
+    they are. An empty negative is EOS alone: a model that ended at once.
 
     Args:
         examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
@@ -129,9 +153,12 @@ def tokenize_examples(
                 raise ValueError(f"the completion of example {start + i} is empty")
             prompts.append(prompt)
             completions.append(_end(completion, tokenizer.eos_token_id, limit))
-            # An empty negative is a model that ended at once.
-            own = [_end(next(raw_completions), tokenizer.eos_token_id, limit) for _ in example["negatives"]]
-            negatives.append(own)
+            negatives.append(
+                [
+                    _finish_negative(next(raw_completions), given, kind, tokenizer.eos_token_id, limit)
+                    for given, kind in zip(example["negatives"], example["kinds"], strict=True)
+                ]
+            )
             ranks.append(example["ranks"])
             kinds.append(example["kinds"])
     if not prompts:
@@ -183,6 +210,11 @@ def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> li
     if len(ids) <= limit:
         return ids
     return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[-limit:]
+
+
+def _finish_negative(ids: list[int], given: Any, kind: str, eos: int, limit: int) -> list[int]:
+    drawn = kind in ("autoregressive", "mean_field") and not isinstance(given, str)
+    return ids[:limit] if drawn and ids else _end(ids, eos, limit)
 
 
 def _end(ids: list[int], eos: int, limit: int) -> list[int]:

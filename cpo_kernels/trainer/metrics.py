@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -27,10 +26,10 @@ class MetricSums:
         self.nonfinite[name] = self.nonfinite.get(name, zero) + ~torch.isfinite(value)
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, int]]:
-        """The metrics, and how many of the values added were NaN or Inf, by name where any were.
+        """The metrics that have any weight, and how many of the values added were NaN or Inf, by name where any were.
 
         Args:
-            reduce: sums a tensor over processes.
+            reduce: sums a tensor over processes, all of which must have added the same names, be it with weight 0.
         """
         if not self.values:
             return {}, {}
@@ -41,7 +40,7 @@ class MetricSums:
             torch.stack([self.nonfinite[name] for name in names]),
         ]
         values, weights, nonfinite = reduce(torch.stack(rows)).tolist()
-        means = {name: v / w if w else math.nan for name, v, w in zip(names, values, weights, strict=True)}
+        means = {name: v / w for name, v, w in zip(names, values, weights, strict=True) if w}
         return means, {name: int(n) for name, n in zip(names, nonfinite, strict=True) if n}
 
 

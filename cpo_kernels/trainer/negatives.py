@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from cpo_kernels.negatives import CompletionsEndpoint, finish, is_wrong, token_seeds
 
 from .along_truth import Passage, Reading, read
@@ -16,7 +18,7 @@ from .sampler import NegativeSampler
 from .sources import Sources
 from .writing import Store, Write, sampling_of, write_with_endpoint, write_with_model
 
-EVALUATION_STEP = -1  # the same negatives in every evaluation
+EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
 
 
 @dataclass
@@ -66,11 +68,23 @@ class Negatives:
             num_batch_negatives=counts["batch"],
             num_truncation_negatives=counts["truncation"],
             seed=self.seed,
+            max_length=self.config.max_length,
         )
 
     def check(self, examples: TokenizedExamples) -> None:
-        """Raise ``ValueError`` if an example would be contrasted with nothing."""
+        """Raise ``ValueError`` if an example would be contrasted with nothing, or with less than was asked for."""
         counts = self.config.negative_counts(examples.brings_negatives)
+        if counts["batch"]:
+            distinct: set[tuple[int, ...]] = set()
+            for completion in examples.completions:
+                distinct.add(tuple(completion))
+                if len(distinct) > counts["batch"]:
+                    break
+            else:
+                raise ValueError(
+                    f"{counts['batch']} batch negatives need as many other completions, but {len(examples)} examples "
+                    f"have {len(distinct)} distinct ones"
+                )
         if not self.config.contrasts or examples.negatives is None or any(counts.values()):
             return
         for index, own in enumerate(examples.negatives):
@@ -122,8 +136,10 @@ class Negatives:
             self.store.forget_before(steps[0][0])
         missing = self.store.missing(list(dict.fromkeys(keys)))
         if missing or self.sources.synced_gpus:
-            written = self._write(examples, [index for _, index in missing], steps[0][0])
+            written = self._write(examples, [index for _, index in missing], self._effective(steps[0][0]))
             self.store.negatives.update(zip(missing, written, strict=True))
+        if not self.config.resample_negatives:  # another process may see these examples next time
+            self.store.negatives |= dict(gather_object([(key, self.store.negatives[key]) for key in missing]))
 
     def _effective(self, step: int) -> int:
         """The step that decides what is drawn."""

@@ -54,20 +54,17 @@ def precompute(
     reference = sources.reference
     assert reference is not None
     key = cache_key(
-        model=reference.fingerprint,
-        data=examples.digest(),
+        model=[reference.fingerprint, reference.description],
+        data=examples.digest,
         negatives=[config.negative_counts(examples.brings_negatives), batches.negatives.seed, step, config.max_length],
-        precision=[accelerator.mixed_precision, str(next(sources.policy().parameters()).dtype)],
+        eos=batches.tokenizer.eos_token_id,
+        precision=[accelerator.mixed_precision, str(sources.head)],
     )
 
     def score(indices: Sequence[int]) -> list[Tensor]:
         batch = batches.build(examples, indices, step, contrast=True)
-        inputs = {
-            name: value.to(sources.device) if isinstance(value, Tensor) else value
-            for name, value in batch.tensors().items()
-        }
         with sources.autocast():
-            logps = reference.score(inputs, sources.head, pool=False).logps
+            logps = reference.score(batch.tensors(), sources.head, pool=False).logps
         assert logps is not None
         return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
 

@@ -37,6 +37,5 @@ class Ranking:
 
 
 def ranks_by_similarity(embeddings: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-    """Ranks (S,) by cosine similarity to the first of each group; what the data ranks 0 stays as good as the truth."""
-    ranks = similarity_ranks(embeddings, inputs["cu_groups"])
-    return [0 if given == 0 else max(rank, 1) for rank, given in zip(ranks, inputs["ranks"], strict=True)]
+    """Ranks (S,) by cosine similarity to the first of each group, among those that the data ranks equal."""
+    return similarity_ranks(embeddings, inputs["cu_groups"], base_ranks=inputs["ranks"])

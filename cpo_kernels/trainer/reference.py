@@ -49,6 +49,7 @@ class Reference:
         self._model, self.adapters = model, adapters
         # Taken before parameters are sharded or trained.
         self.fingerprint = fingerprint(model(), frozen_only=adapters)
+        self.description = describe(model())
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -66,8 +67,11 @@ class Reference:
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
         """Log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
-        request = LogpsRequest(inputs["targets"], layout_of(inputs), pool=pool, **head)
         with self.active() as model:
+            # Before training, Trainer may have left the model on the CPU.
+            device = next(model.parameters()).device
+            inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+            request = LogpsRequest(inputs["targets"], layout_of(inputs), pool=pool, **head)
             return model(**body_inputs(inputs), linear_loss=request)
 
 
@@ -95,10 +99,10 @@ def make_reference(
     if ref_model is None and config.reference == "precomputed":  # it is asked before it is trained, and no longer
         return None, Reference(policy, adapters=False)
     frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
-    frozen = frozen.eval().requires_grad_(False).to(accelerator.device)
+    frozen = frozen.eval().requires_grad_(False)
     reference = Reference(lambda: frozen, adapters=False)
-    if accelerator.is_fsdp2:
-        frozen = fsdp2_prepare_model(accelerator, frozen)
+    # Sharding moves parameters to the device by itself, one group at a time.
+    frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
     return frozen, reference
 
 
@@ -118,6 +122,12 @@ def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) 
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(json.dumps(values[::stride][:samples].double().tolist()).encode())
     return digest.hexdigest()
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What besides its parameters decides what a model says."""
+    config: Any = model.config
+    return {"config": config.to_dict(), "dtypes": sorted({str(p.dtype) for p in model.parameters()})}
 
 
 def save_fingerprint(value: str, checkpoint: str | Path) -> None:

@@ -25,13 +25,16 @@ class NegativeSampler:
     num_batch_negatives: int
     num_truncation_negatives: int
     seed: int
+    max_length: int | None = None
 
     def draw(self, index: int, step: int) -> list[Negative]:
         """The negatives of example ``index`` as it is contrasted at ``step``; those that it brings come first."""
         behind = self.rank_of_drawn(index)
         completions = self.examples.completions
         rng = Random(f"{self.seed}/{step}/{index}")
-        others = batch_negatives(completions, index, self.num_batch_negatives, rng)
+        # What of a completion fits behind this prompt must be wrong, not only the whole of it.
+        room = None if self.max_length is None else self.max_length - len(self.examples.prompts[index])
+        others = batch_negatives(completions, index, self.num_batch_negatives, rng, room)
         cuts = truncation_negatives(completions[index], self.eos_token_id, self.num_truncation_negatives, rng)
         return [
             *self.given(index),

@@ -106,13 +106,13 @@ class CPOTrainer(Trainer):
         sources = Sources(
             policy=lambda: self._policy,
             reference=self.reference,
-            head=self._head_options,
+            head=self.args.head_options,
             autocast=self.accelerator.autocast,
             device=self.args.device,
             synced_gpus=self.is_fsdp_enabled or self.is_deepspeed_enabled,
         )
         self._negatives = Negatives(self.args, processing_class, sources)
-        for examples in self._own_datasets():
+        for _, examples in self._own_datasets():
             self._negatives.check(examples)
         ranking = Ranking(self.args, processing_class, self.args.device)
         share = self._can_share_prefixes()
@@ -129,6 +129,7 @@ class CPOTrainer(Trainer):
 
     def _tokenize(self, examples: Any) -> TokenizedExamples:
         if isinstance(examples, TokenizedExamples):
+            examples.check_lengths(self._config.max_length)
             return examples
         limits = {"max_length": self._config.max_length, "max_prompt_length": self._config.prompt_budget}
         return tokenize_examples(examples, self._tokenizer, **limits)
@@ -140,9 +141,14 @@ class CPOTrainer(Trainer):
             return {name: self._tokenize(examples) for name, examples in datasets.items()}
         return self._tokenize(datasets)
 
-    def _own_datasets(self) -> list[TokenizedExamples]:
-        evaluation = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
-        return [own for own in (self.train_dataset, *evaluation) if own is not None]
+    def _own_datasets(self) -> list[tuple[int, TokenizedExamples]]:
+        """The data sets that the trainer was given, with a step at which their negatives are drawn."""
+        evaluation: Any = self.eval_dataset
+        sets = [(0, self.train_dataset)]
+        sets += [
+            (EVALUATION_STEP, own) for own in (evaluation.values() if isinstance(evaluation, Mapping) else [evaluation])
+        ]
+        return [(step, cast(TokenizedExamples, own)) for step, own in sets if own is not None]
 
     @property
     def _policy(self) -> torch.nn.Module:
@@ -152,7 +158,7 @@ class CPOTrainer(Trainer):
 
     def _can_share_prefixes(self) -> bool:
         """Whether model and reference may run a prompt and its candidates as one row."""
-        contrasted = any(self._negatives.any_for(examples) for examples in self._own_datasets())
+        contrasted = any(self._negatives.any_for(examples) for _, examples in self._own_datasets())
         if self.args.prefix_sharing == "off" or not contrasted:
             return False
         try:
@@ -180,12 +186,11 @@ class CPOTrainer(Trainer):
             self._negatives.write_ahead(examples, ahead)
         own = self._upcoming.popleft()
         batches = [self._batches.build(examples, indices, step, self.args.contrasts) for indices in own]
-        sizes = torch.tensor(
-            [sum(b.num_groups for b in batches), sum(b.num_target_tokens for b in batches)], device=device
-        )
-        groups, tokens = self.accelerator.reduce(sizes, "sum").tolist()
+        groups, tokens = sum(b.num_groups for b in batches), sum(b.num_target_tokens for b in batches)
+        if self.accelerator.num_processes > 1:
+            groups, tokens = self.accelerator.reduce(torch.tensor([groups, tokens], device=device), "sum").tolist()
         return [
-            self._batches.inputs(batch, groups, tokens, self._kept_scores(examples, indices))
+            self._batches.inputs(batch, groups, tokens, self._kept_scores(examples, indices, 0))
             for batch, indices in zip(batches, own, strict=True)
         ], tokens
 
@@ -250,7 +255,7 @@ class CPOTrainer(Trainer):
             candidate_eps=self.args.candidate_eps,
             grad_filter_eps=self.args.grad_filter_eps,
             **self.args.objective_options,
-            **self._head_options,
+            **self.args.head_options,
         )
         out = model(**body_inputs(inputs), linear_loss=request)
         if counted is not None:
@@ -259,14 +264,14 @@ class CPOTrainer(Trainer):
 
     def _log_weights(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Logarithms (S,) of the weights that the candidates have by their kinds; None where all weigh the same."""
-        weights = [self.args.negative_weights.get(kind, 1.0) for kind in inputs["kinds"]]
+        of_kind = self.args.negative_weights
+        # What is as good as the ground truth competes with nothing.
+        weights = [
+            of_kind[kind] if rank > 0 else 1.0 for kind, rank in zip(inputs["kinds"], inputs["ranks"], strict=True)
+        ]
         if all(weight == 1 for weight in weights):
             return None
         return torch.tensor(weights, device=inputs["targets"].device).log()
-
-    @property
-    def _head_options(self) -> dict[str, Any]:
-        return {"backend": self.args.backend, "max_logits_bytes": self.args.max_logits_bytes}
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
         """Log-likelihoods (S,) under the reference, in the unit of the contrast; None where there is none.
@@ -277,7 +282,7 @@ class CPOTrainer(Trainer):
         if self.reference is not None and (logps is None or "unread" in inputs):
             with self.accelerator.autocast():
                 out = self.reference.score(
-                    inputs.get("unread", inputs), self._head_options, pool=self._batches.ranking.by_reference
+                    inputs.get("unread", inputs), self.args.head_options, pool=self._batches.ranking.by_reference
                 )
             logps = out.logps if logps is None else logps.index_copy(0, inputs["unknown"], out.logps)
             if out.embeddings is not None:
@@ -294,10 +299,11 @@ class CPOTrainer(Trainer):
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
         if self.args.candidate_eps is not None or self.args.grad_filter_eps is not None:
             sums.add("dropped", out.dropped, tokens)
-        if len(inputs["cu_tokens"]) - 1 == own_groups:  # no negatives
-            return
-        sums.add("contrastive_loss", out.contrastive_loss * (inputs["num_groups"] / own_groups), groups)
         metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], KINDS)
+        contrasted = metrics["accuracy"][1]
+        total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has none
+        metrics["contrastive_loss"] = (total / max(contrasted, 1), contrasted)
+        # Also what this batch has nothing of: every process has to add the same names.
         for name, (value, count) in metrics.items():
             sums.add(name, value, count * groups / own_groups)
 
@@ -307,8 +313,7 @@ class CPOTrainer(Trainer):
         if nonfinite:
             names = ", ".join(f"{prefix}{name} ({count} times)" for name, count in nonfinite.items())
             logger.warning(f"NaN or Inf at step {self.state.global_step} in: {names}")
-        # Kinds of which there are no negatives have no mean; every process has to name the same metrics until here.
-        return {prefix + name: value for name, value in means.items() if sums.weights[name]} | {
+        return {prefix + name: value for name, value in means.items()} | {
             f"{prefix}nonfinite/{name}": float(count) for name, count in nonfinite.items()
         }
 
@@ -324,12 +329,17 @@ class CPOTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Metrics over ``eval_dataset``, by default the one given to the trainer; see ``Trainer.evaluate``.
 
-        Every evaluation contrasts the same negatives, drawn from the evaluation set, whatever its batch size. With
-        ``alpha=0`` they are drawn all the same, so that runs with and without a contrast can be compared.
+        Every evaluation contrasts the same negatives, drawn from the evaluation set, whatever its batch size; those
+        that the trained model draws or writes are its own at the time. With ``alpha=0`` they are drawn all the same, so
+        that runs with and without a contrast can be compared.
         With several processes, a set that they cannot share evenly has its first examples counted twice.
         """
         with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which training must not miss
             return super().evaluate(self._tokenize_all(eval_dataset), *args, **kwargs)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """See ``Trainer.get_test_dataloader``; takes examples as ``evaluate`` does."""
+        return super().get_test_dataloader(self._tokenize(test_dataset))
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
@@ -357,7 +367,7 @@ class CPOTrainer(Trainer):
         indices = inputs["index"].tolist()
         examples: Any = self._eval_examples
         batch = self._batches.build(examples, indices, EVALUATION_STEP, self._negatives.any_for(examples))
-        scores = self._kept_scores(examples, indices)
+        scores = self._kept_scores(examples, indices, EVALUATION_STEP)
         inputs = self._prepare_inputs(self._batches.inputs(batch, batch.num_groups, batch.num_target_tokens, scores))
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self._forward(model, inputs)
@@ -366,22 +376,28 @@ class CPOTrainer(Trainer):
 
     # The reference
 
-    def _precompute_reference(self) -> dict[int, ReferenceScores]:
-        """The scores of the trainer's data sets by their identity; the reference is not needed after that."""
+    def _precompute_reference(self) -> dict[tuple[str, int], ReferenceScores]:
+        """The scores of the trainer's data sets, by their content and the step whose negatives they are of."""
         if self.args.reference != "precomputed" or self.reference is None:
             return {}
         directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
         scores = {}
-        for examples in self._own_datasets():
-            step = 0 if examples is self.train_dataset else EVALUATION_STEP
-            scores[id(examples)] = precompute(directory, self._batches, examples, step, self.accelerator)
-        self.reference, self.ref_model = None, None
+        for step, examples in self._own_datasets():
+            scores[examples.digest, step] = precompute(directory, self._batches, examples, step, self.accelerator)
+        # Nobody asks it any more.
+        self.reference, self.ref_model, self._negatives.sources.reference = None, None, None
         return scores
 
-    def _kept_scores(self, examples: Any, indices: Sequence[int]) -> Tensor | None:
+    def _kept_scores(self, examples: Any, indices: Sequence[int], step: int) -> Tensor | None:
         """Log-likelihoods of the candidates of some examples under the reference, if they were precomputed."""
-        scores = self._scores.get(id(examples))
-        return None if scores is None else scores.of(indices)
+        if not self._scores:
+            return None
+        key = (examples.digest, step)
+        if key not in self._scores:
+            raise ValueError(
+                "reference='precomputed' has no scores of these examples; give CPOTrainer all data sets when it is made"
+            )
+        return self._scores[key].of(indices)
 
     # Checkpoints
 
@@ -393,5 +409,6 @@ class CPOTrainer(Trainer):
             save_fingerprint(self._fingerprint, checkpoint)
         if self.args.num_autoregressive_negatives:
             self._negatives.store.save(checkpoint, self.accelerator.process_index)
+        self.accelerator.wait_for_everyone()
         # The state of Trainer comes last: a checkpoint that has it has everything.
         super()._save_checkpoint(model, trial)
