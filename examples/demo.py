@@ -152,7 +152,8 @@ def report(corpus: Corpus, outcome: Outcome, out: Path) -> None:
         f"({shape}); memory above inputs, gradients included; fused with max_logits_bytes={LOGITS_BYTES >> 20} MiB."
     )
     write_curves(out / "demo.png", curves, SCRATCH, 1 / (1 + HELD_OUT_NEGATIVES))
-    console.print(f"Curves, on the first {CURVE_EXAMPLES} held-out continuations: {out / 'demo.png'}")
+    count = min(CURVE_EXAMPLES, len(corpus.held_out))
+    console.print(f"Curves, on the first {count} held-out continuations: {out / 'demo.png'}")
 
 
 def explain(corpus: Corpus, outcome: Outcome) -> None:
