@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from cpo_kernels.cli.parsing import field_types, parse
 from cpo_kernels.cli.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.cpu
+
+DOCS = Path(__file__).parents[1] / "docs" / "training.md"
 
 
 @pytest.fixture
@@ -74,6 +77,17 @@ def test_the_command_line_wins(config, arguments):
     assert (training.learning_rate, training.bf16, training.seed) == (3e-4, True, 7)
 
 
+def test_the_lines_of_the_docs_turn_fsdp2_on(config):
+    lines = re.search(r"\(`(fsdp: true)`, `(fsdp_config: .*?)`\)", DOCS.read_text(encoding="utf-8"))
+    in_file = parse([config("\n".join(lines.groups()))])
+    on_line = parse([config(""), "--fsdp", "true", "--fsdp_config", '{"version": 2}'])
+    for settings in (in_file, on_line):
+        assert settings.training.fsdp is True
+        assert settings.training.fsdp_plugin_args["fsdp_version"] == 2
+    assert not parse([config("fsdp: true\n"), "--fsdp", "false"]).training.fsdp
+    assert parse([config("fsdp: full_shard\n")]).given["fsdp"] == "full_shard"
+
+
 def test_booleans_can_be_turned_off(config):
     path = config("bf16: true\n")
     assert parse([path, "--bf16", "false"]).training.bf16 is False
@@ -107,6 +121,7 @@ WRONG = {
     "null": ("learning_rate: null\n", "run.yaml: learning_rate must be a number, got None"),
     "mapping": ("model: {a: 1}\n", "run.yaml: model must be a string or null, got {'a': 1}"),
     "not a mapping": ("columns: 3\n", "columns must be a mapping, got '3'"),
+    "sharding": ("fsdp: [a]\n", "run.yaml: fsdp must be a string or null or true or false, got ['a']"),
     "choice": ("lr_scheduler_type: magic\n", "run.yaml: lr_scheduler_type must be one of linear, "),
     "twice": ("seed: 1\nseed: 2\n", "run.yaml is not YAML: "),
     "yaml": ("seed: [1\n", "run.yaml is not YAML: "),
@@ -117,7 +132,7 @@ WRONG = {
     "count": ("negatives_count: 0\n", "negatives_count must be at least 1, got 0"),
     "judge": ("judge: magic\n", "judge must be one of none, chat, likelihood or MODULE:FUNCTION, got 'magic'"),
     "chat": ("judge: chat\n", "judge='chat' needs judge_url and judge_model, got None and None"),
-    "format": ("negatives_format: words\n", "negatives_format must be one of text, ids, got 'words'"),
+    "format": ("negatives_format: words\n", "negatives_format must be one of ids, text, got 'words'"),
     "ranking": ("negatives_ranking: magic\n", "negatives_ranking must be one of none, similarity, got 'magic'"),
     "lengths": (
         "prompt_tokens: 8\ncompletion_tokens: 8\nmax_length: 32\n",

@@ -21,6 +21,8 @@ from .options import RunConfig
 from .tiny import cut_down
 
 BOOLEANS = ("true", "false", "yes", "no", "1", "0", "y", "n", "t", "f")
+# TrainingArguments annotates it as ``str | None``, for values of old, and wants True.
+MISANNOTATED: dict[str, Any] = {"fsdp": bool | str | None}
 
 
 @dataclass
@@ -60,13 +62,14 @@ def parse(arguments: Sequence[str]) -> Settings:
 
 def field_types() -> dict[str, Any]:
     """Every field that a configuration file may have, with its type."""
-    return {
+    types = {
         item.name: hints[item.name]
         for cls in (RunConfig, CPOConfig)
         for hints in [get_type_hints(cls)]
         for item in dataclasses.fields(cls)
         if item.init
     }
+    return types | MISANNOTATED
 
 
 def _construct(cls: type, given: Mapping[str, Any]) -> Any:
@@ -136,8 +139,10 @@ class _Parser(HfArgumentParser):
             position += 1
 
     def _from_text(self, name: str, value: Any) -> Any:
-        """A mapping is written as JSON on the command line."""
+        """A value of the command line: a mapping is written as JSON; true is no text where a boolean may stand."""
         kinds = _kinds(self.types[name])
+        if isinstance(value, str) and bool in kinds and value.lower() in ("true", "false"):
+            return value.lower() == "true"
         if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
             with input_errors():
                 return json.loads(value)
