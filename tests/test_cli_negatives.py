@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from cli_models import save_model, write_config, write_examples
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_kernels.__main__ import main
@@ -19,6 +20,9 @@ from cpo_kernels.cli.train import make_trainer
 from cpo_kernels.negatives import similarity_ranks
 from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
 from cpo_kernels.negatives.completions import Completion
+from cpo_kernels.trainer import CPOConfig, writing
+from cpo_kernels.trainer.data import TokenizedExamples
+from cpo_kernels.trainer.evaluation import default_sampling
 
 pytestmark = pytest.mark.cpu
 
@@ -50,11 +54,11 @@ def calls(monkeypatch):
 
     calls, call = Calls(), writers.ModelWriter.__call__
 
-    def counted(self, prompts, ids, first, count, sampling):
+    def counted(self, prompts, first, count, sampling):
         if len(calls) == calls.fail_at:
             raise KeyboardInterrupt
         calls.append(first)
-        return call(self, prompts, ids, first, count, sampling)
+        return call(self, prompts, first, count, sampling)
 
     monkeypatch.setattr(writers.ModelWriter, "__call__", counted)
     return calls
@@ -76,33 +80,57 @@ def drawn(shared) -> list[list[list[int]]]:
 
 def test_the_file_holds_what_the_model_writes(shared, config, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(shared["model"])
-    assert main(["negatives", config()]) == 0
+    assert main(["negatives", config(negatives_format="text")]) == 0
     got = rows(tmp_path / "negatives.jsonl")
     expected = [tokenizer.batch_decode(own, skip_special_tokens=True) for own in drawn(shared)]
-    assert [row["negatives"] for row in got] == [[text for text in own if text] for own in expected]
+    assert [row["negatives"] for row in got] == expected
     assert [{name: row[name] for name in ("prompt", "completion")} for row in got] == tiny_models.examples(10)
     assert all(row["kinds"] == ["autoregressive"] * len(row["negatives"]) for row in got)
 
 
 def test_training_reads_the_file(shared, config, tmp_path, capsys):
-    path = config(negatives_file=str(tmp_path / "negatives.parquet"), negatives_format="ids")
+    """Draws that were cut off stay without EOS, and those that ended at once are EOS alone."""
+    path = config(negatives_file=str(tmp_path / "negatives.parquet"))
     assert main(["negatives", path]) == 0
     table = Dataset.from_parquet(str(tmp_path / "negatives.parquet"))
     eos = AutoTokenizer.from_pretrained(shared["model"]).eos_token_id
-    expected = [[ids for ids in own if ids != [eos]] for own in drawn(shared)]
+    expected = drawn(shared)
     assert table["negatives"][:] == expected
     trainer = make_trainer(parse([path]))
     data = trainer.train_dataset
-    ended = [[ids if ids[-1] == eos else [*ids, eos] for ids in own] for own in expected]
-    assert [[list(ids) for ids in own] for own in data.negatives] == ended
+    assert [[list(ids) for ids in own] for own in data.negatives] == expected
+    draws = [ids for own in expected for ids in own]
+    assert {ids[-1] == eos for ids in draws} == {True, False}
+    assert [eos] in draws
     assert list(data.kinds) == [["autoregressive"] * len(own) for own in expected]
+    assert [list(ids) for ids in data.completions] == table["completion"][:]
     assert main(["train", path]) == 0
     assert "saved to" in capsys.readouterr().out
 
 
+def test_texts_count_as_ended(shared, config, tmp_path):
+    path = config(negatives_format="text")
+    assert main(["negatives", path]) == 0
+    special = (0, 1, 2)  # which no text has
+    ended = [[[*(token for token in ids if token not in special), 2] for ids in own] for own in drawn(shared)]
+    data = make_trainer(parse([path])).train_dataset
+    assert [[list(ids) for ids in own] for own in data.negatives] == ended
+
+
+def test_max_examples_counts_rows_of_data(shared, config, tmp_path):
+    """A row may be several pieces, all of which are read back."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join([" ".join(tiny_models.WORDS[:20])] * 3))
+    values = {"prompt_tokens": 4, "completion_tokens": 6, "max_length": 10, "max_examples": 2}
+    path = config(data=str(path), **values)
+    assert main(["negatives", path]) == 0
+    assert len(rows(tmp_path / "negatives.jsonl")) == 4
+    assert len(make_trainer(parse([path])).train_dataset) == 4
+
+
 def test_ranks_are_those_of_the_hidden_states(shared, config, tmp_path):
     """Means of the model's hidden states over the rows that predict a candidate, one candidate at a time."""
-    path = config(negatives_format="ids", negatives_ranking="similarity")
+    path = config(negatives_ranking="similarity")
     assert main(["negatives", path]) == 0
     model = AutoModelForCausalLM.from_pretrained(shared["model"])
     for row in rows(tmp_path / "negatives.jsonl"):
@@ -119,25 +147,27 @@ def test_negatives_that_examples_bring_are_kept(config, tmp_path):
     path = tmp_path / "data.jsonl"
     own = [row | {"negatives": ["the mat"], "ranks": [2]} for row in tiny_models.examples(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in own))
-    assert main(["negatives", config(data=str(path), negatives_count=1)]) == 0
+    assert main(["negatives", config(data=str(path), negatives_count=1, negatives_format="text")]) == 0
     for row in rows(tmp_path / "negatives.jsonl"):
         assert row["negatives"][0] == "the mat"
         assert row["kinds"] == ["given", "autoregressive"][: len(row["kinds"])]
         assert row["ranks"] == [2, 3][: len(row["kinds"])]
 
 
-def test_what_is_no_negative_is_left_out(config, tmp_path, monkeypatch, capsys):
-    """Nothing at all, and the ground truth itself; an example that is left without any is told of."""
+@pytest.mark.parametrize("negatives_format", ["ids", "text"])
+def test_the_ground_truth_is_left_out(config, tmp_path, monkeypatch, capsys, negatives_format):
+    """An example that is left without any negatives is told of."""
+    path = config(max_examples=1, negatives_format=negatives_format)
     tokenizer = tiny_models.tokenizer()
     truth = tokenizer(tiny_models.examples(1)[0]["completion"])["input_ids"]
     eos = tokenizer.eos_token_id
     monkeypatch.setattr(
         writers.ModelWriter,
         "__call__",
-        lambda self, prompts, ids, first, count, sampling: [[[eos], truth, [*truth, eos]] for _ in ids],
+        lambda self, prompts, first, count, sampling: [[truth, [*truth, eos]] for _ in prompts],
     )
-    assert main(["negatives", config(max_examples=1, negatives_format="ids")]) == 0
-    assert "1 examples got none" in capsys.readouterr().out
+    assert main(["negatives", path]) == 0
+    assert "1 examples got none: what was written for them was the ground truth itself" in capsys.readouterr().out
     assert [row["negatives"] for row in rows(tmp_path / "negatives.jsonl")] == [[]]
 
 
@@ -199,10 +229,11 @@ class Server:
 
     asked: ClassVar[list[tuple[list[str], int, int]]] = []
     fails = False
+    key: str | None = None
 
     def __init__(self, url, model, api_key=None):
         self.url, self.model = url, model
-        assert api_key is None
+        Server.key = api_key
 
     def negatives(self, prompts, count, sampling):
         if Server.fails and len(Server.asked) == 1:
@@ -212,7 +243,8 @@ class Server:
 
 
 def test_a_server_writes(config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(writers, "CompletionsEndpoint", Server)
+    monkeypatch.setattr(writing, "CompletionsEndpoint", Server)
+    monkeypatch.setenv("CPO_KERNELS_COMPLETIONS_KEY", "secret")
     Server.asked, Server.fails = [], True
     path = config(autoregressive_url="http://127.0.0.1:1/v1", autoregressive_model="big", negatives_count=2)
     assert main(["negatives", path]) == 2
@@ -222,12 +254,58 @@ def test_a_server_writes(config, tmp_path, monkeypatch, capsys):
     prompts = [row["prompt"] for row in tiny_models.examples(10)]
     assert [(asked[0], asked[1]) for asked in Server.asked] == [(prompts[i : i + 4], 2) for i in (0, 4, 8)]
     assert len({seed for _, _, seed in Server.asked}) == 3
+    assert Server.key == "secret"
+    tokenizer = tiny_models.tokenizer()
+    texts = [tokenizer(f"the {prompt}")["input_ids"] for prompt in prompts]
     got = rows(tmp_path / "negatives.jsonl")
-    assert [row["negatives"] for row in got] == [[f"the {prompt}"] * 2 for prompt in prompts]
+    assert [row["negatives"] for row in got] == [[[*text, tokenizer.eos_token_id], text] for text in texts]
+
+
+def test_training_and_the_command_ask_a_server_alike(shared, tmp_path, monkeypatch):
+    """With special tokens that are part of a prompt, without the BOS that the server adds, and not with what is cut."""
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    prompts = tokenizer(["<user> the cat", "a dog ran over the mat", ""])["input_ids"]
+    assert {ids[0] for ids in prompts} == {bos[1]}
+    data = TokenizedExamples([*prompts, prompts[0][1:]], [[5, 6]] * 4)
+    expected = ["<user> the cat", "a dog ran over the mat", "", "<user> the cat"]
+
+    monkeypatch.setattr(writing, "CompletionsEndpoint", Server)
+    options = {"autoregressive_url": "http://127.0.0.1:1/v1", "autoregressive_model": "big", "use_cpu": True}
+    config = CPOConfig(output_dir=str(tmp_path), max_length=32, **options)
+    Server.asked, Server.fails = [], False
+    written = writing.write_with_endpoint(writing.endpoint_of(config), tokenizer, 2)(
+        data.prompts, range(4), writing.sampling_of(config, data)
+    )
+    assert writers.EndpointWriter(config, tokenizer)(data.prompts, 0, 2, Sampling()) == written
+    assert [asked[0] for asked in Server.asked] == [expected] * 2
+    # What the server tokenises is what training sees.
+    assert tokenizer(expected)["input_ids"] == [*prompts, prompts[0]]
+
+
+def test_a_bos_that_the_tokenizer_does_not_add_is_sent():
+    """Such as that of an empty prompt, which no server continues."""
+    assert writing.prompt_texts(tiny_models.tokenizer(), [[1], [1, 3], [3]]) == ["<s>", "<s> the", "the"]
+
+
+def test_a_configuration_without_a_server_has_no_endpoint(tmp_path):
+    with pytest.raises(ValueError, match="expected autoregressive_url and autoregressive_model, got None and None"):
+        writing.endpoint_of(CPOConfig(output_dir=str(tmp_path), use_cpu=True))
+
+
+def test_a_continuation_has_room_behind_the_longest_prompt(tmp_path):
+    data = TokenizedExamples([[3] * 4, [3] * 7], [[4] * 9, [4] * 2])
+    for max_length, room in ((20, 13), (12, 5), (7, 1)):
+        config = CPOConfig(output_dir=str(tmp_path), use_cpu=True, max_length=max_length, max_prompt_length=6)
+        assert writing.room_for(config, data) == room
+        assert writing.sampling_of(config, data).max_new_tokens == min(room, 9)
+        assert default_sampling(data, config).max_new_tokens == min(room, 9)
 
 
 def test_a_server_needs_an_embedding_model_for_ranks(config, monkeypatch, capsys):
-    monkeypatch.setattr(writers, "CompletionsEndpoint", Server)
+    monkeypatch.setattr(writing, "CompletionsEndpoint", Server)
     path = config(autoregressive_url="http://127.0.0.1:1/v1", autoregressive_model="big")
     assert main(["negatives", path, "--negatives_ranking", "similarity"]) == 2
     assert "negatives_ranking='similarity' needs an embedding_model" in capsys.readouterr().err

@@ -94,7 +94,8 @@ WRITING = {
     "autoregressive_top_p": "Nucleus that it is sampled from.",
     "autoregressive_max_new_tokens": "Its length, at most.",
     "autoregressive_batch_size": "Continuations written at a time.",
-    "autoregressive_url": "An OpenAI-compatible completions endpoint that writes in place of the model, .../v1.",
+    "autoregressive_url": "An OpenAI-compatible completions endpoint that writes in place of the model, .../v1. Its "
+    "key is read from CPO_KERNELS_COMPLETIONS_KEY.",
     "autoregressive_model": "The model's name there.",
     "embedding_model": "A sentence-transformers model for ranks. Default: the model's own hidden states.",
 }

@@ -39,7 +39,8 @@ class Likeness:
                 "negatives_ranking='similarity' needs an embedding_model where a server writes the negatives"
             )
         else:
-            attach_linear_loss(model)
+            with input_errors(RuntimeError):
+                attach_linear_loss(model)
 
     def ranks(
         self, prompts: Sequence[Ids], truths: Sequence[Ids], negatives: Sequence[Sequence[Ids]]

@@ -73,8 +73,8 @@ def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
     print(f"wrote {sum(map(len, negatives))} negatives of {len(negatives)} examples to {path}")
     if bare:
         print(
-            f"{bare} examples got none: what was written for them was empty or the ground truth itself; they need "
-            "another kind in training, such as num_batch_negatives"
+            f"{bare} examples got none: what was written for them was the ground truth itself; they need another kind "
+            "in training, such as num_batch_negatives"
         )
 
 

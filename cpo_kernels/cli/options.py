@@ -10,7 +10,7 @@ from typing import Any
 
 RESUME = ("auto", "none")
 JUDGES = ("none", "chat", "likelihood")
-FORMATS = ("text", "ids")
+FORMATS = ("ids", "text")
 RANKINGS = ("none", "similarity")
 
 
@@ -53,7 +53,7 @@ class DataOptions:
     eval_data: str | None = _option(None, "Held-out examples, as data. Default: data, with eval_split.")
     eval_split: str | None = _option(None, "Split of the held-out examples.")
     eval_fraction: float = _option(0.0, "Share of data to hold out, where it has no part for that.")
-    max_examples: int | None = _option(None, "Use the first so many rows of data.")
+    max_examples: int | None = _option(None, "Use the first so many rows of data; of negatives_file, all are.")
     max_eval_examples: int | None = _option(None, "Use the first so many rows of the held-out examples.")
     columns: dict | str | None = field(
         default=None,
@@ -76,7 +76,11 @@ class NegativesOptions:
         "A .jsonl or .parquet file. The command negatives writes it; train reads its examples in place of data.",
     )
     negatives_count: int = _option(4, "Negatives written for each example.")
-    negatives_format: str = _option("text", "text, or ids: exact, but of use with one tokenizer only.")
+    negatives_format: str = _option(
+        "ids",
+        "ids: as they were drawn, those that were cut off without an end; of use with one tokenizer only. text: of use "
+        "with any, but every text counts as ended.",
+    )
     negatives_ranking: str = _option(
         "none", "similarity: rank them by likeness to the ground truth, for training that reads ranks; or none."
     )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cpo_kernels.negatives.autoregressive import Sampling
-from cpo_kernels.trainer.config import CPOConfig
-from cpo_kernels.trainer.data import TokenizedExamples, tokenize_examples
+from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.formats import normalize_example
+from cpo_kernels.trainer.writing import sampling_of
 
 from .errors import input_errors
 from .inputs import Inputs
@@ -51,7 +50,8 @@ class Job:
             self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
             self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
         self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
-        self.sampling = _sampling(config, self.data)
+        # The same for all parts, so that they do not depend on where one begins.
+        self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
         self.writer = EndpointWriter(config, self.tokenizer) if model is None else ModelWriter(model, self.tokenizer)
         self.likeness = Likeness(config, self.tokenizer, model) if self.run.negatives_ranking != "none" else None
@@ -69,23 +69,23 @@ class Job:
         return parts
 
     def write(self, part: Part) -> dict[str, Any]:
-        """The negatives of a part and their ranks, a list for each example; none empty or the ground truth itself."""
+        """The negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
         some = slice(part.start, part.stop)
-        texts = [example["prompt"] for example in self.examples[some]]
         prompts, truths = self.data.prompts[some], self.data.completions[some]
-        drawn = self.writer(texts, prompts, part.start, self.run.negatives_count, self.sampling)
-        eos = self.tokenizer.eos_token_id
+        drawn = self.writer(prompts, part.start, self.run.negatives_count, self.sampling)
         kept = [
-            [ids for ids in own if _without(ids, eos) != _without(truth, eos) and not self._is_empty(ids)]
-            for own, truth in zip(drawn, truths, strict=True)
+            [ids for ids in own if not self._is_truth(ids, truth)] for own, truth in zip(drawn, truths, strict=True)
         ]
         ranks = None if self.likeness is None else self.likeness.ranks(prompts, truths, kept)
         return {"negatives": self._as_written(kept), "ranks": ranks}
 
-    def _is_empty(self, ids: Sequence[int]) -> bool:
+    def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:
+        """Whether what was drawn is the ground truth in the form that it is written in; EOS alone is a fair draw."""
         if self.as_text:
-            return not self.tokenizer.decode(ids, skip_special_tokens=True)
-        return not _without(ids, self.tokenizer.eos_token_id)
+            first, second = self.tokenizer.batch_decode([list(ids), list(truth)], skip_special_tokens=True)
+            return first == second
+        eos = self.tokenizer.eos_token_id
+        return _without(ids, eos) == _without(truth, eos)
 
     def _as_written(self, negatives: list[list[list[int]]]) -> list[Any]:
         if not self.as_text:
@@ -102,18 +102,6 @@ class Job:
             ids = {"prompt": list(data.prompts[index]), "completion": list(data.completions[index]), "negatives": own}
             rows.append(example | ids)
         return rows
-
-
-def _sampling(config: CPOConfig, data: TokenizedExamples) -> Sampling:
-    """How to sample: the same for all parts, so that they do not depend on where one begins."""
-    longest = config.autoregressive_max_new_tokens or max(map(len, data.completions))
-    return Sampling(
-        temperature=config.autoregressive_temperature,
-        top_p=config.autoregressive_top_p,
-        max_new_tokens=max(1, min(longest, config.max_length - max(map(len, data.prompts)))),
-        batch_size=config.autoregressive_batch_size,
-        seed=config.seed,
-    )
 
 
 def _is_text(example: dict[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .config import CPOConfig
 from .data import TokenizedExamples
 
 FILE_NAME = "autoregressive-{process}.json"
+KEY_VARIABLE = "CPO_KERNELS_COMPLETIONS_KEY"
 
 Key = tuple[int, int]  # (step, index of the example)
 # From prompts, the indices of their examples, and how to sample, to negatives of each.
@@ -49,6 +51,11 @@ class Store:
                 self.negatives[step, index] = own
 
 
+def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
+    """Tokens that ``max_length`` leaves for a continuation behind any prompt of the data, 1 at least."""
+    return max(1, config.max_length - examples.longest_prompt)
+
+
 def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:
     """How negatives of some examples are sampled, as a function of ``key``.
 
@@ -59,7 +66,7 @@ def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sa
     return Sampling(
         temperature=config.autoregressive_temperature,
         top_p=config.autoregressive_top_p,
-        max_new_tokens=min(longest, config.max_length - examples.longest_prompt),
+        max_new_tokens=min(longest, room_for(config, examples)),
         batch_size=config.autoregressive_batch_size,
         seed=int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little"),
     )
@@ -85,15 +92,46 @@ def write_with_model(model: nn.Module, tokenizer: Any, count: int, synced_gpus: 
     return write
 
 
+def endpoint_of(config: CPOConfig) -> CompletionsEndpoint:
+    """The server that a configuration names; its key is read from the variable ``CPO_KERNELS_COMPLETIONS_KEY``.
+
+    Raises:
+        RuntimeError: ``openai`` is not installed.
+        ValueError: a configuration that names no server.
+    """
+    url, model = config.autoregressive_url, config.autoregressive_model
+    if url is None or model is None:
+        raise ValueError(f"expected autoregressive_url and autoregressive_model, got {url!r} and {model!r}")
+    return CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
+
+
+def prompt_texts(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The texts that a server makes these token ids of: special tokens are written out, as chat templates have them.
+
+    A BOS in front is left out where the tokenizer, and so the server's, puts it there by itself.
+    """
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    starts = [int(adds_bos and prompt[0] == bos) for prompt in prompts]
+    return [
+        tokenizer.decode(list(prompt[start:]), clean_up_tokenization_spaces=False)
+        for prompt, start in zip(prompts, starts, strict=True)
+    ]
+
+
 def write_with_endpoint(endpoint: CompletionsEndpoint, tokenizer: Any, count: int) -> Write:
     """A writer that asks a server, which takes and gives text."""
-
-    def ids(completion: Any) -> list[int]:
-        tokens = tokenizer(completion.text, add_special_tokens=False)["input_ids"]
-        return [*tokens, tokenizer.eos_token_id] if completion.ended or not tokens else tokens
+    eos = tokenizer.eos_token_id
 
     def write(prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> list[list[list[int]]]:
-        texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-        return [[ids(own) for own in group] for group in endpoint.negatives(texts, count, sampling)]
+        answers = endpoint.negatives(prompt_texts(tokenizer, prompts), count, sampling)
+        texts = [completion.text for own in answers for completion in own]
+        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        return [[_ended(next(encoded), completion.ended, eos) for completion in own] for own in answers]
 
     return write
+
+
+def _ended(tokens: Sequence[int], ended: bool, eos: int) -> list[int]:
+    """A completion with the EOS that ended it; one without any tokens is EOS alone."""
+    return [*tokens, eos] if ended or not tokens else list(tokens)
