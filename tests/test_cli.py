@@ -15,7 +15,7 @@ import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
 from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from cpo_kernels import CPOConfig, CPOTrainer
 from cpo_kernels.__main__ import main
@@ -72,6 +72,18 @@ def test_train_is_the_trainer(shared, tmp_path, capsys):
     again = str(tmp_path / "run" / "cpo_kernels.yaml")
     assert main(["train", again, "--output_dir", str(tmp_path / "again")]) == 0
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "again"))
+
+
+def test_what_is_kept_of_a_run_holds_no_secrets(shared, tmp_path):
+    """output_dir is what push_to_hub uploads."""
+    values = {"hub_token": "secret", "fsdp_config": {"version": 2, "api_key": "secret"}, "max_length": 24}
+    config = write_config(tmp_path / "run.yaml", **shared, **values)
+    assert main(["train", config]) == 0
+    text = (tmp_path / "run" / "cpo_kernels.yaml").read_text()
+    assert "secret" not in text
+    kept = yaml.safe_load(text)
+    assert "hub_token" not in kept
+    assert (kept["fsdp_config"], kept["max_length"]) == ({"version": 2}, 24)
 
 
 def test_train_goes_on_where_it_was(shared, tmp_path, capsys):
@@ -189,6 +201,31 @@ def test_mistakes_are_told_before_the_first_step(shared, tmp_path, capsys, value
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "negatives"])
+def test_a_model_that_cannot_be_read_is_told(shared, tmp_path, capsys, monkeypatch, command):
+    def refuse(model, **options):
+        raise RuntimeError("no head is known of this model")
+
+    modules = {"train": "trainer.trainer", "evaluate": "cli.evaluate", "negatives": "cli.likeness"}
+    monkeypatch.setattr(f"cpo_kernels.{modules[command]}.attach_linear_loss", refuse)
+    config = write_config(tmp_path / "run.yaml", **shared, eval_fraction=0.25, checkpoint=shared["model"])
+    arguments = ["--negatives_ranking", "similarity", "--negatives_file", str(tmp_path / "n.jsonl")]
+    assert main([command, config, *(arguments if command == "negatives" else [])]) == 2
+    assert f"cpo-kernels {command}: no head is known of this model" in capsys.readouterr().err
+
+
+def test_prefixes_that_cannot_be_shared_are_told(shared, tmp_path, capsys):
+    """Bloom's positions do not restart."""
+    tokenizer = AutoTokenizer.from_pretrained(shared["model"])
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "bloom"
+    )
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    values = {"model": str(tmp_path / "bloom"), "data": shared["data"], "prefix_sharing": "required"}
+    assert main(["train", write_config(tmp_path / "run.yaml", **values)]) == 2
+    assert "cpo-kernels train: BloomForCausalLM cannot share prefixes" in capsys.readouterr().err
+
+
 def test_a_bad_line_names_itself(shared, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "the", "completion": "cat"}\n{"prompt": "the", "completion": 4}\n')
@@ -197,19 +234,23 @@ def test_a_bad_line_names_itself(shared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes(shared, tmp_path):
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_processes(shared, tmp_path, how):
     """`torchrun -m cpo_kernels train`: the weights of one process, to rounding, and one report."""
     sizes = {"per_device_train_batch_size": 2, "optim": "sgd", "save_strategy": "no"}
-    config = write_config(tmp_path / "two.yaml", **shared, **sizes)
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2}} if how == "fsdp2" else {}
+    config = write_config(tmp_path / "two.yaml", **shared, **sizes, **sharding)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = [str(Path(__file__).parent / "sharded_command.py")] if sharding else ["-m", "cpo_kernels"]
     run = subprocess.run(
-        [*launch, "-m", "cpo_kernels", "train", config],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*launch, *worker, "train", config],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("saved to") == 1
+    assert run.stdout.count("parameters are sharded") == (2 if sharding else 0)
     one = write_config(tmp_path / "one.yaml", **shared, **(sizes | {"per_device_train_batch_size": 4}))
     assert main(["train", one]) == 0
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
@@ -44,6 +45,8 @@ def run(arguments: Sequence[str]) -> None:
     generates = options.eval_generations != 0
     judge = _judge(settings) if generates else None
     model, reference = inputs.trained_model(name), inputs.model() if options.eval_reference else None
+    with input_errors(RuntimeError):
+        attach_linear_loss(model)  # raises for a model that cannot be read
     with input_errors():
         report = evaluate_model(
             model,
@@ -96,7 +99,8 @@ def _judge(settings: Settings) -> Judge | None:
         if name is None:
             raise InputError("judge='likelihood' needs judge_model, or model: whose likelihood judges")
         model = load_model(name, options).to(settings.training.device)
-        return LikelihoodJudge(model, load_tokenizer(name, options))
+        with input_errors(RuntimeError):
+            return LikelihoodJudge(model, load_tokenizer(name, options))
     return _callable(options.judge)
 
 

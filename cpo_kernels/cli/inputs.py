@@ -183,7 +183,7 @@ def load_model(name: str, run: RunConfig) -> Any:
 
     if run.torch_dtype not in DTYPES:
         raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {run.torch_dtype!r}")
-    with input_errors(OSError, ImportError):
+    with input_errors(OSError, ImportError, RuntimeError):
         return AutoModelForCausalLM.from_pretrained(
             name,
             revision=run.revision if name == run.model else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .options import RESUME
 from .parsing import Settings, parse
 
 SETTINGS = "cpo_kernels.yaml"
+SECRETS = ("token", "key")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -57,7 +58,7 @@ def make_trainer(settings: Settings) -> CPOTrainer:
             f"eval_strategy={str(given)!r} needs held-out examples; give eval_data, eval_split or eval_fraction"
         )
     model = inputs.adapted_model()
-    with input_errors(TypeError):
+    with input_errors(TypeError, RuntimeError):
         return CPOTrainer(
             model,
             settings.training,
@@ -79,8 +80,9 @@ def _train_examples(inputs: Inputs) -> Sequence[Any]:
         return inputs.train_examples()
     if not Path(path).is_file():
         raise InputError(f"there is no negatives_file {path}; `cpo-kernels negatives` with the same options writes it")
+    # max_examples counts rows of data, each of which may be several examples; a dry run takes few in any case.
     with input_errors():
-        return load_examples(path, max_examples=inputs.run.max_examples)
+        return load_examples(path, max_examples=inputs.run.max_examples if inputs.run.tiny else None)
 
 
 def find_checkpoint(settings: Settings) -> str | None:
@@ -98,12 +100,21 @@ def find_checkpoint(settings: Settings) -> str | None:
 
 
 def _save_settings(settings: Settings) -> None:
-    """What was asked for, beside what came of it; `cpo-kernels train` takes the file."""
+    """What was asked for, beside what came of it, which may be published; `cpo-kernels train` takes the file."""
     path = Path(str(settings.training.output_dir), SETTINGS)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(settings.given, sort_keys=True), encoding="utf-8")
+    partial.write_text(yaml.safe_dump(_without_secrets(settings.given), sort_keys=True), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be shown of a configuration: all but tokens and keys, also within mappings."""
+    return {
+        name: _without_secrets(value) if isinstance(value, Mapping) else value
+        for name, value in values.items()
+        if not str(name).endswith(SECRETS)
+    }
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:
