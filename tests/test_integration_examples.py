@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,14 @@ def run(script: str) -> str:
 def test_the_plain_example_learns():
     losses = [float(loss) for loss in re.findall(r"loss (\S+),", run("plain_pytorch.py"))]
     assert len(losses) == 6 and losses[-1] < losses[0] / 5
+
+
+def test_the_example_of_other_losses_learns(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)  # as for a script, which imports another beside it
+    runpy.run_path(str(EXAMPLES / "other_losses.py"), run_name="__main__")
+    shares = dict(re.findall(r"(\w+): .* in (\d+)%", capsys.readouterr().out))
+    assert shares.keys() == {"kto", "orpo", "info_nca", "nca", "gspo"}
+    assert all(int(share) > 60 for share in shares.values()), shares  # chance is 25
 
 
 def test_the_lightning_example_learns():
