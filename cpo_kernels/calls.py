@@ -114,13 +114,14 @@ class LinearCall:
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
             default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
-            accumulator_bytes=gemm.accumulator_bytes(weight) // weight.shape[0] * held,
+            accumulator_bytes=gemm.accumulator_bytes(weight[:, self.head.frozen_columns :]) // weight.shape[0] * held,
             gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied else 0,
             # It depends on the threads of a process, and processes that share a head need the same chunks.
             workspace_bytes=workspace if shard is None else 0,
             whole_groups=whole_groups,
         )
-        plan = replace(plan, workspace_bytes=workspace)
+        left_out = needs[1] * self.head.frozen_columns / weight.shape[1]
+        plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)
         fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
         return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if fused else plan
 

@@ -97,7 +97,8 @@ class Gradients:
         self.linear = linear
         self.rows_once = rows_once
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = gemm.WeightGrad(linear.backend, linear.weight, num_blocks) if needs[1] else None
+        self.trained = slice(linear.head.frozen_columns, None)
+        self.weight = gemm.WeightGrad(linear.backend, linear.weight[:, self.trained], num_blocks) if needs[1] else None
         self.bias = None
         if needs[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
@@ -115,7 +116,7 @@ class Gradients:
             if kept.absent is not None:
                 # 0 * NaN is NaN, and padding may hold it.
                 hidden = hidden.masked_fill(kept.absent[:, None], 0.0)
-            self.weight.add(dlogits, hidden)
+            self.weight.add(dlogits, hidden[:, self.trained])
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
@@ -128,14 +129,22 @@ class Gradients:
             torch.index_select(linear.weight, 0, columns, out=weight)
             gemm.hidden_grad(linear.backend, dlogits, weight, self.hidden, rows, once=self.rows_once)
         if self.weight is not None:
-            self.weight.add_columns(dlogits, linear.hidden[rows], columns, spare)
+            self.weight.add_columns(dlogits, linear.hidden[rows, self.trained], columns, spare)
         if self.bias is not None:
             self.bias.index_add_(0, columns, dlogits.sum(0, dtype=self.bias.dtype))
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(grad_hidden, grad_weight, grad_bias) in the dtypes of what they belong to."""
         bias = None if self.bias is None or self.linear.bias is None else self.bias.to(self.linear.bias.dtype)
-        return self.hidden, None if self.weight is None else self.weight.result(), bias
+        return self.hidden, self.weight_result(), bias
+
+    def weight_result(self) -> Tensor | None:
+        """The gradient (V, H) of the weight, 0 in its frozen columns; None where not needed."""
+        if self.weight is None or not self.trained.start:
+            return None if self.weight is None else self.weight.result()
+        whole = torch.zeros_like(self.linear.weight, memory_format=torch.contiguous_format)
+        whole[:, self.trained] = self.weight.result()
+        return whole
 
 
 def run(

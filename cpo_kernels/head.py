@@ -25,6 +25,7 @@ class HeadOptions(TypedDict, total=False):
     candidate_eps: float | None
     skip_absent_rows: bool
     vocab_shard: VocabShard | None
+    frozen_columns: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Head:
         vocab_shard: None, or what :meth:`cpo_kernels.VocabShard.of` says of a weight that is sharded over processes
             along the vocabulary. Every process of its group makes the same calls with the same ``hidden`` and
             ``targets`` (of the whole vocabulary), and ``weight`` and ``bias`` are its shards.
+        frozen_columns: leading columns of ``weight`` (V, H) whose gradient nobody needs: those of a frozen weight that
+            stand before the columns of a low-rank adapter. GEMM 3 leaves them out, and their gradient is 0
+            (``torch.compile`` computes it all the same).
     """
 
     logit_scale: float = 1.0
@@ -67,6 +71,7 @@ class Head:
     candidate_eps: float | None = None
     skip_absent_rows: bool = True
     vocab_shard: VocabShard | None = None
+    frozen_columns: int = 0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.logit_scale):
@@ -77,6 +82,8 @@ class Head:
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
         if self.max_logits_bytes is not None and self.max_logits_bytes <= 0:
             raise ValueError(f"max_logits_bytes must be positive, got {self.max_logits_bytes}")
+        if self.frozen_columns < 0:
+            raise ValueError(f"frozen_columns must be at least 0, got {self.frozen_columns}")
         if self.logits_dtype not in (None, torch.float32):
             raise ValueError(f"logits_dtype must be None or torch.float32, got {self.logits_dtype}")
         for name in ("grad_filter_eps", "candidate_eps"):

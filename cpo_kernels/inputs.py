@@ -106,6 +106,8 @@ def prepare(
         bias = None if bias is None else head.vocab_shard.local("bias", bias)
     hidden, weight, bias = autocast(hidden.device, hidden, weight, bias)  # type: ignore[assignment]
     check_head(hidden, weight, bias, targets)
+    if head.frozen_columns > weight.shape[1]:
+        raise ValueError(f"frozen_columns must be at most H = {weight.shape[1]}, got {head.frozen_columns}")
     if head.logits_dtype is not None and hidden.dtype == torch.float64:
         raise ValueError(f"logits_dtype={head.logits_dtype} is less exact than hidden, which is {hidden.dtype}")
     if layout is not None:

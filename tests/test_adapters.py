@@ -159,19 +159,19 @@ def test_the_adapter_chosen_last_counts():
     assert not torch.allclose(*seen, rtol=1e-3)
 
 
-@pytest.mark.parametrize(("case", "gemms"), [("body", 2), ("trained copy", 3), ("head", 3)])
+@pytest.mark.parametrize(("case", "gemms"), [("body", 2), ("trained copy", 3), ("head", 2 + 2 / 18), ("DoRA", 3)])
 def test_a_frozen_head_costs_two_products(case, gemms, monkeypatch):
     plans = []
 
     def compute(self, hidden, head, transform):
-        plans.append(plan(head.features, head.weight, self.targets, layout=self.layout, **transform))
+        plans.append(plan(head.features, head.weight, self.targets, layout=self.layout, **head.options, **transform))
         return original(self, hidden, head, transform)
 
     original = CPORequest.compute
     monkeypatch.setattr(CPORequest, "compute", compute)
     model = attach_linear_loss(CASES[case]())
     fused_loss(model).backward()
-    assert [p.gemms for p in plans] == [gemms]
+    assert [p.gemms for p in plans] == pytest.approx([gemms])
     frozen = [p for n, p in model.named_parameters() if "lm_head" in n and not p.requires_grad]
     assert all(p.grad is None for p in frozen)
 

@@ -19,11 +19,19 @@ class AppliedHead:
         features: (R, F) hidden states, and behind them those of the active low-rank adapters; F = H + sum of ranks.
         weight: (V, F), the columns of the adapters behind those of the head.
         bias: (V,) or None.
+        frozen_columns: leading columns of the weight that need no gradient, see :class:`cpo_kernels.head.Head`.
     """
 
     features: Tensor
     weight: Tensor
     bias: Tensor | None
+    frozen_columns: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a linear function takes besides features, weight and targets."""
+        frozen = {"frozen_columns": self.frozen_columns} if self.frozen_columns else {}
+        return {"bias": self.bias, **frozen}
 
 
 def find_base(model: nn.Module) -> nn.Module:
@@ -114,8 +122,8 @@ def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
     """``head`` with its active adapters, for hidden states (R, H); differentiable in all of them.
 
     A low-rank adapter is merged by columns: ``x W' + s (x A') B' = [x, s x A'] [W, B]'``. Against a sum of weights
-    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact. It costs
-    the three products of a trainable head, also where W is frozen and only the columns of B need a gradient.
+    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact. Where W
+    is frozen it costs two products, and the third for the columns of B alone.
 
     Raises:
         RuntimeError: an adapter that is not applied here.
@@ -137,11 +145,12 @@ def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
             bias = shift if bias is None else bias + shift
     if len(columns) == 1:
         return AppliedHead(hidden, weight, bias)
-    merged = torch.cat(columns, 1)
+    merged, frozen = torch.cat(columns, 1), 0 if weight.requires_grad else weight.shape[1]
     for name in _active(chosen):
         if _is_dora(chosen, name):
-            merged = merged * _dora_scale(chosen, name, weight).to(weight.dtype).unsqueeze(1)
-    return AppliedHead(torch.cat(features, 1), merged, bias)
+            # The gradient of the magnitude comes from all columns.
+            merged, frozen = merged * _dora_scale(chosen, name, weight).to(weight.dtype).unsqueeze(1), 0
+    return AppliedHead(torch.cat(features, 1), merged, bias, frozen)
 
 
 def _active(head: Any) -> list[str]:

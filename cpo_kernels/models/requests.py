@@ -90,7 +90,7 @@ class CPORequest:
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The loss from hidden states (R, H), the head applied to them, and what is done to its logits."""
-        options = {"bias": head.bias, **self.options, **transform}
+        options = {**head.options, **self.options, **transform}
         out = linear_cpo_loss(head.features, head.weight, self.targets, layout=self.layout, **options)
         return LinearLossOutput(
             loss=out.loss,
@@ -122,7 +122,7 @@ class SequenceLossRequest:
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The loss; arguments as for :meth:`CPORequest.compute`."""
-        options = {"bias": head.bias, **self.options, **transform}
+        options = {**head.options, **self.options, **transform}
         tensors = head.features, head.weight, self.targets
         return LinearLossOutput(loss=linear_sequence_loss(*tensors, self.loss_fn, layout=self.layout, **options))
 
@@ -142,7 +142,7 @@ class LogpsRequest:
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The log-likelihoods (S,); arguments as for :meth:`CPORequest.compute`."""
-        options = {"bias": head.bias, **self.options, **transform}
+        options = {**head.options, **self.options, **transform}
         logps = linear_sequence_logps(head.features, head.weight, self.targets, layout=self.layout, **options)
         embeddings = mean_rows(hidden.detach(), self.targets, self.layout) if self.pool else None
         return LinearLossOutput(logps=logps, embeddings=embeddings)
@@ -177,7 +177,7 @@ class StatisticsRequest:
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The statistics (N,); arguments as for :meth:`CPORequest.compute`."""
-        options = {"bias": head.bias, **self.options, **transform}
+        options = {**head.options, **self.options, **transform}
         out = linear_token_statistics(head.features.detach()[self.rows], head.weight, self.targets, **options)
         return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples)
 
