@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+ERROR = {"error": {"message": "stub"}}
+
 
 class ChatEndpoint:
     """Answers each request with what ``answer(body, number)`` says.
 
-    A string is the content of the chat message, an int an HTTP status, a float seconds to wait before ``tie``, and a
-    dictionary the response's JSON as it is.
+    A string is the content of the chat message, an int an HTTP status, a float seconds to wait before ``tie``, a
+    dictionary the response's JSON as it is, and bytes the whole body.
     """
 
     def __init__(self, answer: Callable[[dict, int], Any]) -> None:
@@ -45,7 +47,7 @@ class ChatEndpoint:
                 "model": body["model"],
                 "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
             }
-        data = json.dumps(answer if status == 200 else {"error": {"message": "stub"}}).encode()
+        data = answer if isinstance(answer, bytes) else json.dumps(answer if status == 200 else ERROR).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")
         handler.send_header("Content-Length", str(len(data)))

@@ -281,6 +281,14 @@ def test_a_response_without_choices_is_named():
         list(chat(url).verdicts([Question(3, "p", "a", "b")]))
 
 
+def test_an_answer_that_is_no_json_is_named():
+    with (
+        chat_endpoint(lambda body, number: b"<html>") as (url, _),
+        pytest.raises(RuntimeError, match=f"{url} gave no verdict of stub on pair 0: JSONDecodeError"),
+    ):
+        chat(url, max_retries=0)("p", "a", "b")
+
+
 def test_what_was_answered_before_an_error_is_not_asked_again(tmp_path):
     cache, broken = tmp_path / "verdicts.jsonl", True
     texts = ([f"p{i}" for i in range(6)], ["good"] * 6, ["bad"] * 6)

@@ -28,6 +28,7 @@ from .judges import Judge
 from .reference import evaluating, fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
+from .writing import room_for
 
 __all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
 
@@ -183,11 +184,10 @@ def _check_options(
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
     """How :func:`evaluate` continues prompts where it is not told."""
-    room = config.max_length - max(map(len, data.prompts))
     return Sampling(
         temperature=1.0,
         top_p=1.0,
-        max_new_tokens=max(1, min(room, max(map(len, data.completions)))),
+        max_new_tokens=min(room_for(config, data), data.longest_completion),
         batch_size=config.per_device_eval_batch_size,
         seed=config.seed,
     )

@@ -102,7 +102,8 @@ class ChatJudge:
             raise RuntimeError("ChatJudge needs the openai package: pip install openai") from error
         self.url, self.model, self.workers, self.instructions = url, model, workers, instructions
         self.options: dict[str, Any] = {"temperature": 0} if options is None else dict(options)
-        self._failure = openai.OpenAIError
+        # ValueError is what an answer that is no JSON gives.
+        self._failures = (openai.OpenAIError, ValueError)
         self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=max_retries)
 
     @property
@@ -151,7 +152,7 @@ class ChatJudge:
                 messages=messages,  # type: ignore[arg-type]
                 **self.options,
             )
-        except self._failure as error:
+        except self._failures as error:
             raise RuntimeError(
                 f"{self.url} gave no verdict of {self.model} on pair {pair}: {type(error).__name__}: {error}"
             ) from error
