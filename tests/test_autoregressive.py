@@ -136,6 +136,8 @@ def test_bad_calls_are_named():
         draw(model, keys=[1, 2])
     with pytest.raises(ValueError, match="count must be at least 0, got -1"):
         draw(model, -1)
+    with pytest.raises(ValueError, match="a prompt of 6 tokens and max_new_tokens=60 exceed the 64 positions"):
+        draw(model, max_new_tokens=60)
     assert draw(model, 0) == [[]] * 5
     assert draw(model, prompts=[]) == []
     with torch.no_grad():

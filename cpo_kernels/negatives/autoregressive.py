@@ -92,7 +92,8 @@ def autoregressive_negatives(
         cut off at ``max_new_tokens``. Some may be the ground truth: see :func:`is_wrong`.
 
     Raises:
-        ValueError: a negative count, an empty prompt (it is named), or another number of keys than of prompts.
+        ValueError: a negative count, an empty prompt (it is named), another number of keys than of prompts, or a prompt
+            and a completion that may have more tokens than the model has positions.
         RuntimeError: logits that are not finite.
     """
     sampling = sampling or Sampling()
@@ -103,6 +104,7 @@ def autoregressive_negatives(
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty; the first token of a completion needs a row that predicts it")
+    _check_positions(model, max(map(len, prompts), default=0), sampling.max_new_tokens)
     seeds = [
         token_seeds(sampling.seed, 0, index if keys is None else keys[index], count) for index in range(len(prompts))
     ]
@@ -123,6 +125,15 @@ def autoregressive_negatives(
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 completions[index][sample] = completion
     return completions
+
+
+def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} positions of the "
+            "model"
+        )
 
 
 def _most_of_all(number: int, device: torch.device) -> int:
