@@ -100,7 +100,7 @@ def verify_head(model: PreTrainedModel) -> None:
     probe = _HeadProbe(head.weight, getattr(head, "bias", None))
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False, "return_dict": True}
-    with _evaluating(model), _output_embeddings(model, probe), torch.no_grad():
+    with evaluating(model), _output_embeddings(model, probe):
         logits = model.forward(**inputs).logits
         hidden = find_body(model)(**inputs).last_hidden_state
     name = type(model).__name__
@@ -142,11 +142,13 @@ class _HeadProbe(nn.Module):
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """A model in evaluation mode and without gradients; its modules' modes come back as they were."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield model
     finally:
         for module, training in modes:
             module.training = training

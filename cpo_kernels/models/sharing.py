@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import find_base
-from .head import find_body
+from .head import evaluating, find_body
 from .sharded import is_sharded
 from .sharing_masks import IMPLEMENTATIONS, layer_windows, tree_inputs
 from .sharing_tree import PrefixTree, SharedBatch, pack_groups
@@ -82,7 +82,7 @@ def _refusal(model: PreTrainedModel, body: nn.Module) -> str | None:
 
 def _probe(model: PreTrainedModel, body: nn.Module) -> None:
     name = type(model).__name__
-    with _evaluating(model), _short_window(model) as window, torch.no_grad():
+    with evaluating(model), _short_window(model) as window:
         lengths = _probe_lengths(model, window)
         if lengths is None:
             return
@@ -146,17 +146,6 @@ def _separate_states(body: nn.Module, prompts: list[list[int]], completions: lis
             hidden = body(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
             states.append(hidden[0, len(prompt) - 1 :].float())
     return torch.cat(states)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

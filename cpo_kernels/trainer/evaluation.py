@@ -19,13 +19,14 @@ from typing import Any
 
 from transformers import PrinterCallback
 
+from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
 
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .generations import GenerationStatistics, generation_statistics
 from .judges import Judge
-from .reference import evaluating, fingerprint
+from .reference import fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
 from .writing import room_for

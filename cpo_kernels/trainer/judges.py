@@ -27,9 +27,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
+from cpo_kernels.models.head import evaluating
 
 from .data import tokenize_examples
-from .reference import evaluating, fingerprint
+from .reference import fingerprint
 
 Verdict = float | None
 Judge = Callable[[str, str, str], Verdict]

@@ -17,24 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cpo_kernels.models import LinearLossOutput, LogpsRequest, attach_linear_loss
+from cpo_kernels.models.head import evaluating
 
 from .batch import body_inputs, layout_of
 from .config import CPOConfig
 
 FILE_NAME = "reference.json"
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """A model in evaluation mode and without gradients; its modules' modes come back as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 class Reference:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .reference import Reference, evaluating
+from cpo_kernels.models.head import evaluating
+
+from .reference import Reference
 
 
 @dataclass
