@@ -24,8 +24,8 @@ ARGUMENTS = {
     "save_strategy": "no",
     "disable_tqdm": True,
     "dataloader_pin_memory": False,
-    "beta": 0.3,
 }
+BETA = 0.3
 
 
 def text(rng: random.Random, low: int, high: int) -> str:
@@ -50,7 +50,8 @@ def preferences(count: int = 9, negatives: int | tuple[int, ...] | None = None, 
 def make(trainer, config, directory, model=None, data=None, arguments=None, **keywords):
     """A trainer of a Llama with an untied head; every call gets models of the same weights."""
     model = copy.deepcopy(tiny_models.llama() if model is None else model)
-    args = config(output_dir=str(directory), **(ARGUMENTS | (arguments or {})))
+    beta = {"beta": BETA} if hasattr(config, "beta") else {}
+    args = config(output_dir=str(directory), **(ARGUMENTS | beta | (arguments or {})))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of TRL and of PEFT
         return trainer(
@@ -83,7 +84,7 @@ def history(trainer) -> list[dict[str, float]]:
 
 
 def untimed(row: dict[str, float]) -> dict[str, float]:
-    left_out = ("runtime", "per_second", "flos", "epoch", "learning_rate")
+    left_out = ("runtime", "per_second", "_time", "flos", "epoch", "learning_rate")
     return {name: value for name, value in row.items() if not any(part in name for part in left_out)}
 
 
