@@ -234,3 +234,15 @@ def test_a_reference_that_is_not_given_is_asked_for():
     inputs = make_inputs(torch.float32, bias=False, reference=False)
     with pytest.raises(ValueError, match="use_ref_model=True needs ref_input and ref_weight"):
         ours.LigerFusedLinearDPOLoss()(*inputs)
+
+
+def test_a_sequence_without_tokens_has_log_likelihood_zero_as_in_liger():
+    inputs = make_inputs(torch.float32, bias=False, reference=False)
+    inputs[2][B + 1] = -100
+    module, liger = (
+        m.LigerFusedLinearCPOLoss(compute_nll_loss=False, **o) for m, o in ((ours, {}), (theirs, {"compiled": False}))
+    )
+    got, expected = values(module, inputs), values(liger, inputs)
+    assert got["rejected_logps"][1] == 0
+    for field, value in expected.items():
+        assert_close(got[field], value)
