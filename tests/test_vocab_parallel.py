@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,21 +19,29 @@ from cpo_kernels import VocabShard, cpo_loss, linear_cpo_loss, linear_token_stat
 pytestmark = pytest.mark.cpu
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """What each of four processes saved; all cases ran in the pairs (0, 1) and (2, 3), and in all four."""
-    path = tmp_path_factory.mktemp("vocab_parallel")
+def launch(path: Path, backend: str, world: int) -> list[dict[int, dict[str, Any]]]:
+    """What each of so many processes saved."""
     worker = Path(__file__).parent / "vocab_parallel_worker.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    commands = [[sys.executable, str(worker), str(path), str(rank)] for rank in range(4)]
-    outputs = [path / f"{rank}.txt" for rank in range(4)]
+    outputs = [path / f"{rank}.txt" for rank in range(world)]
     processes = [
-        subprocess.Popen(command, stdout=output.open("w"), stderr=subprocess.STDOUT, env=environment)
-        for command, output in zip(commands, outputs, strict=True)
+        subprocess.Popen(
+            [sys.executable, str(worker), backend, str(path), str(rank)],
+            stdout=output.open("w"),
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        for rank, output in enumerate(outputs)
     ]
     for process, output in zip(processes, outputs, strict=True):
         assert process.wait() == 0, output.read_text()
-    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(4)]
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All cases in the pairs (0, 1) and (2, 3), and in all four."""
+    return launch(tmp_path_factory.mktemp("vocab_parallel"), "gloo", 4)
 
 
 def of_groups(runs, world, name):
@@ -53,6 +62,15 @@ def whole_of(case: Case, group: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.cat([r[k] for r in in_order]) if k in ("weight", "bias") else v for k, v in group[0].items()}
 
 
+def assert_whole(case: Case, group: list[dict[str, Tensor]]) -> None:
+    """The results of a group of processes obey the rule."""
+    rounded, oracle = (results(*eager(case, p), p) for p in (case.make(), case.make(torch.float64)))
+    whole = whole_of(case, group)
+    assert whole.keys() == oracle.keys()
+    for key, value in whole.items():
+        assert_accurate(value, rounded[key], oracle[key], key)
+
+
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", CASES)
 def test_shards_equal_the_whole(name, world, runs):
@@ -60,12 +78,18 @@ def test_shards_equal_the_whole(name, world, runs):
     if not case.fits(world):
         assert name not in runs[0][world]
         return
-    rounded, oracle = (results(*eager(case, p), p) for p in (case.make(), case.make(torch.float64)))
     for group in of_groups(runs, world, name):
-        whole = whole_of(case, group)
-        assert whole.keys() == oracle.keys()
-        for key, value in whole.items():
-            assert_accurate(value, rounded[key], oracle[key], key)
+        assert_whole(case, group)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_shards_on_two_gpus_equal_the_whole(tmp_path):
+    runs = launch(tmp_path, "nccl", 2)
+    assert runs[0][2].keys() == runs[1][2].keys() != set()
+    for name in runs[0][2]:
+        assert not isinstance(runs[0][2][name], str), runs[0][2][name]
+        assert_whole(CASES[name], [run[2][name] for run in runs])
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -128,7 +128,17 @@ def sizes_of(vocab: int, world: int, how: str) -> list[int]:
     return [*first, vocab - sum(first)]
 
 
-def shard_problem(case: Case, group: Any) -> tuple[Problem, VocabShard]:
+def place(problem: Problem, device: str) -> Problem:
+    """The problem with everything but its leaves on a device."""
+    moved = {name: getattr(problem, name) for name in ("targets", "ref_logps", "ranks")}
+    moved = {name: tensor if tensor is None else tensor.to(device) for name, tensor in moved.items()}
+    layout = problem.layout
+    if layout is not None and layout.rows is not None:
+        layout = replace(layout, rows=layout.rows.to(device))
+    return replace(problem, layout=layout, **moved)
+
+
+def shard_problem(case: Case, group: Any, device: str = "cpu") -> tuple[Problem, VocabShard]:
     """This process's part of the problem, with leaves of its own."""
     whole, world, rank = case.make(), distributed.get_world_size(group), distributed.get_rank(group)
     vocab = whole.weight.shape[0]
@@ -139,12 +149,13 @@ def shard_problem(case: Case, group: Any) -> tuple[Problem, VocabShard]:
     def part(tensor: Tensor | None) -> Tensor | None:
         if tensor is None:
             return None
-        mine = tensor.detach()[start : start + sizes[position]].clone()
+        mine = tensor.detach()[start : start + sizes[position]].clone().to(device)
         if case.dtensor:
-            mine = DTensor.from_local(mine, DeviceMesh.from_group(group, "cpu"), [Shard(0)])
+            mine = DTensor.from_local(mine, DeviceMesh.from_group(group, mine.device.type), [Shard(0)])
         return mine.requires_grad_(tensor.requires_grad)
 
-    mine = replace(whole, weight=part(whole.weight), bias=part(whole.bias))
+    hidden = whole.hidden.detach().to(device).requires_grad_(whole.hidden.requires_grad)
+    mine = replace(place(whole, device), hidden=hidden, weight=part(whole.weight), bias=part(whole.bias))
     if case.dtensor:
         return mine, VocabShard.of(mine.weight)
     return mine, VocabShard.of(mine.weight, group, start=start if case.sizes == "reversed" else None)
@@ -192,7 +203,7 @@ def lengths(problem: Problem) -> Tensor:
 
 def weighted(logps: Tensor) -> Tensor:
     """A sum with a different weight for each segment."""
-    weights = torch.linspace(-1.0, 2.0, logps.numel(), dtype=torch.float64).view(logps.shape)
+    weights = torch.linspace(-1.0, 2.0, logps.numel(), dtype=torch.float64, device=logps.device).view(logps.shape)
     return (logps * weights.to(logps.dtype)).sum()
 
 

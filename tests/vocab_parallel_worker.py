@@ -1,4 +1,7 @@
-"""One of the four processes of test_vocab_parallel.py: runs every case in a pair and with all, and saves what came."""
+"""One of the processes of test_vocab_parallel.py: runs every case, and saves what came of it.
+
+With gloo there are four, which run all cases in pairs and together; with NCCL there are two, a GPU each.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ from cpo_kernels import VocabShard, linear_cpo_loss, linear_token_statistics, pl
 LONG = Case("long")
 
 
-def run_case(case: Case, group: Any) -> dict[str, torch.Tensor]:
-    problem, shard = shard_problem(case, group)
-    return results(*fused(case, problem, shard), problem)
+def run_case(case: Case, group: Any, device: str = "cpu") -> dict[str, torch.Tensor]:
+    problem, shard = shard_problem(case, group, device)
+    return {name: value.cpu() for name, value in results(*fused(case, problem, shard), problem).items()}
 
 
 def gemms(group: Any) -> dict[str, float]:
@@ -120,15 +123,31 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return traceback.format_exc()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    path, rank = Path(sys.argv[1]), int(sys.argv[2])
-    distributed.init_process_group("gloo", init_method=f"file://{path / 'store'}", rank=rank, world_size=4)
+def join(backend: str, path: Path, rank: int, world: int) -> None:
+    distributed.init_process_group(backend, init_method=f"file://{path / 'store'}", rank=rank, world_size=world)
+
+
+def run_gloo(path: Path, rank: int) -> dict[int, dict[str, Any]]:
+    join("gloo", path, rank, 4)
     pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
-    groups = {2: pairs[rank // 2], 4: distributed.group.WORLD}
-    saved = {}
-    for world, group in groups.items():
+    saved: dict[int, dict[str, Any]] = {}
+    for world, group in {2: pairs[rank // 2], 4: distributed.group.WORLD}.items():
         saved[world] = {n: attempt(run_case, case, group) for n, case in CASES.items() if case.fits(world)}
         saved[world] |= {name: attempt(check, group) for name, check in CHECKS.items()}
-    torch.save(saved, path / f"{rank}.pt")
+    return saved
+
+
+def run_nccl(path: Path, rank: int) -> dict[int, dict[str, Any]]:
+    torch.cuda.set_device(rank)
+    join("nccl", path, rank, 2)
+    device, group = f"cuda:{rank}", distributed.group.WORLD
+    cases = {n: c for n, c in CASES.items() if c.head.get("backend") != "cpu"}
+    return {2: {name: attempt(run_case, case, group, device) for name, case in cases.items()}}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run = {"gloo": run_gloo, "nccl": run_nccl}[sys.argv[1]]
+    path, rank = Path(sys.argv[2]), int(sys.argv[3])
+    torch.save(run(path, rank), path / f"{rank}.pt")
     distributed.destroy_process_group()
