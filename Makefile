@@ -10,7 +10,7 @@ GPU_PYTHON ?= python3
 PARTS ?= build tests sanitizer bench tune
 OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench gpu-check info clean
+.PHONY: demo test lint types check bench bench-compare gpu-check info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -29,6 +29,10 @@ check: lint types test
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report $(ARGS)
+
+# make bench-compare BEFORE.json AFTER.json
+bench-compare: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.compare $(filter-out $@,$(MAKECMDGOALS))
 
 # Makes no virtual environment and needs no network; each part takes less than 8 minutes. `tests` is the parts tests-1,
 # tests-2 and tests-3, which may also be run one by one into the same folder.
