@@ -16,6 +16,7 @@ import torch
 from test_trainer import parameters, steps, trainer
 
 from cpo_kernels import contrastive_loss
+from cpo_kernels.negatives import Completion
 from cpo_kernels.trainer import CPOConfig, TokenizedExamples
 from cpo_kernels.trainer.along_truth import Reading
 from cpo_kernels.trainer.metrics import contrast_metrics
@@ -324,6 +325,29 @@ def test_negatives_that_are_not_resampled_are_written_once(tmp_path, monkeypatch
     monkeypatch.setattr(run._batches, "build", record)
     run.train()
     assert len(seen) == 16
+
+
+def test_a_server_writes_in_place_of_the_model(tmp_path, monkeypatch):
+    asked = []
+
+    class Endpoint:
+        def __init__(self, url, model, api_key=None):
+            asked.append((url, model, api_key))
+
+        def negatives(self, prompts, count, sampling):
+            asked.append(list(prompts))
+            return [[Completion("river tree", ended=True), Completion("mat", ended=False)] for _ in prompts]
+
+    monkeypatch.setattr("cpo_kernels.trainer.writing.CompletionsEndpoint", Endpoint)
+    monkeypatch.setenv("CPO_KERNELS_COMPLETIONS_KEY", "secret")
+    options = {"autoregressive_url": "http://localhost/v1", "autoregressive_model": "writer"}
+    run = trainer(tmp_path, num_autoregressive_negatives=2, **options, **NONE)
+    words = tiny_models.tokenizer()
+    for truth, *written in candidates(run, micro_batch(run, [0, 1])):
+        assert truth not in written
+        assert written == [[*words("river tree")["input_ids"], words.eos_token_id], words("mat")["input_ids"]]
+    assert asked[0] == ("http://localhost/v1", "writer", "secret")
+    assert asked[1] == [example["prompt"] for example in tiny_models.examples(2)]
 
 
 # Ranking

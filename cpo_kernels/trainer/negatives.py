@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from cpo_kernels.negatives import CompletionsEndpoint, finish, is_wrong, token_seeds
+from cpo_kernels.negatives import finish, is_wrong, token_seeds
 
 from .along_truth import Passage, Reading, read
 from .batch import Negative
@@ -16,7 +16,7 @@ from .config import CPOConfig
 from .data import TokenizedExamples
 from .sampler import NegativeSampler
 from .sources import Sources
-from .writing import Store, Write, sampling_of, write_with_endpoint, write_with_model
+from .writing import Store, Write, endpoint_of, sampling_of, write_with_endpoint, write_with_model
 
 EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
 
@@ -51,8 +51,7 @@ class Negatives:
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
-        url, name = self.config.autoregressive_url, self.config.autoregressive_model
-        self._endpoint = CompletionsEndpoint(url, name) if url is not None and name is not None else None
+        self._endpoint = None if self.config.autoregressive_url is None else endpoint_of(self.config)
 
     @property
     def seed(self) -> int:
