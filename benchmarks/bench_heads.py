@@ -134,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="of each candidate")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=16381)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--processor-time", action="store_true", help="not the clock's; for one thread")
@@ -142,24 +142,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    """Prints one table."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    dtype = DTYPES[args.dtype]
-    sizes = {
-        "reason": "heads",
-        "dtype": dtype,
-        "groups": args.groups,
-        "candidates": args.candidates,
-        "hidden": args.hidden,
-        "vocab": args.vocab,
-    }
-    problem = draw(Shape(name="heads", tokens=args.tokens, **sizes))
-    short = draw(Shape(name="heads, short", tokens=min(8, args.tokens), **sizes))
+def measure(dtype: str, args: argparse.Namespace) -> list[str]:
+    """The table of one dtype."""
+    sizes = {"groups": args.groups, "candidates": args.candidates, "hidden": args.hidden, "vocab": args.vocab}
+    sizes |= {"name": "heads", "reason": "heads", "dtype": DTYPES[dtype]}
+    problem, short = (draw(Shape(tokens=tokens, **sizes)) for tokens in (args.tokens, min(8, args.tokens)))
     errors = {}
     for name, make in CASES.items():
-        log(f"{name}: comparing with dense float64 ...")
+        log(f"{dtype}, {name}: comparing with dense float64 ...")
         errors[name] = worst_error(make, short)
     cases = {name: make(problem) for name, make in CASES.items()}
     calls = {FLOOR: Floor(problem, None, fresh=True)} | {name: case.fused for name, case in cases.items()}
@@ -167,9 +157,9 @@ def main() -> None:
     log("timing ...")
     times = round_robin(calls, Effort(rounds=args.rounds, seconds=15.0), reference=FLOOR, always=calls, clock=clock)
     floor = times[FLOOR].best
-    report = [
+    return [
         f"{args.groups} groups of {args.candidates} candidates of {args.tokens} tokens, H={args.hidden}, "
-        f"V={args.vocab}, {args.dtype}; three bare products take {floor:.3f} "
+        f"V={args.vocab}, {dtype}; three bare products take {floor:.3f} "
         f"{'seconds of the processor' if args.processor_time else 'seconds'}; best of {args.rounds} rounds.",
         "",
         "| head | products | time / three bare products | worst error |",
@@ -178,12 +168,20 @@ def main() -> None:
             f"| {name} | {case.gemms():.2f} | {times[name].best / floor:.2f} | {errors[name]:.1e} |"
             for name, case in cases.items()
         ),
+        "",
     ]
+
+
+def main() -> None:
+    """Prints a table for each dtype."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    report = [line for dtype in args.dtypes for line in measure(dtype, args)]
     print("\n".join(report))
     if args.out:
         header = "# Trained, frozen, low-rank and tied heads: loss and gradients"
         described = as_markdown(describe(["bench_heads", *sys.argv[1:]]))
-        args.out.write_text("\n".join([header, "", *report, "", described, ""]))
+        args.out.write_text("\n".join([header, "", *report, described, ""]))
 
 
 if __name__ == "__main__":
