@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tolerance import assert_accurate, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks import bench_liger
 from cpo_kernels.integrations import liger as ours
 from cpo_kernels.integrations.pair_losses import PAIR_LOSSES
 
@@ -246,3 +249,23 @@ def test_a_sequence_without_tokens_has_log_likelihood_zero_as_in_liger():
     assert got["rejected_logps"][1] == 0
     for field, value in expected.items():
         assert_close(got[field], value)
+
+
+def test_importing_needs_neither_liger_nor_transformers():
+    code = "import sys, cpo_kernels.integrations.liger, cpo_kernels.integrations.losses as _; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"liger_kernel", "transformers", "trl"} & set(done.stdout.split())
+
+
+@pytest.mark.cpu  # it measures the memory of the process
+def test_the_benchmark_runs_and_checks_what_it_times(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "liger.md"
+    sizes = ["--pairs=2", "--tokens=8", "--hidden=16", "--vocabulary=97", "--rounds=1", "--threads=1"]
+    chosen = ["--dtypes", "float32", "--losses", "CPO", "DPO"]
+    monkeypatch.setattr(sys, "argv", ["bench_liger", *sizes, *chosen, "--out", str(out)])
+    bench_liger.main()
+    lines = [line for line in out.read_text().splitlines() if line.startswith(("| CPO", "| DPO"))]
+    assert len(lines) == 4 and lines[0] in capsys.readouterr().out
+    monkeypatch.setattr(ours, "smoothed_sigmoid", lambda difference, _: (1 - difference).relu())
+    with pytest.raises(RuntimeError, match="do not compute the same CPO loss"):
+        bench_liger.main()
