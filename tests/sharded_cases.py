@@ -11,12 +11,14 @@ import torch
 from test_adapters import CASES as ADAPTERS
 from test_attach import contrast_inputs, request_for
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from cpo_kernels import attach_linear_loss, linear_cpo_loss
-from cpo_kernels.models import LogpsRequest, StatisticsRequest
+from cpo_kernels import VocabShard, attach_linear_loss, linear_cpo_loss
+from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
 
 RANKS = 2
 
@@ -153,3 +155,21 @@ def around_forward(rank: int) -> dict[str, torch.Tensor]:
     request = request_for(targets, layout, ref_logps)
     linear_cpo_loss(hidden, head.weight, targets, layout=layout, **request.options).loss.backward()
     return {"inside": inside.module.lm_head.weight.grad, "around": head.weight.grad}
+
+
+def tensor_parallel(attach_first: bool | None) -> dict[str, torch.Tensor]:
+    """Loss, log-likelihoods and gradients of a model whose head is split by its words; None: of one that is not."""
+    ids, targets, layout, ref_logps = contrast_inputs()
+    options, model = request_for(targets, layout, ref_logps).options, tiny_models.llama()
+    if attach_first is not None:
+        attach_linear_loss(model) if attach_first else None
+        plan = {"lm_head": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan)
+        options["vocab_shard"] = VocabShard.of(model.lm_head.weight)
+    attach_linear_loss(model)
+    out = model(input_ids=ids, linear_loss=CPORequest(targets, layout, **options))
+    out.loss.backward()
+    options = {name: value for name, value in options.items() if name == "vocab_shard"}
+    logps = model(input_ids=ids, linear_loss=LogpsRequest(targets, layout, **options)).logps.detach()
+    grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return {"loss": out.loss.detach(), "logps": logps, **grads}

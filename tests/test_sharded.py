@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from sharded_cases import CASES, RANKS, run_alone
+from sharded_cases import CASES, RANKS, run_alone, tensor_parallel
 from test_adapters import CASES as ADAPTERS
 from test_attach import contrast_inputs, request_for
 from torch.utils._pytree import tree_leaves
@@ -54,6 +54,14 @@ def test_a_loss_around_the_forward_of_ddp_leaves_gradients_unreduced(distributed
     assert torch.equal(*inside)
     assert not torch.allclose(*around, rtol=0.1)
     torch.testing.assert_close(torch.stack(around).mean(0), inside[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_a_head_split_by_tensor_parallelism_equals_a_whole_one(attach_first, distributed_runs):
+    got, want = distributed_runs[f"tensor parallel, {attach_first}"], tensor_parallel(None)
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_an_ensemble_is_gathered_from_the_shards(distributed_runs):

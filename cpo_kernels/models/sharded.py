@@ -23,11 +23,12 @@ def is_managed(module: nn.Module) -> bool:
     """Whether hooks of ``module`` itself have to run around what reads its parameters.
 
     A module that FSDP2 wraps has such hooks even while its weight is there, gathered by its neighbours in a group;
-    ZeRO-3 marks its parameters with ``ds_id``.
+    ZeRO-3 marks its parameters with ``ds_id``. A DTensor of a module that FSDP2 does not wrap is of tensor parallelism,
+    whose hooks gather nothing: they turn what goes in and out into DTensors.
     """
     if _is_fsdp_module(module):
         return True
-    return any(_is_shard(p) or p.numel() == 0 or hasattr(p, "ds_id") for p in module.parameters())
+    return any(p.numel() == 0 or hasattr(p, "ds_id") for p in module.parameters())
 
 
 def run_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
