@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -333,3 +336,14 @@ def test_a_trl_without_the_private_names_is_named(tmp_path, monkeypatch):
         dpo(FusedDPOTrainer, tmp_path)
     with pytest.raises(RuntimeError, match=r"has no trl.trainer.dpo_trainer.add_a_head, trl.trainer.dpo_trainer.b"):
         require_names("trl", "1.16", dpo_trainer, "add_a_head", "b", "DPOTrainer")
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    script = Path(__file__).parent.parent / "examples" / "plugging_in" / "trl_dpo.py"
+    monkeypatch.setattr("sys.argv", [str(script), "--steps", "8"])
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    accuracy = re.search(r"3 negatives: .* above all in (\d+)% of", printed)
+    losses = re.search(r"ends at (\S+), that of ours at (\S+)", printed)
+    assert int(accuracy[1]) > 50
+    assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-5)

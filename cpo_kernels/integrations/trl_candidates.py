@@ -7,6 +7,9 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor, tensor
 
 from cpo_kernels.layout import CandidateLayout
@@ -51,6 +54,15 @@ def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
             "chosen_ids": (rows[0]["prompt_ids"] + rows[0]["chosen_ids"])[start:],
             "rejected_ids": [(row["prompt_ids"] + row["rejected_ids"])[start:] for row in rows],
         }
+
+
+def regrouped(pairs: Any) -> Any:
+    """A data set or stream of examples from one of pairs, see :func:`from_pairs`; the former is cached on disk."""
+    options = {}
+    if isinstance(pairs, Dataset):
+        name = [Hasher.hash(pairs)]  # not the same in every process, and TRL expects them to share one cache
+        options["fingerprint"] = broadcast_object_list(name)[0]
+    return type(pairs).from_generator(from_pairs, gen_kwargs={"pairs": pairs}, **options)
 
 
 class CandidateCollator:

@@ -17,7 +17,7 @@ from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
-from .trl_candidates import CandidateCollator, body_inputs, from_pairs, has_lists, scored_rows, to_pairs
+from .trl_candidates import CandidateCollator, body_inputs, has_lists, regrouped, scored_rows, to_pairs
 from .trl_groups import group_metrics, objective_of, record
 
 TESTED = "1.16"
@@ -73,7 +73,7 @@ class FusedDPOTrainer(DPOTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         pairs = dataset.map(to_pairs, with_indices=True, batched=True)
         pairs = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
-        examples = type(dataset).from_generator(from_pairs, gen_kwargs={"pairs": pairs})
+        examples = regrouped(pairs)
         if args.precompute_ref_log_probs:
             self.most_negatives = max([self.most_negatives, *map(len, examples["rejected_ids"])])
         return examples
