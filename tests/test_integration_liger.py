@@ -201,7 +201,7 @@ def test_compiled_without_a_break():
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("sequences", [0, 1, 5])
 def test_sequences_that_do_not_pair_are_refused(kind, sequences):
-    """Liger drops or mispairs the odd one without a word."""
+    """Liger returns a loss of wrong pairs, or without the odd one."""
     target, hidden = torch.randint(V, (sequences, T)), torch.randn(sequences, T, H)
     module = getattr(ours, kind)(**({"use_ref_model": False} if kind == NAMES[2] else {}))
     with pytest.raises(ValueError, match=f"even number, got {sequences} sequences"):

@@ -6,9 +6,9 @@ log-likelihoods (B,) of the chosen and of the rejected sequences, the mean logit
 vocabulary, ignored positions too, as in Liger), the NLL per chosen token (0 with ``compute_nll_loss=False``), and the
 rewards ``beta * (logp - ref_logp)`` (B,) of either. All are float32 (float64 for float64 inputs).
 
-What differs from Liger: an odd number of sequences raises, where Liger pairs them wrongly; rows that predict nothing
-enter no product; logits fill a budget of bytes, so ``chunk_size`` changes nothing, and ``compiled`` neither. Liger
-itself is not needed.
+What differs from Liger: an odd number of sequences raises, where Liger returns a loss of wrong pairs; rows that predict
+nothing enter no product; logits fill a budget of bytes, so ``chunk_size`` changes nothing, and ``compiled`` neither.
+Liger itself is not needed.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def kto(
     """KTO of Ethayarajh et al. 2024 (arXiv 2402.01306), for answers that are good or bad by themselves.
 
     Args:
-        ref_logps: (G, C) log-likelihoods under the reference model; C may be 1, as no candidate is compared.
+        ref_logps: (G, C) log-likelihoods under the reference model; C may be 1, as no candidate is compared. A
+            sequence without tokens has no gradient but is counted.
         desirable: (G, C) bool.
         kl: the baseline, a scalar without gradient, in nats: see :func:`kto_baseline`.
         beta: inverse temperature of the value function.
@@ -44,9 +45,8 @@ def kto(
 
     def loss_fn(logps: Tensor, groups: range) -> Tensor:
         logps, ref, good = of_groups(logps, groups, ref_logps=ref_logps, desirable=desirable)
-        value = torch.where(good, logps - ref - kl, kl - (logps - ref))
-        weights = torch.where(good, desirable_weight, undesirable_weight)
-        return (weights * (-beta * value).sigmoid()).sum() / ref_logps.numel()
+        lost = (beta * torch.where(good, kl - (logps - ref), logps - ref - kl)).sigmoid()
+        return torch.where(good, desirable_weight * lost, undesirable_weight * lost).sum() / ref_logps.numel()
 
     return loss_fn
 
