@@ -38,6 +38,9 @@ class FusedDPOTrainer(DPOTrainer):
     ``loss_weights`` apply. Means per token are over the tokens that are predicted, where TRL also counts a first token
     without a prompt, as ``truncation_mode="keep_end"`` can leave one.
 
+    ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; others, such as ``max_logits_bytes``, can be
+    added to it before training.
+
     Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
     (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
     softcap) and ``num_tokens``. TRL's ``entropy`` and ``mean_token_accuracy`` need the logits, and are not there; with
