@@ -67,8 +67,8 @@ def check_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(
                 f"{name} is a DTensor placed {tuple(tensor.placements)}, expected a tensor. "  # type: ignore[attr-defined]
                 "Weights of FSDP2 are whole inside the model's forward, where attach_linear_loss computes the loss; "
-                "elsewhere full_tensor() gathers them. A head sharded along the vocabulary by tensor parallelism "
-                "takes vocab_shard=VocabShard.of(weight)"
+                "elsewhere full_tensor(grad_placements=[Partial('avg')]) gathers them and averages their gradient. A "
+                "head sharded along the vocabulary by tensor parallelism takes vocab_shard=VocabShard.of(weight)"
             )
 
 

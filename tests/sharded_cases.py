@@ -13,7 +13,7 @@ from test_attach import contrast_inputs, request_for
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -155,6 +155,17 @@ def around_forward(rank: int) -> dict[str, torch.Tensor]:
     request = request_for(targets, layout, ref_logps)
     linear_cpo_loss(hidden, head.weight, targets, layout=layout, **request.options).loss.backward()
     return {"inside": inside.module.lm_head.weight.grad, "around": head.weight.grad}
+
+
+def gathered_around_forward(rank: int) -> torch.Tensor:
+    """The head's gradient from a weight of FSDP2 that full_tensor() gathers outside of forward."""
+    ids, targets, layout, ref_logps = inputs(rank)
+    hidden = tiny_models.llama().model(input_ids=ids).last_hidden_state.flatten(0, -2).detach()
+    head = fully_shard(tiny_models.llama().lm_head)
+    weight = head.weight.full_tensor(grad_placements=[Partial("avg")])
+    request = request_for(targets, layout, ref_logps)
+    linear_cpo_loss(hidden, weight, targets, layout=layout, **request.options).loss.backward()
+    return whole(head.weight.grad)
 
 
 def tensor_parallel(attach_first: bool | None) -> dict[str, torch.Tensor]:

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 
 import tiny_models
 import torch
-from sharded_cases import CASES, RANKS, around_forward, run_distributed, tensor_parallel
+from sharded_cases import (
+    CASES,
+    RANKS,
+    around_forward,
+    gathered_around_forward,
+    run_distributed,
+    tensor_parallel,
+)
 from torch import distributed
 
 from cpo_kernels.trainer.ensemble import EnsembleCallback
@@ -34,6 +41,7 @@ if __name__ == "__main__":
         of_all = [torch.empty_like(grad) for _ in range(RANKS)]
         distributed.all_gather(of_all, grad)
         results[f"gradients {name} forward"] = of_all
+    results["gathered around forward"] = gathered_around_forward(rank)
     for attach_first in (True, False):
         results[f"tensor parallel, {attach_first}"] = tensor_parallel(attach_first)
     first = rank == 0

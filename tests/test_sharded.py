@@ -56,6 +56,12 @@ def test_a_loss_around_the_forward_of_ddp_leaves_gradients_unreduced(distributed
     torch.testing.assert_close(torch.stack(around).mean(0), inside[0], rtol=1e-4, atol=1e-6)
 
 
+def test_a_weight_of_fsdp_that_the_caller_gathers_gets_the_mean_gradient(distributed_runs):
+    """As the message for a DTensor says; full_tensor() alone leaves every process its own gradient."""
+    want = distributed_runs["gradients inside forward"][0]
+    torch.testing.assert_close(distributed_runs["gathered around forward"], want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("attach_first", [True, False])
 def test_a_head_split_by_tensor_parallelism_equals_a_whole_one(attach_first, distributed_runs):
     got, want = distributed_runs[f"tensor parallel, {attach_first}"], tensor_parallel(None)
