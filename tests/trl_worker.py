@@ -1,0 +1,42 @@
+"""Run by torchrun on two processes: TRL trainers on our loss log what stock TRL logs, and share one cache."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import datasets
+import tiny_models
+import trl
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl_runs import assert_histories_equal, history, make
+
+from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer
+
+ARGUMENTS = {"ddp_backend": "gloo", "per_device_train_batch_size": 2, "max_steps": 2}
+NOT_LOGGED = {"entropy", "mean_token_accuracy"}
+
+
+def dpo(trainer, directory: Path, **keywords):
+    return history(make(trainer, trl.DPOConfig, directory, ref_model=tiny_models.llama(1), **keywords))
+
+
+def main(directory: Path) -> None:
+    datasets.disable_progress_bars()
+    pairs, lists = (datasets.load_from_disk(str(directory / name)) for name in ("pairs", "lists"))
+    runs = [dpo(trainer, directory, data=pairs, arguments=ARGUMENTS) for trainer in (trl.DPOTrainer, FusedDPOTrainer)]
+    assert_histories_equal(*runs, left_out=NOT_LOGGED)
+    runs = [
+        history(make(trainer, CPOConfig, directory, data=pairs, arguments=ARGUMENTS))
+        for trainer in (CPOTrainer, FusedCPOTrainer)
+    ]
+    assert_histories_equal(*runs)
+    precomputed = ARGUMENTS | {"precompute_ref_log_probs": True}
+    runs = [dpo(FusedDPOTrainer, directory, data=lists, arguments=more) for more in (ARGUMENTS, precomputed)]
+    assert_histories_equal(*runs)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    main(folder)
