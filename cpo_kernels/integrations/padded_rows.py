@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.functional import linear_sequence_loss
 from cpo_kernels.layout import CandidateLayout
-from cpo_kernels.models import LinearLossOutput
+from cpo_kernels.models import LinearLossOutput, SequenceLossRequest
 from cpo_kernels.models.adapters import AppliedHead
 from cpo_kernels.reference import IGNORE_INDEX
 
@@ -40,31 +39,20 @@ def candidate_rows(
     return shifted[present], CandidateLayout(cu_tokens, [0, *accumulate(group_sizes)], rows=rows)
 
 
-class SequenceLossRequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_sequence_loss`, and the log-likelihoods (S,) it is of.
-
-    Args:
-        targets, layout: as for :class:`cpo_kernels.models.CPORequest`.
-        loss_fn: of the packed log-likelihoods of some whole groups and the range of these groups.
-    """
-
-    def __init__(self, targets: Tensor, layout: CandidateLayout, loss_fn: Callable[[Tensor, range], Tensor]) -> None:
-        self.targets, self.layout, self.loss_fn = targets, layout, loss_fn
+class ObservedLossRequest(SequenceLossRequest):
+    """A :class:`~cpo_kernels.models.SequenceLossRequest` whose answer also has the log-likelihoods (S,), detached."""
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, Any]) -> LinearLossOutput:
-        """The loss and detached log-likelihoods; arguments as for :meth:`CPORequest.compute`."""
+        """The loss and the log-likelihoods that it is of."""
         seen = torch.zeros(self.layout.num_segments, device=hidden.device)
-        starts = self.layout.cu_groups
+        starts, loss_fn = self.layout.cu_groups, self.loss_fn
 
-        def loss_fn(logps: Tensor, groups: range) -> Tensor:
+        def observed(logps: Tensor, groups: range) -> Tensor:
             seen[starts[groups.start] : starts[groups.stop]] = logps.detach().float()
-            return self.loss_fn(logps, groups)
+            return loss_fn(logps, groups)
 
-        targets, layout = self.targets, self.layout
-        loss = linear_sequence_loss(
-            head.features, head.weight, targets, loss_fn, layout=layout, bias=head.bias, **transform
-        )
-        return LinearLossOutput(loss=loss, logps=seen)
+        request = SequenceLossRequest(self.targets, self.layout, observed, **self.options)
+        return LinearLossOutput(loss=request.compute(hidden, head, transform).loss, logps=seen)
 
 
 @dataclass

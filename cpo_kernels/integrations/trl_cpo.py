@@ -11,7 +11,7 @@ from trl.experimental.cpo import CPOTrainer
 from cpo_kernels.models import CPORequest, attach_linear_loss
 
 from .host import require_names
-from .padded_rows import MeanLogitsRequest, SequenceLossRequest, candidate_rows
+from .padded_rows import MeanLogitsRequest, ObservedLossRequest, candidate_rows
 
 TESTED = "1.16"
 AVERAGED = ("ipo", "simpo")  # losses of means per token
@@ -60,7 +60,7 @@ class FusedCPOTrainer(CPOTrainer):
             losses = self.cpo_loss(*(sums / divisors[groups.start : groups.stop]).T)[0]
             return losses.sum() / pairs + self.cpo_alpha * nll(sums)
 
-        request: Any = SequenceLossRequest(targets, layout, formula)
+        request: Any = ObservedLossRequest(targets, layout, formula)
         if not self.alpha:
             request = CPORequest(targets, layout, **self._objective())
         out = model(
