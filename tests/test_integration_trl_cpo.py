@@ -22,8 +22,8 @@ from trl_runs import (
     untimed,
 )
 
-from cpo_kernels.integrations import padded_rows
 from cpo_kernels.integrations.trl import FusedCPOTrainer
+from cpo_kernels.models import requests
 
 pytestmark = pytest.mark.cpu
 CASES = {
@@ -105,8 +105,8 @@ def test_adapters(tmp_path):
 
 def test_several_chunks_of_logits(tmp_path, monkeypatch):
     """AlphaPO's formula sees a pair or two at a time."""
-    small = functools.partial(padded_rows.linear_sequence_loss, max_logits_bytes=3000)
-    monkeypatch.setattr(padded_rows, "linear_sequence_loss", small)
+    small = functools.partial(requests.linear_sequence_loss, max_logits_bytes=3000)
+    monkeypatch.setattr(requests, "linear_sequence_loss", small)
     pairs = []
     original = FusedCPOTrainer.cpo_loss
     monkeypatch.setattr(FusedCPOTrainer, "cpo_loss", lambda self, c, r: pairs.append(len(c)) or original(self, c, r))
