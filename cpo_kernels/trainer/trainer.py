@@ -302,7 +302,7 @@ class CPOTrainer(Trainer):
         metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], KINDS)
         contrasted = metrics["accuracy"][1]
         total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has none
-        metrics["contrastive_loss"] = (total / max(contrasted, 1), contrasted)
+        metrics = {"contrastive_loss": (total / max(contrasted, 1), contrasted), **metrics}
         # Also what this batch has nothing of: every process has to add the same names.
         for name, (value, count) in metrics.items():
             sums.add(name, value, count * groups / own_groups)
