@@ -90,16 +90,17 @@ def test_accumulated_batches_train_as_one(example, tmp_path):
 
 def test_the_trainer_example_learns(example, capsys):
     example.main()
-    first, last = map(float, re.search(r"last 20 steps: (\S+) (\S+)", capsys.readouterr().out).groups())
+    out = capsys.readouterr().out
+    first, last = map(float, re.search(r"last 20 steps: (\S+) (\S+)", out).groups())
     assert last < first / 2
+    assert float(re.search(r"held-out progressions: (\S+)", out).group(1)) < first / 2
 
 
-def run(script: str) -> str:
+def run(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
     """What a script prints. Alone it takes some ten seconds, most of them imports."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / script], capture_output=True, text=True, timeout=240, env=environment, check=False
-    )
+    command = [sys.executable, *launcher, str(EXAMPLES / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -107,6 +108,28 @@ def run(script: str) -> str:
 def test_the_plain_example_learns():
     losses = [float(loss) for loss in re.findall(r"loss (\S+),", run("plain_pytorch.py"))]
     assert len(losses) == 6 and losses[-1] < losses[0] / 5
+
+
+def test_the_example_of_ligers_losses_learns():
+    shares = [int(share) for share in re.findall(r"preferred in (\d+)%", run("liger_losses.py"))]
+    assert len(shares) == 6 and shares[-1] > 90
+
+
+def test_the_example_of_trls_cpo_learns(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    runpy.run_path(str(EXAMPLES / "trl_cpo.py"), run_name="__main__")
+    shares = [int(share) for share in re.findall(r"preferred in (\d+)%", capsys.readouterr().out)]
+    assert len(shares) == 4 and shares[-1] > 90
+
+
+@pytest.mark.slow
+def test_the_distributed_example_learns_sharded_or_not():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    outputs = [run("distributed.py", *how, launcher=launcher) for how in ((), ("--fsdp2",))]
+    for out in outputs:
+        losses = [float(loss) for loss in re.findall(r"loss (\S+),", out)]
+        assert len(losses) == 4 and losses[-1] < losses[0] / 5
+    assert outputs[0] == outputs[1], "DDP and FSDP2 train alike"
 
 
 def test_the_example_of_other_losses_learns(monkeypatch, capsys):

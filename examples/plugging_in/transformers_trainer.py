@@ -68,7 +68,9 @@ def make_trainer(model: PreTrainedModel, examples: list[dict[str, list[Any]]], *
     """The trainer of `model`, whose reference is a copy of it as it is now."""
     attach_linear_loss(model)
     quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    args = TrainingArguments(remove_unused_columns=False, **quiet, **arguments)
+    # Without label_names, evaluate() would not ask for the loss.
+    labels = {"label_names": ["targets"], "prediction_loss_only": True}
+    args = TrainingArguments(remove_unused_columns=False, **labels, **quiet, **arguments)
     trainer = ContrastTrainer(model, args, train_dataset=examples, data_collator=collate)
     trainer.reference = copy.deepcopy(model).eval().requires_grad_(False)
     return trainer
@@ -83,8 +85,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(model, [make_example(rng) for _ in range(1920)], output_dir=folder, **train)
         trainer.train()
+        held_out = trainer.evaluate([make_example(rng) for _ in range(64)])["eval_loss"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"contrastive loss, first and last 20 steps: {losses[0]:.4f} {losses[-1]:.4f}")
+    print(f"of held-out progressions: {held_out:.4f}")
 
 
 if __name__ == "__main__":
