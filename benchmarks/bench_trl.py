@@ -1,10 +1,11 @@
-"""A training step of TRL's DPOTrainer, forward and backward, against ours on the same pairs, taking turns.
+"""A training step of TRL's DPOTrainer or CPOTrainer, forward and backward, against ours on the same pairs, in turns.
 
-`python -m benchmarks.bench_trl --threads 2`. Contestants: TRL as it is, TRL with `patch_fused_head()`, FusedDPOTrainer.
-One negative, half the tokens prompt, GPT-2's vocabulary and width, a few layers, a reference model that is asked in
-every step. Their losses are compared first. The time is the best of the rounds; the peak of memory is that of a step
-in a process of its own, gradients included, weights not. On a machine that others use, `--threads 1 --processor-time`
-counts the seconds of the processor instead of the clock's.
+`python -m benchmarks.bench_trl --threads 2 [--trainer cpo]`. Contestants: TRL as it is, FusedDPOTrainer or
+FusedCPOTrainer and, for DPO, TRL with `patch_fused_head()`. One negative, half the tokens prompt, GPT-2's vocabulary
+and width, a few layers; for DPO, a reference model that is asked in every step. Their losses are compared first. The
+time is the best of the rounds; the peak of memory is that of a step in a process of its own, gradients included,
+weights not. On a machine that others use, `--threads 1 --processor-time` counts the seconds of the processor instead
+of the clock's.
 """
 
 from __future__ import annotations
@@ -27,18 +28,22 @@ import transformers
 import trl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from benchmarks.bench_sharing import processor_clock
 from benchmarks.environment import as_markdown, describe, log
 from benchmarks.memory import PeakMeter
 from benchmarks.timing import Call, Effort, host_clock, round_robin
-from cpo_kernels.integrations.trl import FusedDPOTrainer, fused_head
+from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer, fused_head
 
-STOCK, PATCHED, OURS = "TRL", "TRL, patch_fused_head()", "FusedDPOTrainer"
-CONTESTANTS = {
-    STOCK: (trl.DPOTrainer, nullcontext),
-    PATCHED: (trl.DPOTrainer, fused_head),
-    OURS: (FusedDPOTrainer, nullcontext),
+STOCK = "TRL"
+CONTESTANTS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "dpo": {
+        STOCK: (trl.DPOTrainer, nullcontext),
+        "TRL, patch_fused_head()": (trl.DPOTrainer, fused_head),
+        "FusedDPOTrainer": (FusedDPOTrainer, nullcontext),
+    },
+    "cpo": {STOCK: (CPOTrainer, nullcontext), "FusedCPOTrainer": (FusedCPOTrainer, nullcontext)},
 }
 VOCABULARY, WIDTH, HEADS = 50257, 768, 12
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,8 +82,8 @@ def make_model(seed: int, args: argparse.Namespace) -> transformers.PreTrainedMo
 
 def make_step(name: str, args: argparse.Namespace, directory: str) -> Callable[[], Tensor]:
     """One step of a contestant: its loss, detached; the gradients are left behind."""
-    trainer_class, context = CONTESTANTS[name]
-    config = trl.DPOConfig(
+    trainer_class, context = CONTESTANTS[args.trainer][name]
+    config = (trl.DPOConfig if args.trainer == "dpo" else CPOConfig)(
         output_dir=directory,
         per_device_train_batch_size=args.pairs,
         bf16=False,
@@ -88,12 +93,13 @@ def make_step(name: str, args: argparse.Namespace, directory: str) -> Callable[[
         max_length=2 * args.tokens,
         dataloader_pin_memory=False,
     )
+    reference = {"ref_model": make_model(1, args)} if args.trainer == "dpo" else {}
     trainer = trainer_class(
-        make_model(0, args),
-        make_model(1, args),
-        config,
+        model=make_model(0, args),
+        args=config,
         train_dataset=make_data(args.pairs, args.tokens),
         processing_class=make_tokenizer(),
+        **reference,
     )
     batch: dict[str, Any] = next(iter(trainer.get_train_dataloader()))
 
@@ -111,6 +117,7 @@ def make_step(name: str, args: argparse.Namespace, directory: str) -> Callable[[
 def peak_of(name: str, args: argparse.Namespace) -> int:
     """Bytes by which a step grows a process of its own at its peak."""
     options = ["--pairs", args.pairs, "--tokens", args.tokens, "--layers", args.layers, "--dtype", args.dtype]
+    options += ["--trainer", args.trainer]
     command = [sys.executable, "-m", "benchmarks.bench_trl", *map(str, options), "--threads", str(args.threads)]
     done = subprocess.run([*command, "--peak-of", name], capture_output=True, text=True)
     if done.returncode:
@@ -143,6 +150,7 @@ def compare(steps: dict[str, Callable[[], Tensor]], dtype: str) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trainer", choices=CONTESTANTS, default="dpo")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=96, help="of a prompt and of a completion")
     parser.add_argument("--layers", type=int, default=2)
@@ -151,7 +159,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processor-time", action="store_true", help="not the clock's; for one thread")
     parser.add_argument("--no-peaks", action="store_true", help="leave the memory out")
-    parser.add_argument("--peak-of", choices=CONTESTANTS, help="print the bytes of one contestant and nothing else")
+    parser.add_argument("--peak-of", help="print the bytes of one contestant and nothing else")
     parser.add_argument("--out", type=Path, help="Markdown file for the table")
     return parser.parse_args()
 
@@ -167,9 +175,9 @@ def main() -> None:
         if args.peak_of:
             print(json.dumps(measure_peak(make_step(args.peak_of, args, directory))))
             return
-        peaks = {} if args.no_peaks else {name: peak_of(name, args) / 2**20 for name in CONTESTANTS}
+        peaks = {} if args.no_peaks else {name: peak_of(name, args) / 2**20 for name in CONTESTANTS[args.trainer]}
         log("models ...")
-        steps = {name: make_step(name, args, directory) for name in CONTESTANTS}
+        steps = {name: make_step(name, args, directory) for name in CONTESTANTS[args.trainer]}
         losses = compare(steps, args.dtype)
         log("rounds ...")
         effort = Effort(rounds=args.rounds, seconds=60.0)
@@ -186,12 +194,12 @@ def main() -> None:
         *(
             f"| {name} | {times[name].best:.3f} | {times[STOCK].best / times[name].best:.2f} | "
             f"{f'{peaks[name]:.0f}' if peaks else ''} |"
-            for name in CONTESTANTS
+            for name in CONTESTANTS[args.trainer]
         ),
     ]
     print("\n".join(lines))
     if args.out:
-        header = "# A training step of DPO: TRL's trainer and ours"
+        header = f"# A training step of {args.trainer.upper()}: TRL's trainer and ours"
         described = as_markdown(describe(["bench_trl", *sys.argv[1:]]))
         args.out.write_text("\n".join([header, "", *lines, "", described, ""]))
 
