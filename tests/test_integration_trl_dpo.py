@@ -252,6 +252,24 @@ def test_trained_adapters_have_their_copy_as_reference(tmp_path):
     assert runs[1][0]["loss"] == pytest.approx(math.log(2))
 
 
+PROMPT_LEARNING = {"PROMPT_TUNING": peft.PromptTuningConfig, "P_TUNING": peft.PromptEncoderConfig}
+
+
+@pytest.mark.parametrize(("name", "config"), PROMPT_LEARNING.items(), ids=PROMPT_LEARNING)
+def test_virtual_tokens_are_refused(tmp_path, name, config):
+    """They would shift every row, and the base model that TRL hands over does not know of them."""
+    with pytest.raises(RuntimeError, match=rf"adapter 'default' \({name}\) puts virtual tokens before the prompt"):
+        dpo(FusedDPOTrainer, tmp_path, peft_config=config(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+
+
+def test_a_compiled_reference(tmp_path):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    plain, trainer = (dpo(FusedDPOTrainer, tmp_path, arguments) for arguments in ({}, compiled))
+    assert isinstance(trainer.ref_model, torch._dynamo.OptimizedModule)
+    batch = first_batch(plain)
+    torch.testing.assert_close(step(trainer, batch), step(plain, batch))
+
+
 def test_models_by_path(tmp_path):
     """The policy and its reference are loaded by TRL."""
     tiny_models.gpt2().save_pretrained(tmp_path / "model")
@@ -306,9 +324,10 @@ def test_what_is_not_computed_is_named(arguments, message):
         objective_of(trainer)
 
 
-def test_an_option_that_is_not_computed_is_refused(tmp_path):
+def test_an_option_that_is_not_computed_is_refused_before_the_reference_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(FusedDPOTrainer, "_ref_logps", lambda self, model, inputs: pytest.fail("the reference ran"))
     with pytest.raises(ValueError, match=r"ld_alpha=0\.5 is not computed here; expected None"):
-        dpo(FusedDPOTrainer, tmp_path, {"ld_alpha": 0.5})
+        dpo(FusedDPOTrainer, tmp_path, {"ld_alpha": 0.5, "precompute_ref_log_probs": True})
 
 
 def test_a_pair_loss_of_several_negatives_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from trl import DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
+from cpo_kernels.models.adapters import find_base
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
@@ -47,7 +48,8 @@ class FusedDPOTrainer(DPOTrainer):
     :func:`~cpo_kernels.integrations.trl.patch_fused_head` TRL's own DPOTrainer has them.
 
     Raises:
-        RuntimeError: the installed TRL lacks a private name that is used here.
+        RuntimeError: the installed TRL lacks a private name that is used here; or prompt tuning, p-tuning or another
+            adapter that puts virtual tokens before the prompt.
         ValueError: an option whose loss is not computed here, which is named.
     """
 
@@ -55,12 +57,18 @@ class FusedDPOTrainer(DPOTrainer):
         require_names("trl", TESTED, DPOTrainer, "_prepare_dataset", "compute_ref_log_probs")
         require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
         self.most_negatives = 1
+        self.objective: dict[str, Any] = {}
         # TRL calls it between loading a model and preparing it, where the loss has to be attached.
-        attaching = partial(_attach_first, dpo_trainer.add_fused_lm_head)
+        attaching = partial(self._attach_first, dpo_trainer.add_fused_lm_head)
         with replaced(dpo_trainer, {"add_fused_lm_head": attaching}):
             super().__init__(*args, **kwargs)
-        require_names("trl", TESTED, self, "_metrics", "_total_train_tokens", "precompute_ref_logps", "loss_weights")
-        self.objective: dict[str, Any] = objective_of(self)
+        require_names("trl", TESTED, self, "_metrics", "_total_train_tokens")
+
+    def _attach_first(self, stock: Any, model: Any, *args: Any, **options: Any) -> None:
+        require_names("trl", TESTED, self, "precompute_ref_logps", "loss_weights")
+        find_base(self.model)  # refuses virtual tokens, of which the base that TRL hands over knows nothing
+        self.objective = objective_of(self)  # before a reference is precomputed
+        stock(attach_linear_loss(model), *args, **options)
 
     @property
     def data_collator(self) -> Any:
@@ -104,7 +112,8 @@ class FusedDPOTrainer(DPOTrainer):
         """The loss of a batch of :class:`CandidateCollator`, a scalar; its metrics are logged."""
         targets, layout = scored_rows(inputs)
         precomputed = self.precompute_ref_logps
-        ref = inputs["ref_logps"] if precomputed else self._ref_logps(self.ref_model or self.model, inputs)
+        reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
+        ref = inputs["ref_logps"] if precomputed else self._ref_logps(reference, inputs)
         counts = torch.tensor(layout.cu_tokens, device=targets.device).diff()
         per_token = counts.clamp(min=1) if self.objective.get("length_normalized") else 1
         chosen = torch.zeros_like(counts, dtype=torch.bool)
@@ -120,7 +129,3 @@ class FusedDPOTrainer(DPOTrainer):
     @torch.no_grad()
     def _logits(self, model: Any, inputs: dict[str, Any]) -> Any:
         return model(**body_inputs(inputs))
-
-
-def _attach_first(stock: Any, model: Any, *args: Any, **options: Any) -> None:
-    stock(attach_linear_loss(model), *args, **options)
