@@ -168,6 +168,24 @@ def test_metrics_of_several_negatives(tmp_path):
     assert {name: logged[name] for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_prepared_data_set_is_left_as_it_is(tmp_path):
+    """As in TRL, whose ``evaluate`` prepares what it is given."""
+    trainer = dpo(FusedDPOTrainer, tmp_path, eval_dataset=preferences(5, negatives=(2, 3, 1), seed=4))
+    prepared = trainer.eval_dataset
+    assert trainer._prepare_dataset(prepared, trainer.processing_class, trainer.args, "eval") is prepared
+    assert untimed(trainer.evaluate(prepared)) == untimed(trainer.evaluate())
+
+
+@pytest.mark.parametrize("negatives", [None, (2, 3, 1)], ids=["pairs", "2, 3 or 1"])
+def test_precomputed_reference_of_data_that_another_trainer_prepared(tmp_path, negatives):
+    texts, precomputed = preferences(negatives=negatives), {"precompute_ref_log_probs": True}
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    prepared = dpo(FusedDPOTrainer, tmp_path, data=texts).train_dataset.select_columns(names)
+    made = [dpo(FusedDPOTrainer, tmp_path, precomputed, data=data).train_dataset for data in (texts, prepared)]
+    for name in (*names, "ref_chosen_logps", "ref_rejected_logps"):
+        assert made[0][name][:] == made[1][name][:]
+
+
 def test_a_list_of_one_is_a_pair(tmp_path):
     texts = preferences()
     lists = Dataset.from_list([row | {"rejected": [row["rejected"]]} for row in texts])

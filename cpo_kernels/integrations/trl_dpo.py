@@ -18,7 +18,7 @@ from cpo_kernels.models.adapters import find_base
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
-from .trl_candidates import CandidateCollator, body_inputs, has_lists, regrouped, scored_rows, to_pairs
+from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, regrouped, scored_rows, to_pairs
 from .trl_groups import group_metrics, objective_of, record
 
 TESTED = "1.16"
@@ -66,7 +66,8 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _attach_first(self, stock: Any, model: Any, *args: Any, **options: Any) -> None:
         require_names("trl", TESTED, self, "precompute_ref_logps", "loss_weights")
-        find_base(self.model)  # refuses virtual tokens, of which the base that TRL hands over knows nothing
+        policy: Any = self.model
+        find_base(policy)  # refuses virtual tokens, of which the base that TRL hands over knows nothing
         self.objective = objective_of(self)  # before a reference is precomputed
         stock(attach_linear_loss(model), *args, **options)
 
@@ -80,14 +81,17 @@ class FusedDPOTrainer(DPOTrainer):
         self._collator = collate if isinstance(collate, CandidateCollator) else CandidateCollator(collate)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        if not has_lists(next(iter(dataset))):
+        first = next(iter(dataset))
+        prepared = "rejected" not in first and "rejected_ids" in first
+        if not prepared and not has_lists(first):
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        pairs = dataset.map(to_pairs, with_indices=True, batched=True)
-        pairs = super()._prepare_dataset(pairs, processing_class, args, dataset_name)
-        examples = regrouped(pairs)
+        if not prepared:
+            pairs = dataset.map(to_pairs, with_indices=True, batched=True)
+            dataset = regrouped(super()._prepare_dataset(pairs, processing_class, args, dataset_name))
         if args.precompute_ref_log_probs:
-            self.most_negatives = max([self.most_negatives, *map(len, examples["rejected_ids"])])
-        return examples
+            counts = [len(as_list(negatives, of=list)) for negatives in dataset["rejected_ids"]]
+            self.most_negatives = max([self.most_negatives, *counts])
+        return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
