@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import peft
 import pytest
+import torch
 from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -23,7 +22,6 @@ from trl_runs import (
 )
 
 from cpo_kernels.integrations.trl import FusedCPOTrainer
-from cpo_kernels.models import requests
 
 pytestmark = pytest.mark.cpu
 CASES = {
@@ -103,14 +101,29 @@ def test_adapters(tmp_path):
     assert_histories_equal(*runs)
 
 
+@pytest.mark.parametrize("name", ["sigmoid", "AlphaPO"])
+def test_head_options(tmp_path, name):
+    """A temperature is a factor of the head's weights."""
+    temperature, sharper = 0.5, untied()
+    sharper.lm_head.weight.data /= temperature
+    stock = cpo(CPOTrainer, tmp_path, CASES[name], model=sharper)
+    ours = cpo(FusedCPOTrainer, tmp_path, CASES[name])
+    assert ours.head_options == {}
+    ours.head_options["temperature"] = temperature
+    batch = first_batch(ours)
+    (expected, expected_grads), (loss, grads) = step(stock, batch), step(ours, batch)
+    expected_grads["lm_head.weight"] /= temperature
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
+
+
 def test_several_chunks_of_logits(tmp_path, monkeypatch):
     """AlphaPO's formula sees a pair or two at a time."""
-    small = functools.partial(requests.linear_sequence_loss, max_logits_bytes=3000)
-    monkeypatch.setattr(requests, "linear_sequence_loss", small)
     pairs = []
     original = FusedCPOTrainer.cpo_loss
     monkeypatch.setattr(FusedCPOTrainer, "cpo_loss", lambda self, c, r: pairs.append(len(c)) or original(self, c, r))
     stock, ours = (cpo(trainer, tmp_path, CASES["AlphaPO"]) for trainer in (CPOTrainer, FusedCPOTrainer))
+    ours.head_options["max_logits_bytes"] = 3000
     batch = first_batch(ours)
     exact_loss, exact_grads = exact(ours, batch)
     (stock_loss, stock_grads), (loss, grads) = step(stock, batch), step(ours, batch)

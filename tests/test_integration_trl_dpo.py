@@ -23,6 +23,7 @@ from cpo_kernels import attach_linear_loss, contrastive_loss
 from cpo_kernels.integrations.host import require_names
 from cpo_kernels.integrations.trl import FusedDPOTrainer
 from cpo_kernels.integrations.trl_groups import objective_of
+from cpo_kernels.models import requests
 
 pytestmark = pytest.mark.cpu
 NOT_LOGGED = {"entropy", "mean_token_accuracy"}
@@ -141,6 +142,19 @@ def test_several_negatives_equal_the_dense_contrast(tmp_path, negatives, loss_ty
     assert_accurate(loss, eager_loss, exact_loss, "loss")
     for name, grad in grads.items():
         assert_accurate(grad, eager_grads[name], exact[name], name)
+
+
+def test_head_options_hold_for_the_reference(tmp_path, monkeypatch):
+    """A reference that equals the policy gives log 2 at any temperature."""
+    seen, original = [], requests.linear_sequence_logps
+    watched = lambda *args, **options: seen.append(options) or original(*args, **options)  # noqa: E731
+    monkeypatch.setattr(requests, "linear_sequence_logps", watched)
+    trainer = dpo(FusedDPOTrainer, tmp_path, model=untied(), ref_model=untied())
+    head = {"temperature": 0.5, "max_logits_bytes": 3000}
+    trainer.objective.update(head)
+    assert step(trainer, first_batch(trainer))[0].item() == pytest.approx(math.log(2))
+    assert [{name: options[name] for name in head} for options in seen] == [head]
+    assert "beta" not in seen[0]
 
 
 def test_metrics_of_several_negatives(tmp_path):

@@ -26,6 +26,9 @@ class FusedCPOTrainer(CPOTrainer):
     ``alpha != 0`` (AlphaPO, Gupta et al. 2025, arXiv 2501.03884) TRL's own formula of the log-likelihoods runs inside
     :func:`cpo_kernels.linear_sequence_loss`. ``logits/*`` are NaN for a model with a softcap.
 
+    ``head_options``, empty at first, takes options of :class:`cpo_kernels.head.Head`, such as ``max_logits_bytes``,
+    before training.
+
     Raises:
         RuntimeError: the installed TRL lacks a name that is used here.
         ValueError: an encoder-decoder, or a load-balancing loss of experts.
@@ -37,6 +40,7 @@ class FusedCPOTrainer(CPOTrainer):
         if self.is_encoder_decoder or self.aux_loss_enabled:
             raise ValueError("expected a decoder-only model without output_router_logits")
         attach_linear_loss(self.model)  # type: ignore[type-var]
+        self.head_options: dict[str, Any] = {}
 
     def get_batch_loss_metrics(
         self, model: Any, batch: Any, train_eval: str = "train"
@@ -60,9 +64,9 @@ class FusedCPOTrainer(CPOTrainer):
             losses = self.cpo_loss(*(sums / divisors[groups.start : groups.stop]).T)[0]
             return losses.sum() / pairs + self.cpo_alpha * nll(sums)
 
-        request: Any = ObservedLossRequest(targets, layout, formula)
+        request: Any = ObservedLossRequest(targets, layout, formula, **self.head_options)
         if not self.alpha:
-            request = CPORequest(targets, layout, **self._objective())
+            request = CPORequest(targets, layout, **self._objective(), **self.head_options)
         out = model(
             rows["concatenated_input_ids"],
             attention_mask=rows["concatenated_attention_mask"],

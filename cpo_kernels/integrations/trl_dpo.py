@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
+from cpo_kernels.head import HeadOptions
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
 
@@ -40,7 +41,7 @@ class FusedDPOTrainer(DPOTrainer):
     without a prompt, as ``truncation_mode="keep_end"`` can leave one.
 
     ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; others, such as ``max_logits_bytes``, can be
-    added to it before training.
+    added to it before training. Those of the head hold for the reference too, unless it was precomputed before.
 
     Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
     (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
@@ -107,8 +108,9 @@ class FusedDPOTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)
             adapters = utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
+        head = {name: value for name, value in self.objective.items() if name in HeadOptions.__annotations__}
         with torch.no_grad(), adapters, self.accelerator.autocast():
-            return model(**body_inputs(inputs), linear_loss=LogpsRequest(*scored_rows(inputs))).logps
+            return model(**body_inputs(inputs), linear_loss=LogpsRequest(*scored_rows(inputs), **head)).logps
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
