@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import peft
 import pytest
+import tiny_models
 import torch
 from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
+from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl_runs import (
     BETA,
@@ -131,6 +133,23 @@ def test_several_chunks_of_logits(tmp_path, monkeypatch):
     assert_accurate(loss, stock_loss, exact_loss, "loss")
     for name, grad in grads.items():
         assert_accurate(grad, stock_grads[name], exact_grads[name], name)
+
+
+def encoder_decoder():
+    sizes = {"vocab_size": tiny_models.VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+
+def with_router_logits():
+    sizes = {"vocab_size": tiny_models.VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=True))
+
+
+@pytest.mark.parametrize("model", [encoder_decoder, with_router_logits])
+def test_models_whose_loss_is_not_computed_are_refused(tmp_path, model):
+    with pytest.raises(ValueError, match="expected a decoder-only model without output_router_logits"):
+        cpo(FusedCPOTrainer, tmp_path, {"max_completion_length": 16}, model=model())
 
 
 def test_what_is_not_computed_is_named(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import trl
 from datasets import Dataset, IterableDataset
 from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
+from transformers import TrainerCallback
 from trl.trainer import dpo_trainer
 from trl_runs import assert_histories_equal, dense_logps, first_batch, history, make, preferences, step, untied, untimed
 
@@ -318,14 +319,27 @@ def test_models_by_path(tmp_path):
     assert_histories_equal(*losses, left_out=NOT_LOGGED)
 
 
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others):
+        self.by_name = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_bfloat16_autocast_is_as_close_as_stock(tmp_path):
+    arguments = {"bf16": True, "max_steps": 1, "max_grad_norm": 0.0}
+    seen = Gradients(), Gradients()
     made = [
-        dpo(trainer, tmp_path, {"bf16": True, "max_steps": 1}, model=untied(), ref_model=untied(1))
-        for trainer in (trl.DPOTrainer, FusedDPOTrainer)
+        dpo(trainer, tmp_path, arguments, model=untied(), ref_model=untied(1), callbacks=[callback])
+        for trainer, callback in zip((trl.DPOTrainer, FusedDPOTrainer), seen, strict=True)
     ]
-    exact_loss, _ = dense(first_batch(made[1]), pair_loss("sigmoid", beta=0.3), torch.float64)
+    exact_loss, exact = dense(first_batch(made[1]), pair_loss("sigmoid", beta=0.3), torch.float64)
     stock, ours = (torch.tensor(history(trainer)[0]["loss"], dtype=torch.bfloat16) for trainer in made)
     assert_accurate(ours, stock, exact_loss, "loss")
+    stock_grads, grads = (callback.by_name for callback in seen)
+    assert grads.keys() == exact.keys()
+    for name, grad in grads.items():
+        assert_accurate(grad, stock_grads[name], exact[name], name)
 
 
 def test_a_saved_model_is_a_plain_one(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 import tiny_models
@@ -110,6 +112,21 @@ def test_a_frozen_head_and_no_rows():
     torch.testing.assert_close(*grads)
     nothing = apply(hidden[:0], weight, None, torch.arange(0), 1.0, 32768, None, 1.0, NAMES)
     assert [tuple(field.shape) for field in nothing] == [(0,)] * 5
+
+
+def test_a_partitioned_head_keeps_trls_own_computation():
+    """ZeRO-3 gathers the weight for one call, and again for the backward pass of TRL's function alone."""
+
+    hidden, weight, _ = draw(6, 50, torch.float32, bias=False)
+    arguments = (hidden, weight, None, torch.arange(6), 1.0, 32768, None, 1.0, NAMES)
+    calls, answer = [], object()
+    counting = SimpleNamespace(apply=lambda *given: calls.append(given) or answer)
+    ours = FusedLogProbs(counting).apply(*arguments)
+    assert not calls and len(ours) == 1 + len(FIELDS)
+    weight.ds_id = 0
+    assert FusedLogProbs(counting).apply(*arguments) is answer
+    (call,) = calls
+    assert all(given is expected for given, expected in zip(call, arguments, strict=True))
 
 
 MODELS = {"llama": tiny_models.llama, "tied": tiny_models.gpt2, "bias": biased, "softcap": softcapped}
