@@ -15,6 +15,7 @@ from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
+from cpo_kernels.trainer.files import write_whole
 from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 
 from .errors import InputError, input_errors
@@ -60,8 +61,8 @@ def run(arguments: Sequence[str]) -> None:
             sampling=_sampling(settings, data) if generates else None,
             directory=directory,
         )
-    _write(directory / "report.json", json.dumps({"checkpoint": name, **report.to_dict()}, indent=2) + "\n")
-    _write(directory / "report.md", f"# {name}\n\n{report.markdown()}")
+    write_whole(directory / "report.json", json.dumps({"checkpoint": name, **report.to_dict()}, indent=2) + "\n")
+    write_whole(directory / "report.md", f"# {name}\n\n{report.markdown()}")
     print(report.markdown())
     print(f"report.json and report.md are in {directory}")
 
@@ -116,9 +117,3 @@ def _callable(name: str) -> Judge:
     if not callable(judge):
         raise InputError(f"judge: {name} is of type {type(judge).__name__}, not a function")
     return judge
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

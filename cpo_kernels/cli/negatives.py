@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cpo_kernels.negatives.autoregressive import write_negatives
+from cpo_kernels.trainer.files import write_whole
 
 from .errors import InputError, input_errors
 from .parsing import Settings, parse
@@ -42,12 +42,12 @@ def run(arguments: Sequence[str]) -> None:
     if len(missing) < len(own):
         print(f"{len(own) - len(missing)} of {len(own)} parts are there already, in {folder}")
     for part in tqdm(missing, desc="parts", disable=training.disable_tqdm):
-        _write(folder / part.name, json.dumps(job.write(part)))
+        write_whole(folder / part.name, json.dumps(job.write(part)))
     if training.world_size > 1:
         torch.distributed.barrier()
     if training.process_index == 0:
         _merge(path, folder, parts, job)
-        _write(folder / COMPLETE, whole)
+        write_whole(folder / COMPLETE, whole)
         for file in folder.glob("*.json"):
             file.unlink()
 
@@ -76,12 +76,6 @@ def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
             f"{bare} examples got none: what was written for them was the ground truth itself; they need another kind "
             "in training, such as num_batch_negatives"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> str:

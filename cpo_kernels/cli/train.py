@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from cpo_kernels.trainer import CPOTrainer
 from cpo_kernels.trainer.checkpoints import last_complete_checkpoint
 from cpo_kernels.trainer.ensemble import EnsembleCallback
+from cpo_kernels.trainer.files import write_whole
 from cpo_kernels.trainer.loading import load_examples
 
 from .errors import InputError, input_errors
@@ -102,10 +102,7 @@ def find_checkpoint(settings: Settings) -> str | None:
 def _save_settings(settings: Settings) -> None:
     """What was asked for, beside what came of it, which may be published; `cpo-kernels train` takes the file."""
     path = Path(str(settings.training.output_dir), SETTINGS)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(_without_secrets(settings.given), sort_keys=True), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, yaml.safe_dump(_without_secrets(settings.given), sort_keys=True))
 
 
 def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negati
 
 from .config import CPOConfig
 from .data import TokenizedExamples
+from .files import write_whole
 from .generations import GenerationStatistics, generation_statistics
 from .judges import Judge
 from .reference import fingerprint
@@ -240,10 +240,7 @@ def _generations(
     )
     completions = [list(candidates[0]) for candidates in drawn]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": key, "completions": completions}), encoding="utf-8")
-        os.replace(partial, path)  # a killed run leaves the file whole or absent
+        write_whole(path, json.dumps({"key": key, "completions": completions}))
     return completions
 
 

@@ -38,7 +38,7 @@ class Sources:
     @contextmanager
     def asking(self, who: str = "model") -> Iterator[nn.Module]:
         """The model, or the reference where there is one, in evaluation mode and without gradients."""
-        of_reference = who == "reference" and self.reference is not None
-        source = self.reference.active() if of_reference else evaluating(self.policy())  # type: ignore[union-attr]
+        of_reference = self.reference if who == "reference" else None
+        source = evaluating(self.policy()) if of_reference is None else of_reference.active()
         with source as model, self.autocast():
             yield model
