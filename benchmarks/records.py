@@ -1,0 +1,117 @@
+"""What a part of the suite has to say: records of one contestant in one case, and their JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One contestant in one case.
+
+    Attributes:
+        case: what was run, in a few words; the same for all that are compared with one another.
+        contestant: who ran it.
+        values: what was measured, by the names of `tables.FORMATS`, which say the units.
+        conditions: sizes and options that the case has beyond its name, such as V, H, N, K, dtype.
+        note: why there are no values, or what a reader must know of them.
+    """
+
+    case: str
+    contestant: str
+    values: Mapping[str, float] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
+class Part:
+    """All records of one part, and what they depend on.
+
+    Attributes:
+        name: of the part.
+        environment: device, versions, commit, command (environment.describe).
+        records: in the order they were measured.
+        seconds: that the part took.
+        error: why there are no more records; empty where the part came to its end.
+    """
+
+    name: str
+    environment: dict[str, Any]
+    records: list[Record] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str = ""
+
+    def select(self, contestant: str | None = None, **conditions: Any) -> list[Record]:
+        """Records of a contestant (None: of all) that meet all conditions; `case` is one of them."""
+        return [
+            record
+            for record in self.records
+            if contestant in (None, record.contestant)
+            and all(({"case": record.case} | dict(record.conditions)).get(key) == conditions[key] for key in conditions)
+        ]
+
+    def cases(self) -> list[str]:
+        """Names of the cases in order."""
+        return list(dict.fromkeys(record.case for record in self.records))
+
+
+Parts = dict[str, Part]
+
+
+def load(path: Path) -> Parts:
+    """The parts of a result file; none where there is no such file."""
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: from_json(name, part) for name, part in content["parts"].items()}
+
+
+def from_json(name: str, content: Mapping[str, Any]) -> Part:
+    """The part that :func:`as_json` wrote."""
+    records = [Record(**record) for record in content["records"]]
+    return Part(name, content["environment"], records, content["seconds"], content["error"])
+
+
+def as_json(part: Part) -> dict[str, Any]:
+    """JSON-ready; values that are no finite numbers are left out, since JSON has none."""
+    content = asdict(part)
+    del content["name"]
+    for record in content["records"]:
+        record["values"] = {name: value for name, value in record["values"].items() if math.isfinite(value)}
+    return content
+
+
+def save(parts: Parts, path: Path) -> None:
+    """Write a result file, whole or not at all."""
+    content = {"parts": {name: as_json(part) for name, part in parts.items()}}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside the one it replaces, so that nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def only(records: Sequence[Record], what: str) -> Record:
+    """The one record.
+
+    Raises:
+        LookupError: there are none or several.
+    """
+    if len(records) != 1:
+        raise LookupError(f"{what}: expected one record, found {len(records)}")
+    return records[0]
+
+
+def value(records: Iterable[Record], name: str) -> list[float]:
+    """A value of all records that have it."""
+    return [record.values[name] for record in records if name in record.values]

@@ -1,0 +1,95 @@
+"""The parts of the suite, and one of them run in this process.
+
+`python -m benchmarks.suite heads --out FOLDER` measures one part; benchmarks.report runs each in a process of its own,
+so that no part meets what another compiled, cached or left in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from benchmarks import environment, records
+from benchmarks.environment import log
+from benchmarks.records import Part, Record
+from benchmarks.setting import Setting
+
+PARTS = {
+    "heads": "the head's loss and gradients beside every peer",
+    "growth": "time and memory as N, V and K grow",
+    "lengths": "fifty batches of naturally varying lengths, first call included",
+    "filters": "candidate_eps and grad_filter_eps on a real run",
+    "steps": "whole training steps beside TRL's trainers",
+    "negatives": "what negatives cost a training step",
+    "sharing": "prefix sharing: the transformer body",
+}
+
+
+class Measures(Protocol):
+    """A module `benchmarks.<part>`."""
+
+    def run(self, setting: Setting) -> Iterator[Record]:
+        """Yields its records as they are measured."""
+
+
+def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
+    """Run a part and save `out`/NAME.json after every record; an exception ends the part, and is its `error`."""
+    started, path = time.monotonic(), out / f"{name}.json"
+    part = Part(name, environment.describe(["suite", *argv], setting.device.type), error="ended from outside")
+    module: Measures = import_module(f"benchmarks.{name}")  # type: ignore[assignment]
+    try:
+        for record in module.run(setting):
+            part.records.append(record)
+            part.seconds = time.monotonic() - started
+            log(f"  {record.case}: {record.contestant}: {dict(record.values) or record.note}")
+            records.save({name: part}, path)
+        part.error = ""
+    except Exception as error:  # what was measured before it still counts
+        part.error = f"{type(error).__name__}: {error}"
+        log(traceback.format_exc())
+    part.seconds = time.monotonic() - started
+    records.save({name: part}, path)
+    return part
+
+
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """The options of a :class:`Setting`."""
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of GPT-2")
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    """What was asked for."""
+    return Setting(args.device, args.quick, tuple(args.texts), args.tokenizer)
+
+
+def setting_options(setting: Setting) -> list[str]:
+    """The same as options of a command."""
+    options = ["--device", str(setting.device), *(["--quick"] if setting.quick else [])]
+    options += ["--texts", *map(str, setting.texts)] if setting.texts else []
+    return options + (["--tokenizer", str(setting.tokenizer)] if setting.tokenizer else [])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure one part; 1 if it failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of PART.json")
+    add_setting(parser)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    return 1 if measure(args.part, setting_of(args), args.out, argv).error else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Real text for the benchmarks: files that the user names, or the reference text that comes with Python."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.setting import Setting
+
+EOS = "<|endoftext|>"
+TRAINED_VOCABULARY = 8192
+SHORTEST = 24  # words of a paragraph that can be cut into prompt and completion
+
+
+@dataclass(frozen=True)
+class Example:
+    """A paragraph as token ids, cut in two; `completion` ends with EOS."""
+
+    prompt: list[int]
+    completion: list[int]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples of natural lengths in a random but repeatable order, and their tokenizer."""
+
+    examples: list[Example]
+    tokenizer: PreTrainedTokenizerFast
+    source: str
+
+    @property
+    def eos(self) -> int:
+        """Id of the end of a text."""
+        return self.tokenizer.eos_token_id
+
+
+def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
+    """Every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
+
+    Args:
+        setting: names the text and the tokenizer.
+        longest: tokens of a prompt and of a completion; what is longer loses its beginning or its end.
+        seed: of the order and of the cuts.
+    """
+    paragraphs = [p for p in read(setting).split("\n") if len(p.split()) >= SHORTEST]
+    draw = random.Random(seed)
+    draw.shuffle(paragraphs)
+    tokenizer = make_tokenizer(setting, paragraphs)
+    examples = []
+    for paragraph in paragraphs:
+        words = paragraph.split()
+        cut = len(words) * draw.choice((2, 3, 4)) // 6
+        prompt, completion = (tokenizer.encode(" ".join(part)) for part in (words[:cut], ["", *words[cut:]]))
+        examples.append(Example(prompt[-longest:], [*completion[: longest - 1], tokenizer.eos_token_id]))
+    source = " ".join(path.name for path in setting.texts) or "the reference text of Python"
+    return Corpus(examples, tokenizer, source)
+
+
+def read(setting: Setting) -> str:
+    """One paragraph a line."""
+    if setting.texts:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in setting.texts)
+    from pydoc_data.topics import topics
+
+    blocks = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    return "\n".join(dict.fromkeys(" ".join(block.split()) for block in blocks))
+
+
+def make_tokenizer(setting: Setting, paragraphs: list[str]) -> PreTrainedTokenizerFast:
+    """GPT-2's from its files, or one trained on the text."""
+    if setting.tokenizer:
+        bpe = ByteLevelBPETokenizer(
+            str(setting.tokenizer / "vocab.json"), str(setting.tokenizer / "merges.txt"), add_prefix_space=False
+        )
+    else:
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(
+            paragraphs, vocab_size=TRAINED_VOCABULARY, min_frequency=2, special_tokens=[EOS], show_progress=False
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS)
