@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -19,7 +21,7 @@ class Setting:
         tokenizer: folder with GPT-2's `vocab.json` and `merges.txt`; without one, a tokenizer is trained on the text.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     quick: bool = False
     texts: tuple[Path, ...] = ()
     tokenizer: Path | None = None
