@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cpo_kernels
-from benchmarks.bench_sharing import processor_clock
 from benchmarks.environment import as_markdown, describe, log
 from benchmarks.floor import Floor
 from benchmarks.problem import BETA, Problem, contrast, draw
 from benchmarks.shapes import Shape
-from benchmarks.timing import Clock, Effort, clock_for, round_robin
+from benchmarks.timing import Clock, Effort, clock_for, processor_clock, round_robin
 from cpo_kernels.models.adapters import apply_head
 
 FLOOR = "three bare products"

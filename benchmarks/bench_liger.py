@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.bench_sharing import processor_clock
 from benchmarks.environment import as_markdown, describe, log
 from benchmarks.memory import PeakMeter
-from benchmarks.timing import Call, Clock, Effort, host_clock, round_robin
+from benchmarks.timing import Call, Clock, Effort, host_clock, processor_clock, round_robin
 from cpo_kernels.integrations import liger
 
 LOSSES = {name: f"LigerFusedLinear{name}Loss" for name in ("CPO", "SimPO", "DPO")}
