@@ -1,208 +1,302 @@
-"""A training step of TRL's DPOTrainer or CPOTrainer, forward and backward, against ours on the same pairs, in turns.
+"""A training step, forward and backward, of TRL's trainers and of ours on the same preference pairs.
 
-`python -m benchmarks.bench_trl --threads 2 [--trainer cpo]`. Contestants: TRL as it is, FusedDPOTrainer or
-FusedCPOTrainer and, for DPO, TRL with `patch_fused_head()`. One negative, half the tokens prompt, GPT-2's vocabulary
-and width, a few layers; for DPO, a reference model that is asked in every step. Their losses are compared first. The
-time is the best of the rounds; the peak of memory is that of a step in a process of its own, gradients included,
-weights not. On a machine that others use, `--threads 1 --processor-time` counts the seconds of the processor instead
-of the clock's.
+DPO with a reference model that is asked in every step, and the CPO of Xu et al., which has none; half the tokens
+prompt, no optimizer, no dropout. All trainers of a case share the parameters of one policy and one reference. Before
+they are timed, losses and norms of the gradient are compared with TRL's.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import random
-import subprocess
-import sys
 import tempfile
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 import transformers
-import trl
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from trl.experimental.cpo import CPOConfig, CPOTrainer
+from torch.nn.utils import get_total_norm
 
-from benchmarks.bench_sharing import processor_clock
-from benchmarks.environment import as_markdown, describe, log
-from benchmarks.memory import PeakMeter
-from benchmarks.timing import Call, Effort, host_clock, round_robin
-from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer, fused_head
+from benchmarks.contestants import OURS
+from benchmarks.measure import free_memory, summary
+from benchmarks.memory import meter_for
+from benchmarks.models import (
+    GPT2_SMALL,
+    GPT2_TINY,
+    LLAMA_1B,
+    LLAMA_SMALL,
+    LLAMA_TINY,
+    Sizes,
+    make_model,
+    make_tokenizer,
+    twin,
+)
+from benchmarks.own_step import OwnStep
+from benchmarks.records import Record
+from benchmarks.setting import Setting
+from benchmarks.timing import Effort, Timing, clock_for, round_robin
+from cpo_kernels import CPOConfig, CPOTrainer
 
-STOCK = "TRL"
-CONTESTANTS: dict[str, dict[str, tuple[Any, Any]]] = {
-    "dpo": {
-        STOCK: (trl.DPOTrainer, nullcontext),
-        "TRL, patch_fused_head()": (trl.DPOTrainer, fused_head),
-        "FusedDPOTrainer": (FusedDPOTrainer, nullcontext),
-    },
-    "cpo": {STOCK: (CPOTrainer, nullcontext), "FusedCPOTrainer": (FusedCPOTrainer, nullcontext)},
-}
-VOCABULARY, WIDTH, HEADS = 50257, 768, 12
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-BAR = 1.0
+STOCK, PATCHED, FUSED = "TRL", "TRL, patch_fused_head()", "FusedDPOTrainer / FusedCPOTrainer"
+OURS_SEPARATE = "cpo-kernels, sharing off"
+BETA = 0.1
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
 
-
-def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a word, as many words as GPT-2 has tokens."""
-    vocabulary = {f"w{index}": index for index in range(VOCABULARY - 1)} | {"</s>": VOCABULARY - 1}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="</s>")
-
-
-def make_data(pairs: int, tokens: int) -> datasets.Dataset:
-    """Random words; the end of text is the last of a completion's `tokens`."""
-    draw = random.Random(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{draw.randrange(VOCABULARY - 1)}" for _ in range(length))
-
-    rows = [
-        {"prompt": text(tokens) + " ", "chosen": text(tokens - 1), "rejected": text(tokens - 1)} for _ in range(pairs)
-    ]
-    return datasets.Dataset.from_list(rows)
+Step = Callable[[], Tensor]  # forward and backward; the loss, detached
 
 
-def make_model(seed: int, args: argparse.Namespace) -> transformers.PreTrainedModel:
-    """GPT-2 small with fewer layers."""
-    torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_head": HEADS, "n_layer": args.layers}
-    config = transformers.GPT2Config(**sizes, n_positions=2 * args.tokens, bos_token_id=None, eos_token_id=None)
-    return transformers.GPT2LMHeadModel(config).to(DTYPES[args.dtype])
+class Result(NamedTuple):
+    """What trainers of the same loss agree on."""
+
+    loss: float
+    gradient_norm: float
+
+    def close_to(self, other: Result, tolerance: float) -> bool:
+        """Whether both are the same up to a share of the other's; NaN is not."""
+        return all(abs(own - right) <= tolerance * abs(right) for own, right in zip(self, other, strict=True))
 
 
-def make_step(name: str, args: argparse.Namespace, directory: str) -> Callable[[], Tensor]:
-    """One step of a contestant: its loss, detached; the gradients are left behind."""
-    trainer_class, context = CONTESTANTS[args.trainer][name]
-    config = (trl.DPOConfig if args.trainer == "dpo" else CPOConfig)(
-        output_dir=directory,
-        per_device_train_batch_size=args.pairs,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        gradient_checkpointing=False,
-        max_length=2 * args.tokens,
-        dataloader_pin_memory=False,
-    )
-    reference = {"ref_model": make_model(1, args)} if args.trainer == "dpo" else {}
-    trainer = trainer_class(
-        model=make_model(0, args),
-        args=config,
-        train_dataset=make_data(args.pairs, args.tokens),
-        processing_class=make_tokenizer(),
-        **reference,
-    )
-    batch: dict[str, Any] = next(iter(trainer.get_train_dataloader()))
+@dataclass(frozen=True)
+class Case:
+    """One objective and model.
 
-    def step() -> Tensor:
-        trainer.model.train()
-        trainer.model.zero_grad(set_to_none=True)
-        with context():
-            loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-def peak_of(name: str, args: argparse.Namespace) -> int:
-    """Bytes by which a step grows a process of its own at its peak."""
-    options = ["--pairs", args.pairs, "--tokens", args.tokens, "--layers", args.layers, "--dtype", args.dtype]
-    options += ["--trainer", args.trainer]
-    command = [sys.executable, "-m", "benchmarks.bench_trl", *map(str, options), "--threads", str(args.threads)]
-    done = subprocess.run([*command, "--peak-of", name], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def measure_peak(step: Call) -> int:
-    """The same in this process, which should have done nothing else."""
-    step()
-    meter = PeakMeter()
-    meter.start()  # the gradients of the first step are there, and are freed by the second
-    step()
-    return meter.growth()
-
-
-def compare(steps: dict[str, Callable[[], Tensor]], dtype: str) -> str:
-    """The losses in words; the first calls also warm up.
-
-    Raises:
-        RuntimeError: they differ.
+    Attributes:
+        work: "dpo" or "xu_cpo".
+        sizes: of policy and reference.
+        pairs: of a step.
+        tokens: of a prompt, and of each of its two completions, EOS included.
+        dtype: of the parameters.
     """
-    losses = {name: float(step()) for name, step in steps.items()}
-    for name, loss in losses.items():
-        if abs(loss - losses[STOCK]) > TOLERANCE[dtype] * abs(losses[STOCK]):
-            raise RuntimeError(f"{name} has a loss of {loss}, expected TRL's, {losses[STOCK]}")
-    return ", ".join(f"{loss:.6f}" for loss in losses.values())
+
+    work: str
+    sizes: Sizes
+    pairs: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        """Of the case in the results."""
+        objective = {"dpo": "DPO", "xu_cpo": "CPO of Xu et al."}[self.work]
+        return f"{objective}, {self.sizes.name}, {self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        """Of the parameters."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def fed(self) -> int:
+        """Tokens that TRL feeds: prompt and completion of both sequences of every pair."""
+        return self.pairs * 2 * 2 * self.tokens
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """Of its records."""
+        rest = {"N": self.fed // 2, "K": 1, "dtype": self.dtype_name, "prompt": 0.5, "work": self.work}
+        return self.sizes.conditions | rest | {"pairs": self.pairs, "tokens": self.fed}
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trainer", choices=CONTESTANTS, default="dpo")
-    parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=96, help="of a prompt and of a completion")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processor-time", action="store_true", help="not the clock's; for one thread")
-    parser.add_argument("--no-peaks", action="store_true", help="leave the memory out")
-    parser.add_argument("--peak-of", help="print the bytes of one contestant and nothing else")
-    parser.add_argument("--out", type=Path, help="Markdown file for the table")
-    return parser.parse_args()
+def cases(setting: Setting) -> list[Case]:
+    """What is run on a device."""
+    if setting.quick:
+        return [Case("dpo", GPT2_TINY, 2, 8), Case("xu_cpo", LLAMA_TINY, 2, 8)]
+    if setting.on_gpu:
+        sizes = [(GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)]
+        return [Case(work, *own, dtype=torch.bfloat16) for own in sizes for work in ("dpo", "xu_cpo")]
+    on_host = [Case(work, *own) for own in [(GPT2_SMALL, 2, 64), (LLAMA_SMALL, 2, 32)] for work in ("dpo", "xu_cpo")]
+    return [*on_host, Case("dpo", GPT2_SMALL, 2, 64, dtype=torch.bfloat16)]
 
 
-def main() -> None:
-    """Prints one table."""
+def run(setting: Setting) -> Iterator[Record]:
+    """Every trainer in every case."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    args = parse()
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as directory:
-        if args.peak_of:
-            print(json.dumps(measure_peak(make_step(args.peak_of, args, directory))))
-            return
-        peaks = {} if args.no_peaks else {name: peak_of(name, args) / 2**20 for name in CONTESTANTS[args.trainer]}
-        log("models ...")
-        steps = {name: make_step(name, args, directory) for name in CONTESTANTS[args.trainer]}
-        losses = compare(steps, args.dtype)
-        log("rounds ...")
-        effort = Effort(rounds=args.rounds, seconds=60.0)
-        clock = processor_clock if args.processor_time else host_clock
-        times = round_robin(steps, effort, reference=STOCK, always=steps, clock=clock)
-    lines = [
-        f"{args.pairs} pairs of a prompt and two completions of {args.tokens} tokens each, {args.layers} layers of "
-        f"width {WIDTH}, {VOCABULARY} tokens of vocabulary, {args.dtype}; "
-        f"{'seconds of the processor' if args.processor_time else 'seconds'}, best of {args.rounds} rounds. "
-        f"Losses: {losses}.",
-        "",
-        f"| trainer | step, s | TRL's time over it (bar {BAR:.0f}) | peak of memory, MiB |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {name} | {times[name].best:.3f} | {times[STOCK].best / times[name].best:.2f} | "
-            f"{f'{peaks[name]:.0f}' if peaks else ''} |"
-            for name in CONTESTANTS[args.trainer]
-        ),
-    ]
-    print("\n".join(lines))
-    if args.out:
-        header = f"# A training step of {args.trainer.upper()}: TRL's trainer and ours"
-        described = as_markdown(describe(["bench_trl", *sys.argv[1:]]))
-        args.out.write_text("\n".join([header, "", *lines, "", described, ""]))
+    effort = Effort(rounds=1 if setting.quick else 3, seconds=10.0)
+    for case in cases(setting):
+        yield from measure(case, setting.device, effort)
+        free_memory()
 
 
-if __name__ == "__main__":
-    main()
+def measure(case: Case, device: torch.device, effort: Effort) -> Iterator[Record]:
+    """The records of one case."""
+    bench = Bench(case, device)
+    with tempfile.TemporaryDirectory() as folder:
+        steps, failed = bench.make_steps(folder)
+    found = bench.first_calls(steps)
+    failed |= disagreeing(found, case.dtype)
+    timings = bench.time({name: step for name, step in steps.items() if name not in failed}, effort)
+    for name in bench.contestants:
+        if name in failed:
+            yield Record(case.name, name, conditions=case.conditions, note=failed[name])
+        else:
+            yield Record(case.name, name, bench.values(name, timings, found[name].loss), case.conditions)
+
+
+def disagreeing(found: Mapping[str, Result | Exception], dtype: torch.dtype) -> dict[str, str]:
+    """Why contestants are not timed: they failed, or disagree with the first one that did not."""
+    expected = next((own for own in found.values() if not isinstance(own, Exception)), None)
+    failed = {}
+    for name, own in found.items():
+        if isinstance(own, Exception):
+            failed[name] = summary(own)
+        elif not own.close_to(expected, TOLERANCE[dtype]):
+            failed[name] = f"another loss: found {own}, expected {expected}"
+    return failed
+
+
+class Bench:
+    """The trainers of one case around one policy and one reference."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        self.policy, self.reference = (
+            make_model(case.sizes, 2 * case.tokens, seed).to(device, case.dtype) for seed in (0, 1)
+        )
+        self.tokenizer = make_tokenizer(case.sizes.vocabulary)
+        self.pairs = make_pairs(case)
+        self.meter = meter_for(device)
+        self.peaks: dict[str, int] = {}
+
+    @property
+    def contestants(self) -> dict[str, Callable[[str], Step]]:
+        """How to make the step of each, given a folder; TRL first."""
+        trl = {STOCK: partial(self.trl_step, "stock"), FUSED: partial(self.trl_step, "fused")}
+        if self.case.work == "dpo":  # TRL has no fused head for its CPOTrainer
+            trl |= {PATCHED: partial(self.trl_step, "patched")}
+        return trl | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}
+
+    def make_steps(self, folder: str) -> tuple[dict[str, Step], dict[str, str]]:
+        """The step of every contestant, or why there is none."""
+        steps, failed = {}, {}
+        for name, make in self.contestants.items():
+            try:
+                steps[name] = make(folder)
+            except Exception as error:  # a trainer may not be installed, or refuse the model in its own way
+                failed[name] = summary(error)
+        return steps, failed
+
+    def trl_step(self, kind: str, folder: str) -> Step:
+        """TRL's trainer as it is, our subclass of it, or with our head patched in."""
+        trainer_class, config_class, context = trl_classes(self.case.work, kind)
+        args = config_class(
+            per_device_train_batch_size=self.case.pairs, gradient_checkpointing=False, **self.arguments(folder)
+        )
+        trainer = trainer_class(**self.models(), args=args, train_dataset=datasets.Dataset.from_list(self.pairs))
+        batch = next(iter(trainer.get_train_dataloader()))
+
+        def step() -> Tensor:
+            with context():
+                loss = trainer.compute_loss(trainer.model, batch)
+            loss.backward()
+            return loss.detach()
+
+        trainer.model.train()
+        return step
+
+    def our_step(self, sharing: str, folder: str) -> Step:
+        """CPOTrainer; it packs the batch in every step."""
+        args = CPOConfig(objective=self.case.work, prefix_sharing=sharing, **self.arguments(folder))
+        trainer = CPOTrainer(**self.models(), args=args, train_dataset=self.pairs)
+        trainer.model.train()
+        return OwnStep(trainer, self.case.pairs)
+
+    def arguments(self, folder: str) -> dict[str, Any]:
+        """Of every trainer."""
+        return {
+            "output_dir": folder,
+            "beta": BETA,
+            "max_length": 2 * self.case.tokens,
+            "use_cpu": self.device.type == "cpu",
+            "bf16": False,
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+        }
+
+    def models(self) -> dict[str, Any]:
+        """The models of every trainer, and its tokenizer."""
+        models = {"model": twin(self.policy), "processing_class": self.tokenizer}
+        return models | ({"ref_model": twin(self.reference)} if self.case.work == "dpo" else {})
+
+    def first_calls(self, steps: Mapping[str, Step]) -> dict[str, Result | Exception]:
+        """What a first call of every step finds or raises; they are warm afterwards."""
+        found: dict[str, Result | Exception] = {}
+        for name, step in steps.items():
+            try:
+                found[name] = self.result(step)
+            except Exception as error:  # a contestant may fail in any way of its own
+                found[name] = error
+        return found
+
+    def result(self, step: Step) -> Result:
+        """Of one call."""
+        self.policy.zero_grad(set_to_none=True)
+        loss = float(step())
+        return Result(loss, float(get_total_norm(self.gradients())))
+
+    def gradients(self) -> list[Tensor]:
+        """Of the policy."""
+        return [p.grad for p in self.policy.parameters() if p.grad is not None]
+
+    def time(self, steps: Mapping[str, Step], effort: Effort) -> dict[str, Timing]:
+        """Of all steps in turns, each leaving new gradients behind."""
+        reference = next(name for name in (OURS, *steps) if name in steps)
+        always = [name for name in (STOCK, OURS_SEPARATE) if name in steps]
+        clock = clock_for(self.device)
+        return round_robin(steps, effort, reference=reference, always=always, observer=self, clock=clock)
+
+    def before(self, name: str) -> None:
+        """Drop the gradients, and start the meter for a first timed call."""
+        self.policy.zero_grad(set_to_none=True)
+        if name not in self.peaks:
+            self.meter.start()
+
+    def after(self, name: str, result: object) -> None:
+        """Take the peak of a first timed call."""
+        if name not in self.peaks:
+            self.peaks[name] = self.meter.growth() - sum(gradient.nbytes for gradient in self.gradients())
+
+    def values(self, name: str, timings: Mapping[str, Timing], loss: float) -> dict[str, float]:
+        """Of the record of a contestant that was timed."""
+        own = timings[name]
+        values = {
+            "seconds": own.best,
+            "median": own.median,
+            "rounds": len(own.seconds),
+            "tokens_per_second": self.case.fed / own.best,
+            "peak_mib": self.peaks[name] / 2**20,
+            "loss": loss,
+        }
+        return values | ({"of_trl": timings[STOCK].best / own.best} if STOCK in timings else {})
+
+
+def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractContextManager]]:
+    """Trainer, configuration and the context of its steps; TRL is only needed here."""
+    import trl
+    from trl.experimental import cpo
+
+    from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer, fused_head
+
+    stock, fused, config = {
+        "dpo": (trl.DPOTrainer, FusedDPOTrainer, trl.DPOConfig),
+        "xu_cpo": (cpo.CPOTrainer, FusedCPOTrainer, cpo.CPOConfig),
+    }[work]
+    return fused if kind == "fused" else stock, config, fused_head if kind == "patched" else nullcontext
+
+
+def make_pairs(case: Case) -> list[dict[str, str]]:
+    """Random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
+    draw = Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(f"w{draw.randrange(case.sizes.vocabulary - 1)}" for _ in range(length))
+
+    lengths = {"prompt": case.tokens, "chosen": case.tokens - 1, "rejected": case.tokens - 1}
+    pairs = [{name: text(length) for name, length in lengths.items()} for _ in range(case.pairs)]
+    return [pair | {"prompt": pair["prompt"] + " "} for pair in pairs]
