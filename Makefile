@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 ARGS ?=
+# Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
+TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
+TOKENIZER ?= $(wildcard ../shared/data/gpt2-bpe)
 # For gpu-check: a Python whose torch has CUDA, what to run, and the folder of the results.
 GPU_PYTHON ?= python3
-PARTS ?= build tests sanitizer bench tune
+PARTS ?= build tests sanitizer bench tune suite
 OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench bench-compare gpu-check info clean
+.PHONY: demo test lint types check bench bench-docs bench-compare gpu-check info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,14 +31,18 @@ types: $(VENV)/.dev
 check: lint types test
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.report $(ARGS)
+	$(BIN)/python -m benchmarks.report $(if $(TEXTS),--texts $(TEXTS)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(ARGS)
+
+# Takes the figures of README and docs from benchmarks/results.
+bench-docs: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.publish
 
 # make bench-compare BEFORE.json AFTER.json
 bench-compare: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare $(filter-out $@,$(MAKECMDGOALS))
 
 # Makes no virtual environment and needs no network; each part takes less than 8 minutes. `tests` is the parts tests-1,
-# tests-2 and tests-3, which may also be run one by one into the same folder.
+# tests-2 and tests-3, `suite` is suite-heads and so on, which may also be run one by one into the same folder.
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
 

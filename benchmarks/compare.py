@@ -1,49 +1,79 @@
 """Two result files side by side: `python -m benchmarks.compare BEFORE.json AFTER.json`.
 
-Of every contestant on every shape that both files have, the time as a multiple of the floor's in each, and the ratio of
-the two: below 1, the second file is faster. Multiples and not seconds, so that files of different days can be compared;
-of different devices the ratio says who profits, not who is faster.
+Of everything that both files have measured, the value in each and the ratio of the two. Where a contestant has a
+multiple (of the floor, of an MLE step, of TRL's step) that is what is compared and not seconds, so that files of
+different days can be; of different devices the ratio says who profits, not who is faster.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from benchmarks.contestants import FLOOR
+from benchmarks import records
+from benchmarks.columns import condition, heading, shown
+from benchmarks.records import Parts, Record
 from benchmarks.tables import markdown
 
-Multiples = dict[tuple[str, str], float]  # (shape, contestant) -> times the floor's fewest seconds
+# The first of these that a record has is compared; of the floor itself it is the seconds.
+COMPARED = (
+    "floor",
+    "of_trl",
+    "of_mle",
+    "of_base",
+    "ratio",
+    "total",
+    "of_plan",
+    "nats_largest",
+    "tflops",
+    "gbs",
+    "seconds",
+)
+Key = tuple[str, str, str]  # part, case with its conditions, contestant
 
 
-def multiples(results: Mapping[str, Any]) -> Multiples:
-    """What a result file says of each contestant on each shape."""
-    found: Multiples = {}
-    for case in results["cases"]:
-        fastest = {row["contestant"]: min(row["timing"]["seconds"]) for row in case["rows"]}
-        for contestant, seconds in fastest.items():
-            if contestant != FLOOR:
-                found[case["shape"]["name"], contestant] = seconds / fastest[FLOOR]
-    return found
+def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
+    """What a result file says, as the name of a value and the value."""
+    return {
+        (name, case_of(record), record.contestant): found
+        for name, part in parts.items()
+        for record in part.records
+        for found in compared(record)
+    }
 
 
-def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+def compared(record: Record) -> Iterator[tuple[str, float]]:
+    """The value of a record that is compared, if it has one."""
+    for name in ("seconds",) if record.contestant.startswith("floor") else COMPARED:
+        if name in record.values:
+            yield name, record.values[name]
+            return
+
+
+def case_of(record: Record) -> str:
+    """A case with all that distinguishes it from others of its name."""
+    sizes = ", ".join(f"{key}={condition(value)}" for key, value in record.conditions.items())
+    return f"{record.case}; {sizes}" if sizes else record.case
+
+
+def compare(before: Parts, after: Parts) -> str:
     """The table, and what only one of the files has."""
-    first, second = multiples(before), multiples(after)
-    common = [key for key in first if key in second]
-    rows = [[*key, f"{first[key]:.2f}", f"{second[key]:.2f}", f"{second[key] / first[key]:.3f}"] for key in common]
-    header = ["shape", "contestant", "before, x floor", "after, x floor", "after / before"]
-    lines = [markdown(header, rows)] if rows else ["the files have nothing in common"]
+    first, second = figures(before), figures(after)
+    rows = []
+    for key in (key for key in first if key in second and first[key][0] == second[key][0]):
+        (name, old), (_, new) = first[key], second[key]
+        ratio = f"{new / old:.3f}" if old else ""
+        rows.append([*key, heading(name), shown(name, old), shown(name, new), ratio])
+    header = ["part", "case", "contestant", "what", "before", "after", "after / before"]
+    lines = [markdown(header, rows, left=range(4))] if rows else ["the files have nothing in common"]
     for name, own, other in (("before", first, second), ("after", second, first)):
-        alone = sorted({shape for shape, _ in own} - {shape for shape, _ in other})
+        alone = sorted({f"{part}: {case}" for part, case, _ in own} - {f"{part}: {case}" for part, case, _ in other})
         if alone:
-            lines.append(f"only in {name}: {', '.join(alone)}")
-    devices = [results["environment"]["device"] for results in (before, after)]
+            lines.append("\n".join([f"only in {name}:", *(f"- {case}" for case in alone)]))
+    devices = [{str(part.environment.get("device")) for part in parts.values()} for parts in (before, after)]
     if devices[0] != devices[1]:
-        lines.append(f"different devices: {devices[0]} and {devices[1]}")
+        lines.append(f"different devices: {' and '.join(', '.join(sorted(names)) for names in devices)}")
     return "\n\n".join(lines)
 
 
@@ -53,8 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("before", type=Path, help="JSON of a run of benchmarks.report")
     parser.add_argument("after", type=Path, help="JSON of another")
     args = parser.parse_args(argv)
-    before, after = (json.loads(path.read_text(encoding="utf-8")) for path in (args.before, args.after))
-    print(compare(before, after))
+    for path in (args.before, args.after):
+        if not path.exists():
+            parser.error(f"there is no {path}")
+    print(compare(records.load(args.before), records.load(args.after)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 import cpo_kernels
 
-PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 SOURCE_SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
 _ROOT = Path(__file__).parent.parent
 
@@ -58,6 +58,13 @@ def gpu() -> dict[str, object]:
         "driver": driver(),
         "CUDA of torch": torch.version.cuda or torch.version.hip,
     }
+
+
+def slug(described: dict[str, object]) -> str:
+    """A file name for the device of a description: its GPU, or its processor."""
+    found = described.get("gpu")
+    name = str(found["name"]) if isinstance(found, dict) else str(described["device"]).split(",")[0]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def driver() -> str:

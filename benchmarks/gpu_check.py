@@ -1,11 +1,12 @@
 """One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks and tuning, with their results.
 
 `make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
-`tests` is the parts tests-1, tests-2 and so on, one after another. Every part has a time limit, after which its
-processes are ended and it counts as failed; what it had found until then is kept, because results are written as they
-come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, tests-*.xml, tuning.json. A later run into the
-same folder keeps what earlier ones found there for other parts, if code, device and versions are the same. Compiled
-kernels are kept in build/gpu-check from part to part. The exit status is 1 if a part of this run failed.
+`tests` is the parts tests-1, tests-2 and so on, one after another, `suite` those of benchmarks.suite. Every part has a
+time limit, after which its processes are ended and it counts as failed; what it had found until then is kept, because
+results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, tests-*.xml,
+tuning.json, and of the suite PART.json, which `python -m benchmarks.report --merge FOLDER` turns into a report. A later
+run into the same folder keeps what earlier ones found there for other parts, if code, device and versions are the same.
+Compiled kernels are kept in build/gpu-check from part to part. The exit status is 1 if a part of this run failed.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from benchmarks import environment
 from benchmarks.environment import log
+from benchmarks.suite import PARTS as SUITE_PARTS
 from benchmarks.tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +260,14 @@ def tune(settings: Settings) -> Outcome:
     return outcome("tune", run_command(command, settings, settings.limit), [note])
 
 
+def suite_part(settings: Settings, name: str) -> Outcome:
+    """One part of the suite into NAME.json; what it had measured when its time was up is there."""
+    command = [sys.executable, "-m", "benchmarks.suite", name, "--out", str(settings.out), "--device", settings.device]
+    run = run_command([*command, *["--quick"] * settings.quick], settings, settings.limit)
+    return outcome(f"suite-{name}", run, [f"results: {name}.json"])
+
+
+SUITE = [f"suite-{name}" for name in SUITE_PARTS]
 TESTS = [f"tests-{shard}" for shard in range(1, SHARDS + 1)]
 PARTS: dict[str, Callable[[Settings], Outcome]] = {
     "build": build,
@@ -265,13 +275,15 @@ PARTS: dict[str, Callable[[Settings], Outcome]] = {
     "sanitizer": sanitizer,
     "bench": bench,
     "tune": tune,
+    **{f"suite-{name}": partial(suite_part, name=name) for name in SUITE_PARTS},
 }
-NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "tune")
+GROUPS = {"tests": TESTS, "suite": SUITE}
+NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "tune", "suite", *SUITE)
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """The parts of a command line, each once: `tests` stands for every part of the suite."""
-    return list(dict.fromkeys(part for name in names for part in (TESTS if name == "tests" else [name])))
+    """The parts of a command line, each once; `tests` and `suite` stand for all of their parts."""
+    return list(dict.fromkeys(part for name in names for part in GROUPS.get(name, [name])))
 
 
 def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list[Outcome]:

@@ -1,101 +1,85 @@
-"""Everything in one run: one table on stdout, the same with details as Markdown and JSON in `benchmarks/results/`.
+"""The suite: every part in a process of its own, then one page with every bar, its JSON and its plots.
 
-`python -m benchmarks.report` measures all shapes, in under 15 minutes on two idle cores; `--only "gpt2 4k"` those whose
-name contains the text; `--quick` tiny ones, to see that everything still runs.
+`make bench`, or `python -m benchmarks.report [--parts heads lengths] [--texts FILE --tokenizer FOLDER]`: under 15
+minutes on two idle cores. The results are named after the device; parts that are not run are kept from the file that
+is there. `--merge FOLDER` measures nothing but takes the PART.json files that benchmarks.suite left in a folder, maybe
+on another machine; `--render` only writes page and plots anew. `python -m benchmarks.publish` takes figures into
+README and docs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+import tempfile
 from pathlib import Path
 
-from benchmarks import accuracy, environment, memory, shapes, tables
-from benchmarks.accuracy import LogpError
-from benchmarks.contestants import FLOOR, OURS
+from benchmarks import environment, page, plots, records
 from benchmarks.environment import log
-from benchmarks.measure import CaseResult, measure_case
-from benchmarks.memory import Peak
-from benchmarks.peers import BUILDERS
-from benchmarks.shapes import Shape
-from benchmarks.timing import Effort
+from benchmarks.records import Part, Parts
+from benchmarks.setting import Setting
+from benchmarks.suite import PARTS, add_setting, setting_of, setting_options
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True)
-class Report:
-    """All results of one run."""
-
-    environment: dict[str, object]
-    cases: list[CaseResult]
-    peaks: list[Peak]
-    logps: list[LogpError]
-    seconds: float
-
-
-def run(cases: Sequence[Shape], effort: Effort, *, quick: bool, argv: list[str]) -> Report:
-    """Measure the cases, then peak memory and accuracy."""
-    started = time.perf_counter()
-    described = environment.describe(["report", *argv])
-    results = []
-    for shape in cases:
-        log(f"{shape.name}: N={shape.num_tokens}, V={shape.vocab}, H={shape.hidden} ...")
-        results.append(measure_case(shape, peers_of(shape), effort))
-        log(tables.progress(results[-1]))
-    peaks = measure_peaks(quick=quick)
-    log("accuracy of sequence log-likelihoods ...")
-    logps = accuracy.measure(shapes.QUICK[1] if quick else shapes.ACCURACY)
-    return Report(described, results, peaks, logps, time.perf_counter() - started)
+def run_part(name: str, setting: Setting) -> Part:
+    """Measure a part in a fresh process; what it had measured when it died is kept."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.suite", name, "--out", folder, *setting_options(setting)]
+        status = subprocess.run(command, cwd=ROOT).returncode
+        part = records.load(Path(folder) / f"{name}.json").get(name)
+    if part is None:
+        described = environment.describe(["suite", name, *setting_options(setting)], setting.device.type)
+        part = Part(name, described, error=f"no result, exit status {status}")
+    return part
 
 
-def peers_of(shape: Shape) -> tuple[str, ...]:
-    """Peers timed on a shape; the smallest budget is a question about ours and the floor alone."""
-    return () if shape.smallest_budget else tuple(n for n in BUILDERS if n not in shape.without)
+def merge(parts: Parts, folder: Path) -> None:
+    """Take the parts of a folder."""
+    for name in PARTS:
+        parts.update(records.load(folder / f"{name}.json"))
 
 
-def measure_peaks(*, quick: bool) -> list[Peak]:
-    """Ours at few and at many tokens and, for what the GEMM library takes, the floor; each in its own process."""
-    log("peak memory in processes of their own ...")
-    if quick:
-        return [memory.measure(OURS, shapes.QUICK[0], shapes.QUICK[0].num_tokens)]
-    few, many = shapes.PEAK_MEMORY_TOKENS
-    runs = product(shapes.PEAK_MEMORY, ((FLOOR, few), (OURS, few), (OURS, many)))
-    return [memory.measure(name, shape, tokens) for shape, (name, tokens) in runs]
+def write(parts: Parts, folder: Path, name: str) -> None:
+    """`name`.json, `name`.md and the plots."""
+    records.save(parts, folder / f"{name}.json")
+    pictures = plots.draw(parts, folder, name)
+    records.write_whole(folder / f"{name}.md", page.page(parts, name, pictures))
 
 
-def write(report: Report, folder: Path, name: str) -> None:
-    """`name`.json and `name`.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(asdict(report), indent=1, default=str) + "\n")
-    (folder / f"{name}.md").write_text(tables.page(report))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run, print the table and write the results."""
+def main(argv: list[str] | None = None) -> int:
+    """Run, write and print; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes; the times mean nothing")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only shapes whose name contains TEXT")
-    parser.add_argument("--all-peers", action="store_true", help="every peer on every shape: about twice the time")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the contestants that are close")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{list(PARTS)}")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    parser.add_argument("--name", default="cpu", help="name of the two result files (default: %(default)s)")
-    argv = sys.argv[1:] if argv is None else argv
+    parser.add_argument("--name", help="of the result files (default: the device's)")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="take the PART.json files of a folder")
+    parser.add_argument("--render", action="store_true", help="measure nothing, write page and plots again")
+    add_setting(parser)
     args = parser.parse_args(argv)
-    cases = [shape for shape in (shapes.QUICK if args.quick else shapes.CASES) if args.only in shape.name]
-    if not cases:
-        parser.error(f"no shape's name contains {args.only!r}")
-    if args.all_peers:
-        cases = [replace(shape, without=()) for shape in cases]
-    report = run(cases, Effort(rounds=args.rounds), quick=args.quick, argv=argv)
-    write(report, args.output, "quick" if args.quick else args.name)
-    print(tables.summary(report))
+    folder, name = args.output, name_of(args)
+    parts = records.load(folder / f"{name}.json")
+    if args.merge:
+        merge(parts, args.merge)
+    for part in [] if args.merge or args.render else args.parts:
+        log(f"{part} ...")
+        parts[part] = run_part(part, setting_of(args))
+        log(f"{part}: {parts[part].seconds:.0f} s {parts[part].error}")
+        records.save(parts, folder / f"{name}.json")
+    write(parts, folder, name)
+    print(page.headline(parts))
+    return 1 if any(part.error for part in parts.values()) else 0
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """Of the result files."""
+    if args.name or args.quick:
+        return args.name or "quick"
+    return environment.slug(environment.describe(["report"], args.device.type))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from benchmarks import compare
-from benchmarks.contestants import FLOOR
+from benchmarks import compare, records
+from benchmarks.records import Part, Record
 
 pytestmark = pytest.mark.cpu
 
 
-def results(device: str = "cpu", **shapes: dict[str, list[float]]) -> dict:
-    """As benchmarks.report writes them, as far as times go."""
-    cases = [
-        {
-            "shape": {"name": name},
-            "rows": [{"contestant": who, "timing": {"seconds": seconds}} for who, seconds in rows.items()],
-        }
-        for name, rows in shapes.items()
-    ]
-    return {"environment": {"device": device}, "cases": cases}
+def results(device: str = "a device", **cases: dict[str, dict[str, float]]) -> records.Parts:
+    """A part of head timings: case -> contestant -> values."""
+    found = [Record(case, who, values, {"N": 8}) for case, rows in cases.items() for who, values in rows.items()]
+    return {"heads": Part("heads", {"device": device}, found)}
 
 
-def test_ratios_are_of_multiples_of_the_floor():
-    before = results(small={FLOOR: [2.0, 2.5], "ours": [4.0, 3.0]}, large={FLOOR: [1.0], "ours": [1.0]})
-    after = results(small={FLOOR: [1.0], "ours": [1.2, 9.0], "new": [5.0]})
+def cells(table: str, word: str) -> list[str]:
+    (row,) = [line for line in table.splitlines() if word in line]
+    return [cell.strip() for cell in row.strip("| ").split("|")]
+
+
+def test_multiples_are_compared_and_not_seconds():
+    before = results(small={"ours": {"seconds": 3.0, "floor": 1.5}, "floor": {"seconds": 2.0, "floor": 1.0}})
+    after = results(small={"ours": {"seconds": 9.0, "floor": 1.2}, "floor": {"seconds": 7.5, "floor": 1.0}})
     table = compare.compare(before, after)
-    (row,) = [line for line in table.splitlines() if "ours" in line]
-    assert [cell.strip() for cell in row.strip("| ").split("|")] == ["small", "ours", "1.50", "1.20", "0.800"]
-    assert "only in before: large" in table and "only in after" not in table
-    assert "different devices" not in table
+    assert cells(table, "ours") == ["heads", "small; N=8", "ours", "x floor", "1.500", "1.200", "0.800"]
+    assert cells(table, "| floor ") == ["heads", "small; N=8", "floor", "s", "2", "7.5", "3.750"]
+    assert "different devices" not in table and "only in" not in table
 
 
-def test_different_devices_are_named_and_nothing_in_common_is_said():
-    table = compare.compare(results("a", x={FLOOR: [1.0]}), results("b", y={FLOOR: [1.0], "ours": [1.0]}))
-    assert "nothing in common" in table and "different devices: a and b" in table
-    assert "only in before" not in table and "only in after: y" in table
+def test_other_conditions_are_another_case():
+    before, after = results(x={"ours": {"seconds": 1.0}}), results(x={"ours": {"seconds": 1.0}})
+    after["heads"].records[0] = Record("x", "ours", {"seconds": 1.0}, {"N": 16})
+    table = compare.compare(before, after)
+    assert "nothing in common" in table
+    assert "only in before:\n- heads: x; N=8" in table and "only in after:\n- heads: x; N=16" in table
+
+
+def test_different_devices_are_named():
+    table = compare.compare(results("one", x={"ours": {"floor": 2.0}}), results("two", x={"ours": {"floor": 1.0}}))
+    assert "different devices: one and two" in table
+    assert cells(table, "ours")[-1] == "0.500"
+
+
+def test_records_without_values_are_left_out():
+    assert compare.figures(results(x={"ours": {}})) == {}
 
 
 def test_the_command_reads_files(tmp_path, capsys):
     paths = [tmp_path / name for name in ("before.json", "after.json")]
-    for path, seconds in zip(paths, (1.5, 1.2), strict=True):
-        path.write_text(json.dumps(results(small={FLOOR: [1.0], "ours": [seconds]})))
+    for path, floor in zip(paths, (1.5, 1.2), strict=True):
+        records.save(results(small={"ours": {"floor": floor}}), path)
     compare.main([str(path) for path in paths])
     assert "0.800" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compare.main([str(paths[0]), str(tmp_path / "missing.json")])

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import contestants, gpu_bench, gpu_cases, gpu_check, tune
+from benchmarks import contestants, gpu_bench, gpu_cases, gpu_check, suite, tune
 from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
 from benchmarks.measure import ContestantError
@@ -104,6 +104,7 @@ def test_without_a_built_extension_the_build_comes_first(settings, monkeypatch):
 def test_tests_stand_for_every_shard_and_no_part_runs_twice():
     assert gpu_check.expand(["build", "tests"]) == ["build", "tests-1", "tests-2", "tests-3"]
     assert gpu_check.expand(["tests-2", "tests", "tests-2"]) == ["tests-2", "tests-1", "tests-3"]
+    assert gpu_check.expand(["suite"]) == [f"suite-{name}" for name in suite.PARTS]
     assert set(gpu_check.expand(gpu_check.NAMES)) == set(gpu_check.PARTS)
 
 

@@ -1,0 +1,253 @@
+"""Every bar of the contract against what was measured: value, bar, met or not, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.contestants import OURS, OURS_FP32_LOGITS
+from benchmarks.records import Part, Parts, Record, value
+from benchmarks.tables import markdown
+
+NOT_MEASURED = "not measured"
+GPU = "needs an H200"
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+FULL_PROMPT, HALF_PROMPT = 0.0, 0.5
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line.
+
+    Attributes:
+        what: the bar's row of the contract, and to what it was applied.
+        measured: the value in words.
+        bar: the value it is held against.
+        met: None where it was not measured.
+        why: it was missed or not measured, or by what margin.
+    """
+
+    what: str
+    measured: str
+    bar: str
+    met: bool | None
+    why: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """Met, missed or not measured."""
+        return NOT_MEASURED if self.met is None else "met" if self.met else "**missed**"
+
+
+def missing(what: str, bar: str, why: str) -> Bar:
+    """A bar without a value."""
+    return Bar(what, "", bar, None, why)
+
+
+def at_most(what: str, found: float, bar: float, unit: str, why: str = "") -> Bar:
+    """A bar from below."""
+    return Bar(what, f"{found:.3g}{unit}", f"<= {bar:g}{unit}", found <= bar, "" if found <= bar else why)
+
+
+def at_least(what: str, found: float, bar: float, unit: str, why: str = "") -> Bar:
+    """A bar from above."""
+    return Bar(what, f"{found:.3g}{unit}", f">= {bar:g}{unit}", found >= bar, "" if found >= bar else why)
+
+
+def on_gpu(part: Part) -> bool:
+    """Whether a part was measured on one."""
+    return "gpu" in part.environment
+
+
+def is_peer(record: Record) -> bool:
+    """Neither ours nor a floor."""
+    return not record.contestant.startswith(("cpo-kernels", "floor"))
+
+
+def sizes(record: Record) -> str:
+    """A record's head, tokens and dtype."""
+    given = record.conditions
+    dtype = SHORT.get(given.get("dtype", ""), "")
+    return f"V={given['V']}, H={given['H']}, N={given['N']}, {dtype}" if "V" in given else record.case
+
+
+def exact_loss(parts: Parts) -> Iterator[Bar]:
+    """Loss and gradients against three bare products."""
+    part = parts.get("heads")
+    what = "exact loss and gradients against three bare products"
+    if part is None:
+        yield missing(what, "<= 1.05", NOT_MEASURED)
+        return
+    bar = 1.12 if on_gpu(part) else 1.05
+    for record in part.select(OURS, mode="trained", work="cpo", prompt=FULL_PROMPT):
+        if "floor" in record.values:
+            yield at_most(f"{what}, {sizes(record)}", record.values["floor"], bar, "x")
+    if not on_gpu(part):
+        yield missing("the same on an H200, bf16, N=8192, H=4096, V=128256", "<= 1.12x", GPU)
+
+
+def peers(parts: Parts) -> Iterator[Bar]:
+    """Faster than each peer on the same work."""
+    part = parts.get("heads")
+    what = "faster than every peer"
+    if part is None:
+        yield missing(what, "> 1", NOT_MEASURED)
+        return
+    for case in part.cases():
+        rivals = [r for r in part.select(case=case) if is_peer(r) and "of_ours" in r.values]
+        if rivals:
+            yield against_fastest(f"{what}, {case} ({len(rivals)} peers)", rivals)
+    if not on_gpu(part):
+        yield missing("faster than Cut Cross-Entropy's kernels and QuACK", "> 1", "they need a GPU")
+
+
+def against_fastest(what: str, rivals: Sequence[Record]) -> Bar:
+    """The peer that comes closest; level within a percent is not faster."""
+    nearest = min(rivals, key=lambda record: record.values["of_ours"])
+    found = nearest.values["of_ours"]
+    return Bar(what, f"{nearest.contestant}: {found:.2f}x ours", "> 1", found > 1, "" if found > 1 else WHY["peers"])
+
+
+def row_kernels(parts: Parts) -> Iterator[Bar]:
+    """Measured by benchmarks.gpu_bench only."""
+    yield missing("row kernels against the copy bandwidth of an H200", ">= 85 %", f"{GPU} (`make gpu-check`)")
+
+
+def peak_memory(parts: Parts) -> Iterator[Bar]:
+    """Beyond inputs and gradients, at few and at many tokens."""
+    part = parts.get("heads")
+    records = [r for r in part.select(OURS) if r.case.startswith("peak memory")] if part else []
+    if not records:
+        yield missing("peak memory beyond inputs and gradients", "the budget + 2 %", NOT_MEASURED)
+    for record in records:
+        where = f"peak memory beyond inputs and gradients over the budget, {sizes(record)}"
+        yield at_most(where, record.values["of_budget"], 1.02, "x")
+
+
+def without_gradients(parts: Parts) -> Iterator[Bar]:
+    """Log-likelihoods against one product."""
+    part = parts.get("heads")
+    records = part.select(OURS, mode="no_grad") if part else []
+    if not records:
+        yield missing("no_grad sequence log-likelihoods against one product", "<= 1.05x", NOT_MEASURED)
+    for record in records:
+        yield at_most(
+            f"no_grad log-likelihoods against one product, {sizes(record)}", record.values["floor"], 1.05, "x"
+        )
+
+
+def natural_lengths(parts: Parts) -> Iterator[Bar]:
+    """Fifty batches, compilation included; a peer that was stopped beyond our time is slower."""
+    what = "50 batches of natural lengths, first call included, against every peer"
+    part = parts.get("lengths")
+    if part is None:
+        yield missing(what, "> 1", NOT_MEASURED)
+        return
+    for case in part.cases():
+        rivals = [r for r in part.select(case=case) if is_peer(r) and "of_ours" in r.values]
+        if rivals:
+            yield against_fastest(f"{what}, {case} ({len(rivals)} peers)", rivals)
+
+
+def filters(parts: Parts) -> Iterator[Bar]:
+    """The fastest filter within the error, after 200 steps and later."""
+    what = "candidate_eps and grad_filter_eps on a real run, error <= 1e-3"
+    part = parts.get("filters")
+    if part is None:
+        yield missing(what, "<= 0.6x floor", NOT_MEASURED)
+        return
+    for case in part.cases():
+        found = [r for r in part.select(case=case) if "at error" in r.contestant and "floor" in r.values]
+        if found:
+            best = min(found, key=lambda record: record.values["floor"])
+            yield at_most(f"{what}, {case} ({best.contestant})", best.values["floor"], 0.6, "x floor", WHY["filters"])
+
+
+def accuracy(parts: Parts) -> Iterator[Bar]:
+    """Of a sum of 1,024 tokens' log-probabilities."""
+    what = "sequence log-likelihood against fp64, T = 1024, bf16 inputs, fp32 logits"
+    part = parts.get("heads")
+    records = [r for r in part.select(OURS_FP32_LOGITS) if "nats_largest" in r.values] if part else []
+    if not records:
+        yield missing(what, "<= 2e-3 nats", NOT_MEASURED)
+    for record in records:
+        yield at_most(what, record.values["nats_largest"], 2e-3, " nats")
+
+
+def sharing(parts: Parts) -> Iterator[Bar]:
+    """The body on shared rows."""
+    what = "prefix sharing, K = 4, the body against K + 1 rows"
+    part = parts.get("sharing")
+    records = [r for r in part.records if "ratio" in r.values] if part else []
+    if not records:
+        yield missing(what, ">= 1.5x", NOT_MEASURED)
+    for record in records:
+        where = f"{what}: {record.conditions['body']}, {record.conditions['attention']}"
+        yield at_least(where, record.values["ratio"], 1.5, "x", WHY.get(record.conditions["attention"], ""))
+
+
+def steps(parts: Parts) -> Iterator[Bar]:
+    """Our best trainer on the very pairs that TRL's gets."""
+    what = "a training step against TRL's, K = 1, half the tokens prompt"
+    part = parts.get("steps")
+    if part is None:
+        yield missing(what, ">= 2x, at lower peak memory", NOT_MEASURED)
+        return
+    for case in part.cases():
+        records = part.select(case=case)
+        stock = [r for r in records if r.contestant.startswith("TRL") and r.values.get("of_trl") == 1.0]
+        ours = [r for r in records if not r.contestant.startswith("TRL") and "of_trl" in r.values]
+        if stock and ours:
+            yield against_trl(f"{what}: {case}", stock[0], max(ours, key=lambda r: r.values["of_trl"]))
+
+
+def against_trl(what: str, stock: Record, ours: Record) -> Bar:
+    """Time and peak memory of two records."""
+    ratio, (theirs, own) = ours.values["of_trl"], value((stock, ours), "peak_mib")
+    met = ratio >= 2 and own < theirs
+    measured = f"{ours.contestant}: {ratio:.2f}x, {own:.0f} of {theirs:.0f} MiB"
+    return Bar(what, measured, ">= 2x, at lower peak memory", met, "" if met else WHY["steps"])
+
+
+def truncation(parts: Parts) -> Iterator[Bar]:
+    """A step with truncations against the step without."""
+    what = "truncation negatives against the step without them"
+    part = parts.get("negatives")
+    records = [r for r in part.records if "of_base" in r.values and "truncation" in r.contestant] if part else []
+    if not records:
+        yield missing(what, "<= 1.05x", NOT_MEASURED)
+    for record in records:
+        yield at_most(f"{what}: {record.contestant}, {record.case}", record.values["of_base"], 1.05, "x")
+
+
+# Why a bar is missed where it is; shown beside it only then.
+WHY = {
+    "peers": "",
+    "filters": "",
+    "eager": "a model's own eager function computes all scores of a packed row, also those that the mask hides",
+    "steps": "",
+}
+BARS: tuple[Callable[[Parts], Iterable[Bar]], ...] = (
+    exact_loss,
+    peers,
+    row_kernels,
+    peak_memory,
+    without_gradients,
+    natural_lengths,
+    filters,
+    accuracy,
+    sharing,
+    steps,
+    truncation,
+)
+
+
+def verdicts(parts: Parts) -> list[Bar]:
+    """Every bar in the order of the contract."""
+    return [bar for of in BARS for bar in of(parts)]
+
+
+def table(bars: Iterable[Bar]) -> str:
+    """A row a bar."""
+    rows = [[bar.what, bar.measured, bar.bar, bar.verdict, bar.why] for bar in bars]
+    return markdown(["what", "measured", "bar", "", "why"], rows, left=range(5))

@@ -1,0 +1,114 @@
+"""Figures of README and docs from the result files: `python -m benchmarks.publish`, with --check to change nothing.
+
+A figure stands between `<!-- from FILE: BLOCK -->` and `<!-- end -->`, where FILE is the name of a file in
+`benchmarks/results` and BLOCK says what of it; for one number `value: PART | CASE | CONTESTANT | VALUE`. With --check
+the exit status is 1 if a document does not say what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from benchmarks import bars, columns, page, records, scaling
+from benchmarks.contestants import FLOOR
+from benchmarks.records import Parts, Record
+from benchmarks.tables import markdown
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/results.md", "docs/plugging-in.md", "docs/training.md", "docs/design.md")
+BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
+
+
+@lru_cache
+def results(path: Path) -> Parts:
+    """A result file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return records.load(path)
+
+
+def one_value(parts: Parts, where: str) -> str:
+    """A number, by `PART | CASE | CONTESTANT | VALUE`; several records of that name differ in their conditions."""
+    part, case, contestant, name = (word.strip() for word in where.split("|"))
+    record = records.only(parts[part].select(contestant, case=case), where)
+    return columns.shown(name, record.values[name])
+
+
+def short_matrix(parts: Parts, where: str) -> str:
+    """Times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
+    part, cases = parts["heads"], [word.strip() for word in where.split("|")]
+    timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and r.contestant != FLOOR]
+    names = list(dict.fromkeys(record.contestant for record in timed))
+    best = {case: min(r.values["floor"] for r in timed if r.case == case) for case in cases}
+    cells = {(r.contestant, r.case): emphasised(r, best[r.case]) for r in timed}
+    return markdown(["", *cases], [[name, *(cells.get((name, case), "") for case in cases)] for name in names])
+
+
+def emphasised(record: Record, best: float) -> str:
+    """The fastest in bold."""
+    text = f"{record.values['floor']:.2f}"
+    return f"**{text}**" if record.values["floor"] == best else text
+
+
+def part_of(parts: Parts, name: str) -> str:
+    """All tables of a part, and the line that says where they come from."""
+    return "\n\n".join([*columns.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
+
+
+BLOCKS: dict[str, Callable[[Parts, str], str]] = {
+    "bars": lambda parts, _: bars.table(bars.verdicts(parts)),
+    "matrix": lambda parts, _: page.matrix(parts["heads"]),
+    "short matrix": short_matrix,
+    "part": part_of,
+    "conditions": lambda parts, name: page.conditions(parts[name.strip()]),
+    "cost model": lambda parts, _: scaling.check(list(scaling.points(parts))),
+    "predictions": lambda parts, _: scaling.predictions(),
+    "value": one_value,
+}
+
+
+def rendered(text: str, folder: Path = RESULTS) -> str:
+    """A document with the figures that the result files have now."""
+
+    def replace(match: re.Match[str]) -> str:
+        file, block, old = match.groups()
+        name, _, where = block.partition(":")
+        new = BLOCKS[name.strip()](results(folder / f"{file}.json"), where)
+        inline = "\n" not in old and "\n" not in new
+        return f"<!-- from {file}: {block} -->{new if inline else f'{chr(10) * 2}{new}{chr(10) * 2}'}<!-- end -->"
+
+    return BLOCK.sub(replace, text)
+
+
+def outdated(documents: Iterable[Path]) -> list[Path]:
+    """Documents that do not say what the files say."""
+    return [
+        path for path in documents if path.read_text(encoding="utf-8") != rendered(path.read_text(encoding="utf-8"))
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the documents, or only compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a document differs")
+    args = parser.parse_args(argv)
+    changed = outdated(ROOT / name for name in DOCUMENTS)
+    for path in changed:
+        print(path.relative_to(ROOT))
+        if not args.check:
+            path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if args.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The report: bars that can be missed, tables of records, parts in processes of their own, figures of the documents."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from benchmarks import bars, columns, environment, page, plots, publish, records, report, suite
+from benchmarks.contestants import OURS, OURS_FP32_LOGITS
+from benchmarks.records import Part, Parts, Record
+from benchmarks.setting import Setting
+
+pytestmark = pytest.mark.cpu
+
+ENVIRONMENT = environment.describe(["suite", "heads"])
+SIZES = {"V": 50257, "H": 768, "N": 1024, "dtype": "float32", "prompt": 0.0, "mode": "trained", "work": "cpo"}
+
+
+def parts(name: str, *found: Record) -> Parts:
+    return {name: Part(name, ENVIRONMENT, list(found), 1.0)}
+
+
+def verdict(of, measured: Parts) -> list[bool | None]:
+    return [bar.met for bar in of(measured) if bar.met is not None]
+
+
+# A bar, the part it reads, and records that meet and that miss it.
+MET_AND_MISSED = {
+    "floor": (
+        bars.exact_loss,
+        "heads",
+        [Record("c", OURS, {"floor": 1.05}, SIZES)],
+        [Record("c", OURS, {"floor": 1.06}, SIZES)],
+    ),
+    "peers": (
+        bars.peers,
+        "heads",
+        [Record("c", OURS, {"of_ours": 1.0}), Record("c", "a", {"of_ours": 1.2}), Record("c", "b", {"of_ours": 3.0})],
+        [Record("c", OURS, {"of_ours": 1.0}), Record("c", "a", {"of_ours": 0.99}), Record("c", "b", {"of_ours": 3.0})],
+    ),
+    "peak": (
+        bars.peak_memory,
+        "heads",
+        [Record("peak memory, fp32", OURS, {"of_budget": 1.02}, SIZES)],
+        [Record("peak memory, fp32", OURS, {"of_budget": 1.03}, SIZES)],
+    ),
+    "no_grad": (
+        bars.without_gradients,
+        "heads",
+        [Record("c", OURS, {"floor": 1.0}, SIZES | {"mode": "no_grad"})],
+        [Record("c", OURS, {"floor": 1.1}, SIZES | {"mode": "no_grad"})],
+    ),
+    "lengths": (
+        bars.natural_lengths,
+        "lengths",
+        [Record("c", "a", {"of_ours": 1.5})],
+        [Record("c", "a", {"of_ours": 0.5}), Record("c", "b", {"of_ours": 1.5})],
+    ),
+    "filters": (
+        bars.filters,
+        "filters",
+        [Record("c", "x at error 1e-3", {"floor": 0.9}), Record("c", "y at error 1e-3", {"floor": 0.6})],
+        [Record("c", "x at error 1e-3", {"floor": 0.61}), Record("c", "exact", {"floor": 0.5})],
+    ),
+    "accuracy": (
+        bars.accuracy,
+        "heads",
+        [Record("c", OURS_FP32_LOGITS, {"nats_largest": 1e-3})],
+        [Record("c", OURS_FP32_LOGITS, {"nats_largest": 3e-3})],
+    ),
+    "sharing": (
+        bars.sharing,
+        "sharing",
+        [Record("body", "shared", {"ratio": 1.5}, {"body": "gpt2", "attention": "sdpa"})],
+        [Record("body", "shared", {"ratio": 1.4}, {"body": "gpt2", "attention": "eager"})],
+    ),
+    "steps": (
+        bars.steps,
+        "steps",
+        [
+            Record("c", "TRL", {"of_trl": 1.0, "peak_mib": 9.0}),
+            Record("c", "ours", {"of_trl": 2.0, "peak_mib": 8.0}),
+        ],
+        [
+            Record("c", "TRL", {"of_trl": 1.0, "peak_mib": 9.0}),
+            Record("c", "ours", {"of_trl": 3.0, "peak_mib": 10.0}),
+        ],
+    ),
+    "truncation": (
+        bars.truncation,
+        "negatives",
+        [Record("c", "batch 1, truncation 4", {"of_base": 1.05})],
+        [Record("c", "batch 1, truncation 4", {"of_base": 1.06})],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MET_AND_MISSED)
+def test_a_bar_is_met_or_missed_by_what_was_measured(name):
+    of, part, met, missed = MET_AND_MISSED[name]
+    assert verdict(of, parts(part, *met)) == [True]
+    assert verdict(of, parts(part, *missed)) == [False]
+
+
+def test_every_row_of_the_contract_has_a_line_even_when_nothing_was_measured():
+    found = bars.verdicts({})
+    assert len(found) >= len(bars.BARS) == 11
+    assert all(bar.met is None and bar.why for bar in found)
+
+
+def test_the_reason_stands_beside_a_missed_bar_only():
+    records_ = [
+        Record("body", "shared", {"ratio": ratio}, {"body": "gpt2", "attention": "eager"}) for ratio in (1.1, 1.6)
+    ]
+    missed, met = bars.sharing(parts("sharing", *records_))
+    assert (missed.why, met.why) == (bars.WHY["eager"], "")
+
+
+def test_a_table_shows_conditions_that_differ_and_values_in_their_units():
+    rows = [
+        Record("c", "a", {"seconds": 0.12345, "floor": 1.0}, {"N": 8, "dtype": "float32"}),
+        Record("c", "b", {"peak_mib": 3.25}, {"N": 16, "dtype": "float32"}, "slow"),
+    ]
+    table = columns.case_table(rows).splitlines()
+    header, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
+    assert header == ["", "N", "s", "x floor", "peak MiB", "note"]
+    assert first == ["a", "8", "0.1235", "1.000", "", ""]
+    assert second == ["b", "16", "", "", "3.2", "slow"]
+    assert columns.common_conditions(rows) == {"dtype": "float32"}
+
+
+def test_records_survive_their_json(tmp_path):
+    measured = parts("heads", Record("c", "a", {"seconds": 1.5, "floor": float("nan")}, {"N": 8}, "a note"))
+    records.save(measured, tmp_path / "x.json")
+    (record,) = records.load(tmp_path / "x.json")["heads"].records
+    assert record == Record("c", "a", {"seconds": 1.5}, {"N": 8}, "a note")
+    assert records.load(tmp_path / "nothing.json") == {}
+
+
+def test_select_takes_contestant_case_and_conditions():
+    part = Part(
+        "p", {}, [Record("c", "a", {}, {"N": 1}), Record("c", "b", {}, {"N": 2}), Record("d", "a", {}, {"N": 2})]
+    )
+    assert part.select("a", case="c") == part.records[:1]
+    assert part.select(N=2) == part.records[1:]
+    with pytest.raises(LookupError, match="found 2"):
+        records.only(part.select("a"), "two")
+
+
+class Failing:
+    """A part that breaks after its first record."""
+
+    @staticmethod
+    def run(setting: Setting):
+        yield Record("c", "a", {"seconds": 1.0})
+        raise ValueError("what happened")
+
+
+def test_a_part_that_breaks_keeps_its_records_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "import_module", lambda name: Failing)
+    part = suite.measure("heads", Setting(quick=True), tmp_path, ["heads"])
+    assert part.error == "ValueError: what happened"
+    assert records.load(tmp_path / "heads.json")["heads"].records == part.records != []
+
+
+def test_a_run_replaces_its_parts_and_keeps_the_others(tmp_path, monkeypatch, capsys):
+    records.save(parts("sharing", Record("old", "a")) | parts("heads", Record("old", "a")), tmp_path / "x.json")
+    new = Part("heads", ENVIRONMENT, [Record("new", "a")], error="broke")
+    monkeypatch.setattr(report, "run_part", lambda name, setting: new)
+    assert report.main(["--parts", "heads", "--output", str(tmp_path), "--name", "x"]) == 1
+    found = records.load(tmp_path / "x.json")
+    assert {name: part.cases() for name, part in found.items()} == {"sharing": ["old"], "heads": ["new"]}
+    assert "heads did not finish: broke" in capsys.readouterr().out
+
+
+def test_parts_of_another_machine_are_merged(tmp_path):
+    records.save(parts("heads", Record("c", "a", {"floor": 1.0}, SIZES)), tmp_path / "there" / "heads.json")
+    arguments = ["--merge", str(tmp_path / "there"), "--output", str(tmp_path), "--name", "gpu"]
+    assert report.main(arguments) == 0
+    assert records.load(tmp_path / "gpu.json")["heads"].cases() == ["c"]
+    assert "## heads" in (tmp_path / "gpu.md").read_text()
+
+
+def test_the_page_has_every_bar_and_every_record():
+    measured = {}
+    for _, part, met, _ in MET_AND_MISSED.values():
+        measured.setdefault(part, Part(part, ENVIRONMENT)).records.extend(met)
+    text = page.page(measured, "x", {"heads": "x-heads.png"})
+    assert "![" in text and "x-heads.png" in text
+    for bar in bars.verdicts(measured):
+        assert bar.what in text
+    for part in measured.values():
+        assert f"## {part.name}" in text and all(f"### {case}" in text for case in part.cases())
+
+
+def test_pictures_are_written_for_parts_that_have_values(tmp_path):
+    curve = [Record("N", OURS, {"seconds": 1.0 * n, "peak_mib": 1.0}, {"N": n, "dtype": "float32"}) for n in (8, 16)]
+    measured = parts("growth", *curve) | parts("steps", Record("c", "TRL", note="not installed"))
+    assert plots.draw(measured, tmp_path, "x") == {"growth": "x-growth.png"}
+    assert (tmp_path / "x-growth.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Figures of the documents
+
+
+def test_a_document_gets_the_figures_of_a_file(tmp_path):
+    records.save(parts("heads", Record("c", OURS, {"floor": 0.5}, SIZES)), tmp_path / "x.json")
+    text = f"It takes <!-- from x: value: heads | c | {OURS} | floor -->9.999<!-- end --> of it."
+    assert publish.rendered(text, tmp_path) == text.replace("9.999", "0.500")
+    block = "<!-- from x: short matrix: c -->\nold\n<!-- end -->"
+    assert re.search(r"cpo-kernels \| \*\*0\.50\*\* \|", publish.rendered(block, tmp_path))
+    with pytest.raises(FileNotFoundError):
+        publish.rendered(text.replace("from x", "from y"), tmp_path)
+
+
+def test_the_documents_say_what_the_result_files_say():
+    documents = [publish.ROOT / name for name in publish.DOCUMENTS]
+    assert publish.outdated(documents) == [], "run `make bench-docs`"
+
+
+def test_a_changed_figure_in_a_document_is_noticed(tmp_path):
+    changed = []
+    for name in publish.DOCUMENTS:
+        text = (publish.ROOT / name).read_text(encoding="utf-8")
+        for match in publish.BLOCK.finditer(text):
+            inner = match.group(3)
+            other = re.sub(r"\d", lambda digit: str((int(digit[0]) + 1) % 10), inner, count=1)
+            path = tmp_path / Path(name).name
+            path.write_text(text[: match.start(3)] + other + text[match.end(3) :], encoding="utf-8")
+            changed.append(publish.outdated([path]) == [path])
+    assert changed and all(changed)
