@@ -40,6 +40,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "error_loss": ("error of loss", "{:.1e}"),
     "error_grad_hidden": ("of grad_hidden", "{:.1e}"),
     "error_grad_weight": ("of grad_weight", "{:.1e}"),
+    "products": ("products", "{:.2f}"),
+    "error_worst": ("worst error", "{:.1e}"),
     "error_filter": ("error of the filter", "{:.1e}"),
     "dropped": ("dropped", "{:.1e}"),
     "nats_largest": ("largest error, nats", "{:.1e}"),

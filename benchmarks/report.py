@@ -19,7 +19,7 @@ from benchmarks import environment, page, plots, records
 from benchmarks.environment import log
 from benchmarks.records import Part, Parts
 from benchmarks.setting import Setting
-from benchmarks.suite import PARTS, add_setting, setting_of, setting_options
+from benchmarks.suite import ON_REQUEST, PARTS, add_setting, setting_of, setting_options
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,8 @@ def write(parts: Parts, folder: Path, name: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run, write and print; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"{list(PARTS)}")
+    usual = [name for name in PARTS if name not in ON_REQUEST]
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=usual, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     parser.add_argument("--name", help="of the result files (default: the device's)")
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="take the PART.json files of a folder")

@@ -30,7 +30,10 @@ PARTS = {
     "steps": "whole training steps beside TRL's trainers",
     "negatives": "what negatives cost a training step",
     "sharing": "prefix sharing: the transformer body",
+    "adapters": "heads that are trained, frozen, low-rank or tied",
+    "liger": "Liger's losses by their own signatures",
 }
+ON_REQUEST = ("liger",)  # not in a run of all: it compiles for a minute, and `heads` has Liger's losses too
 
 
 class Measures(Protocol):

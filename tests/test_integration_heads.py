@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import adapters
+from benchmarks.setting import Setting
+
 pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).parent.parent
 
@@ -31,15 +34,12 @@ def test_the_example_trains_as_one_process_does():
     assert float(out.rsplit(" ", 1)[1]) < 1e-5
 
 
-def test_the_bench_of_heads(tmp_path):
-    sizes = ("--groups", "2", "--tokens", "4", "--hidden", "32", "--vocab", "997", "--rounds", "1", "--threads", "1")
-    run("-m", "benchmarks.bench_heads", *sizes, "--out", str(tmp_path / "heads.md"))
-    table = (tmp_path / "heads.md").read_text()
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
-    assert [(row[0], row[1]) for row in cells] == [
-        ("trained", "3.00"),
-        ("frozen", "2.00"),
-        ("LoRA, rank 16", "2.33"),
-        ("tied", "3.00"),
-    ]
-    assert all(float(row[3]) < 1e-5 for row in cells)
+def test_the_benchmark_of_heads(monkeypatch):
+    found = list(adapters.run(Setting(quick=True)))
+    heads = [record for record in found if record.contestant in adapters.CASES]
+    products = {(record.contestant, f"{record.values['products']:.2f}") for record in heads}
+    assert products == {("trained", "3.00"), ("frozen", "2.00"), ("LoRA, rank 16", "2.33"), ("tied", "3.00")}
+    assert all(r.values["error_worst"] < 1e-5 for r in heads if r.conditions["dtype"] == "float32")
+    monkeypatch.setattr(adapters.Case, "fused", lambda case: (0 * case.hidden().sum(), [0 * x for x in case.leaves]))
+    with pytest.raises(adapters.WrongHeadError, match="trained"):
+        list(adapters.run(Setting(quick=True)))

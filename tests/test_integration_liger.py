@@ -12,7 +12,8 @@ from tolerance import assert_accurate, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 
-from benchmarks import bench_liger
+from benchmarks import liger as bench_liger
+from benchmarks.setting import Setting
 from cpo_kernels.integrations import liger as ours
 from cpo_kernels.integrations.pair_losses import PAIR_LOSSES
 
@@ -258,14 +259,15 @@ def test_importing_needs_neither_liger_nor_transformers():
 
 
 @pytest.mark.cpu  # it measures the memory of the process
-def test_the_benchmark_runs_and_checks_what_it_times(monkeypatch, tmp_path, capsys):
-    out = tmp_path / "liger.md"
-    sizes = ["--pairs=2", "--tokens=8", "--hidden=16", "--vocabulary=97", "--rounds=1", "--threads=1"]
-    chosen = ["--dtypes", "float32", "--losses", "CPO", "DPO"]
-    monkeypatch.setattr(sys, "argv", ["bench_liger", *sizes, *chosen, "--out", str(out)])
-    bench_liger.main()
-    lines = [line for line in out.read_text().splitlines() if line.startswith(("| CPO", "| DPO"))]
-    assert len(lines) == 4 and lines[0] in capsys.readouterr().out
+def test_the_benchmark_runs_and_checks_what_it_times(monkeypatch):
+    found = list(bench_liger.run(Setting(quick=True)))
+    assert [(record.case, record.contestant) for record in found] == [
+        (f"{name}, {dtype}", who)
+        for dtype in ("float32", "bfloat16")
+        for name in bench_liger.LOSSES
+        for who in (bench_liger.OURS, bench_liger.EAGER)
+    ]
+    assert all(record.values["of_ours"] == 1 for record in found if record.contestant == bench_liger.OURS)
     monkeypatch.setattr(ours, "smoothed_sigmoid", lambda difference, _: (1 - difference).relu())
-    with pytest.raises(RuntimeError, match="do not compute the same CPO loss"):
-        bench_liger.main()
+    with pytest.raises(bench_liger.AnotherLossError, match="do not compute the same CPO loss"):
+        list(bench_liger.run(Setting(quick=True)))

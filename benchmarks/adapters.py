@@ -1,17 +1,12 @@
 """What a trained, a frozen, a low-rank and a tied head cost: the CPO loss with its gradients, taking turns.
 
-`python -m benchmarks.bench_heads --threads 2`. Times are the best of the rounds, as multiples of the three bare
-products of the same shape (floor.py). Before they are timed, the loss and every gradient of each head are compared with
-dense float64. On a machine that others use, `--threads 1 --processor-time` counts the seconds of the processor.
+Before they are timed, the loss and every gradient of each head are compared with dense float64.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -19,15 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cpo_kernels
-from benchmarks.environment import as_markdown, describe, log
+from benchmarks.contestants import FLOOR
 from benchmarks.floor import Floor
 from benchmarks.problem import BETA, Problem, contrast, draw
+from benchmarks.records import Record
+from benchmarks.setting import Setting
 from benchmarks.shapes import Shape
-from benchmarks.timing import Clock, Effort, clock_for, processor_clock, round_robin
+from benchmarks.timing import Effort, clock_for, round_robin
 from cpo_kernels.models.adapters import apply_head
 
-FLOOR = "three bare products"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CPU = Shape("heads", 16381, 512, 4, 64, torch.float32, "a prime vocabulary, and seconds for all of it")
+GPU = replace(CPU, vocab=128256, hidden=4096, groups=16, tokens=128)
+QUICK = replace(CPU, vocab=509, hidden=32, groups=2, tokens=8)
+SHORT = 8  # tokens of a candidate that is compared with dense float64
+SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # rounding is below, another loss far above
+
+
+class WrongHeadError(Exception):
+    """A head's loss or gradients are not those of its logits, so its time would mean nothing."""
 
 
 @dataclass
@@ -125,63 +129,38 @@ def worst_error(make: Callable[[Problem], Case], problem: Problem) -> float:
     return max(((out.double() - ref).norm() / ref.norm()).item() for out, ref in pairs)
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=4)
-    parser.add_argument("--candidates", type=int, default=4, help="candidates of a group, K + 1")
-    parser.add_argument("--tokens", type=int, default=64, help="of each candidate")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=16381)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--processor-time", action="store_true", help="not the clock's; for one thread")
-    parser.add_argument("--out", type=Path, help="Markdown file for the table")
-    return parser.parse_args()
+def run(setting: Setting) -> Iterator[Record]:
+    """Every head in both dtypes."""
+    shape = QUICK if setting.quick else GPU if setting.on_gpu else CPU
+    for dtype in (torch.float32, torch.bfloat16):
+        yield from measure(replace(shape, dtype=dtype), setting)
 
 
-def measure(dtype: str, args: argparse.Namespace) -> list[str]:
-    """The table of one dtype."""
-    sizes = {"groups": args.groups, "candidates": args.candidates, "hidden": args.hidden, "vocab": args.vocab}
-    sizes |= {"name": "heads", "reason": "heads", "dtype": DTYPES[dtype]}
-    problem, short = (draw(Shape(tokens=tokens, **sizes)) for tokens in (args.tokens, min(8, args.tokens)))
-    errors = {}
-    for name, make in CASES.items():
-        log(f"{dtype}, {name}: comparing with dense float64 ...")
-        errors[name] = worst_error(make, short)
+def measure(shape: Shape, setting: Setting) -> Iterator[Record]:
+    """Time and errors of every head of one dtype.
+
+    Raises:
+        WrongHeadError: a head computes something else.
+    """
+    problem, short = (draw(s, device=setting.device) for s in (shape, replace(shape, tokens=SHORT)))
+    errors = {name: checked_error(name, make, short) for name, make in CASES.items()}
     cases = {name: make(problem) for name, make in CASES.items()}
     calls = {FLOOR: Floor(problem, None, fresh=True)} | {name: case.fused for name, case in cases.items()}
-    clock: Clock = processor_clock if args.processor_time else clock_for(torch.device("cpu"))
-    log("timing ...")
-    times = round_robin(calls, Effort(rounds=args.rounds, seconds=15.0), reference=FLOOR, always=calls, clock=clock)
-    floor = times[FLOOR].best
-    return [
-        f"{args.groups} groups of {args.candidates} candidates of {args.tokens} tokens, H={args.hidden}, "
-        f"V={args.vocab}, {dtype}; three bare products take {floor:.3f} "
-        f"{'seconds of the processor' if args.processor_time else 'seconds'}; best of {args.rounds} rounds.",
-        "",
-        "| head | products | time / three bare products | worst error |",
-        "| --- | ---: | ---: | ---: |",
-        *(
-            f"| {name} | {case.gemms():.2f} | {times[name].best / floor:.2f} | {errors[name]:.1e} |"
-            for name, case in cases.items()
-        ),
-        "",
-    ]
+    for call in calls.values():
+        call()
+    effort = Effort(rounds=1 if setting.quick else 5, seconds=5.0)
+    times = round_robin(calls, effort, reference=FLOOR, always=calls, clock=clock_for(setting.device))
+    sizes = {"V": shape.vocab, "H": shape.hidden, "N": shape.num_tokens, "K": shape.candidates - 1}
+    for name, timing in times.items():
+        values = {"seconds": timing.best, "median": timing.median, "floor": timing.best / times[FLOOR].best}
+        if name in cases:
+            values |= {"products": cases[name].gemms(), "error_worst": errors[name]}
+        yield Record(f"heads, {shape.dtype_name}", name, values, sizes | {"dtype": shape.dtype_name})
 
 
-def main() -> None:
-    """Prints a table for each dtype."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    report = [line for dtype in args.dtypes for line in measure(dtype, args)]
-    print("\n".join(report))
-    if args.out:
-        header = "# Trained, frozen, low-rank and tied heads: loss and gradients"
-        described = as_markdown(describe(["bench_heads", *sys.argv[1:]]))
-        args.out.write_text("\n".join([header, "", *report, described, ""]))
-
-
-if __name__ == "__main__":
-    main()
+def checked_error(name: str, make: Callable[[Problem], Case], problem: Problem) -> float:
+    """The worst error of a head."""
+    error = worst_error(make, problem)
+    if not error <= SAME_LOSS[problem.shape.dtype]:  # not `>`: NaN is another loss too
+        raise WrongHeadError(f"{name}: relative error {error:.2g}")
+    return error
