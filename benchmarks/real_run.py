@@ -1,0 +1,198 @@
+"""A real CPO run of a small model on real text, and what its head is given at some steps of it.
+
+The model is made here: first next-token prediction, whose end is the frozen reference, then CPO by
+:class:`cpo_kernels.CPOTrainer` with batch, truncation and mean-field negatives. Nothing in it is timed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback
+
+from benchmarks import texts
+from benchmarks.setting import Setting
+from benchmarks.texts import Corpus, Example
+from cpo_kernels import CandidateLayout, CPOConfig, CPOTrainer
+from cpo_kernels.models import CPORequest
+from cpo_kernels.trainer import TokenizedExamples
+
+NEGATIVES = {"num_batch_negatives": 2, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
+K = sum(NEGATIVES.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model, of a step, and of the batch that is looked at.
+
+    Attributes:
+        width: H.
+        layers, heads: of the body.
+        longest: tokens of a prompt and of a completion, at most.
+        mle_groups, groups: examples of a step of next-token prediction and of CPO.
+        mle_steps: of next-token prediction before the reference is frozen.
+        steps: of CPO after which the head is looked at.
+        held_out: examples that nothing is trained on, which are looked at, all of them.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    longest: int
+    mle_groups: int
+    groups: int
+    mle_steps: int
+    steps: tuple[int, ...]
+    held_out: int
+
+
+ON_CPU = Sizes(256, 2, 4, 48, mle_groups=4, groups=1, mle_steps=400, steps=(200, 2000), held_out=24)
+ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(200, 2000), held_out=32)
+QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(4, 8), held_out=4)
+
+
+def sizes_of(setting: Setting) -> Sizes:
+    """Those of a setting."""
+    return QUICK if setting.quick else ON_GPU if setting.on_gpu else ON_CPU
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the head is given for one batch at one step of the run, on the device of the run, in its dtype.
+
+    Attributes:
+        step: of CPO.
+        hidden: (R, H), rows that predict a token.
+        weight: (V, H).
+        targets: (N,).
+        layout: of the tokens.
+        options: of :func:`cpo_kernels.linear_cpo_loss`: reference log-likelihoods, beta, weights of both parts.
+    """
+
+    step: int
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    layout: CandidateLayout
+    options: dict[str, Any]
+
+
+@dataclass
+class Run:
+    """What came of it.
+
+    Attributes:
+        source: the text.
+        looked: in the order of the steps.
+        losses: mean losses of each logging window, by name.
+    """
+
+    source: str
+    looked: list[Looked] = field(default_factory=list)
+    losses: list[dict[str, float]] = field(default_factory=list)
+
+
+class Spy:
+    """Stands for a model in `compute_loss` and keeps what its head is given."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.hidden = self.weight = torch.empty(0)
+
+    def __call__(self, *args: Any, linear_loss: CPORequest, **kwargs: Any) -> Any:
+        """The answer of the model."""
+        self.request = linear_loss
+        return self.model(*args, linear_loss=self, **kwargs)
+
+    def compute(self, hidden: Tensor, head: Any, transform: Any) -> Any:
+        """In place of the request's own."""
+        self.hidden, self.weight = head.features.clone(), head.weight.detach().clone()
+        return self.request.compute(hidden, head, transform)
+
+
+def look(trainer: CPOTrainer, step: int) -> Looked:
+    """What the head of `trainer`'s model is given for all training examples of `trainer` at once."""
+    spy = Spy(trainer.model)
+    indices = torch.arange(len(trainer.train_dataset))
+    (inputs,), tokens = trainer.get_batch_samples(iter([{"index": indices}]), 1, trainer.args.device)
+    inputs = {name: v.to(trainer.args.device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
+    with torch.no_grad():
+        trainer.compute_loss(spy, inputs, num_items_in_batch=tokens)
+    request = spy.request
+    options = {name: request.options[name] for name in ("ref_logps", "beta", "contrast_weight", "mle_weight")}
+    used, rows = torch.unique(request.layout.rows, return_inverse=True)
+    layout = replace(request.layout, rows=rows)
+    return Looked(step, spy.hidden[used], spy.weight, request.targets, layout, options)
+
+
+class Look(TrainerCallback):
+    """Looks after some steps."""
+
+    def __init__(self, steps: Sequence[int], at: Callable[[int], None]) -> None:
+        self.steps, self.at = steps, at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """One of the steps may be over."""
+        if state.global_step in self.steps:
+            self.at(state.global_step)
+
+
+def make_model(corpus: Corpus, sizes: Sizes) -> GPT2LMHeadModel:
+    """A small GPT-2 with a tied head, random weights and no dropout."""
+    shape = {"n_embd": sizes.width, "n_layer": sizes.layers, "n_head": sizes.heads, "n_positions": 2 * sizes.longest}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    special = {"bos_token_id": corpus.eos, "eos_token_id": corpus.eos, "pad_token_id": corpus.eos}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(corpus.tokenizer), **shape, **dropout, **special))
+
+
+def tokenized(examples: Sequence[Example]) -> TokenizedExamples:
+    """As the trainer takes them."""
+    return TokenizedExamples([e.prompt for e in examples], [e.completion for e in examples])
+
+
+def train(setting: Setting, sizes: Sizes) -> Run:
+    """The whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
+    corpus = texts.load(setting, sizes.longest)
+    held_out, rest = tokenized(corpus.examples[: sizes.held_out]), tokenized(corpus.examples[sizes.held_out :])
+    run = Run(corpus.source)
+    transformers.set_seed(0)
+    model = make_model(corpus, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
+            config = CPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=groups,
+                max_length=2 * sizes.longest,
+                lr_scheduler_type="constant_with_warmup",
+                logging_steps=max(1, sizes.steps[0] // 4),
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=not setting.on_gpu,
+                seed=0,
+                **options,
+            )
+            made = CPOTrainer(model, config, examples, processing_class=corpus.tokenizer, ref_model=ref_model)
+            made.remove_callback(transformers.PrinterCallback)
+            return made
+
+        first = trainer(
+            rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3, warmup_steps=20
+        )
+        first.train()
+        run.losses += first.state.log_history
+        second = trainer(
+            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-4, warmup_steps=20, **NEGATIVES
+        )
+        probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
+        second.add_callback(Look(sizes.steps, lambda step: run.looked.append(look(probe, step))))
+        second.train()
+        run.losses += second.state.log_history
+    return run
