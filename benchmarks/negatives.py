@@ -1,253 +1,229 @@
-"""What negatives cost: whole training steps of a trainer with and without them, taking turns in one process.
+"""What negatives cost: whole training steps of CPOTrainer with and without them, in turns.
 
-`python -m benchmarks.bench_negatives --out benchmarks/results/negatives-cpu.md`, in under 4 minutes on two idle cores.
-A step draws or writes the negatives, packs the batch (both are "making" below), scores it with the reference, and runs
-model and loss forward and backward, all by CPOTrainer's own methods; there is no optimizer.
-
-On a machine that others use, `--cpu-time --threads 1` counts this process's time on the processor instead.
+Two families of cases. "K": a step with K batch negatives, prefixes shared or not, beside an MLE step. "kinds": what
+truncations and other kinds of negatives add. Every step but MLE's has a frozen reference.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel
 
-from benchmarks.environment import as_markdown, describe, log
-from benchmarks.tables import markdown
-from benchmarks.timing import Call, Effort, Timing, round_robin
+from benchmarks.measure import free_memory
+from benchmarks.models import (
+    GPT2_SMALL,
+    GPT2_TINY,
+    LLAMA_1B,
+    LLAMA_SMALL,
+    LLAMA_TINY,
+    Sizes,
+    make_model,
+    make_tokenizer,
+)
+from benchmarks.own_step import OwnStep
+from benchmarks.records import Record
+from benchmarks.setting import Setting
+from benchmarks.timing import Effort, Timing, clock_for, round_robin
 from cpo_kernels import CPOConfig, CPOTrainer
 from cpo_kernels.trainer import TokenizedExamples
 
-EOS = 0
-POOL = 16  # batch negatives come from so many examples for every one of a step
-MLE, BASE = "MLE", "batch 1"
-BAR = 1.05
-MORE = 3  # times as many rounds where a bar of a few percent is to be told from noise
+POOL = 16  # examples to draw batch negatives from, for every one of a step
+MLE, BASE = "MLE", "K = 1"
+GROWTH = (1, 2, 4, 8, 16)
+TRUNCATIONS = (1, 4, 16)
+TRUNCATED = tuple(f"truncation {count}" for count in TRUNCATIONS)
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of the models and of a step; the default is a few layers of GPT-2 small, with fewer words."""
+class Contestant:
+    """One step: the options of CPOConfig by which it differs from the others, and what they are in the results."""
 
-    vocabulary: int = 8192
-    width: int = 768
-    heads: int = 12
-    layers: int = 2
-    groups: int = 4
-    tokens: int = 48  # of a prompt, and of a completion
+    name: str
+    options: Mapping[str, Any]
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
-QUICK = Sizes(vocabulary=64, width=16, heads=2, layers=1, groups=2, tokens=20)
+@dataclass(frozen=True)
+class Case:
+    """Steps on one model that are compared with each other.
+
+    Attributes:
+        name: in the results, without the model's.
+        sizes: of policy and reference.
+        contestants: among them MLE.
+        groups: examples of a step.
+        tokens: of a prompt, and of a completion.
+        always: who runs in every round; who takes longer than three MLE steps runs in one.
+        rounds: of those.
+        dtype: of the parameters.
+    """
+
+    name: str
+    sizes: Sizes
+    contestants: tuple[Contestant, ...]
+    groups: int
+    tokens: int
+    always: tuple[str, ...]
+    rounds: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """Of all its records."""
+        rest = {"dtype": str(self.dtype).removeprefix("torch."), "groups": self.groups, "prompt": 0.5}
+        return self.sizes.conditions | rest
 
 
-def gpt2(sizes: Sizes) -> PreTrainedModel:
-    """A tied head, learned positions; no dropout."""
-    shape = {"n_embd": sizes.width, "n_head": sizes.heads, "n_layer": sizes.layers, "n_positions": 2 * sizes.tokens}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    special = {"eos_token_id": EOS, "bos_token_id": EOS, "pad_token_id": EOS}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=sizes.vocabulary, **shape, **dropout, **special))
-
-
-def llama(sizes: Sizes) -> PreTrainedModel:
-    """A head of its own, rotary positions, two query heads to a key."""
-    shape = {"hidden_size": sizes.width, "intermediate_size": 3 * sizes.width, "num_hidden_layers": sizes.layers}
-    heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": sizes.heads // 2}
-    special = {"eos_token_id": EOS, "bos_token_id": EOS, "pad_token_id": EOS}
-    positions = {"max_position_embeddings": 2 * sizes.tokens}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=sizes.vocabulary, **shape, **heads, **positions, **special))
-
-
-MODELS: dict[str, Callable[[Sizes], PreTrainedModel]] = {"gpt2": gpt2, "llama": llama}
-
-
-def _negatives(sharing: str = "auto", **counts: Any) -> dict[str, Any]:
+def negatives(sharing: str = "required", **counts: Any) -> dict[str, Any]:
+    """Options for so many negatives of each kind, and others."""
     kinds = ("batch", "truncation", "mean_field", "autoregressive")
     options = {f"num_{kind}_negatives": counts.pop(kind, 0) for kind in kinds}
     return options | {"prefix_sharing": sharing} | counts
 
 
-CASES: dict[str, dict[str, Any]] = {
-    MLE: {"objective": "mle"},
-    BASE: _negatives(batch=1),
-    "batch 1, truncation 1": _negatives(batch=1, truncation=1),
-    "batch 1, truncation 4": _negatives(batch=1, truncation=4),
-    "batch 1, truncation 16": _negatives(batch=1, truncation=16),
-    "batch 1, separate rows": _negatives(batch=1, sharing="off"),
-    "batch 4": _negatives(batch=4),
-    "batch 4, separate rows": _negatives(batch=4, sharing="off"),
-    "mean-field 1, by the reference": _negatives(mean_field=1, mean_field_source="reference"),
-    "mean-field 1, by the model": _negatives(mean_field=1, mean_field_source="model"),
-    "autoregressive 1": _negatives(autoregressive=1),
-}
+def growth() -> tuple[Contestant, ...]:
+    """K batch negatives, with prefixes shared and not."""
+    return (
+        Contestant(MLE, {"objective": "mle"}, {"K": 0, "sharing": "off"}),
+        *(
+            Contestant(f"K = {k}", negatives(setting, batch=k), {"K": k, "sharing": sharing})
+            for sharing, setting in (("on", "required"), ("off", "off"))
+            for k in GROWTH
+        ),
+    )
 
 
-def make_examples(sizes: Sizes) -> TokenizedExamples:
-    """Random texts, all of the same length, so that no case has more to do for the texts that it happens to draw."""
-    rng = Random(0)
-
-    def text(length: int) -> list[int]:
-        return [rng.randrange(1, sizes.vocabulary) for _ in range(length)]
-
-    count = POOL * sizes.groups
-    prompts = [text(sizes.tokens) for _ in range(count)]
-    return TokenizedExamples(prompts, [[*text(sizes.tokens - 1), EOS] for _ in range(count)])
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Only its EOS is of use: the examples are token ids."""
-    words = Tokenizer(models.WordLevel({"</s>": EOS}, unk_token="</s>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", bos_token="</s>", pad_token="</s>")
+def kinds() -> tuple[Contestant, ...]:
+    """One batch negative, truncations beside it, and one of another kind in its place."""
+    others = {
+        "mean-field 1, by the reference": negatives(mean_field=1, mean_field_source="reference"),
+        "mean-field 1, by the model": negatives(mean_field=1, mean_field_source="model"),
+        "autoregressive 1": negatives(autoregressive=1),
+    }
+    cut = {name: negatives(batch=1, truncation=count) for name, count in zip(TRUNCATED, TRUNCATIONS, strict=True)}
+    everyone = {MLE: {"objective": "mle"}, BASE: negatives(batch=1)} | cut | others
+    counts = {MLE: 0} | {name: 1 + count for name, count in zip(TRUNCATED, TRUNCATIONS, strict=True)}
+    return tuple(Contestant(name, own, {"K": counts.get(name, 1), "sharing": "on"}) for name, own in everyone.items())
 
 
-@dataclass
-class Step:
-    """One training step of a case; a call takes it.
-
-    Attributes:
-        trainer: configured for the case.
-        indices: the examples of the step, (G,).
-        now: the clock, in seconds.
-        making: seconds of each call until the batch was there.
-        positions: that the body ran on in the last call, padding included.
-        tokens: N of the last call.
-    """
-
-    trainer: CPOTrainer
-    indices: torch.Tensor
-    now: Callable[[], float] = time.perf_counter
-    making: list[float] = field(default_factory=list)
-    positions: int = 0
-    tokens: int = 0
-
-    def __call__(self) -> torch.Tensor:
-        """The loss, after its gradients."""
-        begun = self.now()
-        trainer = self.trainer
-        trainer.state.global_step += 1  # new negatives
-        (inputs,), tokens = trainer.get_batch_samples(iter([{"index": self.indices}]), 1, trainer.args.device)
-        self.making.append(self.now() - begun)
-        self.positions, self.tokens = inputs["input_ids"].numel(), inputs["targets"].numel()
-        trainer.model.zero_grad(set_to_none=True)
-        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens)
-        loss.backward()
-        return loss.detach()
+def cases(setting: Setting) -> list[Case]:
+    """What is run on a device."""
+    rare, often = (MLE,), (BASE, *TRUNCATED)
+    if setting.quick:
+        return [
+            Case("K", GPT2_TINY, growth(), groups=2, tokens=20, always=rare, rounds=1),
+            Case("kinds", LLAMA_TINY, kinds(), groups=2, tokens=20, always=often, rounds=1),
+        ]
+    if setting.on_gpu:
+        models, sizes = (GPT2_SMALL, LLAMA_1B), {"groups": 4, "tokens": 512, "dtype": torch.bfloat16}
+        every = [Case("K", model, growth(), **sizes, always=rare, rounds=4) for model in models]
+        return [*every, *(Case("kinds", model, kinds(), **sizes, always=often, rounds=8) for model in models)]
+    few = {"layers": 2, "vocabulary": 8192}
+    return [
+        Case("K", GPT2_SMALL, growth(), groups=2, tokens=32, always=rare, rounds=3),
+        *(
+            Case("kinds", replace(model, name=f"{model.name}, 2 layers", **few), kinds(), 2, 48, often, rounds=8)
+            for model in (GPT2_SMALL, LLAMA_SMALL)
+        ),
+    ]
 
 
-def make_steps(name: str, sizes: Sizes, folder: str, now: Callable[[], float] = time.perf_counter) -> dict[str, Step]:
-    """The steps of all cases of one model, which share its parameters and those of its reference."""
-    torch.manual_seed(0)
-    model, reference = MODELS[name](sizes), MODELS[name](sizes)
-    reference.load_state_dict(model.state_dict())
-    model.train()
-    examples, tokenizer = make_examples(sizes), make_tokenizer()
-    shared = {"output_dir": folder, "use_cpu": True, "report_to": "none", "max_length": 2 * sizes.tokens, "seed": 0}
+def run(setting: Setting) -> Iterator[Record]:
+    """All steps of all cases."""
+    transformers.logging.set_verbosity_error()
+    for case in cases(setting):
+        yield from measure(case, setting.device)
+        free_memory()
 
-    def step(options: Mapping[str, Any]) -> Step:
-        config = CPOConfig(**shared, **options)
+
+def measure(case: Case, device: torch.device) -> Iterator[Record]:
+    """The records of one case."""
+    model, reference = (make_model(case.sizes, 2 * case.tokens).to(device, case.dtype) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        steps = make_steps(case, model.train(), reference, folder)
+        timings = time_steps(case, steps, model)
+    for contestant in case.contestants:
+        name = unique(contestant)
+        conditions = case.conditions | dict(contestant.conditions)
+        yield Record(f"{case.name}, {case.sizes.name}", contestant.name, values(name, steps[name], timings), conditions)
+
+
+def unique(contestant: Contestant) -> str:
+    """A name that no other of the case has."""
+    off = contestant.options.get("prefix_sharing") == "off"
+    return contestant.name + ", sharing off" * off
+
+
+def make_steps(case: Case, model: PreTrainedModel, reference: PreTrainedModel, folder: str) -> dict[str, OwnStep]:
+    """The steps of a case by unique names; they share the parameters of the model and of its reference."""
+    examples, tokenizer = make_examples(case), make_tokenizer(case.sizes.vocabulary)
+    on_host = next(model.parameters()).device.type == "cpu"
+    shared = {"output_dir": folder, "use_cpu": on_host, "bf16": False, "report_to": "none", "seed": 0}
+
+    def step(options: Mapping[str, Any]) -> OwnStep:
+        config = CPOConfig(**shared, max_length=2 * case.tokens, **options)
         frozen = reference if config.contrasts else None
         trainer = CPOTrainer(model, config, train_dataset=examples, processing_class=tokenizer, ref_model=frozen)
-        return Step(trainer, torch.arange(sizes.groups), now)
+        return OwnStep(trainer, case.groups)
 
-    return {case: step(options) for case, options in CASES.items()}
+    return {unique(contestant): step(contestant.options) for contestant in case.contestants}
 
 
-def measure(steps: Mapping[str, Step], rounds: int, now: Callable[[], float]) -> dict[str, Timing]:
-    """Seconds of every step, the first call of each left out."""
+def make_examples(case: Case) -> TokenizedExamples:
+    """Random texts, all of the same length, so that no step has more to do for the texts that it happens to draw."""
+    rng, end = Random(0), case.sizes.vocabulary - 1
 
-    def clock(call: Call) -> tuple[float, object]:
-        begun = now()
-        result = call()
-        return now() - begun, result
+    def text(length: int) -> list[int]:
+        return [rng.randrange(end) for _ in range(length)]
 
+    count = POOL * case.groups
+    prompts = [text(case.tokens) for _ in range(count)]
+    return TokenizedExamples(prompts, [[*text(case.tokens - 1), end] for _ in range(count)])
+
+
+class FreshGradients:
+    """Drops the gradients of a model before each call, outside the time."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def before(self, name: str) -> None:
+        """Drop them."""
+        self.model.zero_grad(set_to_none=True)
+
+    def after(self, name: str, result: object) -> None:
+        """Nothing."""
+
+
+def time_steps(case: Case, steps: Mapping[str, OwnStep], model: PreTrainedModel) -> dict[str, Timing]:
+    """Of all steps in turns, after one call of the two shortest, which warms up what all of them use."""
+    for name in (MLE, BASE):
+        steps[name]()
     for step in steps.values():
-        step()
         step.making.clear()
-    effort = Effort(rounds=rounds, seconds=3600.0)
-    return round_robin(steps, effort, reference=next(iter(steps)), always=steps, clock=clock)
+    effort = Effort(rounds=case.rounds, seconds=3600.0, far=3.0, very_far=3.0)
+    observer, clock = FreshGradients(model), clock_for(model.device)
+    return round_robin(steps, effort, reference=MLE, always=case.always, observer=observer, clock=clock)
 
 
-def all_kinds(steps: Mapping[str, Step], times: Mapping[str, Timing]) -> str:
-    """A row a case."""
-    header = ["negatives", "positions", "tokens", "best, ms", "median, ms", "making, ms", f"of {MLE}", f"of {BASE}"]
-    rows = []
-    for name, step in steps.items():
-        own = times[name]
-        cells = [f"{1e3 * seconds:.1f}" for seconds in (own.best, own.median, statistics.median(step.making))]
-        ratios = [f"{own.best / times[other].best:.2f}" for other in (MLE, BASE)]
-        rows.append([name, str(step.positions), str(step.tokens), *cells, *ratios])
-    return markdown(header, rows)
-
-
-def truncations(steps: Mapping[str, Step], times: Mapping[str, Timing]) -> str:
-    """Each number of truncations against none, by the best times and by the medians."""
-    header = ["negatives", "tokens", "best, ms", "median, ms", f"best of {BASE}", f"median of {BASE}", "bar"]
-    rows = []
-    for name, own in times.items():
-        cells = [f"{1e3 * own.best:.1f}", f"{1e3 * own.median:.1f}"]
-        cells += [f"{own.best / times[BASE].best:.3f}", f"{own.median / times[BASE].median:.3f}"]
-        rows.append([name, str(steps[name].tokens), *cells, "" if name == BASE else f"{BAR}"])
-    return markdown(header, rows)
-
-
-def page(names: Sequence[str], sizes: Sizes, rounds: int, now: Callable[[], float]) -> str:
-    """What was measured, and two tables for each model."""
-    parts = [
-        f"{sizes.groups} examples a step, {sizes.tokens} tokens of each prompt and of each completion, {sizes.layers} "
-        f"layers of width {sizes.width}, {sizes.vocabulary} words, float32. positions: what the body runs on; tokens: "
-        "what the head scores. making: median time of drawing, writing and packing, a part of the step; for "
-        "autoregressive negatives the writing. Every step but MLE's has a frozen reference. Ratios of best times over "
-        f"{rounds} rounds; truncations over {MORE * rounds} rounds of their own."
-    ]
-    for name in names:
-        log(f"{name} ...")
-        with tempfile.TemporaryDirectory() as folder:
-            steps = make_steps(name, sizes, folder, now)
-            parts += [f"## {name}", all_kinds(steps, measure(steps, rounds, now))]
-            cut = {case: step for case, step in steps.items() if case == BASE or "truncation" in case}
-            parts.append(truncations(steps, measure(cut, MORE * rounds, now)))
-    return "\n\n".join(parts)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Prints the tables and writes them to --out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cpu-time", action="store_true", help="time of the processor, not of the clock")
-    parser.add_argument("--quick", action="store_true", help="tiny models; the times mean nothing")
-    parser.add_argument("--out", type=Path, help="Markdown file for the tables")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    described = as_markdown(describe(["bench_negatives", *argv]))
-    now = time.process_time if args.cpu_time else time.perf_counter
-    report = page(args.models, QUICK if args.quick else Sizes(), args.rounds, now)
-    print(report)
-    if args.out:
-        args.out.write_text(f"# What negatives cost a training step\n\n{report}\n\n{described}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def values(name: str, step: OwnStep, timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Of the record of a step."""
+    own = timings[name]
+    return {
+        "seconds": own.best,
+        "median": own.median,
+        "rounds": len(own.seconds),
+        "of_mle": own.best / timings[MLE].best,
+        "of_base": own.best / timings[BASE].best,
+        "positions": step.positions,
+        "tokens": step.tokens,
+        "making": statistics.median(step.making),
+    }

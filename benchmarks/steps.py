@@ -109,7 +109,7 @@ def cases(setting: Setting) -> list[Case]:
     if setting.on_gpu:
         sizes = [(GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)]
         return [Case(work, *own, dtype=torch.bfloat16) for own in sizes for work in ("dpo", "xu_cpo")]
-    on_host = [Case(work, *own) for own in [(GPT2_SMALL, 2, 64), (LLAMA_SMALL, 2, 32)] for work in ("dpo", "xu_cpo")]
+    on_host = [Case(work, *own) for own in [(GPT2_SMALL, 2, 48), (LLAMA_SMALL, 2, 32)] for work in ("dpo", "xu_cpo")]
     return [*on_host, Case("dpo", GPT2_SMALL, 2, 64, dtype=torch.bfloat16)]
 
 
@@ -118,7 +118,7 @@ def run(setting: Setting) -> Iterator[Record]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    effort = Effort(rounds=1 if setting.quick else 3, seconds=10.0)
+    effort = Effort(rounds=1 if setting.quick else 2, seconds=30.0)
     for case in cases(setting):
         yield from measure(case, setting.device, effort)
         free_memory()
