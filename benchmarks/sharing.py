@@ -1,49 +1,130 @@
-"""Transformer bodies on packed rows that share their prompts against one right-padded row a candidate, taking turns.
+"""Prefix sharing: transformer bodies on packed rows that share their prompts against one padded row a candidate.
 
-`python -m benchmarks.bench_sharing --tokens 256 --candidates 5 --threads 2`. Forward and backward of the body, without
-embeddings of a large vocabulary and without a head; the time is the best of the rounds. On a machine that others use,
-`--threads 1 --processor-time` counts the seconds of the processor instead of the clock's.
+Forward and backward of the body, without a large embedding and without a head; K = 4, the prompt as long as each
+candidate. Before they are timed, hidden states and gradients of both are compared.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.environment import as_markdown, describe, log
-from benchmarks.timing import Call, Clock, Effort, clock_for, round_robin
+from benchmarks.measure import free_memory, summary
+from benchmarks.models import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, Sizes, make_model
+from benchmarks.records import Record
+from benchmarks.setting import Setting
+from benchmarks.timing import Effort, clock_for, round_robin
 from cpo_kernels.models.sharing import SharedBatch, check_prefix_sharing, pack_groups, tree_inputs
 
+SHARED, SEPARATE = "shared", "separate"
 DENSE = "sdpa-dense"  # sdpa with the whole mask, not branch by branch
 VOCABULARY = 1024
-BAR = 1.5
-ATTENTION = ("sdpa", DENSE, "eager", "flex_attention")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CANDIDATES = 5  # K + 1
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # ||shared - separate|| / ||separate||
+
+Call = Callable[[], Tensor]
 
 
-def gpt2(implementation: str, layers: int, positions: int) -> PreTrainedModel:
-    """The width of GPT-2 small, and some of its 12 layers."""
-    sizes = {"vocab_size": VOCABULARY, "n_positions": positions, "n_embd": 768, "n_head": 12, "n_layer": layers}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return GPT2LMHeadModel._from_config(GPT2Config(**sizes, **dropout), attn_implementation=implementation)
+@dataclass(frozen=True)
+class Case:
+    """One body with one attention.
+
+    Attributes:
+        body: in the results.
+        sizes: of the body.
+        attention: an implementation of transformers, or DENSE.
+        groups: of a batch.
+        tokens: of each prompt, and of each candidate.
+        dtype: of the parameters.
+    """
+
+    body: str
+    sizes: Sizes
+    attention: str
+    groups: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """Of its records."""
+        sizes = {"H": self.sizes.width, "layers": self.sizes.layers, "K": CANDIDATES - 1, "prompt": 0.5}
+        rest = {"groups": self.groups, "tokens": self.tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {"body": self.body, "attention": self.attention} | sizes | rest
 
 
-def llama(implementation: str, layers: int, positions: int) -> PreTrainedModel:
-    """A Llama of the width of GPT-2 medium, with four heads a key."""
-    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": positions, "num_hidden_layers": layers}
-    width = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
-    return LlamaForCausalLM._from_config(LlamaConfig(**sizes, **width), attn_implementation=implementation)
+def cases(setting: Setting) -> list[Case]:
+    """What is run on a device; flex attention only where it is compiled for, on a GPU."""
+    attentions = ["sdpa", DENSE, "eager"]
+    if setting.quick:
+        bodies, rest = {"gpt2": GPT2_TINY, "llama": LLAMA_TINY}, {"groups": 1, "tokens": 8}
+    elif setting.on_gpu:
+        attentions.append("flex_attention")
+        bodies = {"gpt2": replace(GPT2_SMALL, vocabulary=VOCABULARY), "llama": replace(LLAMA_1B, vocabulary=VOCABULARY)}
+        rest = {"groups": 4, "tokens": 512, "dtype": torch.bfloat16}
+    else:
+        llama = Sizes("Llama", llama=True, vocabulary=VOCABULARY, width=1024, heads=16, layers=1)
+        bodies = {"gpt2": replace(GPT2_SMALL, vocabulary=VOCABULARY, layers=1), "llama": llama}
+        rest = {"groups": 1, "tokens": 256}
+    return [Case(name, sizes, attention, **rest) for name, sizes in bodies.items() for attention in attentions]
 
 
-BODIES: dict[str, Callable[[str, int, int], PreTrainedModel]] = {"gpt2": gpt2, "llama": llama}
+def run(setting: Setting) -> Iterator[Record]:
+    """Both ways in every case."""
+    transformers.logging.set_verbosity_error()
+    effort = Effort(rounds=1 if setting.quick else 4, seconds=60.0)
+    for case in cases(setting):
+        try:
+            records = measure(case, setting.device, effort)
+        except Exception as error:  # an attention may not run here
+            records = [Record("body", SHARED, conditions=case.conditions, note=summary(error))]
+        yield from records
+        free_memory()
+
+
+def measure(case: Case, device: torch.device, effort: Effort) -> list[Record]:
+    """Two records of one case."""
+    model = make_model(case.sizes, 2 * case.tokens, attention=case.attention.removesuffix("-dense"))
+    model.to(device, case.dtype)
+    check_prefix_sharing(model)
+    problem = make_problem(case)
+    calls = make_calls(model, case, problem, device)
+    distance = compare(model, calls)
+    if not distance <= TOLERANCE[case.dtype]:
+        raise RuntimeError(f"hidden states or gradients differ by {distance:.2g} of their norm")
+    times = round_robin(calls, effort, reference=SEPARATE, always=calls, clock=clock_for(device))
+    positions = {SHARED: problem.shared.input_ids.numel(), SEPARATE: problem.separate_ids.numel()}
+    return [
+        Record(
+            "body",
+            name,
+            {
+                "seconds": own.best,
+                "median": own.median,
+                "rounds": len(own.seconds),
+                "positions": positions[name],
+                "ratio": times[SEPARATE].best / own.best,
+            },
+            case.conditions,
+        )
+        for name, own in times.items()
+    ]
+
+
+def compare(model: PreTrainedModel, calls: dict[str, Call]) -> float:
+    """The larger of the distances of hidden states and of gradients, as shares of their norms."""
+    found = {}
+    for name, call in calls.items():
+        hidden = call()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[name] = hidden.double(), gradient.double()
+    both = zip(found[SHARED], found[SEPARATE], strict=True)
+    return max(float((own - right).norm() / right.norm()) for own, right in both)
 
 
 @dataclass
@@ -61,17 +142,16 @@ class Problem:
         return torch.tensor([row for group in self.shared.rows for candidate in group for row in candidate])
 
 
-def make_problem(groups: int, candidates: int, prompt: int, completion: int, ragged: bool) -> Problem:
-    """Random tokens; with `ragged`, lengths between half of and the whole of what is asked for."""
+def make_problem(case: Case) -> Problem:
+    """Random tokens."""
     draw = torch.Generator().manual_seed(0)
 
     def text(length: int) -> list[int]:
-        size = int(torch.randint(length // 2, length + 1, (), generator=draw)) if ragged else length
-        return torch.randint(VOCABULARY, (size,), generator=draw).tolist()
+        return torch.randint(case.sizes.vocabulary, (length,), generator=draw).tolist()
 
-    prompts = [text(prompt) for _ in range(groups)]
+    prompts = [text(case.tokens) for _ in range(case.groups)]
     # The last token is not fed, so one more makes the positions of prompt and candidate as many as was asked for.
-    completions = [[text(completion + 1) for _ in range(candidates)] for _ in range(groups)]
+    completions = [[text(case.tokens + 1) for _ in range(CANDIDATES)] for _ in range(case.groups)]
     sequences = [[*p, *c[:-1]] for p, own in zip(prompts, completions, strict=True) for c in own]
     longest = max(map(len, sequences))
     ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences])
@@ -83,95 +163,28 @@ def make_problem(groups: int, candidates: int, prompt: int, completion: int, rag
     return Problem(pack_groups(prompts, completions), ids, mask, torch.tensor(rows))
 
 
-def calls(model: PreTrainedModel, problem: Problem, device: torch.device, name: str) -> dict[str, Call]:
-    """Forward and backward on shared and on separate rows."""
+def make_calls(model: PreTrainedModel, case: Case, problem: Problem, device: torch.device) -> dict[str, Call]:
+    """Forward and backward on shared and on separate rows; each returns the hidden states that predict tokens."""
     tree, ids = problem.shared.tree.to(device), problem.shared.input_ids.to(device)
     shared_rows, separate_rows = problem.shared_rows.to(device), problem.separate_rows.to(device)
     separate_ids, mask = problem.separate_ids.to(device), problem.separate_mask.to(device)
     upstream = torch.randn(len(separate_rows), model.config.hidden_size, device=device, dtype=model.dtype)
 
-    def backward(hidden: Tensor, rows: Tensor) -> None:
+    def finish(hidden: Tensor, rows: Tensor) -> Tensor:
         model.zero_grad(set_to_none=True)
-        hidden.flatten(0, -2)[rows].backward(upstream)
+        picked = hidden.flatten(0, -2)[rows]
+        picked.backward(upstream)
+        return picked.detach()
 
-    def share() -> None:
+    def share() -> Tensor:
         # The masks are made in every call, as in every step of training.
         inputs = tree_inputs(model, tree)
-        if name == DENSE:
+        if case.attention == DENSE:
             inputs["attention_mask"] = inputs["attention_mask"].as_subclass(Tensor)
-        backward(model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state, shared_rows)
+        return finish(model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state, shared_rows)
 
-    def separate() -> None:
+    def separate() -> Tensor:
         out = model.base_model(input_ids=separate_ids, attention_mask=mask, use_cache=False)
-        backward(out.last_hidden_state, separate_rows)
+        return finish(out.last_hidden_state, separate_rows)
 
-    return {f"{name} shared": share, f"{name} separate": separate}
-
-
-def processor_clock(call: Call) -> tuple[float, object]:
-    """Seconds of this process on the processor."""
-    begin = time.process_time()
-    result = call()
-    return time.process_time() - begin, result
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bodies", nargs="+", choices=BODIES, default=list(BODIES))
-    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=ATTENTION[:3])
-    parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--candidates", type=int, default=5, help="candidates of a group, K + 1")
-    parser.add_argument("--tokens", type=int, default=256, help="of the prompt and of each candidate")
-    parser.add_argument("--ragged", action="store_true", help="lengths between half of and the whole of --tokens")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--processor-time", action="store_true", help="not the clock's; CPU only, for one thread")
-    parser.add_argument("--out", type=Path, help="Markdown file for the table")
-    return parser.parse_args()
-
-
-def measure(body: str, attention: str, problem: Problem, args: argparse.Namespace) -> str:
-    """The line of one body with one attention."""
-    log(f"{body} {attention} ...")
-    torch.manual_seed(0)
-    model = BODIES[body](attention.removesuffix("-dense"), args.layers, 2 * args.tokens)
-    model.to(args.device, DTYPES[args.dtype])
-    check_prefix_sharing(model)
-    contestants = calls(model, problem, args.device, attention)
-    share, separate = contestants
-    clock: Clock = processor_clock if args.processor_time else clock_for(args.device)
-    effort = Effort(rounds=args.rounds, seconds=60.0)
-    times = round_robin(contestants, effort, reference=separate, always=contestants, clock=clock)
-    ratio = times[separate].best / times[share].best
-    return f"| {body} | {attention} | {times[separate].best:.4f} | {times[share].best:.4f} | {ratio:.2f} |"
-
-
-def main() -> None:
-    """Prints one table."""
-    args = parse()
-    torch.set_num_threads(args.threads)
-    problem = make_problem(args.groups, args.candidates, args.tokens, args.tokens, args.ragged)
-    shared, separate = problem.shared.input_ids.numel(), problem.separate_ids.numel()
-    report = [
-        f"{args.groups} group(s) of {args.candidates} candidates, {args.tokens} tokens of prompt and of each candidate"
-        f"{', ragged' if args.ragged else ''}, {args.layers} layer(s), {args.dtype}: {shared} positions shared, "
-        f"{separate} separate (ratio {separate / shared:.2f}); "
-        f"{'seconds of the processor' if args.processor_time else 'seconds'}, best of {args.rounds} rounds.",
-        "",
-        f"| body | attention | separate, s | shared, s | ratio (bar {BAR}) |",
-        "| --- | --- | ---: | ---: | ---: |",
-        *(measure(body, attention, problem, args) for body in args.bodies for attention in args.attention),
-    ]
-    print("\n".join(report))
-    if args.out:
-        header = "# Prefix sharing: the transformer body, forward and backward"
-        described = as_markdown(describe(["bench_sharing", *sys.argv[1:]], args.device.type))
-        args.out.write_text("\n".join([header, "", *report, "", described, ""]))
-
-
-if __name__ == "__main__":
-    main()
+    return {SEPARATE: separate, SHARED: share}
