@@ -1,4 +1,4 @@
-"""The benchmark of TRL's steps runs, on a model that is small enough, and compares losses before it times them."""
+"""The benchmark of whole steps: what is fed, who is compared, and that another loss is not timed."""
 
 from __future__ import annotations
 
@@ -7,32 +7,90 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench_trl
+pytest.importorskip("trl")
+
+from benchmarks import steps
+from benchmarks.models import GPT2_TINY, make_model, twin
+from benchmarks.setting import CPU, Setting
+from benchmarks.steps import OURS, OURS_SEPARATE, PATCHED, STOCK, Bench, Case, Result
+from benchmarks.timing import Effort
 
 pytestmark = pytest.mark.cpu
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    for name, value in {"VOCABULARY": 64, "WIDTH": 16, "HEADS": 2}.items():
-        monkeypatch.setattr(bench_trl, name, value)
-    yield
-    torch.set_num_threads(threads)
+CASE = Case("dpo", GPT2_TINY, pairs=2, tokens=8)
 
 
-@pytest.mark.parametrize("trainer", bench_trl.CONTESTANTS)
-def test_every_contestant_is_in_the_table(trainer, monkeypatch, tmp_path):
-    out = tmp_path / "table.md"
-    options = ["--trainer", trainer, "--tokens", "8", "--layers", "1", "--rounds", "1", "--threads", "1"]
-    monkeypatch.setattr(sys, "argv", ["bench_trl", *options, "--no-peaks", "--out", str(out)])
-    bench_trl.main()
-    rows = [line for line in out.read_text().splitlines() if line.startswith("| ") and line[2:5] != "---"]
-    assert [row.split(" | ")[0][2:] for row in rows[1:]] == list(bench_trl.CONTESTANTS[trainer])
-    assert float(rows[1].split(" | ")[2]) == 1.0
+def test_twins_share_parameters_and_nothing_else():
+    model = make_model(GPT2_TINY, 16)
+    other = twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not {id(module) for module in model.modules()} & {id(module) for module in other.modules()}
+    other.lm_head.weight.grad = torch.ones_like(other.lm_head.weight)
+    assert model.transformer.wte.weight.grad is other.lm_head.weight.grad
 
 
-def test_another_loss_is_noticed():
-    steps = {bench_trl.STOCK: lambda: torch.tensor(1.0), "other": lambda: torch.tensor(1.1)}
-    with pytest.raises(RuntimeError, match=r"other has a loss of 1.10\d*, expected TRL's, 1.0"):
-        bench_trl.compare(steps, "float32")
+def test_the_tokens_that_are_counted_are_those_that_trl_feeds(tmp_path):
+    bench = Bench(CASE, CPU)
+    fed = []
+    bench.policy.register_forward_pre_hook(lambda _, args, kwargs: fed.append(kwargs["input_ids"]), with_kwargs=True)
+    bench.trl_step("stock", str(tmp_path))()  # the hook is copied with the module
+    assert [ids.shape for ids in fed] == [(4, 16)]
+    assert sum(ids.numel() for ids in fed) == CASE.fed
+    assert not (fed[0][:, :-1] == GPT2_TINY.vocabulary - 1).any()  # no padding, and EOS is the last
+
+
+def test_sharing_takes_fewer_positions(tmp_path):
+    bench = Bench(CASE, CPU)
+    shared, separate = (bench.our_step(sharing, str(tmp_path)) for sharing in ("required", "off"))
+    for step in (shared, separate):
+        step()
+    assert shared.positions == 2 * (8 + 2 * 7) and separate.positions == 2 * 2 * 15
+    assert shared.tokens == separate.tokens == 2 * 2 * 8
+
+
+def test_another_loss_or_gradient_is_not_timed():
+    found = {
+        "first": Result(1.0, 2.0),
+        "alike": Result(1.0005, 2.001),
+        "loss": Result(1.01, 2.0),
+        "gradient": Result(1.0, 2.1),
+        "nan": Result(float("nan"), 2.0),
+        "failed": RuntimeError("no memory"),
+    }
+    reasons = steps.disagreeing(found, torch.float32)
+    assert set(reasons) == {"loss", "gradient", "nan", "failed"}
+    assert reasons["failed"] == "RuntimeError: no memory"
+    assert set(steps.disagreeing({"a": ValueError("a"), "b": Result(1.0, 1.0)}, torch.float32)) == {"a"}
+
+
+def test_a_wrong_trainer_has_a_note_and_no_values(monkeypatch):
+    right = Bench.arguments
+
+    def arguments(self, folder):
+        return right(self, folder) | {"beta": next(betas)}
+
+    betas = iter([0.1, 0.1, 0.1, 0.2, 0.1])
+    monkeypatch.setattr(Bench, "arguments", arguments)
+    records = {record.contestant: record for record in steps.measure(CASE, CPU, Effort(rounds=1))}
+    assert [name for name, record in records.items() if not record.values] == [OURS]
+    assert records[OURS].note.startswith("another loss: found Result(loss=")
+
+
+def test_a_trainer_that_is_not_there_has_a_note(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    records = {record.contestant: record for record in steps.measure(CASE, CPU, Effort(rounds=1))}
+    assert "ModuleNotFoundError" in records[STOCK].note and not records[STOCK].values
+    assert records[OURS].values["loss"] > 0 and "of_trl" not in records[OURS].values
+
+
+def test_the_quick_run():
+    records = list(steps.run(Setting(quick=True)))
+    assert not any(record.note for record in records)
+    dpo, cpo = ([r for r in records if r.conditions["work"] == work] for work in ("dpo", "xu_cpo"))
+    assert {r.contestant for r in dpo} - {r.contestant for r in cpo} == {PATCHED}
+    assert {STOCK, OURS, OURS_SEPARATE} < {r.contestant for r in cpo}
+    for record in records:
+        stock = next(r for r in records if r.case == record.case and r.contestant == STOCK)
+        assert record.values["loss"] == pytest.approx(stock.values["loss"], rel=1e-4)
+        assert record.values["of_trl"] == stock.values["seconds"] / record.values["seconds"]
+        assert record.values["tokens_per_second"] == 64 / record.values["seconds"]
