@@ -42,7 +42,8 @@ from benchmarks.setting import Setting
 from benchmarks.timing import Effort, Timing, clock_for, round_robin
 from cpo_kernels import CPOConfig, CPOTrainer
 
-STOCK, PATCHED, FUSED = "TRL", "TRL, patch_fused_head()", "FusedDPOTrainer / FusedCPOTrainer"
+STOCK, PATCHED = "TRL", "TRL, patch_fused_head()"
+FUSED = {"dpo": "FusedDPOTrainer", "xu_cpo": "FusedCPOTrainer"}
 OURS_SEPARATE = "cpo-kernels, sharing off"
 BETA = 0.1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
@@ -167,7 +168,7 @@ class Bench:
     @property
     def contestants(self) -> dict[str, Callable[[str], Step]]:
         """How to make the step of each, given a folder; TRL first."""
-        trl = {STOCK: partial(self.trl_step, "stock"), FUSED: partial(self.trl_step, "fused")}
+        trl = {STOCK: partial(self.trl_step, "stock"), FUSED[self.case.work]: partial(self.trl_step, "fused")}
         if self.case.work == "dpo":  # TRL has no fused head for its CPOTrainer
             trl |= {PATCHED: partial(self.trl_step, "patched")}
         return trl | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}

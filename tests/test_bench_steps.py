@@ -12,7 +12,7 @@ pytest.importorskip("trl")
 from benchmarks import steps
 from benchmarks.models import GPT2_TINY, make_model, twin
 from benchmarks.setting import CPU, Setting
-from benchmarks.steps import OURS, OURS_SEPARATE, PATCHED, STOCK, Bench, Case, Result
+from benchmarks.steps import FUSED, OURS, OURS_SEPARATE, PATCHED, STOCK, Bench, Case, Result
 from benchmarks.timing import Effort
 
 pytestmark = pytest.mark.cpu
@@ -87,8 +87,8 @@ def test_the_quick_run():
     records = list(steps.run(Setting(quick=True)))
     assert not any(record.note for record in records)
     dpo, cpo = ([r for r in records if r.conditions["work"] == work] for work in ("dpo", "xu_cpo"))
-    assert {r.contestant for r in dpo} - {r.contestant for r in cpo} == {PATCHED}
-    assert {STOCK, OURS, OURS_SEPARATE} < {r.contestant for r in cpo}
+    assert [r.contestant for r in dpo] == [STOCK, FUSED["dpo"], PATCHED, OURS, OURS_SEPARATE]
+    assert [r.contestant for r in cpo] == [STOCK, FUSED["xu_cpo"], OURS, OURS_SEPARATE]
     for record in records:
         stock = next(r for r in records if r.case == record.case and r.contestant == STOCK)
         assert record.values["loss"] == pytest.approx(stock.values["loss"], rel=1e-4)
