@@ -18,11 +18,10 @@ from torch import Tensor
 
 from benchmarks import accuracy
 from benchmarks.contestants import FLOOR, OURS, OURS_FP32_LOGITS
-from benchmarks.environment import log
 from benchmarks.floor import plan_of
-from benchmarks.measure import CaseResult, ContestantError, free_memory, measure_case, run_to_the_end, summary
+from benchmarks.measure import CaseResult, free_memory, measure_those_that_run, run_to_the_end, summary
 from benchmarks.memory import meter_for
-from benchmarks.peers import BUILDERS, installed, ours
+from benchmarks.peers import BUILDERS, does, installed, ours
 from benchmarks.problem import IGNORE, draw
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
@@ -171,7 +170,7 @@ def loss_against_floor(setting: Setting) -> Iterator[Figure]:
 def loss_against_peers(setting: Setting) -> Iterator[Figure]:
     """Loss and gradients beside every peer that is installed: time and peak memory."""
     names, missing = installed()
-    result, failed = measure_loss(setting, QWEN, names)
+    result, failed = measure_loss(setting, QWEN, [name for name in names if does(name, QWEN)])
     yield from loss_figures(result, bar=None)
     yield from not_measured(QWEN.name, "x floor", missing | failed)
 
@@ -185,17 +184,9 @@ def not_measured(what: str, unit: str, reasons: Mapping[str, str]) -> Iterator[F
 def measure_loss(setting: Setting, shape: Shape, peers: list[str]) -> tuple[CaseResult, dict[str, str]]:
     """The case without those peers that compute another loss or fail, and why each of them has no result."""
     failed = failures(peers, setting)
-    while True:
-        left = [name for name in peers if name not in failed]
-        try:
-            result = measure_case(sized(shape, setting), left, setting.effort(), setting.device, drop_failing=True)
-            return result, failed | result.failed
-        except ContestantError as error:
-            if error.contestant not in left:
-                raise
-            failed[error.contestant] = error.reason
-            log(f"  once more without {error}")
-        free_memory()  # after the handler: until there the error holds the tensors of the call
+    able = [name for name in peers if name not in failed]
+    result = measure_those_that_run(sized(shape, setting), able, setting.effort(), setting.device)
+    return result, failed | dict(result.failed)
 
 
 def failures(names: Sequence[str], setting: Setting) -> dict[str, str]:
@@ -208,7 +199,7 @@ def failure(name: str, setting: Setting) -> str:
     peer = BUILDERS[name]()
     problem = draw(replace(QWEN, **TINY), device=setting.device)
     try:
-        run_to_the_end(lambda: peer.run(problem.as_pairs() if peer.pairs_only else problem))
+        run_to_the_end(lambda: peer.run(problem.as_work(peer.work_on(problem.shape) or problem.shape.work)))
     except Exception as error:  # a peer may fail in any way of its own
         return summary(error)
     return ""
@@ -273,6 +264,7 @@ def token_logps_in_float64(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
 def accuracy_of_sums(setting: Setting) -> Iterator[Figure]:
     """Sequence log-likelihoods of 1,024 bf16 tokens against float64: at most 2e-3 nats with fp32 logits."""
     shape, (names, missing) = sized(ACCURACY, setting), installed()
+    names = [name for name in names if does(name, shape)]
     failed = missing | failures(names, setting)
     for error in accuracy.measure(shape, setting.device, []):
         yield error_of(error)

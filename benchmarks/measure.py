@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -12,14 +12,14 @@ import torch
 
 from benchmarks.contestants import (
     FLOOR,
-    FLOOR_REUSED,
-    OURS,
-    OURS_PAIRS,
+    FLOORS,
+    OURS_ON,
     Contestant,
     forget_compiled,
     line_up,
     smallest_budget,
 )
+from benchmarks.environment import log
 from benchmarks.floor import plan_of
 from benchmarks.memory import meter_for
 from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
@@ -50,7 +50,7 @@ class Row:
     """One contestant on one shape. `errors` is None for the floor, which computes no loss."""
 
     contestant: str
-    pairs: bool  # its loss is K = 1
+    work: str
     timing: Timing
     errors: Errors | None
     peak: int | None  # bytes beyond inputs and gradients, in this process; None where outputs are reused
@@ -68,6 +68,10 @@ class CaseResult:
     def best(self, contestant: str) -> float | None:
         """Fewest seconds of a contestant, None where it did not run."""
         return next((row.timing.best for row in self.rows if row.contestant == contestant), None)
+
+    def seconds(self, contestant: str) -> float:
+        """The same of one that is always there."""
+        return next(row.timing.best for row in self.rows if row.contestant == contestant)
 
     def over_floor(self, contestant: str, floor: str = FLOOR) -> float | None:
         """Time as a multiple of the floor's."""
@@ -100,16 +104,38 @@ def measure_case(
         {name: named(name, entry.call) for name, entry in entries.items()},
         effort,
         reference=FLOOR,
-        always=(FLOOR_REUSED, OURS, OURS_PAIRS),
+        always={*FLOORS.values(), *OURS_ON.values()},
         observer=inspection,
         clock=clock_for(problem.hidden.device),
     )
     rows = tuple(
-        Row(name, entry.pairs, timings[name], inspection.errors.get(name), inspection.peaks.get(name))
+        Row(name, entry.work, timings[name], inspection.errors.get(name), inspection.peaks.get(name))
         for name, entry in entries.items()
     )
     budget = smallest_budget(problem) if shape.smallest_budget else None
     return CaseResult(shape, rows, plan_of(problem, budget), failed)
+
+
+def measure_those_that_run(
+    shape: Shape, peer_names: Sequence[str], effort: Effort, device: torch.device | str = "cpu"
+) -> CaseResult:
+    """The case without those peers that compute another loss or fail; `failed` says why each of them has no row.
+
+    Raises:
+        ContestantError: the floor or ours failed.
+    """
+    failed: dict[str, str] = {}
+    while True:
+        left = [name for name in peer_names if name not in failed]
+        try:
+            result = measure_case(shape, left, effort, device, drop_failing=True)
+            return replace(result, failed=failed | result.failed)
+        except ContestantError as error:
+            if error.contestant not in left:
+                raise
+            failed[error.contestant] = error.reason
+            log(f"  once more without {error}")
+        free_memory()  # after the handler: until there the error holds the tensors of the call
 
 
 def warm_up(entries: dict[str, Contestant], optional: Sequence[str]) -> dict[str, str]:
@@ -163,8 +189,8 @@ class Inspection:
     """Holds the first result of every contestant against the oracle of its loss, and takes the peak of that call."""
 
     def __init__(self, problem: Problem, entries: Mapping[str, Contestant]) -> None:
-        dense = Dense.of(problem)
-        self.oracles = {False: Oracle(problem, dense), True: Oracle(problem.as_pairs(), dense)}
+        dense, works = Dense.of(problem), {entry.work for entry in entries.values()}
+        self.oracles = {work: Oracle(problem.as_work(work), dense) for work in works}
         self.shape = problem.shape
         self.entries = entries
         self.meter = meter_for(problem.hidden.device)
@@ -188,7 +214,7 @@ class Inspection:
             self.peaks[name] = growth - sum(grad.nbytes for grad in grads)
         if loss is None:
             return
-        errors = named(name, lambda: self.oracles[entry.pairs].errors(loss, *grads))()
+        errors = named(name, lambda: self.oracles[entry.work].errors(loss, grads))()
         bound = SAME_LOSS[self.shape.dtype]
         if not errors.worst() <= bound:  # not `>`: NaN is another loss too
             raise AnotherLossError(name, f"on {self.shape.name}: {errors}, expected at most {bound}")

@@ -22,14 +22,14 @@ from benchmarks.contestants import FLOOR, OURS, contestant, floor
 from benchmarks.floor import plan_of
 from benchmarks.peers import BUILDERS, ours
 from benchmarks.problem import draw
-from benchmarks.shapes import BARS, QUICK, Shape
+from benchmarks.shapes import BARS, GPU_PEAK_MEMORY, PEAK_MEMORY, QUICK, Shape
 
 _ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Peak:
-    """One measurement. `planned` is what our plan says it will hold, None for a peer.
+    """One measurement. `planned` is what our plan says it will hold and `budget` what it may, None for a peer.
 
     The floor holds the logits of the same plan, and what the GEMM library takes for itself.
     """
@@ -39,6 +39,7 @@ class Peak:
     num_tokens: int
     bytes: int
     planned: int | None
+    budget: int | None = None
 
 
 class PeakMeter:
@@ -83,28 +84,29 @@ def meter_for(device: torch.device) -> PeakMeter | DeviceMeter:
     return DeviceMeter() if device.type == "cuda" else PeakMeter()
 
 
-def measure(name: str, shape: Shape, num_tokens: int) -> Peak:
+def measure(name: str, shape: Shape, num_tokens: int, device: torch.device | str = "cpu") -> Peak:
     """Measure one contestant on groups of the given kind, N = `num_tokens`, in a fresh process."""
     shape = shape.with_tokens(num_tokens)
-    command = [sys.executable, "-m", "benchmarks.memory", name, shape.name, str(num_tokens)]
+    command = [sys.executable, "-m", "benchmarks.memory", name, shape.name, str(num_tokens), "--device", str(device)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return Peak(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_here(name: str, shape: Shape) -> Peak:
+def measure_here(name: str, shape: Shape, device: torch.device | str = "cpu") -> Peak:
     """Measure one contestant in this process, which should have done nothing else."""
-    problem = draw(shape)
+    problem = draw(shape, device=device)
     builders = {**BUILDERS, OURS: partial(ours, OURS)}
     entry = floor(problem, None) if name == FLOOR else contestant(builders[name](), problem)
     entry.warm_up()
-    planned = plan_of(problem, None).bytes if name in (OURS, FLOOR) else None
-    meter = PeakMeter()
+    plan = plan_of(problem, None) if name in (OURS, FLOOR) else None
+    meter = meter_for(problem.hidden.device)
     meter.start()
     _, grads = entry.call()
     beyond = meter.growth() - sum(grad.nbytes for grad in grads)
-    return Peak(name, shape.name, shape.num_tokens, beyond, planned)
+    held = (plan.bytes, plan.budget_bytes) if plan else (None, None)
+    return Peak(name, shape.name, shape.num_tokens, beyond, *held)
 
 
 def _status_bytes(field: str) -> int:
@@ -116,14 +118,16 @@ def _status_bytes(field: str) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one measurement as a line of JSON."""
-    shapes = {shape.name: shape for shape in (*BARS, *QUICK)}
+    shapes = {shape.name: shape for shape in (*BARS, *PEAK_MEMORY, *GPU_PEAK_MEMORY, *QUICK)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contestant", choices=[FLOOR, OURS, *BUILDERS])
     parser.add_argument("shape", choices=shapes)
     parser.add_argument("num_tokens", type=int, nargs="?")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args(argv)
     shape = shapes[args.shape]
-    print(json.dumps(asdict(measure_here(args.contestant, shape.with_tokens(args.num_tokens or shape.num_tokens)))))
+    peak = measure_here(args.contestant, shape.with_tokens(args.num_tokens or shape.num_tokens), args.device)
+    print(json.dumps(asdict(peak)))
 
 
 if __name__ == "__main__":

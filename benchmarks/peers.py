@@ -1,45 +1,69 @@
 """Other implementations of the head, each composed into the same loss as ours.
 
-Every contestant maps (hidden, weight, targets, ref_logps) to (loss, (grad_hidden, grad_weight)) for the loss of
-`problem.contrast`: unranked CPO over the summed token log-probabilities, beta 0.1. A peer that contrasts one pair only
-is compared with ours on the same tensors read as pairs.
+Every contestant maps (hidden, weight, targets, *reference) to the loss of `Problem.objective`: unranked CPO over the
+summed token log-probabilities, beta 0.1, or the mean cross-entropy. A peer whose loss has one form only is compared
+with ours on the same tensors read as that form: see the kinds of work in shapes.py.
+
+QuACK runs on an NVIDIA GPU of sm_90 or later and is in no extra of this project: `pip install quack-kernels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import BETA, IGNORE, Problem, contrast
+from benchmarks.shapes import CPO, DPO, NLL, NO_GRAD, PAIRS, POLICIES, Shape
 
 SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, H), (G, C, T) -> (G, C)
-Loss = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
-Result = tuple[Tensor, tuple[Tensor, Tensor]]
+Loss = Callable[..., Tensor]  # hidden, weight, targets, *Problem.reference -> scalar
+Result = tuple[Tensor, tuple[Tensor, ...]]
+CHUNKED = "F.linear_cross_entropy, chunked"
 
 
 @dataclass(frozen=True)
 class Peer:
     """One contestant.
 
-    `skips_ignored`: -100 rows stay out of its GEMMs; `pairs_only`: its loss contrasts one pair, K = 1; `compiles`: its
-    first call of a shape compiles.
+    Attributes:
+        name: of the contestant.
+        loss: that of `work`.
+        sequence_logps: log-likelihoods alone; None where it has none to give.
+        nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
+        work: the work it does; one that does "cpo" also does "pairs".
+        skips_ignored: -100 rows stay out of its GEMMs.
+        compiles: its first call of a shape compiles.
     """
 
     name: str
     loss: Loss
-    sequence_logps: SequenceLogps
+    sequence_logps: SequenceLogps | None
+    nll: Loss | None = None
+    work: str = CPO
     skips_ignored: bool = False
-    pairs_only: bool = False
     compiles: bool = False
 
+    def work_on(self, shape: Shape) -> str | None:
+        """The work it does on the tensors of a shape; None where it can do none that compares."""
+        if shape.mode == NO_GRAD:
+            return shape.work if self.sequence_logps and self.work == CPO else None
+        if shape.work == NLL:
+            return NLL if self.nll else None
+        return {CPO: shape.work, NLL: None}.get(self.work, self.work)
+
     def run(self, problem: Problem) -> Result:
-        """Loss and all gradients of one problem."""
-        loss = self.loss(problem.hidden, problem.weight, problem.targets, problem.ref_logps)
-        return loss, torch.autograd.grad(loss, (problem.hidden, problem.weight))
+        """Loss and the wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
+        tensors, shape = (problem.hidden, problem.weight, problem.targets), problem.shape
+        if shape.mode == NO_GRAD:
+            with torch.no_grad():
+                return self.sequence_logps(*tensors), ()  # type: ignore[misc]
+        loss = (self.nll if shape.work == NLL else self.loss)(*tensors, *problem.reference)  # type: ignore[misc]
+        return loss, torch.autograd.grad(loss, problem.wanted)
 
 
 def _eager() -> Peer:
@@ -48,7 +72,11 @@ def _eager() -> Peer:
         nll = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
         return -nll.view(targets.shape).sum(-1)
 
-    return _from_logps("eager", sequence_logps)
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = hidden @ weight.T
+        return F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORE)
+
+    return _from_logps("eager", sequence_logps, nll)
 
 
 def _compiled() -> Peer:
@@ -57,22 +85,29 @@ def _compiled() -> Peer:
         "torch.compile",
         loss=torch.compile(eager.loss, fullgraph=True, dynamic=False),
         sequence_logps=torch.compile(eager.sequence_logps, fullgraph=True, dynamic=False),
+        nll=torch.compile(eager.nll, fullgraph=True, dynamic=False),
         compiles=True,
     )
 
 
-def _linear_cross_entropy(name: str, *, chunked: bool) -> Peer:
+def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
+    """`policy`: how gradients are summed over chunks of the batch; None does not chunk."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"F.linear_cross_entropy is not in torch {torch.__version__}")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        flat = (hidden.flatten(0, 2), weight, targets.flatten())
+        return F.linear_cross_entropy(*flat, ignore_index=IGNORE, reduction=reduction, options=options)
 
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        nll = F.linear_cross_entropy(
-            hidden.flatten(0, 2), weight, targets.flatten(), ignore_index=IGNORE, reduction="none", options=options
-        )
+        nll = cross_entropy(hidden, weight, targets, "none")
         return -nll.view(targets.shape).float().sum(-1)
 
-    return _from_logps(name, sequence_logps)
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(hidden, weight, targets, "mean")
+
+    return _from_logps(name, sequence_logps, nll)
 
 
 def _trl() -> Peer:
@@ -91,24 +126,43 @@ def _trl() -> Peer:
 def _cut_cross_entropy() -> Peer:
     from cut_cross_entropy import linear_cross_entropy
 
-    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
         impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
-        nll = linear_cross_entropy(hidden, weight, targets, impl=impl, reduction="none")
-        return -nll.sum(-1)
+        return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
 
-    return _from_logps("Cut Cross-Entropy", sequence_logps, skips_ignored=True, compiles=True)
+    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return -cross_entropy(hidden, weight, targets, "none").sum(-1)
+
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(hidden, weight, targets, "mean")
+
+    return _from_logps("Cut Cross-Entropy", sequence_logps, nll, skips_ignored=True, compiles=True)
 
 
-def _liger() -> Peer:
+def _quack() -> Peer:
+    if not torch.cuda.is_available():
+        raise RuntimeError("needs a GPU")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return chunked_linear_cross_entropy(hidden.flatten(0, 2), weight, targets.flatten(), ignore_index=IGNORE)
+
+    return Peer("QuACK", nll, None, nll, work=NLL, compiles=True)
+
+
+def _pairs_in_order(*tensors: Tensor) -> list[Tensor]:
+    """(G, 2, ...) as Liger wants it: (2 G, ...), all chosen sequences first, then all rejected ones."""
+    return [tensor.transpose(0, 1).flatten(0, 1) for tensor in tensors]
+
+
+def _liger_cpo() -> Peer:
     from liger_kernel.chunked_loss import LigerFusedLinearCPOLoss
 
     # alpha weighs Liger's NLL term; the preference term has weight 1. chunk_size counts pairs, 1 is its default.
     criterion = LigerFusedLinearCPOLoss(beta=BETA, alpha=0.0, compute_nll_loss=False, chunk_size=1)
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # Liger wants all chosen sequences first, then all rejected ones
-        stacked = hidden.transpose(0, 1).flatten(0, 1)
-        return criterion(weight, stacked, targets.transpose(0, 1).flatten(0, 1))
+        return criterion(weight, *_pairs_in_order(hidden, targets))
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         if ref_logps is not None:
@@ -119,7 +173,24 @@ def _liger() -> Peer:
         chosen, rejected = call(hidden, weight, targets)[1][:2]
         return torch.stack((chosen, rejected), dim=-1)
 
-    return Peer("Liger CPO", loss, sequence_logps, pairs_only=True, compiles=True)
+    return Peer("Liger CPO", loss, sequence_logps, work=PAIRS, compiles=True)
+
+
+def _liger_dpo() -> Peer:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    criterion = LigerFusedLinearDPOLoss(beta=BETA, chunk_size=1)
+
+    def call(
+        hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        stacked, flat, reference = _pairs_in_order(hidden, targets, ref_hidden)
+        return criterion(weight, stacked, flat, ref_input=reference, ref_weight=ref_weight)
+
+    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return torch.stack(call(hidden, weight, targets, hidden, weight)[1][:2], dim=-1)
+
+    return Peer("Liger DPO", lambda *tensors: call(*tensors)[0], sequence_logps, work=DPO, compiles=True)
 
 
 def ours(name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dtype | None = None) -> Peer:
@@ -131,10 +202,27 @@ def ours(name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dty
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         return linear_cpo_loss(hidden, weight, targets, ref_logps=ref_logps, beta=BETA, **head).loss
 
+    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        ranks = targets.new_zeros(targets.shape[:2])  # every candidate is a ground truth
+        options = {"ranks": ranks, "contrast_weight": 0.0, "mle_weight": 1.0}
+        return linear_cpo_loss(hidden, weight, targets, **options, **head).loss
+
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_sequence_logps(hidden, weight, targets, **head)
 
-    return Peer(name, loss, sequence_logps, skips_ignored=True)
+    return Peer(name, loss, sequence_logps, nll, skips_ignored=True)
+
+
+def ours_dpo(name: str, max_logits_bytes: int | None = None) -> Peer:
+    """The same on the hidden states and the head of a reference model, whose log-likelihoods come first."""
+    peer = ours(name, max_logits_bytes)
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            ref_logps = peer.sequence_logps(ref_hidden, ref_weight, targets)  # type: ignore[misc]
+        return peer.loss(hidden, weight, targets, ref_logps)
+
+    return replace(peer, loss=loss, work=DPO)
 
 
 def installed() -> tuple[list[str], dict[str, str]]:
@@ -149,23 +237,41 @@ def installed() -> tuple[list[str], dict[str, str]]:
     return names, missing
 
 
+def does(name: str, shape: Shape) -> bool:
+    """Whether an installed peer does the work of a shape, or that of one negative on the same tensors."""
+    return BUILDERS[name]().work_on(shape) is not None
+
+
+def asked_of(shape: Shape) -> tuple[str, ...]:
+    """Names of the peers that a shape asks for, installed or not, able or not."""
+    return tuple(name for name in (BUILDERS if shape.peers is None else shape.peers) if name not in shape.without)
+
+
 def _from_logps(
-    name: str, sequence_logps: SequenceLogps, *, skips_ignored: bool = False, compiles: bool = False
+    name: str,
+    sequence_logps: SequenceLogps,
+    nll: Loss | None = None,
+    *,
+    skips_ignored: bool = False,
+    compiles: bool = False,
 ) -> Peer:
     """A peer that only knows token log-probabilities: sum them, then contrast in plain torch."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         return contrast(sequence_logps(hidden, weight, targets), ref_logps)
 
-    return Peer(name, loss, sequence_logps, skips_ignored=skips_ignored, compiles=compiles)
+    return Peer(name, loss, sequence_logps, nll, skips_ignored=skips_ignored, compiles=compiles)
 
 
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "eager": _eager,
     "torch.compile": _compiled,
-    "F.linear_cross_entropy": lambda: _linear_cross_entropy("F.linear_cross_entropy", chunked=False),
-    "F.linear_cross_entropy, chunked": lambda: _linear_cross_entropy("F.linear_cross_entropy, chunked", chunked=True),
-    "Liger CPO": _liger,
+    "F.linear_cross_entropy": partial(_linear_cross_entropy, "F.linear_cross_entropy", None),
+    CHUNKED: partial(_linear_cross_entropy, CHUNKED, "auto"),
+    **{name: partial(_linear_cross_entropy, name, name.split(", ")[1]) for name in POLICIES},
+    "Liger CPO": _liger_cpo,
+    "Liger DPO": _liger_dpo,
     "TRL fused head": _trl,
     "Cut Cross-Entropy": _cut_cross_entropy,
+    "QuACK": _quack,
 }

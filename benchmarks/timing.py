@@ -13,6 +13,7 @@ import torch
 Call = Callable[[], object]
 Clock = Callable[[Call], tuple[float, object]]  # runs a call; its seconds and its result
 
+FOREVER = float("inf")  # seconds, or times the floor
 FLUSH_BYTES = 2**30  # many times any L2, and longer to read than a launch takes
 
 
