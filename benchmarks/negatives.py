@@ -37,7 +37,7 @@ from cpo_kernels.trainer import TokenizedExamples
 
 POOL = 16  # examples to draw batch negatives from, for every one of a step
 MLE, BASE = "MLE", "K = 1"
-GROWTH = (1, 2, 4, 8, 16)
+GROWTH = {"on": (1, 2, 4, 8, 16), "off": (1, 4, 16)}  # K by prefix sharing
 TRUNCATIONS = (1, 4, 16)
 TRUNCATED = tuple(f"truncation {count}" for count in TRUNCATIONS)
 
@@ -91,12 +91,13 @@ def negatives(sharing: str = "required", **counts: Any) -> dict[str, Any]:
 
 def growth() -> tuple[Contestant, ...]:
     """K batch negatives, with prefixes shared and not."""
+    setting = {"on": "required", "off": "off"}
     return (
         Contestant(MLE, {"objective": "mle"}, {"K": 0, "sharing": "off"}),
         *(
-            Contestant(f"K = {k}", negatives(setting, batch=k), {"K": k, "sharing": sharing})
-            for sharing, setting in (("on", "required"), ("off", "off"))
-            for k in GROWTH
+            Contestant(f"K = {k}", negatives(setting[sharing], batch=k), {"K": k, "sharing": sharing})
+            for sharing in GROWTH
+            for k in GROWTH[sharing]
         ),
     )
 
@@ -128,9 +129,9 @@ def cases(setting: Setting) -> list[Case]:
         return [*every, *(Case("kinds", model, kinds(), **sizes, always=often, rounds=8) for model in models)]
     few = {"layers": 2, "vocabulary": 8192}
     return [
-        Case("K", GPT2_SMALL, growth(), groups=2, tokens=32, always=rare, rounds=3),
+        Case("K", GPT2_SMALL, growth(), groups=2, tokens=32, always=rare, rounds=2),
         *(
-            Case("kinds", replace(model, name=f"{model.name}, 2 layers", **few), kinds(), 2, 48, often, rounds=8)
+            Case("kinds", replace(model, name=f"{model.name}, 2 layers", **few), kinds(), 4, 32, often, rounds=6)
             for model in (GPT2_SMALL, LLAMA_SMALL)
         ),
     ]
