@@ -187,7 +187,7 @@ class Watch:
         """Why this is not the loss of the others; empty where it is."""
         bound = SAME_LOSS[self.problem.shape.dtype]
         if self.oracle is not None:
-            errors = self.errors[name] = self.oracle.errors(loss, *grads)
+            errors = self.errors[name] = self.oracle.errors(loss, grads)
             return "" if errors.worst() <= bound else f"computes another loss: {errors}"
         if name == OURS:
             self.loss = loss.item()
@@ -270,9 +270,9 @@ def conditions_of(shape: Shape) -> dict[str, Any]:
         "V": shape.vocab,
         "H": shape.hidden,
         "N": shape.num_tokens,
-        "K": shape.candidates - 1,
+        "K": shape.negatives,
         "dtype": shape.dtype_name,
-        "work": "cpo",
+        "work": shape.work,
     }
 
 

@@ -8,9 +8,12 @@ and the floor run first and last, and their difference is the drift of the machi
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,25 +27,26 @@ import torch
 from torch import Tensor
 
 from benchmarks import texts
-from benchmarks.contestants import FLOOR, OURS, OURS_PAIRS
+from benchmarks.contestants import FLOOR, FLOORS, OURS, OURS_DPO, OURS_ON, OURS_PAIRS
 from benchmarks.lengths_run import PACKED, Life, Task
 from benchmarks.problem import IGNORE, Errors
 from benchmarks.records import Record
 from benchmarks.setting import Setting
+from benchmarks.shapes import CPO, POLICIES
 from benchmarks.texts import Corpus
-from benchmarks.varying import builders
+from benchmarks.varying import COMPILED, DYNAMIC, builders
 
 _ROOT = Path(__file__).parent.parent
 CANDIDATES = 4  # K = 3
 GROUPS = (2, 3, 4)
-PAIRS_ONLY = ("Liger CPO",)
-COMPILING = ("torch.compile", "torch.compile, dynamic=True", "Liger CPO", "Cut Cross-Entropy")
-START_AND_IMPORT = 120.0  # seconds that a process may take beside its calls
+OWN = (FLOOR, OURS, PACKED, OURS_PAIRS, OURS_DPO)
+COMPILING = (COMPILED, DYNAMIC, "Liger CPO", "Liger DPO", "Cut Cross-Entropy")
+QUICK_PEERS = ("eager",)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one case.
+    """Of the case.
 
     Attributes:
         batches: how many.
@@ -63,21 +67,20 @@ class Sizes:
     limit_compiling: float
 
 
-ON_CPU = (Sizes(50, 48, 50257, 256, torch.bfloat16, 9.0, 20.0),)
-ON_GPU = (Sizes(50, 512, 128256, 4096, torch.bfloat16, 20.0, 90.0),)
-QUICK = (Sizes(6, 32, 8209, 32, torch.float32, 5.0, 20.0),)
+ON_CPU = Sizes(50, 40, 50257, 256, torch.bfloat16, 7.0, 15.0)
+ON_GPU = Sizes(50, 512, 128256, 4096, torch.bfloat16, 20.0, 90.0)
+QUICK = Sizes(6, 32, 8209, 32, torch.float32, 5.0, 20.0)
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """A case for each dtype."""
-    for sizes in QUICK if setting.quick else ON_GPU if setting.on_gpu else ON_CPU:
-        corpus = texts.load(setting, longest=10 * sizes.longest)
-        targets = draw_batches(corpus, sizes)
-        task = Task(targets, sizes.vocab, sizes.hidden, sizes.dtype, setting.device, torch.get_num_threads())
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "task.pt"
-            torch.save(task, path)
-            yield from Case(task, sizes, path, setting.quick).records()
+    """One case. On the CPU it is in bfloat16: in float32 it would take three times as long."""
+    sizes = QUICK if setting.quick else ON_GPU if setting.on_gpu else ON_CPU
+    targets = draw_batches(texts.load(setting, longest=10 * sizes.longest), sizes)
+    task = Task(targets, sizes.vocab, sizes.hidden, sizes.dtype, setting.device, torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "task.pt"
+        torch.save(task, path)
+        yield from Case(task, sizes, path, setting).records()
 
 
 def draw_batches(corpus: Corpus, sizes: Sizes, seed: int = 0) -> list[Tensor]:
@@ -103,57 +106,74 @@ def pad(groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 class Case:
     """All contestants on the same batches, one process after the other."""
 
-    def __init__(self, task: Task, sizes: Sizes, path: Path, quick: bool) -> None:
-        self.task, self.sizes, self.path, self.quick = task, sizes, path, quick
-        self.totals: dict[str, float] = {}  # of the first run of whoever has others compared with it
+    def __init__(self, task: Task, sizes: Sizes, path: Path, setting: Setting) -> None:
+        self.task, self.sizes, self.path = task, sizes, path
+        self.left_out = left_out(setting)
+        self.totals: dict[str, float] = {}  # of first runs
         self.conditions = conditions(task, sizes)
+        self.case = f"{sizes.batches} batches of varying lengths, {self.conditions['dtype']}"
 
     def records(self) -> Iterator[Record]:
         """Floor and ours, the peers, ours and the floor again."""
-        for name in (FLOOR, OURS, OURS_PAIRS, PACKED):
+        for name in OWN:
             yield self.measure(name, run="first")
         for name in builders():
-            if self.quick and name in COMPILING:
-                yield self.record(name, note="left out of a quick run, since it compiles for seconds")
-            else:
-                yield self.measure(name)
+            yield self.measure(name)
         for name in (OURS, FLOOR):
             yield self.measure(name, run="last")
 
     def measure(self, name: str, **more: Any) -> Record:
-        """One process; only ours and the floor are never stopped."""
+        """One process."""
+        if name in self.left_out:
+            return self.record(name, self.left_out[name], **more)
         life = in_a_process(self.path, name, self.limit(name))
         if isinstance(life, str):
-            return self.record(name, note=life, **more)
-        done, total = len(life.seconds), sum(life.seconds)
-        self.totals.setdefault(name, total)
-        stopped = f"stopped after {done} batches: {total:.1f} s" if done < len(self.task.targets) else ""
-        return self.record(name, self.values(name, life), stopped, **more)
+            return self.record(name, life, **more)
+        self.totals.setdefault(name, life.total)
+        done = len(life.seconds)
+        stopped = f"stopped after {done} batches: {life.total:.1f} s" if done < len(self.task.targets) else ""
+        return self.record(name, stopped, life, **more)
 
     def limit(self, name: str) -> float:
         """Seconds after which a peer is stopped: it has taken at least twice as long as ours, whatever comes."""
-        if name in (FLOOR, OURS, OURS_PAIRS, PACKED):
-            return float("inf")
+        if name in OWN:
+            return math.inf
         chosen = self.sizes.limit_compiling if name in COMPILING else self.sizes.limit
         return max(chosen, 2 * self.totals[OURS])
 
-    def values(self, name: str, life: Life) -> dict[str, float]:
-        """Of a contestant that ran; `total` is of the batches done, and ratios are of totals."""
-        total = sum(life.seconds)
-        base = OURS_PAIRS if name in (*PAIRS_ONLY, OURS_PAIRS) else OURS
-        values = {"total": total, "first": life.seconds[0], "slowest": max(life.seconds)}
-        values |= {"median": statistics.median(life.seconds), "batches": float(len(life.seconds))}
-        values |= {"floor": total / self.totals[FLOOR]}
-        if name != FLOOR and base in self.totals:
-            values["of_ours"] = total / self.totals[base]
-        return values | error_values(life.errors)
-
-    def record(self, name: str, values: dict[str, float] | None = None, note: str = "", **more: Any) -> Record:
+    def record(self, name: str, note: str, life: Life | None = None, **more: Any) -> Record:
         """Of one contestant."""
-        pairs = name in (*PAIRS_ONLY, OURS_PAIRS)
-        work = {"K": 1, "work": "pairs"} if pairs else {"K": CANDIDATES - 1, "work": "cpo"}
-        case = f"{self.sizes.batches} batches of varying lengths, {self.conditions['dtype']}"
-        return Record(case, name, values or {}, self.conditions | work | more, note)
+        work = life.work if life else CPO
+        k = CANDIDATES - 1 if work == CPO else 1
+        values = self.values(name, life) if life else {}
+        return Record(self.case, name, values, self.conditions | {"K": k, "work": work} | more, note)
+
+    def values(self, name: str, life: Life) -> dict[str, float]:
+        """Of a contestant that ran; `total` is of what it did, and ratios are of totals."""
+        values = {"total": life.total, "batches": float(len(life.seconds))}
+        if life.seconds:
+            values |= {"first": life.seconds[0], "slowest": max(life.seconds)}
+            values["median"] = statistics.median(life.seconds)
+        floor, base = FLOORS[life.work], OURS_ON[life.work]
+        if floor in self.totals:
+            values["floor"] = life.total / self.totals[floor]
+        if name != floor and base in self.totals:
+            values["of_ours"] = life.total / self.totals[base]
+        if errors := life.worst():
+            values |= {"error_loss": errors.loss}
+            values |= {"error_grad_hidden": errors.grad_hidden, "error_grad_weight": errors.grad_weight}
+        return values
+
+
+def left_out(setting: Setting) -> dict[str, str]:
+    """Who does not run, and why."""
+    why = {"QuACK": "computes a cross-entropy and no sequence log-likelihoods: see the part heads"}
+    if not setting.on_gpu:
+        why |= dict.fromkeys(POLICIES, "a call takes tens of seconds, as with the policy of the one that runs")
+        why |= dict.fromkeys((OURS_DPO, "Liger DPO"), "compiles and calls as Liger CPO does: see the part heads")
+    if setting.quick:
+        why |= {name: "not in a quick run" for name in builders() if name not in QUICK_PEERS}
+    return why
 
 
 def conditions(task: Task, sizes: Sizes) -> dict[str, Any]:
@@ -170,34 +190,26 @@ def conditions(task: Task, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def error_values(errors: Errors | None) -> dict[str, float]:
-    """By the names of records."""
-    if errors is None:
-        return {}
-    return {
-        "error_loss": errors.loss,
-        "error_grad_hidden": errors.grad_hidden,
-        "error_grad_weight": errors.grad_weight,
-    }
-
-
 def in_a_process(task: Path, name: str, limit: float) -> Life | str:
-    """One contestant's life, or why there is none."""
-    command = [sys.executable, "-m", "benchmarks.lengths_run", str(task), name, "--limit", str(limit)]
-    with tempfile.TemporaryDirectory() as cache:
-        caches = {key: f"{cache}/{key}" for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        try:
-            done = subprocess.run(
-                command,
-                cwd=_ROOT,
-                env=os.environ | caches,
-                capture_output=True,
-                text=True,
-                timeout=None if limit == float("inf") else limit + START_AND_IMPORT,
+    """One contestant's life in a process with empty caches, or why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "life.json", Path(folder) / "stderr"
+        command = [sys.executable, "-m", "benchmarks.lengths_run", str(task), name, str(out), "--limit", str(limit)]
+        caches = {key: f"{folder}/{key}" for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        with errors.open("wb") as stream:
+            process = subprocess.Popen(
+                command, cwd=_ROOT, env=os.environ | caches, stdout=stream, stderr=stream, start_new_session=True
             )
-        except subprocess.TimeoutExpired as error:
-            return f"no end of one call after {error.timeout:.0f} s"
-    if done.returncode:
-        return next(reversed(done.stderr.strip().splitlines()), f"ended with {done.returncode}")
-    life = json.loads(done.stdout.splitlines()[-1])
-    return Life(tuple(life["seconds"]), Errors(**life["errors"]) if life["errors"] else None)
+            status = process.wait()
+        end_group(process.pid)
+        if status:
+            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
+            return last[0] if last else f"ended with {status}"
+        life = json.loads(out.read_text(encoding="utf-8"))
+    return Life(life["work"], life["seconds"], [Errors(**one) for one in life["errors"]], life["unfinished"])
+
+
+def end_group(process_group: int) -> None:
+    """End what a process that was stopped has left: a compiler, for instance."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process_group, signal.SIGKILL)

@@ -1,29 +1,31 @@
 """One contestant on batches of varying lengths, in a process that has compiled and cached nothing before.
 
-`python -m benchmarks.lengths_run TASK CONTESTANT` prints the seconds of every call as JSON, for benchmarks.lengths.
+`python -m benchmarks.lengths_run TASK CONTESTANT OUT` writes the seconds of every call as JSON, for benchmarks.lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
-import torch._dynamo  # torch imports it in somebody's first call, and importing is not counted
-import torch._inductor.compile_fx
 from torch import Tensor
 
 import cpo_kernels
-from benchmarks.contestants import FLOOR, OURS, OURS_PAIRS, Contestant, contestant, floor
+from benchmarks.contestants import FLOOR, OURS, OURS_DPO, OURS_PAIRS, Contestant, contestant, floor
 from benchmarks.measure import SAME_LOSS, AnotherLossError, named
-from benchmarks.peers import Peer, ours
+from benchmarks.peers import Peer, ours, ours_dpo
 from benchmarks.problem import BETA, IGNORE, Dense, Errors, Oracle, Problem
-from benchmarks.shapes import Shape
+from benchmarks.records import write_whole
+from benchmarks.shapes import DPO, PAIRS, Shape
 from benchmarks.timing import Call
 from benchmarks.varying import builders
 
@@ -65,12 +67,32 @@ class Task:
             yield Problem(shape, hidden.to(self.dtype).requires_grad_(), weight, targets, ref)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Life:
-    """What one contestant did: seconds of every call, and its worst errors over the calls that were checked."""
+    """What one contestant did.
 
-    seconds: tuple[float, ...]
-    errors: Errors | None
+    Attributes:
+        work: of the contestant.
+        seconds: of every call that came to its end.
+        errors: of every call that was checked.
+        unfinished: seconds that a last call had taken when it was stopped.
+    """
+
+    work: str = ""
+    seconds: list[float] = field(default_factory=list)
+    errors: list[Errors] = field(default_factory=list)
+    unfinished: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Seconds of all calls."""
+        return sum(self.seconds) + self.unfinished
+
+    def worst(self) -> Errors | None:
+        """The largest error of each kind."""
+        if not self.errors:
+            return None
+        return Errors(*(max(getattr(e, kind) for e in self.errors) for kind in ("loss", "grad_hidden", "grad_weight")))
 
 
 def packed() -> Peer:
@@ -93,7 +115,7 @@ def entry_of(name: str, peer: Peer | None, problem: Problem) -> Contestant:
     """A contestant bound to one batch."""
     if peer is None:
         return floor(problem, None)
-    return contestant(peer, problem.as_pairs() if name == OURS_PAIRS else problem)
+    return contestant(peer, problem.as_work({OURS_PAIRS: PAIRS, OURS_DPO: DPO}.get(name, problem.shape.work)))
 
 
 def waited(call: Call) -> tuple[float, object]:
@@ -114,49 +136,85 @@ def check(entry: Contestant, problem: Problem, result: object) -> Errors | None:
     loss, grads = result  # type: ignore[misc]
     if loss is None:
         return None
-    problem = problem.as_pairs() if entry.pairs else problem
-    errors = named(entry.name, lambda: Oracle(problem, Dense.of(problem)).errors(loss, *grads))()
+    problem = problem.as_work(entry.work)
+    errors = named(entry.name, lambda: Oracle(problem, Dense.of(problem)).errors(loss, grads))()
     bound = SAME_LOSS[problem.shape.dtype]
     if not errors.worst() <= bound:  # not `>`: NaN is another loss too
         raise AnotherLossError(entry.name, f"on {problem.shape.name}: {errors}, expected at most {bound}")
     return errors
 
 
-def worst(errors: list[Errors]) -> Errors | None:
-    """The largest of each kind."""
-    if not errors:
-        return None
-    kinds = zip(*(asdict(one).values() for one in errors), strict=True)
-    return Errors(*map(max, kinds))
+class Stopwatch:
+    """Times calls, and ends the process in the midst of one when all together have taken `limit` seconds."""
+
+    def __init__(self, life: Life, limit: float, at_limit: Callable[[], None]) -> None:
+        self.life, self.limit, self.at_limit = life, limit, at_limit
+        self.begin = 0.0
+
+    def time(self, call: Call) -> object:
+        """Run a call."""
+        alarm = threading.Timer(min(self.limit - self.life.total, threading.TIMEOUT_MAX), self.stop)
+        alarm.daemon = True
+        self.begin = time.perf_counter()
+        alarm.start()
+        seconds, result = waited(call)
+        alarm.cancel()
+        self.life.seconds.append(seconds)
+        return result
+
+    def stop(self) -> None:
+        """In the timer's thread: the call is still running."""
+        self.life.unfinished = time.perf_counter() - self.begin
+        self.at_limit()
 
 
-def live(name: str, task: Task, limit: float) -> Life:
-    """All batches, until those done have taken more than `limit` seconds together."""
-    known = {**builders(), OURS: partial(ours, OURS), OURS_PAIRS: partial(ours, OURS_PAIRS), PACKED: packed}
+def import_what_is_called(peer: Peer | None) -> None:
+    """What torch would import in a first call: operators written in Python want the one, compilers the other."""
+    if peer is not None:
+        import_module("torch._dynamo")
+    if peer is not None and peer.compiles:
+        import_module("torch._inductor.compile_fx")
+
+
+def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
+    """All batches, until those done have taken more than the limit."""
+    own = {OURS: ours, OURS_PAIRS: ours, OURS_DPO: ours_dpo}
+    known = {**builders(), **{key: partial(build, key) for key, build in own.items()}, PACKED: packed}
     peer = None if name == FLOOR else known[name]()
-    seconds, errors = [], []
+    import_what_is_called(peer)
     for index, problem in enumerate(task.problems()):
         entry = entry_of(name, peer, problem)
-        elapsed, result = waited(named(name, entry.call))
-        seconds.append(elapsed)
+        life.work = entry.work
+        result = stopwatch.time(named(name, entry.call))
         if index < CHECKED or index == len(task.targets) - 1:
-            errors.append(check(entry, problem, result))
+            errors = check(entry, problem, result)
+            life.errors += [errors] if errors else []
         del result  # or the next call would run beside this one's gradients
-        if sum(seconds) > limit:
+        if life.total > stopwatch.limit:
             break
-    return Life(tuple(seconds), worst([one for one in errors if one is not None]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one life as a line of JSON."""
+    """Write one life as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", type=Path, help="file that benchmarks.lengths saved")
     parser.add_argument("contestant")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds of all calls together")
     args = parser.parse_args(argv)
     task: Task = torch.load(args.task, weights_only=False)
     torch.set_num_threads(task.threads)
-    print(json.dumps(asdict(live(args.contestant, task, args.limit))))
+    life = Life()
+
+    def write() -> None:
+        write_whole(args.out, json.dumps(asdict(life)))
+
+    def write_and_end() -> None:
+        write()
+        os._exit(0)  # a call in another thread cannot be interrupted
+
+    live(args.contestant, task, life, Stopwatch(life, args.limit, write_and_end))
+    write()
 
 
 if __name__ == "__main__":
