@@ -7,6 +7,7 @@ others are ratios to the floor and to ours on the same work, taken in turns in o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from benchmarks import accuracy, memory, shapes
@@ -64,22 +65,19 @@ def measure(shape: Shape, setting: Setting, ceilings: Ceilings) -> Iterator[Reco
 
 def conditions(shape: Shape, work: str) -> dict[str, Any]:
     """What a record of a shape depends on; work other than the shape's own has one negative."""
-    return {
-        "V": shape.vocab,
-        "H": shape.hidden,
-        "N": shape.num_tokens,
-        "K": shape.negatives if work in (shape.work, CPO) else 1,
-        "dtype": shape.dtype_name,
-        "prompt": shape.prompt_share,
-        "mode": shape.mode,
-        "work": work,
-    }
+    how = {"prompt": shape.prompt_share, "mode": shape.mode, "work": work}
+    return sizes(shape) | {"K": shape.negatives if work == shape.work else 1} | how
+
+
+def sizes(shape: Shape) -> dict[str, Any]:
+    """Of head and tokens."""
+    return {"V": shape.vocab, "H": shape.hidden, "N": shape.num_tokens, "dtype": shape.dtype_name}
 
 
 def values(row: Row, result: CaseResult, ceilings: Ceilings) -> dict[str, float]:
     """What was measured of one contestant, and its ratios."""
     shape, seconds = result.shape, row.timing.best
-    count = products(shape) + (row.work == DPO)
+    count = products(replace(shape, work=row.work))
     tflops = count * product_flops(shape) / seconds * 1e-12
     gbs = compulsory_bytes(shape, row.work) / seconds * 1e-9
     over_floor = seconds / result.seconds(FLOORS[row.work])
@@ -139,7 +137,7 @@ def accuracies(setting: Setting) -> Iterator[Record]:
                 measured = {"nats_largest": error.largest, "nats_mean": error.mean}
         except Exception as error:  # a peer may fail in any way of its own
             note = summary(error)
-        yield Record(LOGPS, name, measured, conditions(shape, CPO) | {"mode": NO_GRAD}, note)
+        yield Record(LOGPS, name, measured, sizes(shape), note)
         free_memory()
 
 

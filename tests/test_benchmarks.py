@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import mmap
 import time
 
@@ -11,23 +11,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("cut_cross_entropy")
 pytest.importorskip("liger_kernel")
 pytest.importorskip("trl")
 
-from benchmarks import accuracy, contestants, measure, memory, report, shapes, tables
-from benchmarks.floor import Floor, allocate, plan_of, product_rows, three_gemms
-from benchmarks.peers import BUILDERS, Peer, ours
-from benchmarks.problem import Dense, Oracle, contrast, draw
-from benchmarks.timing import Effort, round_robin
+from benchmarks import accuracy, contestants, heads, measure, memory, peers, shapes, tables
+from benchmarks.ceilings import Ceilings
+from benchmarks.floor import Floor, allocate, gemms, plan_of, product_rows
+from benchmarks.peers import BUILDERS, Peer, ours, ours_dpo
+from benchmarks.problem import IGNORE, Dense, Oracle, contrast, draw
+from benchmarks.setting import Setting
+from benchmarks.timing import Effort, Timing, round_robin
 
 pytestmark = pytest.mark.cpu  # small dry runs on the host
 
 QUICK = {shape.name: shape for shape in shapes.QUICK}
-# Peers that compile take seconds each, so they are run once, by the smoke run of the whole report
-COMPILING = ("torch.compile", "Liger CPO", "Cut Cross-Entropy")
-PLAIN = [name for name in BUILDERS if name not in COMPILING]
+# Peers that compile take seconds each, so they are run once, by the slow test
+COMPILING = ("torch.compile", "Liger CPO", "Liger DPO", "Cut Cross-Entropy")
+PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
 
 
 def test_oracle_is_autograd_in_double():
@@ -50,12 +53,203 @@ def test_the_contrast_is_not_settled():
         assert torch.autograd.grad(loss, logps)[0].abs().amax(-1).min() > 1e-6
 
 
-@pytest.mark.parametrize("shape", ["quick fp32", "quick bf16", "quick half prompt fp32", "quick half prompt bf16"])
+def nll_in_double(problem, hidden, weight):
+    return F.cross_entropy((hidden @ weight.T).flatten(0, 2), problem.targets.flatten(), ignore_index=IGNORE)
+
+
+def dpo_in_double(problem, hidden, weight):
+    ratios = []
+    for rows, head in ((hidden, weight), (problem.ref_hidden.double(), problem.ref_weight.double())):
+        logps = torch.log_softmax(rows @ head.T, -1).gather(-1, problem.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        ratios.append(logps.masked_fill(problem.targets == IGNORE, 0).sum(-1))
+    chosen, rejected = (ratios[0] - ratios[1]).unbind(-1)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+@pytest.mark.parametrize("work", [shapes.NLL, shapes.DPO])
+@pytest.mark.parametrize("prompt_share", [0.0, 0.5])
+def test_oracle_of_other_work_is_autograd_in_double(work, prompt_share):
+    shape = dataclasses.replace(QUICK["quick fp32"], prompt_share=prompt_share, work=work)
+    problem = draw(shape) if work == shapes.NLL else draw(shape).as_dpo()
+    hidden, weight = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
+    loss = (nll_in_double if work == shapes.NLL else dpo_in_double)(problem, hidden, weight)
+    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
+    oracle = Oracle(problem, Dense.of(problem))
+    assert oracle.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(oracle.grad_hidden, grad_hidden.flatten(0, 2)[oracle.rows])
+    assert_close(oracle.grad_weight, grad_weight[oracle.columns])
+    peer = ours("ours") if work == shapes.NLL else ours_dpo("ours")
+    assert oracle.errors(*peer.run(problem)).worst() < 1e-5
+
+
+def test_the_contrast_of_dpo_is_not_settled_and_its_reference_is_another_model():
+    problem = draw(QUICK["quick fp32"]).as_dpo()
+    oracle = Oracle(problem, Dense.of(problem))
+    assert oracle.grad_hidden.norm(dim=-1).min() > 1e-6
+    own_reference = dataclasses.replace(problem, ref_hidden=problem.hidden.detach(), ref_weight=problem.weight.detach())
+    assert Oracle(own_reference, Dense.of(problem)).loss == pytest.approx(math.log(2))
+    assert oracle.errors(*ours_dpo("ours").run(own_reference)).loss > 1e-2
+
+
+@pytest.mark.parametrize(
+    "shape", ["quick frozen fp32", "quick frozen bf16", "quick no_grad fp32", "quick no_grad bf16"]
+)
+def test_frozen_heads_and_log_likelihoods_are_checked_too(shape):
+    result = measure.measure_case(QUICK[shape], ["eager"], Effort(rounds=1))
+    for row in result.rows:
+        if row.errors is None:
+            continue
+        assert row.errors.grad_weight is None
+        assert (row.errors.nats is not None) == (QUICK[shape].mode == shapes.NO_GRAD)
+        assert (row.errors.grad_hidden is None) == (QUICK[shape].mode == shapes.NO_GRAD)
+    assert {row.contestant for row in result.rows if row.errors} >= {contestants.OURS, "eager"}
+
+
+def test_log_likelihoods_of_something_else_are_an_error(monkeypatch):
+    eager = BUILDERS["eager"]()
+    wrong = dataclasses.replace(eager, name="mean", sequence_logps=lambda *tensors: eager.sequence_logps(*tensors) / 16)
+    monkeypatch.setitem(BUILDERS, "mean", lambda: wrong)
+    with pytest.raises(measure.AnotherLossError, match="mean on quick no_grad fp32"):
+        measure.measure_case(QUICK["quick no_grad fp32"], ["mean"], Effort(rounds=1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "work", "products"),
+    [("trained", "cpo", 3), ("frozen", "cpo", 2), ("no_grad", "cpo", 1), ("trained", "dpo", 4), ("trained", "nll", 3)],
+)
+def test_the_floor_multiplies_what_must_be_multiplied(mode, work, products):
+    shape = dataclasses.replace(QUICK["quick half prompt fp32"], mode=mode, work="cpo" if work == "dpo" else work)
+    problem = draw(shape).as_dpo() if work == "dpo" else draw(shape)
+    floor = Floor(problem, None, fresh=True)
+    with FlopCounterMode(display=False) as counter:
+        _, grads = floor()
+    assert len(grads) == {"trained": 2, "frozen": 1, "no_grad": 0}[mode]
+    assert counter.get_total_flops() == products * heads.product_flops(shape)
+    assert heads.product_flops(shape) == 2 * (shape.num_tokens // 2) * shape.vocab * shape.hidden
+
+
+def test_compulsory_bytes():
+    shape = dataclasses.replace(QUICK["quick half prompt bf16"])
+    hidden, weight = 2 * 128 * shape.hidden, 2 * shape.vocab * shape.hidden  # bytes; half of 256 tokens
+    assert heads.compulsory_bytes(shape, "cpo") == 2 * hidden + 2 * weight
+    assert heads.compulsory_bytes(shape, "dpo") == 3 * hidden + 3 * weight
+    assert heads.compulsory_bytes(dataclasses.replace(shape, mode="frozen"), "cpo") == 2 * hidden + weight
+    assert heads.compulsory_bytes(dataclasses.replace(shape, mode="no_grad"), "cpo") == hidden + weight
+
+
+def timed(contestant: str, work: str, *seconds: float) -> measure.Row:
+    return measure.Row(contestant, work, Timing(seconds), None, 3 * 2**20)
+
+
+def test_values_are_ratios_to_the_floor_and_to_ours_on_the_same_work():
+    shape = QUICK["quick fp32"]
+    rows = (
+        timed(contestants.FLOOR, "cpo", 3.0, 4.0),
+        timed(contestants.OURS, "cpo", 1.5),
+        timed(contestants.OURS_PAIRS, "pairs", 2.0),
+        timed(contestants.FLOOR_DPO, "dpo", 4.0),
+        timed(contestants.OURS_DPO, "dpo", 5.0),
+        timed("eager", "cpo", 7.0, 6.0),
+        timed("Liger CPO", "pairs", 9.0),
+        timed("Liger DPO", "dpo", 10.0),
+    )
+    result = measure.CaseResult(shape, rows, plan=None)
+    ceilings = Ceilings(tflops={"float32": 2e-6}, gbs=0.5)
+    found = {row.contestant: heads.values(row, result, ceilings) for row in rows}
+    ratios = {name: (v["floor"], v["gemms"], v["of_ours"]) for name, v in found.items()}
+    assert ratios[contestants.FLOOR] == (1, 3, 2)
+    assert ratios["eager"] == (2, 6, 4)
+    assert ratios["Liger CPO"] == (3, 9, 4.5)
+    assert ratios["Liger DPO"] == (2.5, 10, 2)
+    assert (found["eager"]["seconds"], found["eager"]["median"], found["eager"]["rounds"]) == (6, 6.5, 2)
+    assert found["eager"]["tflops"] == pytest.approx(3 * 2 * 256 * 509 * 32 / 6e12)
+    assert found["eager"]["of_tflops"] == pytest.approx(found["eager"]["tflops"] / 2e-6)
+    assert found["Liger DPO"]["tflops"] == pytest.approx(4 * 2 * 256 * 509 * 32 / 10e12)
+    assert found["eager"]["gbs"] == pytest.approx(2 * 4 * (256 + 509) * 32 / 6e9)
+    assert found["eager"]["of_gbs"] == pytest.approx(found["eager"]["gbs"] / 0.5)
+    assert found["eager"]["peak_mib"] == 3
+
+
+def test_a_quick_run_has_a_complete_record_of_everyone(monkeypatch):
+    def fail(*tensors):
+        raise RuntimeError("no such kernel\nand more")
+
+    failing = dataclasses.replace(BUILDERS["eager"](), name="failing", loss=fail, nll=fail, sequence_logps=fail)
+    monkeypatch.setitem(BUILDERS, "failing", lambda: failing)
+    cases = [dataclasses.replace(QUICK[name], peers=("eager", "failing", "QuACK"), rounds=1) for name in SOME]
+    monkeypatch.setattr(shapes, "QUICK_CASES", (*cases, dataclasses.replace(QUICK["quick fp32"], note="few", peers=())))
+    monkeypatch.setattr(
+        shapes, "QUICK_ACCURACY", dataclasses.replace(shapes.QUICK_ACCURACY, peers=("eager", "failing"))
+    )
+    found = list(heads.run(Setting(quick=True)))
+    for case in cases:
+        records = {r.contestant: r for r in found if r.case == case.name and r.conditions["mode"] == case.mode}
+        assert records.pop("QuACK").note == "needs a GPU"
+        reason = records.pop("failing")
+        assert reason.note == "failed with RuntimeError: no such kernel"
+        assert not reason.values
+        assert {contestants.FLOOR, contestants.OURS, "eager"} <= records.keys()
+        assert records[contestants.FLOOR].values["floor"] == 1
+        errors = {"nats_largest", "nats_mean"} if case.mode == "no_grad" else {"error_loss", "error_grad_hidden"}
+        errors |= {"error_grad_weight"} if case.mode == "trained" else set()
+        for record in records.values():
+            assert record.values.keys() >= MEASURED
+            assert record.contestant.startswith("floor") or errors <= record.values.keys()
+            assert record.conditions == {
+                "V": 509,
+                "H": 32,
+                "N": 256,
+                "K": 3,
+                "dtype": case.dtype_name,
+                "prompt": case.prompt_share,
+                "mode": case.mode,
+                "work": case.work,
+            }
+    assert {r.note for r in found if r.case == "quick fp32"} == {"few"}
+    assert {"torch.mm float32", "torch.mm bfloat16", "copy"} <= {r.contestant for r in found if r.case == "ceilings"}
+    logps = {r.contestant: r for r in found if r.case == heads.LOGPS}
+    assert logps["eager"].values.keys() == {"nats_largest", "nats_mean"}
+    assert logps["failing"].note == "RuntimeError: no such kernel"
+    (peak,) = (r for r in found if r.case == "peak memory, fp32")
+    assert peak.values.keys() == {"peak_mib", "planned_mib", "of_plan", "budget_mib", "of_budget"}
+    assert peak.values["of_budget"] == pytest.approx(peak.values["peak_mib"] / peak.values["budget_mib"])
+
+
+SOME = ("quick half prompt bf16", "quick frozen fp32", "quick no_grad bf16", "quick cross-entropy fp32")
+MEASURED = {"seconds", "median", "rounds", "floor", "gemms", "tflops", "of_tflops", "gbs", "of_gbs", "of_ours"}
+
+
+def test_work_that_a_peer_cannot_do():
+    works = {name: peers.BUILDERS[name]().work_on for name in ("eager", "Liger CPO", "Liger DPO", "TRL fused head")}
+    trained, cross_entropy = QUICK["quick fp32"], QUICK["quick cross-entropy fp32"]
+    assert {name: work(trained) for name, work in works.items()} == {
+        "eager": "cpo",
+        "Liger CPO": "pairs",
+        "Liger DPO": "dpo",
+        "TRL fused head": "cpo",
+    }
+    assert [name for name, work in works.items() if work(cross_entropy)] == ["eager"]
+    assert [name for name, work in works.items() if work(QUICK["quick no_grad fp32"])] == ["eager", "TRL fused head"]
+    with pytest.raises(ValueError, match="Liger CPO does no work"):
+        contestants.contestant(BUILDERS["Liger CPO"](), draw(cross_entropy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["quick half prompt fp32", "quick cross-entropy bf16"])
+def test_every_compiling_peer_computes_the_same_loss(shape):
+    names = [name for name in COMPILING if peers.does(name, QUICK[shape])]
+    result = measure.measure_case(QUICK[shape], names, Effort(rounds=1))
+    assert set(names) <= {row.contestant for row in result.rows if row.errors is not None}
+    assert ("Liger DPO" in names) == (contestants.FLOOR_DPO in {row.contestant for row in result.rows})
+
+
+@pytest.mark.parametrize("shape", ["quick fp32", "quick bf16", "quick half prompt fp32", "quick cross-entropy bf16"])
 def test_every_plain_contestant_computes_the_same_loss(shape):
-    result = measure.measure_case(QUICK[shape], PLAIN, Effort(rounds=1))
+    names = [name for name in PLAIN if peers.does(name, QUICK[shape])]
+    result = measure.measure_case(QUICK[shape], names, Effort(rounds=1))
     checked = {row.contestant for row in result.rows if row.errors is not None}
     half = {contestants.OURS_FP32_LOGITS} if QUICK[shape].dtype == torch.bfloat16 else set()
-    assert checked == {contestants.OURS, *half, *PLAIN}
+    assert checked == {contestants.OURS, *half, *names}
 
 
 def other_loss(name: str) -> Peer:
@@ -94,11 +288,13 @@ def test_a_gradient_for_a_prompt_row_is_an_error():
     problem = draw(QUICK["quick half prompt fp32"])
     oracle = Oracle(problem, Dense.of(problem))
     loss, (grad_hidden, grad_weight) = ours("ours").run(problem)
-    oracle.errors(loss, grad_hidden, grad_weight)
+    oracle.errors(loss, (grad_hidden, grad_weight))
     touched = grad_hidden.clone()
     touched[0, 0, 0, 0] = 1e-8
     with pytest.raises(ValueError, match="predicts nothing"):
-        oracle.errors(loss, touched, grad_weight)
+        oracle.errors(loss, (touched, grad_weight))
+    with pytest.raises(ValueError, match="1 gradients, expected 2"):
+        oracle.errors(loss, (grad_hidden,))
 
 
 @pytest.mark.parametrize("shape", QUICK)
@@ -117,7 +313,7 @@ def test_the_floor_computes_all_three_products():
     hidden, weight = torch.randn(11, 5, dtype=torch.float64), torch.randn(17, 5, dtype=torch.float64)
     rows = [4, 4, 3]
     out = allocate(hidden, weight, rows)
-    three_gemms(hidden, weight, rows, out)
+    gemms(hidden, weight, rows, out)
     logits = hidden @ weight.T
     assert out.logits.shape == (4, 17)
     assert_close(out.logits[:3], logits[8:])
@@ -221,35 +417,34 @@ def test_accuracy_of_logps():
 
 def test_shapes_are_those_of_the_bars():
     bars = {(s.vocab, s.hidden, s.num_tokens, s.dtype_name) for s in shapes.BARS}
-    sizes = [(50257, 768, 1024), (50257, 768, 4096), (128256, 1024, 2048)]
+    sizes = [(50257, 768, 1024), (128256, 1024, 1024)]
     assert bars == {(*size, dtype) for size in sizes for dtype in ("float32", "bfloat16")}
-    assert all(shape.candidates == 4 and shape.reason for shape in shapes.CASES)
-    assert len({shape.name for shape in shapes.CASES}) == len(shapes.CASES)
     pairs = shapes.BARS[0].pairs()
     assert (pairs.candidates, pairs.num_tokens) == (2, 1024)
     with pytest.raises(ValueError, match="1000"):
         shapes.BARS[0].with_tokens(1000)
 
 
+@pytest.mark.parametrize("cases", [shapes.CASES, shapes.GPU_CASES])
+def test_cases_cover_what_the_issue_asks_for(cases):
+    assert len({shape.name for shape in cases}) == len(cases)
+    assert all(shape.reason for shape in cases)
+    heads_of_models = {(50257, 1600), (32000, 3200), (128256, 4096), (151936, 4096), (262144, 2560)}
+    assert heads_of_models <= {(shape.vocab, shape.hidden) for shape in cases}
+    assert {shape.negatives for shape in cases} == {1, 3, 16}
+    assert {shape.prompt_share for shape in cases} == {0, 0.5, 0.8}
+    assert {shape.mode for shape in cases} == {"trained", "frozen", "no_grad"}
+    for dtype in (torch.float32, torch.bfloat16):
+        asked = {name for shape in cases if shape.dtype == dtype for name in peers.asked_of(shape)}
+        assert asked >= set(BUILDERS) - {"QuACK"}
+    half = [shape for shape in cases if shape.prompt_share == 0.5 and shape.peers is None]
+    assert half, "half the tokens prompt, everyone"
+    assert any("QuACK" in peers.asked_of(shape) for shape in cases if shape.work == shapes.NLL)
+    for shape in cases:
+        assert (shape.groups * shape.candidates) % 2 == 0  # the same tokens as pairs
+
+
 def test_markdown_aligns_columns():
     assert tables.markdown(["", "b"], [["x", "10"], ["long", "2"]]) == (
         "|      |  b |\n| ---- | -: |\n| x    | 10 |\n| long |  2 |"
     )
-
-
-@pytest.mark.slow
-def test_quick_report_prints_one_table(tmp_path, capsys):
-    report.main(["--quick", "--only", "bf16", "--rounds", "1", "--output", str(tmp_path)])
-    cases = [name for name in QUICK if "bf16" in name]
-    printed = capsys.readouterr().out
-    table = [line for line in printed.splitlines() if line.startswith("|")]
-    names = [line.split("|")[1].strip() for line in table]
-    everyone = [contestants.FLOOR, contestants.FLOOR_REUSED, contestants.OURS, contestants.OURS_FP32_LOGITS]
-    assert names[2:] == [*everyone, contestants.OURS_PAIRS, *BUILDERS]
-    assert [cell.strip() for cell in table[0].split("|")[2:-1]] == [*cases, *tables.QUALITIES]
-    data = json.loads((tmp_path / "quick.json").read_text())
-    assert [case["shape"]["name"] for case in data["cases"]] == cases
-    assert data["environment"]["versions"]["torch"] == torch.__version__
-    page = (tmp_path / "quick.md").read_text()
-    assert printed.strip() in page
-    assert all(f"## {name}" in page for name in cases)
