@@ -93,11 +93,11 @@ class TreeBlocks:
         q, k, v = (self._slots(x) for x in (query, key, value))
         sdpa = functional.scaled_dot_product_attention
         mask = self.prompt_mask
-        q0, k0, v0 = (x[:, :P].transpose(1, 2) for x in (q, k, v))
-        out = sdpa(q0, k0, v0, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2)
+        prompts = (prompt.transpose(1, 2) for prompt, _ in (q, k, v))
+        out = sdpa(*prompts, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2)
         if C * T:
-            keys, values = (self._with_prompts(x) for x in (k, v))
-            queries = q[:, P:].unflatten(1, (C, T)).flatten(0, 1).transpose(1, 2)
+            keys, values = (self._with_prompts(*x) for x in (k, v))
+            queries = q[1].unflatten(1, (C, T)).flatten(0, 1).transpose(1, 2)
             candidates = sdpa(queries, keys, values, attn_mask=self._mask(query.device), **options)
             out = torch.cat([out, candidates.transpose(1, 2).reshape(G, C * T, *out.shape[2:])], dim=1)
         out = out.reshape(G * (P + C * T), -1)
@@ -105,20 +105,23 @@ class TreeBlocks:
             out = _Rearrange.apply(out, self.gather.reverse())
         return out.view(batch, length, query.shape[1], -1).transpose(1, 2)
 
-    def _slots(self, x: Tensor) -> Tensor:
-        """(B, heads, L, D) to (G, P + C * T, heads, D)."""
+    def _slots(self, x: Tensor) -> Sequence[Tensor]:
+        """(B, heads, L, D) to (G, P, heads, D) of the prompts and (G, C * T, heads, D) of the candidates.
+
+        Split and not sliced: the gradient is one concatenation, and no sum of tensors padded with zeros.
+        """
         G, C, P, T = self.sizes
         heads, width = x.shape[1], x.shape[3]
         flat = x.transpose(1, 2).reshape(-1, heads * width)
         if self.gather is not None:
             flat = _Rearrange.apply(flat, self.gather)
-        return flat.view(G, P + C * T, heads, width)
+        return flat.view(G, P + C * T, heads, width).split([P, C * T], dim=1)
 
-    def _with_prompts(self, x: Tensor) -> Tensor:
-        """(G, P + C * T, heads, D) to (G * C, heads, P + T, D)."""
-        _, C, P, T = self.sizes
-        prompt = x[:, None, :P].expand(-1, C, -1, -1, -1)
-        return torch.cat([prompt, x[:, P:].unflatten(1, (C, T))], dim=2).flatten(0, 1).transpose(1, 2)
+    def _with_prompts(self, prompt: Tensor, candidates: Tensor) -> Tensor:
+        """(G, P, heads, D) and (G, C * T, heads, D) to (G * C, heads, P + T, D)."""
+        _, C, _, T = self.sizes
+        repeated = prompt[:, None].expand(-1, C, -1, -1, -1)
+        return torch.cat([repeated, candidates.unflatten(1, (C, T))], dim=2).flatten(0, 1).transpose(1, 2)
 
     def _mask(self, device: torch.device) -> Tensor:
         G, C, P, T = self.sizes
