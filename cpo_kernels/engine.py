@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import gemm
 from .backends import Backend
-from .filtering import GradientFilter, Kept
+from .filtering import GradientFilter, Kept, mean_row
 from .head import Head
 from .layout import Block, Tokens, split_blocks
 from .planning import Plan
@@ -121,17 +121,20 @@ class Gradients:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
     def add_columns(self, kept: Kept, columns: Tensor) -> None:
-        """The same where only some ``columns`` (c,) of the vocabulary have a gradient."""
-        linear, dlogits, rows, spare = self.linear, kept.dlogits, kept.rows, kept.spare
-        assert spare is not None
+        """The same where only some ``columns`` (c,) of the vocabulary have a gradient, and the others their sum."""
+        linear, dlogits, rows, shares, spare = self.linear, kept.dlogits, kept.rows, kept.shares, kept.spare
+        assert spare is not None and shares is not None
         if self.hidden is not None:
-            weight = spare[: columns.numel() * linear.weight.shape[1]].view(columns.numel(), -1)
-            torch.index_select(linear.weight, 0, columns, out=weight)
+            weight = spare[: dlogits.shape[1] * linear.weight.shape[1]].view(dlogits.shape[1], -1)
+            torch.index_select(linear.weight, 0, columns, out=weight[:-1])
+            weight[-1] = mean_row(linear.weight, shares)
             gemm.hidden_grad(linear.backend, dlogits, weight, self.hidden, rows, once=self.rows_once)
         if self.weight is not None:
-            self.weight.add_columns(dlogits, linear.hidden[rows, self.trained], columns, spare)
+            self.weight.add_columns(dlogits, linear.hidden[rows, self.trained], columns, shares, spare)
         if self.bias is not None:
-            self.bias.index_add_(0, columns, dlogits.sum(0, dtype=self.bias.dtype))
+            sums = dlogits.sum(0, dtype=self.bias.dtype)
+            self.bias.index_add_(0, columns, sums[:-1])
+            self.bias += shares.to(self.bias.dtype) * sums[-1]
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(grad_hidden, grad_weight, grad_bias) in the dtypes of what they belong to."""

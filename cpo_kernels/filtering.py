@@ -5,6 +5,11 @@ or on the size of the batch. The mass of a gradient is the sum of the absolute v
 the logits, token by token: ``2 |coef| (1 - p)`` for a token of probability p. A row of ``dlogits`` moves the gradient
 of hidden by at most its mass times the largest norm of a row of the weight, and likewise for the weight, so the mass
 dropped bounds the error.
+
+The columns that are left out still enter the products, all of them as one: their rows of the gradient are close to
+multiples of one another, since what is far down in a softmax differs little between rows. That column is the sum of
+theirs, and stands for each by the share of it that the column has in the mass (the rank-one product of both). What is
+then missing is the difference, a small part of what the columns would be.
 """
 
 from __future__ import annotations
@@ -23,22 +28,27 @@ if TYPE_CHECKING:
 
 # Columns are compacted only if at most this share remains: a pass over the gradient must save more than it costs.
 WORTHWHILE_COLUMNS = 0.75
+# Lifts shares of a hundred thousand columns out of float16's subnormals.
+SHARES_SCALE = 1024.0
 
 
 class Kept(NamedTuple):
     """What of a block's gradient enters GEMMs 2 and 3.
 
     Attributes:
-        dlogits: (k, c), within the memory of the block's logits.
+        dlogits: (k, c), within the memory of the block's logits; (k, c + 1) with the sum of the others last where only
+            some columns are kept.
         rows: (k,) or a slice, rows of ``hidden``.
         columns: (c,) vocabulary entries, or None for all of them.
         absent: (k,) bool, rows whose gradient is 0 and whose hidden states may be anything; None: there are none.
-        spare: memory of the block's logits that ``dlogits`` does not need, for (c, H) numbers; None for all columns.
+        shares: (V,) of every column in the sum of those that are not kept, 0 for those that are; None for all columns.
+        spare: memory of the block's logits that ``dlogits`` does not need, for (c + 1, H) numbers; None likewise.
     """
 
     dlogits: Tensor
     rows: Tensor | slice
     columns: Tensor | None = None
+    shares: Tensor | None = None
     spare: Tensor | None = None
     absent: Tensor | None = None
 
@@ -123,12 +133,16 @@ class GradientFilter:
                 return Kept(dlogits, block.rows)
             moved, rows = move_rows_(dlogits, rows)
             return Kept(moved, block.row_indices(device)[to_device(rows, device)])
-        self.dropped = self.dropped + mass.masked_fill(~quiet, 0.0).sum(dtype=torch.float64)
+        left_out = mass.masked_fill(~quiet, 0.0)
+        self.dropped = self.dropped + left_out.sum(dtype=torch.float64)
         if columns.numel() == 0:
             return None
         rows, columns = to_device(rows, device), to_device(columns, device)
-        kept, spare = move_elements_(dlogits, rows, columns)
-        return Kept(kept, block.row_indices(device)[rows], columns, spare)
+        # From the rounded gradient and not from what it should sum to: the rounding of a target is large beside it.
+        sums = dlogits.sum(1, dtype=mass.dtype)
+        kept, spare = move_elements_(dlogits, rows, columns, sums)
+        shares = left_out / left_out.sum().clamp(min=torch.finfo(mass.dtype).tiny)
+        return Kept(kept, block.row_indices(device)[rows], columns, shares, spare)
 
 
 def active_rows(block: Block, active: Tensor) -> Tensor:
@@ -141,7 +155,7 @@ def active_rows(block: Block, active: Tensor) -> Tensor:
 
 def worth_compacting(dlogits: Tensor, rows: int, columns: int, hidden_size: int) -> bool:
     """Whether few enough columns remain, and leave room for their rows of the weight in the memory of the logits."""
-    room = columns * (rows + hidden_size) <= flat_view(dlogits).numel()
+    room = (columns + 1) * (rows + hidden_size) <= flat_view(dlogits).numel()
     return room and columns <= WORTHWHILE_COLUMNS * dlogits.shape[1]
 
 
@@ -171,14 +185,24 @@ def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
     return long_slices(rows, matrix.shape[1], tile_elements(matrix.device))
 
 
-def move_elements_(matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def move_elements_(matrix: Tensor, rows: Tensor, columns: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``matrix[rows][:, columns]`` densely at the front of its memory, and the memory left; both index increasing.
 
+    With ``sums`` (r,) of the rows of ``matrix``, what the other columns add to them is one more column behind it.
     Element (i, j) of the result lies at or before the start of its source row, which no later tile reads any more.
     """
-    flat, width = flat_view(matrix), columns.numel()
+    flat, width = flat_view(matrix), columns.numel() + (sums is not None)
     for tile in moving_tiles(matrix, rows.numel()):
         part = matrix.index_select(0, rows[tile]).index_select(1, columns)
-        flat[tile.start * width : tile.stop * width].view(-1, width).copy_(part)
+        place = flat[tile.start * width : tile.stop * width].view(-1, width)
+        place[:, : columns.numel()] = part
+        if sums is not None:
+            place[:, -1] = sums[rows[tile]] - part.sum(1, dtype=sums.dtype)
     size = rows.numel() * width
     return flat[:size].view(-1, width), flat[size:]
+
+
+def mean_row(weight: Tensor, shares: Tensor) -> Tensor:
+    """(H,) mean of the rows of (V, H) by their ``shares`` (V,), which add up to 1, in the dtype of the weight."""
+    scale = SHARES_SCALE if weight.dtype == torch.float16 else 1.0
+    return torch.mm((shares * scale).to(weight.dtype)[None], weight)[0] / scale

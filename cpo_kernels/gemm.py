@@ -75,6 +75,7 @@ class WeightGrad:
         self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format)
         self.low = torch.empty_like(self.value) if half_sum and not wide else None
         self.empty = True
+        self.rest: list[tuple[Tensor, Tensor]] = []
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         """Add the product of one block: (r, V), (r, H)."""
@@ -84,11 +85,21 @@ class WeightGrad:
             self.backend.gemm_pair_(dlogits.t(), hidden, self.value, self.low, not self.empty)
         self.empty = False
 
-    def add_columns(self, dlogits: Tensor, hidden: Tensor, columns: Tensor, spare: Tensor) -> None:
-        """Add the product of some columns: (r, c), (r, H), increasing (c,); ``spare`` has room for (c, H) numbers."""
+    def add_columns(self, dlogits: Tensor, hidden: Tensor, columns: Tensor, shares: Tensor, spare: Tensor) -> None:
+        """Add the product of some columns, and by their shares in the last one that of the others.
+
+        Args:
+            dlogits: (r, c + 1).
+            hidden: (r, H).
+            columns: (c,), increasing.
+            shares: (V,) of every column in the last one of ``dlogits``.
+            spare: memory for (c + 1, H) numbers.
+        """
         self.zero_if_empty()
-        term = spare[: columns.numel() * hidden.shape[1]].view(columns.numel(), -1)
-        self.backend.gemm_(dlogits.t(), hidden, term, False)
+        both = spare[: dlogits.shape[1] * hidden.shape[1]].view(dlogits.shape[1], -1)
+        self.backend.gemm_(dlogits.t(), hidden, both, False)
+        term = both[:-1]
+        self.rest.append((shares, both[-1].to(shares.dtype, copy=True)))  # the memory is the next block's
         for tile in long_slices(term.shape[0], term.shape[1], tile_elements(term.device)):
             # No column is there twice, so that adding by index is deterministic.
             if self.low is None:
@@ -97,6 +108,18 @@ class WeightGrad:
                 high, low = self.value[columns[tile]], self.low[columns[tile]]
                 accumulate_pair_(high, low, term[tile])
                 self.value[columns[tile]], self.low[columns[tile]] = high, low
+
+    def add_rest_(self) -> None:
+        """The columns that were left out, each as its share of their sum; all chunks at once."""
+        if not self.rest:
+            return
+        shares, sums = (torch.stack(part) for part in zip(*self.rest, strict=True))
+        for tile in long_slices(self.value.shape[0], self.value.shape[1], tile_elements(self.value.device)):
+            total = shares[:, tile].t() @ sums
+            if self.low is not None:
+                total += self.low[tile]
+            self.value[tile] = total.add_(self.value[tile])
+        self.rest.clear()
 
     def zero_if_empty(self) -> None:
         """Zeros, unless a block was added."""
@@ -109,4 +132,5 @@ class WeightGrad:
     def result(self) -> Tensor:
         """The sum; zero when no block was added."""
         self.zero_if_empty()
+        self.add_rest_()
         return self.value.to(self.dtype)

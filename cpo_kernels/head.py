@@ -46,7 +46,8 @@ class Head:
             logits is rounded to the dtype of ``hidden``, as without it. Costs memory traffic and twice the budget.
         grad_filter_eps: leave vocabulary columns out of GEMMs 2 and 3 in which no gradient of the chunk's logits is
             above ``grad_filter_eps`` times the largest coefficient of a token (``beta / num_groups`` for the contrast
-            alone); None for exact gradients. ``CPOOutput.dropped`` says what was left out.
+            alone), all of them entering as one column, their sum; None for exact gradients. ``CPOOutput.dropped`` says
+            what share was left out.
         candidate_eps: leave candidates out of GEMMs 2 and 3 whose coefficient in the contrast is at most
             ``candidate_eps * beta / num_groups``; None for exact gradients.
         skip_absent_rows: keep rows that predict nothing out of the products, which the host must count: on a GPU, one
