@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import real_run
 from benchmarks.contestants import FLOOR, OURS
-from benchmarks.floor import allocate, product_rows, three_gemms
+from benchmarks.floor import allocate, product_rows, gemms
 from benchmarks.measure import SAME_LOSS, AnotherLossError, free_memory, summary
 from benchmarks.packed import Oracle, Packed, Result, relative
 from benchmarks.real_run import Looked
@@ -188,7 +188,7 @@ class Case:
 
         def products() -> tuple[Tensor, Tensor]:
             out = allocate(hidden, weight, rows)
-            three_gemms(hidden, weight, rows, out)
+            gemms(hidden, weight, rows, out)
             return out.grad_hidden, out.grad_weight
 
         return products

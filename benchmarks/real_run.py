@@ -23,7 +23,7 @@ from cpo_kernels import CandidateLayout, CPOConfig, CPOTrainer
 from cpo_kernels.models import CPORequest
 from cpo_kernels.trainer import TokenizedExamples
 
-NEGATIVES = {"num_batch_negatives": 2, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
+NEGATIVES = {"num_batch_negatives": 1, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
 K = sum(NEGATIVES.values())
 
 
@@ -52,7 +52,7 @@ class Sizes:
     held_out: int
 
 
-ON_CPU = Sizes(256, 2, 4, 48, mle_groups=4, groups=1, mle_steps=400, steps=(200, 2000), held_out=24)
+ON_CPU = Sizes(128, 2, 4, 48, mle_groups=4, groups=1, mle_steps=300, steps=(200, 2000), held_out=10)
 ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(200, 2000), held_out=32)
 QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(4, 8), held_out=4)
 
@@ -170,7 +170,7 @@ def train(setting: Setting, sizes: Sizes) -> Run:
                 output_dir=folder,
                 per_device_train_batch_size=groups,
                 max_length=2 * sizes.longest,
-                lr_scheduler_type="constant_with_warmup",
+                lr_scheduler_type="linear",
                 logging_steps=max(1, sizes.steps[0] // 4),
                 save_strategy="no",
                 report_to="none",
@@ -189,7 +189,7 @@ def train(setting: Setting, sizes: Sizes) -> Run:
         first.train()
         run.losses += first.state.log_history
         second = trainer(
-            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-4, warmup_steps=20, **NEGATIVES
+            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=2e-4, warmup_steps=20, **NEGATIVES
         )
         probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
         second.add_callback(Look(sizes.steps, lambda step: run.looked.append(look(probe, step))))
