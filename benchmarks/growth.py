@@ -56,7 +56,7 @@ class Sizes:
         tokens: N of the curve in N, groups of four candidates of `length` tokens.
         vocabularies: V of the curve in V, at `vocab_tokens` tokens.
         negatives: K of the curve in K, two groups of candidates of `length` tokens.
-        limit: seconds of a call beyond which a peer grows no further.
+        limit: seconds of a call beyond which a peer grows no further; two points are a curve at least.
         touched: bytes of memory to be used once before anything is timed.
     """
 
@@ -86,12 +86,12 @@ ON_CPU = Sizes(
     vocab=50257,
     tokens=(512, 1024, 2048, 4096, 8192),
     vocab_tokens=512,
-    vocabularies=(8192, 16384, 32768, 65536, 131072, 262144),
-    negatives=(1, 2, 4, 8, 16),
+    vocabularies=(8192, 32768, 131072, 262144),
+    negatives=(1, 4, 16),
     length=64,
     effort=Effort(rounds=2, far=1.5, very_far=1.5),
     limit=0.8,
-    touched=4 * 2**30,
+    touched=2 * 2**30,
 )
 ON_GPU = Sizes(
     hidden=4096,
@@ -201,6 +201,7 @@ class Growth:
     def __init__(self, curve: Curve, sizes: Sizes, setting: Setting) -> None:
         self.curve, self.sizes, self.setting = curve, sizes, setting
         self.out: dict[str, str] = {}  # who is not run any more, and why
+        self.last: dict[str, float] = {}  # seconds of each at the last point
         self.peers: dict[str, Peer] = {OURS: ours(OURS)}
         for name in PEERS:
             if setting.quick and name not in QUICK_PEERS:
@@ -217,6 +218,8 @@ class Growth:
         for index, shape in enumerate(self.curve.shapes):
             problem = mark(draw(shape, device=self.setting.device), self.curve.along)
             yield from self.point(problem, first=index == 0)
+            if index:
+                self.stop_slow()
 
     def point(self, problem: Problem, *, first: bool) -> Iterator[Record]:
         """Everyone in turns."""
@@ -237,13 +240,13 @@ class Growth:
         self.out |= watch.failed
         for name in (FLOOR, OURS, *PEERS):
             yield self.record(name, watch, timings)
-        self.stop_slow(timings)
+        self.last = {name: timing.best for name, timing in timings.items()}
 
-    def stop_slow(self, timings: Mapping[str, Timing]) -> None:
+    def stop_slow(self) -> None:
         """Whoever took longer than the limit grows no further."""
         for name in self.peers.keys() - {OURS} - self.out.keys():
-            if timings[name].best > self.sizes.limit:
-                self.out[name] = f"grew no further: {timings[name].best:.2f} s a call at the last point"
+            if self.last[name] > self.sizes.limit:
+                self.out[name] = f"grew no further: {self.last[name]:.2f} s a call at the last point"
 
     def record(self, name: str, watch: Watch, timings: Mapping[str, Timing]) -> Record:
         """Of one contestant at one point."""
