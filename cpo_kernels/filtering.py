@@ -138,9 +138,7 @@ class GradientFilter:
         if columns.numel() == 0:
             return None
         rows, columns = to_device(rows, device), to_device(columns, device)
-        # From the rounded gradient and not from what it should sum to: the rounding of a target is large beside it.
-        sums = dlogits.sum(1, dtype=mass.dtype)
-        kept, spare = move_elements_(dlogits, rows, columns, sums)
+        kept, spare = move_elements_(backend, dlogits, rows, columns)
         shares = left_out / left_out.sum().clamp(min=torch.finfo(mass.dtype).tiny)
         return Kept(kept, block.row_indices(device)[rows], columns, shares, spare)
 
@@ -185,19 +183,17 @@ def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
     return long_slices(rows, matrix.shape[1], tile_elements(matrix.device))
 
 
-def move_elements_(matrix: Tensor, rows: Tensor, columns: Tensor, sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def move_elements_(backend: Backend, matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """``matrix[rows][:, columns]`` densely at the front of its memory, and the memory left; both index increasing.
 
-    With ``sums`` (r,) of the rows of ``matrix``, what the other columns add to them is one more column behind it.
-    Element (i, j) of the result lies at or before the start of its source row, which no later tile reads any more.
+    What the other columns add up to is one more column behind them: from the rounded gradient and not from what it
+    should sum to, since the rounding of a target is large beside it. Element (i, j) of the result lies at or before the
+    start of its source row, which no later tile reads any more.
     """
-    flat, width = flat_view(matrix), columns.numel() + (sums is not None)
+    flat, width = flat_view(matrix), columns.numel() + 1
     for tile in moving_tiles(matrix, rows.numel()):
-        part = matrix.index_select(0, rows[tile]).index_select(1, columns)
-        place = flat[tile.start * width : tile.stop * width].view(-1, width)
-        place[:, : columns.numel()] = part
-        if sums is not None:
-            place[:, -1] = sums[rows[tile]] - part.sum(1, dtype=sums.dtype)
+        part = backend.take_columns(matrix, rows[tile], columns)
+        flat[tile.start * width : tile.stop * width].view(-1, width).copy_(part)
     size = rows.numel() * width
     return flat[:size].view(-1, width), flat[size:]
 

@@ -181,6 +181,15 @@ def column_stats(grad: Tensor) -> Tensor:
     return stats
 
 
+def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
+    whole = grad.index_select(0, rows)
+    part = whole.index_select(1, columns)
+    dtype = accumulate_dtype(grad.dtype)
+    others = whole.sum(1, dtype=dtype) - part.sum(1, dtype=dtype)
+    return torch.cat([part, others.to(grad.dtype).unsqueeze(1)], 1)
+
+
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """``tensor *= factor``, a scalar; a factor of 1 costs nothing where reading it waits for no device."""
     if factor.device.type != "cpu" or float(factor) != 1.0:

@@ -22,6 +22,7 @@ from problems import (
 from torch import Tensor
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_loss, reference
+from cpo_kernels.backends import BACKENDS, native
 from cpo_kernels.filtering import move_elements_, move_rows_
 
 EPS = (0.0, 1e-4, 1e-2, 0.1, 0.5)
@@ -275,13 +276,42 @@ def test_rows_and_elements_move_to_the_front(rows, stride):
     assert torch.equal(moved, source[order])
     memory = torch.empty(6 * stride)
     matrix = memory.as_strided((6, 7), (stride, 1)).copy_(source)
-    dense, spare = move_elements_(matrix, kept.to(matrix.device), columns)
-    assert torch.equal(dense, source[kept][:, columns])
+    dense, spare = move_elements_(BACKENDS["torch"], matrix, kept.to(matrix.device), columns)
+    assert torch.equal(dense[:, :-1], source[kept][:, columns])
+    torch.testing.assert_close(dense[:, -1], source[kept].sum(1) - source[kept][:, columns].sum(1))
     assert spare.data_ptr() == matrix.data_ptr() + dense.numel() * 4
     assert spare.numel() == 5 * stride + 7 - dense.numel()
-    matrix = memory.as_strided((6, 7), (stride, 1)).copy_(source)
-    dense, spare = move_elements_(matrix, kept.to(matrix.device), columns, matrix.sum(1))
-    others = source[kept].sum(1) - source[kept][:, columns].sum(1)
-    assert torch.equal(dense[:, :-1], source[kept][:, columns])
-    torch.testing.assert_close(dense[:, -1], others)
-    assert spare.numel() == 5 * stride + 7 - dense.numel()
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not native.available(), reason="no compiled extension")
+@pytest.mark.parametrize("isa", native.build_info().supported_isas if native.available() else [])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 97, 2048, 4111])
+def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
+    grad = torch.randn(9, 2 * vocab).to(dtype)[:, :vocab]
+    rows, columns = torch.tensor([0, 3, 8]), torch.randperm(vocab)[: vocab // 3].sort().values
+    for threads in (1, 2):
+        largest, mass = native.column_stats(grad, isa=isa, threads=threads)
+        assert torch.equal(largest, grad.float().abs().amax(0))
+        torch.testing.assert_close(mass, grad.float().abs().sum(0))
+        taken = native.take_columns(grad, rows, columns, isa=isa, threads=threads)
+        expected = reference.take_columns(grad, rows, columns)
+        assert torch.equal(taken[:, :-1], expected[:, :-1])
+        rounding = torch.finfo(dtype).eps * expected[:, -1].abs() + 1e-5 * vocab**0.5
+        assert ((taken[:, -1] - expected[:, -1]).abs() <= rounding).all()
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(not native.available(), reason="no compiled extension")
+def test_compiled_columns_check_what_they_are_given():
+    grad, some = torch.randn(4, 40), torch.tensor([1, 2])
+    grad[2, 7] = torch.nan
+    assert native.column_stats(grad)[1].isnan().nonzero().tolist() == [[7]]
+    for rows, columns in ((torch.tensor([4]), some), (some, torch.tensor([-1])), (some, torch.tensor([40]))):
+        with pytest.raises(ValueError, match="is not in"):
+            native.take_columns(grad, rows, columns)
+    with pytest.raises(ValueError, match="strides"):
+        native.column_stats(grad.t())
+    with pytest.raises(ValueError, match="dtype"):
+        native.column_stats(grad.double())

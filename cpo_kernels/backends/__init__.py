@@ -43,6 +43,7 @@ class Backend:
         gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
         gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
+        take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and the sum of the others.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
         contrast_candidates: largest group that ``contrast`` takes.
@@ -59,6 +60,7 @@ class Backend:
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
     column_stats: Callable[[Tensor], Tensor] = reference.column_stats
+    take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.take_columns
     scale_: Callable[[Tensor, Tensor], None] = reference.scale_
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
@@ -142,6 +144,8 @@ BACKENDS = {
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=native.gemm_workspace,
+        column_stats=native.column_stats,
+        take_columns=native.take_columns,
     ),
 }
 

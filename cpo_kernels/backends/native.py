@@ -275,6 +275,66 @@ def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     return module.gemm_available(isa()) and not in_tiles
 
 
+def column_stats(grad: Tensor, *, isa: str | None = None, threads: int | None = None) -> Tensor:
+    """Largest absolute value and absolute sum of each column: (R, V) -> (2, V) float32; NaN is in the sum at least.
+
+    Args:
+        grad: float32, bfloat16 or float16 with unit column stride and any row stride.
+        isa: instruction set, by default that of :func:`isa`.
+        threads: by default ``torch.get_num_threads()``; the result is bitwise the same for any number.
+    """
+    stats = torch.empty((2, grad.shape[1]), dtype=torch.float32)
+    _extension().column_stats(**_gradient(grad, isa, threads), stats=stats.data_ptr())
+    return stats
+
+
+def take_columns(
+    grad: Tensor, rows: Tensor, columns: Tensor, *, isa: str | None = None, threads: int | None = None
+) -> Tensor:
+    """Some columns of some rows, and the sum of each row's other columns behind them: a new (k, c + 1) tensor.
+
+    Args:
+        grad: (R, V) as for :func:`column_stats`.
+        rows: (k,) int64.
+        columns: (c,) int64.
+        isa: instruction set, by default that of :func:`isa`.
+        threads: by default ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError: a row or a column that there is not.
+    """
+    check("rows", rows, (None,), (torch.int64,))
+    check("columns", columns, (None,), (torch.int64,))
+    rows, columns = rows.contiguous(), columns.contiguous()
+    out = grad.new_empty((rows.numel(), columns.numel() + 1))
+    _extension().take_columns(
+        **_gradient(grad, isa, threads),
+        row_indices=rows.data_ptr(),
+        num_rows=rows.numel(),
+        columns=columns.data_ptr(),
+        count=columns.numel(),
+        out=out.data_ptr(),
+    )
+    return out
+
+
+def _gradient(grad: Tensor, isa_name: str | None, threads: int | None) -> dict[str, str | int]:
+    """The checked arguments of a gradient of logits."""
+    check("grad", grad, (None, None), tuple(DTYPE_CODES))
+    rows, vocab = grad.shape
+    if vocab > 1 and grad.stride(1) != 1:
+        raise ValueError(f"grad has strides {grad.stride()}; expected a column stride of 1")
+    return {
+        "isa": _isa_or_default(isa_name),
+        "dtype": DTYPE_CODES[grad.dtype],
+        "grad": grad.data_ptr(),
+        "rows": rows,
+        "vocab": vocab,
+        "row_stride": grad.stride(0),
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+
+
 def gemm(
     a: Tensor,
     b: Tensor,

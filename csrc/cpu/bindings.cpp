@@ -51,6 +51,24 @@ void row_backward(const std::string& isa, int dtype, int out_dtype, Address logi
   cpo::row_backward(chosen, type, out_type, args, at<float>(coef_sum), threads);
 }
 
+void column_stats(const std::string& isa, int dtype, Address grad, Size rows, Size vocab, Size row_stride, Address stats, int threads) {
+  const cpo::Isa chosen = cpo::parse_isa(isa);
+  const cpo::ColumnArgs args{at<void>(grad), rows, vocab, row_stride, at<float>(stats), at<float>(stats) + vocab};
+  const cpo::DType type = parse_dtype(dtype);
+  py::gil_scoped_release release;
+  cpo::column_stats(chosen, type, args, threads);
+}
+
+void take_columns(const std::string& isa, int dtype, Address grad, Size rows, Size vocab, Size row_stride, Address row_indices,
+                  Size num_rows, Address columns, Size count, Address out, int threads) {
+  const cpo::Isa chosen = cpo::parse_isa(isa);
+  const cpo::TakeArgs args{at<void>(grad), rows,  vocab, row_stride, at<Size>(row_indices), num_rows, at<Size>(columns),
+                           count,          at<void>(out)};
+  const cpo::DType type = parse_dtype(dtype);
+  py::gil_scoped_release release;
+  cpo::take_columns(chosen, type, args, threads);
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "Clang " __clang_version__;
@@ -77,4 +95,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("row_backward", &row_backward, py::kw_only(), "isa"_a, "dtype"_a, "out_dtype"_a, "logits"_a, "rows"_a, "vocab"_a,
         "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "coef"_a,
         "coef_sum"_a, "token_grad"_a, "out"_a, "out_stride"_a, "threads"_a);
+  m.def("column_stats", &column_stats, py::kw_only(), "isa"_a, "dtype"_a, "grad"_a, "rows"_a, "vocab"_a, "row_stride"_a, "stats"_a,
+        "threads"_a);
+  m.def("take_columns", &take_columns, py::kw_only(), "isa"_a, "dtype"_a, "grad"_a, "rows"_a, "vocab"_a, "row_stride"_a,
+        "row_indices"_a, "num_rows"_a, "columns"_a, "count"_a, "out"_a, "threads"_a);
 }

@@ -48,11 +48,39 @@ struct BackwardArgs {
   std::int64_t out_stride;  // elements
 };
 
+// Largest absolute value and absolute sum of every column of a gradient (R, V).
+struct ColumnArgs {
+  const void* grad;         // unit column stride
+  std::int64_t rows;        // R
+  std::int64_t vocab;       // V
+  std::int64_t row_stride;  // elements
+  float* largest;           // (V,)
+  float* total;             // (V,)
+};
+
+// Columns whose statistics stay in the first-level cache while the rows go by.
+constexpr std::int64_t kColumnsAtOnce = 2048;
+
+// Some columns of some rows of a gradient (R, V), and the sum of each row's other columns behind them.
+struct TakeArgs {
+  const void* grad;                 // unit column stride
+  std::int64_t rows;                // R
+  std::int64_t vocab;               // V
+  std::int64_t row_stride;          // elements
+  const std::int64_t* row_indices;  // (k,)
+  std::int64_t num_rows;            // k
+  const std::int64_t* columns;      // (c,)
+  std::int64_t count;               // c
+  void* out;                        // (k, c + 1), dense
+};
+
 // One instruction set's kernels, by the DType of the logits and, for backward, that of the gradient: null where it is neither
 // the same nor a narrower one. Each handles the rows [begin, end).
 struct RowKernels {
   void (*forward[kNumDTypes])(const ForwardArgs&, std::int64_t begin, std::int64_t end);
   void (*backward[kNumDTypes][kNumDTypes])(const BackwardArgs&, std::int64_t begin, std::int64_t end);
+  void (*column_stats[kNumDTypes])(const ColumnArgs&, std::int64_t begin, std::int64_t end);  // columns, at most kColumnsAtOnce
+  void (*take_columns[kNumDTypes])(const TakeArgs&, std::int64_t begin, std::int64_t end);    // rows of the result
 };
 
 extern const RowKernels kRowKernelsScalar;

@@ -14,11 +14,22 @@ constexpr std::int64_t kMinLogitsPerThread = 16384;
 // Several shares a thread, handed out as threads become free: rows without tokens cost nothing, and cores may be busy.
 constexpr std::int64_t kSharesPerThread = 8;
 
+int team_for(std::int64_t logits, std::int64_t shares, int threads) {
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({threads, logits / kMinLogitsPerThread, shares})));
+}
+
+void check_indices(const char* what, const std::int64_t* indices, std::int64_t count, std::int64_t size) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (indices[i] < 0 || indices[i] >= size) {
+      throw std::invalid_argument(std::string(what) + " " + std::to_string(indices[i]) + " is not in [0, " + std::to_string(size) + ")");
+    }
+  }
+}
+
 template <class Args>
 void for_rows(void (*kernel)(const Args&, std::int64_t, std::int64_t), const Args& args, int threads) {
   const std::int64_t rows = args.batch.rows;
-  const std::int64_t useful = rows * args.batch.vocab / kMinLogitsPerThread;
-  const int team = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({threads, useful, rows})));
+  const int team = team_for(rows * args.batch.vocab, rows, threads);
   if (team == 1) return kernel(args, 0, rows);
   const std::int64_t share = std::max<std::int64_t>(1, rows / (team * kSharesPerThread));
   const std::int64_t shares = (rows + share - 1) / share;
@@ -42,6 +53,25 @@ void row_backward(Isa isa, DType dtype, DType out_dtype, const BackwardArgs& arg
   check_tokens(args.batch);
   sum_coefs(args.batch, args.coef, coef_sum, args.token_grad);
   for_rows(kernel, args, threads);
+}
+
+void column_stats(Isa isa, DType dtype, const ColumnArgs& args, int threads) {
+  const auto kernel = row_kernels(isa).column_stats[static_cast<int>(dtype)];
+  const std::int64_t shares = (args.vocab + kColumnsAtOnce - 1) / kColumnsAtOnce;
+  const int team = team_for(args.rows * args.vocab, shares, threads);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
+  for (std::int64_t i = 0; i < shares; ++i) {
+    kernel(args, i * kColumnsAtOnce, std::min(args.vocab, (i + 1) * kColumnsAtOnce));
+  }
+}
+
+void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads) {
+  check_indices("row", args.row_indices, args.num_rows, args.rows);
+  check_indices("column", args.columns, args.count, args.vocab);
+  const auto kernel = row_kernels(isa).take_columns[static_cast<int>(dtype)];
+  const int team = team_for(args.num_rows * args.vocab, args.num_rows, threads);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(team) if (team > 1)
+  for (std::int64_t i = 0; i < args.num_rows; ++i) kernel(args, i, i + 1);
 }
 
 }  // namespace cpo

@@ -14,4 +14,10 @@ void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads);
 // dtype is kF32; anything else is an std::invalid_argument as well.
 void row_backward(Isa isa, DType dtype, DType out_dtype, const BackwardArgs& args, float* coef_sum, int threads);
 
+// Each column is summed by one thread, in the order of the rows.
+void column_stats(Isa isa, DType dtype, const ColumnArgs& args, int threads);
+
+// Throws std::invalid_argument for a row or a column that there is not, before anything is written.
+void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads);
+
 }  // namespace cpo

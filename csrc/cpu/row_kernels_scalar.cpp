@@ -8,6 +8,7 @@
 #include "cpu/row_transform.h"
 
 #include "cpu/row_backward.h"
+#include "cpu/row_columns.h"
 #include "cpu/row_forward.h"
 
 namespace cpo {
@@ -17,6 +18,8 @@ extern const RowKernels kRowKernelsScalar = {
     {{backward<float, float>, backward<float, bf16>, backward<float, f16>},
      {nullptr, backward<bf16, bf16>, nullptr},
      {nullptr, nullptr, backward<f16, f16>}},
+    {column_stats<float>, column_stats<bf16>, column_stats<f16>},
+    {take_columns<float>, take_columns<bf16>, take_columns<f16>},
 };
 
 }  // namespace cpo
