@@ -123,10 +123,16 @@ class Case:
             yield self.measure(name, run="last")
 
     def measure(self, name: str, **more: Any) -> Record:
-        """One process."""
+        """One process.
+
+        Raises:
+            RuntimeError: the floor or ours failed, with which all others are compared.
+        """
         if name in self.left_out:
             return self.record(name, self.left_out[name], **more)
         life = in_a_process(self.path, name, self.limit(name))
+        if isinstance(life, str) and name in (FLOOR, OURS):
+            raise RuntimeError(f"{name}: {life}")
         if isinstance(life, str):
             return self.record(name, life, **more)
         self.totals.setdefault(name, life.total)

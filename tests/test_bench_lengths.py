@@ -248,6 +248,13 @@ class TestRecords:
         assert all(record.note for record in records if not record.values)
         assert not {"QuACK", "Liger DPO"} & self.limits.keys()
 
+    @pytest.mark.parametrize("name", [FLOOR, OURS])
+    def test_nothing_is_measured_without_ours_and_the_floor(self, name, monkeypatch, tmp_path):
+        lives = {**LIVES, name: "MemoryError"}
+        monkeypatch.setattr(lengths, "in_a_process", lambda path, name, limit: lives[name])
+        with pytest.raises(RuntimeError, match="MemoryError"):
+            list(lengths.Case(task(), sizes(), tmp_path, Setting()).records())
+
     def test_conditions_count_tokens_and_shapes(self, records):
         targets, found = task().targets, records[0].conditions
         tokens = sum(int((t != IGNORE).sum()) for t in targets)
