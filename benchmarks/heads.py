@@ -45,10 +45,10 @@ def cases(setting: Setting) -> tuple[Shape, ...]:
 
 
 def effort(shape: Shape, setting: Setting) -> Effort:
-    """Rounds: on a GPU a call is short enough for everyone to get all of them."""
+    """Rounds: on a GPU a call is short enough for everyone to get all of them, on a CPU for those that are close."""
     if setting.on_gpu:
         return Effort(shape.rounds, seconds=3.0, far=FOREVER, very_far=FOREVER)
-    return Effort(shape.rounds)
+    return Effort(shape.rounds, far=1.25, very_far=1.6)
 
 
 def measure(shape: Shape, setting: Setting, ceilings: Ceilings) -> Iterator[Record]:

@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import BETA, IGNORE, Problem, contrast
-from benchmarks.shapes import CPO, DPO, NLL, NO_GRAD, PAIRS, POLICIES, Shape
+from benchmarks.shapes import CHUNKED, CPO, DPO, NLL, NO_GRAD, PAIRS, POLICIES, Shape
 
 SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, H), (G, C, T) -> (G, C)
 Loss = Callable[..., Tensor]  # hidden, weight, targets, *Problem.reference -> scalar
 Result = tuple[Tensor, tuple[Tensor, ...]]
-CHUNKED = "F.linear_cross_entropy, chunked"
 
 
 @dataclass(frozen=True)
