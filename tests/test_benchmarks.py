@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import mmap
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -423,6 +427,23 @@ def test_shapes_are_those_of_the_bars():
     assert (pairs.candidates, pairs.num_tokens) == (2, 1024)
     with pytest.raises(ValueError, match="1000"):
         shapes.BARS[0].with_tokens(1000)
+
+
+@pytest.mark.slow
+def test_every_round_of_pytest_benchmark_has_a_floor_before_it(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "benchmark.json"
+    some = "quick-half-prompt-fp32 and (eager or DPO) and not Liger"
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_loss.py", "--benchmark-only", "-p", "no:cacheprovider"]
+    root = Path(__file__).parent.parent
+    subprocess.run([*command, "-k", some, f"--benchmark-json={path}"], cwd=root, check=True, capture_output=True)
+    found = {entry["params"]["name"]: entry for entry in json.loads(path.read_text())["benchmarks"]}
+    assert found.keys() == {"eager", contestants.OURS_DPO}
+    for entry in found.values():
+        assert entry["stats"]["rounds"] == 3
+        info = entry["extra_info"]
+        assert info["x floor"] == pytest.approx(entry["stats"]["min"] / info[contestants.FLOOR])
+        assert info["x floor, median of the rounds"] > 0
 
 
 @pytest.mark.parametrize("cases", [shapes.CASES, shapes.GPU_CASES])
