@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.measure import free_memory, summary
-from benchmarks.models import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, Sizes, make_model
+from benchmarks.models import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_SMALL, LLAMA_TINY, Sizes, make_model
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.timing import Effort, clock_for, round_robin
@@ -68,8 +68,8 @@ def cases(setting: Setting) -> list[Case]:
         bodies = {"gpt2": replace(GPT2_SMALL, vocabulary=VOCABULARY), "llama": replace(LLAMA_1B, vocabulary=VOCABULARY)}
         rest = {"groups": 4, "tokens": 512, "dtype": torch.bfloat16}
     else:
-        llama = Sizes("Llama", llama=True, vocabulary=VOCABULARY, width=1024, heads=16, layers=1)
-        bodies = {"gpt2": replace(GPT2_SMALL, vocabulary=VOCABULARY, layers=1), "llama": llama}
+        one = {"vocabulary": VOCABULARY, "layers": 1}
+        bodies = {"gpt2": replace(GPT2_SMALL, **one), "llama": replace(LLAMA_SMALL, **one)}
         rest = {"groups": 1, "tokens": 256}
     return [Case(name, sizes, attention, **rest) for name, sizes in bodies.items() for attention in attentions]
 
@@ -77,7 +77,7 @@ def cases(setting: Setting) -> list[Case]:
 def run(setting: Setting) -> Iterator[Record]:
     """Both ways in every case."""
     transformers.logging.set_verbosity_error()
-    effort = Effort(rounds=1 if setting.quick else 4, seconds=60.0)
+    effort = Effort(rounds=1 if setting.quick else 3, seconds=60.0)
     for case in cases(setting):
         try:
             records = measure(case, setting.device, effort)
