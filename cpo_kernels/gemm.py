@@ -95,11 +95,10 @@ class WeightGrad:
             shares: (V,) of every column in the last one of ``dlogits``.
             spare: memory for (c + 1, H) numbers.
         """
-        self.zero_if_empty()
         both = spare[: dlogits.shape[1] * hidden.shape[1]].view(dlogits.shape[1], -1)
         self.backend.gemm_(dlogits.t(), hidden, both, False)
         term = both[:-1]
-        self.rest.append((shares, both[-1].to(shares.dtype, copy=True)))  # the memory is the next block's
+        self.add_rest(shares, both[-1].to(shares.dtype, copy=True))  # the memory is the next block's
         for tile in long_slices(term.shape[0], term.shape[1], tile_elements(term.device)):
             # No column is there twice, so that adding by index is deterministic.
             if self.low is None:
@@ -109,17 +108,32 @@ class WeightGrad:
                 accumulate_pair_(high, low, term[tile])
                 self.value[columns[tile]], self.low[columns[tile]] = high, low
 
+    def add_rest(self, shares: Tensor, total: Tensor) -> None:
+        """Columns that were left out, each as its share (V,) of their sum (H,): at once if first, or at the end."""
+        if not self.empty:
+            self.rest.append((shares, total))
+            return
+        for tile in self.tiles():
+            torch.mul(shares[tile, None], total, out=self.value[tile])
+        if self.low is not None:
+            self.low.zero_()
+        self.empty = False
+
     def add_rest_(self) -> None:
-        """The columns that were left out, each as its share of their sum; all chunks at once."""
+        """Those of all later blocks, in one pass."""
         if not self.rest:
             return
         shares, sums = (torch.stack(part) for part in zip(*self.rest, strict=True))
-        for tile in long_slices(self.value.shape[0], self.value.shape[1], tile_elements(self.value.device)):
+        for tile in self.tiles():
             total = shares[:, tile].t() @ sums
             if self.low is not None:
                 total += self.low[tile]
             self.value[tile] = total.add_(self.value[tile])
         self.rest.clear()
+
+    def tiles(self) -> list[slice]:
+        """Rows of the gradient that stay in the cache."""
+        return long_slices(self.value.shape[0], self.value.shape[1], tile_elements(self.value.device))
 
     def zero_if_empty(self) -> None:
         """Zeros, unless a block was added."""
