@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import real_run
 from benchmarks.contestants import FLOOR, OURS
-from benchmarks.floor import allocate, product_rows, gemms
+from benchmarks.floor import allocate, gemms, product_rows
 from benchmarks.measure import SAME_LOSS, AnotherLossError, free_memory, summary
 from benchmarks.packed import Oracle, Packed, Result, relative
 from benchmarks.real_run import Looked
@@ -34,10 +34,11 @@ BOTH = "both"
 CCE = "Cut Cross-Entropy"
 BAR = 1e-3  # of the gradient
 GRIDS = {  # least and largest eps as decimal logarithms, and points
-    CANDIDATES: (-4.0, 0.0, 9),
-    COLUMNS: (-6.0, -2.0, 9),
+    CANDIDATES: (-4.0, 0.0, 5),
+    COLUMNS: (-6.0, -2.0, 5),
 }
 QUICK_POINTS = 3
+WIDTH, QUICK_WIDTH = 768, 48  # of the wide head
 REFINED = 4  # halvings, in logarithms, between two points of a grid
 SETTLED = 1e-2  # of the largest coefficient
 Eps = Mapping[str, float]
@@ -55,18 +56,33 @@ def at_bar(name: str) -> str:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Records of both steps, in float32 and bfloat16, of the contrast alone and with the NLL."""
+    """Records of both steps: of the contrast alone in float32 and bfloat16, of a wider head, and with the NLL."""
     sizes = real_run.sizes_of(setting)
     made = real_run.train(setting, sizes)
     for looked in made.looked:
         yield about(looked, made, sizes)
-        for dtype in (torch.float32, torch.bfloat16):
-            for with_nll in (False, True):
-                problem = Packed.of(looked, dtype, None if with_nll else 0.0)
-                nll = ", with NLL" if with_nll else ""
-                case = Case(f"after {looked.step} steps, {str(dtype)[6:]}{nll}", problem, looked.step, setting)
-                yield from case.records()
-                free_memory()
+        for case in cases(looked, setting):
+            yield from case.records()
+            del case
+            free_memory()
+
+
+def cases(looked: Looked, setting: Setting) -> Iterator[Case]:
+    """Of one step; the wide head has the logits of the run's, at the width of a model that is used."""
+    after, wide = f"after {looked.step} steps", widened(looked, QUICK_WIDTH if setting.quick else WIDTH)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case(f"{after}, {str(dtype)[6:]}", Packed.of(looked, dtype, 0.0), looked.step, setting)
+    yield Case(f"{after}, float32, with NLL", Packed.of(looked, torch.float32), looked.step, setting, ranges=False)
+    if not setting.on_gpu:
+        problem = Packed.of(wide, torch.bfloat16, 0.0)
+        yield Case(f"{after}, bfloat16, wide", problem, looked.step, setting, ranges=False)
+
+
+def widened(looked: Looked, width: int) -> Looked:
+    """The same logits and gradients of the same norms, from (R, width) and (V, width): both turned by an isometry."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(width, looked.hidden.shape[1], generator=generator)).Q.T.to(looked.hidden)
+    return replace(looked, hidden=looked.hidden @ turn, weight=looked.weight @ turn)
 
 
 def about(looked: Looked, made: real_run.Run, sizes: real_run.Sizes) -> Record:
@@ -100,25 +116,30 @@ def contrast_shares(rewards: Tensor, cu_groups: Sequence[int]) -> Tensor:
 
 @dataclass
 class Case:
-    """One problem, its oracle and its exact call.
+    """One problem, its oracle, and the same values in float32 with their exact gradients.
 
     Attributes:
         name: of the records' case.
         problem: what every contestant is given.
         step: of the run.
         setting: of the suite.
+        ranges: whether every eps of the grids is timed too.
     """
 
     name: str
     problem: Packed
     step: int
     setting: Setting
+    ranges: bool = True
     oracle: Oracle = field(init=False)
+    single: Packed = field(init=False)
     exact: Result = field(init=False)
+    known: dict[tuple[tuple[str, float], ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.oracle, self.exact = Oracle(self.problem), self.problem.run()
-        check(OURS, self.exact, self.oracle, self.problem.hidden.dtype)
+        self.oracle, self.single = Oracle(self.problem), self.problem.to(torch.float32)
+        self.exact = self.single.run()
+        check(OURS, self.exact, self.oracle, torch.float32)
 
     def grid(self, name: str) -> list[float]:
         """See :func:`grid`."""
@@ -131,11 +152,12 @@ class Case:
 
     def records(self) -> Iterator[Record]:
         """The ranges of eps, then those at the bar."""
-        ranges = {f"{name} {eps:.2g}": {name: eps} for name in FILTERS for eps in self.grid(name)}
-        yield from self.timed(ranges, rounds=2)
+        if self.ranges:
+            ranges = {f"{name} {eps:.2g}": {name: eps} for name in FILTERS for eps in self.grid(name)}
+            yield from self.timed(ranges, rounds=2)
         chosen = {at_bar(name): {name: self.largest(name)} for name in FILTERS}
         chosen[at_bar(BOTH)] = self.both({name: chosen[at_bar(name)][name] for name in FILTERS})
-        yield from self.timed(chosen, rounds=5)
+        yield from self.timed(chosen, rounds=4)
         yield self.cut_cross_entropy()
 
     def timed(self, filtered: Mapping[str, Eps], rounds: int) -> Iterator[Record]:
@@ -155,7 +177,7 @@ class Case:
             values = self.times(timing, times)
             if name != FLOOR:
                 check(name, seen[name], self.oracle, self.problem.hidden.dtype, filtered=name in filtered)
-                values |= self.errors(seen[name])
+                values |= self.errors(seen[name]) | {"error_filter": self.of_filter(**filtered.get(name, {}))}
             yield Record(self.name, name, values, self.conditions | dict(filtered.get(name, {})))
 
     def times(self, timing: Timing, times: Mapping[str, Timing]) -> dict[str, float]:
@@ -165,15 +187,18 @@ class Case:
         return values | {"floor": best / times[FLOOR].best, "of_ours": best / times[OURS].best}
 
     def errors(self, result: Result) -> dict[str, float]:
-        """Against fp64, and against the exact call in the same dtype."""
-        values = self.oracle.errors(result) | {"error_filter": self.beyond_exact(result)}
-        return values | {"dropped": result.dropped}
+        """Against fp64."""
+        return self.oracle.errors(result) | {"dropped": result.dropped}
 
-    def beyond_exact(self, result: Result) -> float:
-        """The larger of both gradients' distances from the exact call's: what the filter adds to rounding."""
-        return max(
-            relative(result.grad_hidden, self.exact.grad_hidden), relative(result.grad_weight, self.exact.grad_weight)
-        )
+    def of_filter(self, **eps: float) -> float:
+        """What a filter does to a gradient, the larger of both: float32 on the same values, so without rounding."""
+        key = tuple(eps.items())
+        if key not in self.known:
+            filtered, exact = self.single.run(**eps), self.exact
+            self.known[key] = max(
+                relative(filtered.grad_hidden, exact.grad_hidden), relative(filtered.grad_weight, exact.grad_weight)
+            )
+        return self.known[key]
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -195,13 +220,13 @@ class Case:
 
     def largest(self, name: str) -> float:
         """The largest eps whose gradient is within the bar: by the grid, then by halving; 0 where none is."""
-        return largest_within(lambda eps: self.beyond_exact(self.problem.run(**{name: eps})), self.grid(name))
+        return largest_within(lambda eps: self.of_filter(**{name: eps}), self.grid(name))
 
     def both(self, alone: Eps) -> Eps:
         """Both filters within the bar: columns at their own eps or less, candidates at most at theirs."""
         for share in (1.0, 0.5, 0.25, 0.1, 0.0):
             eps = {CANDIDATES: alone[CANDIDATES], COLUMNS: share * alone[COLUMNS]}
-            if self.beyond_exact(self.problem.run(**eps)) <= BAR:
+            if self.of_filter(**eps) <= BAR:
                 break
         return eps
 

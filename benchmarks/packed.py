@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +44,11 @@ class Packed:
         hidden, weight = (t.to(dtype, copy=True).requires_grad_() for t in (looked.hidden, looked.weight))
         options = looked.options if mle_weight is None else looked.options | {"mle_weight": mle_weight}
         return cls(hidden, weight, looked.targets, looked.layout, options)
+
+    def to(self, dtype: torch.dtype) -> Packed:
+        """The same values in another dtype."""
+        hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight)
 
     @property
     def conditions(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Sizes:
     held_out: int
 
 
-ON_CPU = Sizes(128, 2, 4, 48, mle_groups=4, groups=1, mle_steps=300, steps=(200, 2000), held_out=10)
+ON_CPU = Sizes(128, 2, 4, 48, mle_groups=4, groups=1, mle_steps=200, steps=(200, 2000), held_out=10)
 ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(200, 2000), held_out=32)
 QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(4, 8), held_out=4)
 
@@ -189,7 +189,7 @@ def train(setting: Setting, sizes: Sizes) -> Run:
         first.train()
         run.losses += first.state.log_history
         second = trainer(
-            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=2e-4, warmup_steps=20, **NEGATIVES
+            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, warmup_steps=20, **NEGATIVES
         )
         probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
         second.add_callback(Look(sizes.steps, lambda step: run.looked.append(look(probe, step))))
