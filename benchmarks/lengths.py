@@ -67,7 +67,7 @@ class Sizes:
     limit_compiling: float
 
 
-ON_CPU = Sizes(50, 40, 50257, 256, torch.bfloat16, 7.0, 15.0)
+ON_CPU = Sizes(50, 40, 50257, 256, torch.bfloat16, 5.0, 12.0)
 ON_GPU = Sizes(50, 512, 128256, 4096, torch.bfloat16, 20.0, 90.0)
 QUICK = Sizes(6, 32, 8209, 32, torch.float32, 5.0, 20.0)
 
@@ -175,7 +175,7 @@ def left_out(setting: Setting) -> dict[str, str]:
     """Who does not run, and why."""
     why = {"QuACK": "computes a cross-entropy and no sequence log-likelihoods: see the part heads"}
     if not setting.on_gpu:
-        why |= dict.fromkeys(POLICIES, "a call takes tens of seconds, as with the policy of the one that runs")
+        why |= dict.fromkeys(POLICIES, "a call takes tens of seconds, as with the policy that runs")
         why |= dict.fromkeys((OURS_DPO, "Liger DPO"), "compiles and calls as Liger CPO does: see the part heads")
     if setting.quick:
         why |= {name: "not in a quick run" for name in builders() if name not in QUICK_PEERS}
