@@ -101,13 +101,13 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
     """
     drawn = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     dims = (shape.groups, shape.candidates, shape.tokens)
-    weight = torch.randn(shape.vocab, shape.hidden, **drawn).mul_(2 / shape.hidden**0.5)
+    weight = torch.randn(shape.vocab, shape.hidden, dtype=shape.dtype, **drawn).mul_(2 / shape.hidden**0.5)
     targets = torch.randint(shape.vocab, dims, **drawn)
-    hidden = torch.randn(*dims, shape.hidden, **drawn) + 2.5 * weight[targets]
+    hidden = torch.randn(*dims, shape.hidden, **drawn) + 2.5 * weight[targets].float()
     targets[..., : shape.prompt_tokens] = IGNORE
     ref = 10 * torch.randn(dims[:2], **drawn) - 3 * (shape.tokens - shape.prompt_tokens)
     hidden = hidden.to(shape.dtype).requires_grad_(shape.mode != NO_GRAD)
-    weight = weight.to(shape.dtype).requires_grad_(shape.mode == TRAINED)
+    weight.requires_grad_(shape.mode == TRAINED)
     return Problem(shape, hidden, weight, targets, ref if shape.work == CPO else None)
 
 
