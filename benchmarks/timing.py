@@ -24,13 +24,6 @@ def host_clock(call: Call) -> tuple[float, object]:
     return time.perf_counter() - begin, result
 
 
-def processor_clock(call: Call) -> tuple[float, object]:
-    """Seconds of this process on the processor, for a machine that others use."""
-    begin = time.process_time()
-    result = call()
-    return time.process_time() - begin, result
-
-
 class DeviceClock:
     """Seconds between two events on a GPU's stream, with nothing of the call's operands left in the L2 cache.
 
