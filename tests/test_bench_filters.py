@@ -22,6 +22,15 @@ QUICK = Setting(quick=True)
 V, H = 97, 24
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny calls wait longer for a second thread than they take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def problem() -> Packed:
     """Two groups of three; the third candidate of each shares its rows with the first."""
