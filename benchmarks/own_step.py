@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +18,6 @@ class OwnStep:
     Attributes:
         trainer: with its model in training mode.
         groups: the first so many examples are those of every step.
-        now: the clock, in seconds.
         making: seconds of each call until the batch was there.
         positions: that the body ran on in the last call, padding included.
         tokens: N of the last call.
@@ -27,18 +25,17 @@ class OwnStep:
 
     trainer: CPOTrainer
     groups: int
-    now: Callable[[], float] = time.perf_counter
     making: list[float] = field(default_factory=list)
     positions: int = 0
     tokens: int = 0
 
     def __call__(self) -> Tensor:
         """The loss, detached; its gradients are added to those that are there."""
-        begun, trainer = self.now(), self.trainer
+        begun, trainer = time.perf_counter(), self.trainer
         trainer.state.global_step += 1  # new negatives
         examples = iter([{"index": torch.arange(self.groups)}])
         (inputs,), tokens = trainer.get_batch_samples(examples, 1, trainer.args.device)
-        self.making.append(self.now() - begun)
+        self.making.append(time.perf_counter() - begun)
         self.positions, self.tokens = inputs["input_ids"].numel(), inputs["targets"].numel()
         inputs = trainer._prepare_inputs(inputs)
         loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens)
