@@ -93,8 +93,8 @@ class TreeBlocks:
         q, k, v = (self._slots(x) for x in (query, key, value))
         sdpa = functional.scaled_dot_product_attention
         mask = self.prompt_mask
-        prompts = (prompt.transpose(1, 2) for prompt, _ in (q, k, v))
-        out = sdpa(*prompts, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2)
+        q0, k0, v0 = (prompt.transpose(1, 2) for prompt, _ in (q, k, v))
+        out = sdpa(q0, k0, v0, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2)
         if C * T:
             keys, values = (self._with_prompts(*x) for x in (k, v))
             queries = q[1].unflatten(1, (C, T)).flatten(0, 1).transpose(1, 2)
