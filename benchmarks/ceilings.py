@@ -51,9 +51,9 @@ def _products(setting: Setting, dtype: torch.dtype, size: int) -> dict[str, floa
 
 
 def _seconds(setting: Setting, calls: dict[str, Call]) -> dict[str, float]:
-    """Fewest of five rounds, after a first call for what libraries and the allocator do once."""
+    """Fewest of three rounds, after a first call for what libraries and the allocator do once."""
     for call in calls.values():
         call()
     first = next(iter(calls))
-    timings = round_robin(calls, Effort(), reference=first, always=calls, clock=clock_for(setting.device))
+    timings = round_robin(calls, Effort(rounds=3), reference=first, always=calls, clock=clock_for(setting.device))
     return {name: timing.best for name, timing in timings.items()}

@@ -61,24 +61,27 @@ def run(setting: Setting) -> Iterator[Record]:
     made = real_run.train(setting, sizes)
     for looked in made.looked:
         yield about(looked, made, sizes)
-        for case in cases(looked, setting):
+        for case in cases(looked, setting, last=looked is made.looked[-1]):
             yield from case.records()
             del case
             free_memory()
 
 
-def cases(looked: Looked, setting: Setting) -> Iterator[Case]:
-    """Of one step; the wide head has the logits of the run's, at the width of a model that is used."""
+def cases(looked: Looked, setting: Setting, *, last: bool) -> Iterator[Case]:
+    """Of one step; the wide head has the logits of the run's, at the width of a model that is used.
+
+    In bfloat16 the eps are those that float32 found, less by what rounding may change.
+    """
     after, wide = f"after {looked.step} steps", widened(looked, QUICK_WIDTH if setting.quick else WIDTH)
-    yield Case(f"{after}, float32", Packed.of(looked, torch.float32, 0.0), looked.step, setting)
-    yield Case(f"{after}, float32, with NLL", Packed.of(looked, torch.float32), looked.step, setting, ranges=False)
-    narrow = Case(f"{after}, bfloat16", Packed.of(looked, torch.bfloat16, 0.0), looked.step, setting)
-    yield narrow
+    exact = Case(f"{after}, float32", Packed.of(looked, torch.float32, 0.0), looked.step, setting)
+    yield exact
+    chosen = {name: {key: 0.9 * value for key, value in eps.items()} for name, eps in exact.chosen.items()}
+    rest = {"ranges": False, "chosen": chosen}
+    yield Case(f"{after}, bfloat16", Packed.of(looked, torch.bfloat16, 0.0), looked.step, setting, **rest)
     if not setting.on_gpu:
-        # Less by what rounding to bfloat16 may change.
-        chosen = {name: {key: 0.9 * value for key, value in eps.items()} for name, eps in narrow.chosen.items()}
-        problem = Packed.of(wide, torch.bfloat16, 0.0)
-        yield Case(f"{after}, bfloat16, wide", problem, looked.step, setting, ranges=False, chosen=chosen)
+        yield Case(f"{after}, bfloat16, wide", Packed.of(wide, torch.bfloat16, 0.0), looked.step, setting, **rest)
+    if last:
+        yield Case(f"{after}, float32, with NLL", Packed.of(looked, torch.float32), looked.step, setting, ranges=False)
 
 
 def widened(looked: Looked, width: int) -> Looked:

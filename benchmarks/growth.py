@@ -90,7 +90,7 @@ ON_CPU = Sizes(
     negatives=(1, 4, 16),
     length=64,
     effort=Effort(rounds=2, far=1.5, very_far=1.5),
-    limit=0.8,
+    limit=0.5,
     touched=2 * 2**30,
 )
 ON_GPU = Sizes(

@@ -124,30 +124,44 @@ def dots(axes: Axes, records: Sequence[Record], value: str, style: Style) -> Non
 
 
 def filters(part: Part, style: Style) -> Figure:
-    """Error of a filter against time, a panel a case."""
-    cases = part.cases()
-    figure, grid = plt.subplots(1, len(cases), figsize=(WIDTH, 3.6), layout="constrained", squeeze=False, sharey=True)
-    for axes, case in zip(grid[0], cases, strict=True):
+    """Error of a filter against time, a panel a case; the largest eps within the error is filled."""
+    cases = [case for case in part.cases() if any("error_filter" in r.values for r in part.select(case=case))]
+    columns = -(-len(cases) // 2)
+    figure, grid = plt.subplots(2, columns, figsize=(WIDTH, 5.6), layout="constrained", squeeze=False, sharey=True)
+    for axes, case in zip(grid.flat, cases, strict=False):
         swept = [r for r in part.select(case=case) if "error_filter" in r.values and "floor" in r.values]
         for index, kind in enumerate(("candidate_eps", "grad_filter_eps", "both")):
-            own = sorted((r.values["error_filter"], r.values["floor"]) for r in swept if r.contestant.startswith(kind))
-            if own:
-                axes.plot(
-                    *zip(*own, strict=True), label=kind, color=COLOURS[index], marker=MARKERS[index], markersize=5
-                )
+            filter_curve(axes, [r for r in swept if r.contestant.startswith(kind)], kind, index)
+        exact = part.select(OURS, case=case)
+        axes.axhline(exact[-1].values["floor"], color=OUR_COLOUR, linestyle="--", label="exact")
         axes.axhline(0.6, color=FLOOR_COLOUR, linestyle=":")
         axes.axvline(1e-3, color=FLOOR_COLOUR, linestyle=":")
-        axes.set(
-            xscale="symlog" if any(not r.values["error_filter"] for r in swept) else "log", yscale="log", title=case
-        )
-        axes.set_xlabel("error that the filter adds")
-        axes.title.set_fontsize(9)
+        axes.set(xscale="symlog" if any(not r.values["error_filter"] for r in swept) else "log", yscale="log")
+        if axes.get_xscale() == "symlog":
+            axes.set_xscale("symlog", linthresh=1e-6)
+        axes.set_title(case, fontsize=9)
         axes.grid(alpha=0.25)
         plain_ticks(axes, "y")
-    grid[0][0].set_ylabel("time / floor")
+    for axes in grid[-1]:
+        axes.set_xlabel("error that the filter adds")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("time / floor")
+    for axes in grid.flat[len(cases) :]:
+        axes.set_visible(False)
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label()[0] != "_"}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def filter_curve(axes: Axes, records: Sequence[Record], kind: str, index: int) -> None:
+    """A line through what was swept, and the eps that keeps within the error."""
+    look = {"color": COLOURS[index], "marker": MARKERS[index], "markersize": 6}
+    for chosen in (False, True):
+        own = [r for r in records if ("at error" in r.contestant) == chosen]
+        points = sorted((record.values["error_filter"], record.values["floor"]) for record in own)
+        if points:
+            style = {"label": kind, "linestyle": "none"} if chosen else {"markerfacecolor": "none"}
+            axes.plot(*zip(*points, strict=True), **look, **style)
 
 
 def steps(part: Part, style: Style) -> Figure:
@@ -173,8 +187,8 @@ def negatives(part: Part, style: Style) -> Figure:
     """Cost of a step as K grows, over an MLE step."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
     index = 0
-    for case in part.cases():
-        points = [r for r in part.select(case=case) if "of_mle" in r.values and "K" in r.conditions]
+    for case in (case for case in part.cases() if case.startswith("K,")):
+        points = [r for r in part.select(case=case) if "of_mle" in r.values]
         for sharing in dict.fromkeys(r.conditions.get("sharing") for r in points if r.conditions["K"]):
             own = sorted(
                 (r.conditions["K"], r.values["of_mle"])
@@ -182,7 +196,7 @@ def negatives(part: Part, style: Style) -> Figure:
                 if r.conditions["K"] and r.conditions.get("sharing") == sharing
             )
             if len(own) > 1:
-                label = f"{case}, prefix sharing {sharing}"
+                label = f"{case.removeprefix('K, ')}, prefix sharing {sharing}"
                 axes.plot(*zip(*own, strict=True), label=label, color=COLOURS[index], marker=MARKERS[index])
                 index += 1
     axes.axhline(1.0, color=FLOOR_COLOUR, linestyle="--")

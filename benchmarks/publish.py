@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from benchmarks import bars, columns, page, records, scaling
-from benchmarks.contestants import FLOOR
 from benchmarks.records import Parts, Record
 from benchmarks.tables import markdown
 
@@ -47,17 +46,28 @@ def one_value(parts: Parts, where: str) -> str:
 def short_matrix(parts: Parts, where: str) -> str:
     """Times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
     part, cases = parts["heads"], [word.strip() for word in where.split("|")]
-    timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and r.contestant != FLOOR]
+    timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and not is_floor(r)]
     names = list(dict.fromkeys(record.contestant for record in timed))
     best = {case: min(r.values["floor"] for r in timed if r.case == case) for case in cases}
     cells = {(r.contestant, r.case): emphasised(r, best[r.case]) for r in timed}
     return markdown(["", *cases], [[name, *(cells.get((name, case), "") for case in cases)] for name in names])
 
 
+def is_floor(record: Record) -> bool:
+    """Whether a record is of bare products."""
+    return record.contestant.startswith("floor")
+
+
 def emphasised(record: Record, best: float) -> str:
     """The fastest in bold."""
     text = f"{record.values['floor']:.2f}"
     return f"**{text}**" if record.values["floor"] == best else text
+
+
+def case_of(parts: Parts, where: str) -> str:
+    """The table of a case, by `PART | CASE`."""
+    part, case = (word.strip() for word in where.split("|"))
+    return columns.case_table(parts[part].select(case=case))
 
 
 def part_of(parts: Parts, name: str) -> str:
@@ -70,9 +80,11 @@ BLOCKS: dict[str, Callable[[Parts, str], str]] = {
     "matrix": lambda parts, _: page.matrix(parts["heads"]),
     "short matrix": short_matrix,
     "part": part_of,
+    "case": case_of,
     "conditions": lambda parts, name: page.conditions(parts[name.strip()]),
     "cost model": lambda parts, _: scaling.check(list(scaling.points(parts))),
     "predictions": lambda parts, _: scaling.predictions(),
+    "eager logits": lambda parts, _: f"{scaling.eager_logits(scaling.LLAMA_70B, scaling.Step()) / scaling.GIB:.0f}",
     "value": one_value,
 }
 

@@ -101,8 +101,8 @@ _NEXT = {"peers": ("Cut Cross-Entropy",), "variants": False}  # the fastest of t
 _ALONE = {"peers": (), "variants": False}
 CHUNKED = "F.linear_cross_entropy, chunked"  # the policy that torch picks
 POLICIES = tuple(f"F.linear_cross_entropy, {policy}" for policy in ("accurate", "balanced", "compact"))
-_SLOW_POLICIES = (CHUNKED, POLICIES[2])  # in bf16; in fp32 all of them are
 _BY_FAR = "few tokens, because a chunked policy takes seconds at any N; chunking pays from N = H"
+_LARGEST_SHARE = "Llama 3's vocabulary: the largest share of softmax traffic"
 
 BARS = (
     _shape(
@@ -112,12 +112,11 @@ BARS = (
         64,
         "GPT-2's head and few tokens, every peer: costs that do not grow with N show",
         dtype=torch.float32,
-        without=(CHUNKED, *POLICIES),
+        without=(CHUNKED, *POLICIES, "Liger DPO"),
     ),
-    _shape("gpt2 1k bf16", GPT2, 4, 64, "the same in bf16", rounds=3, without=_SLOW_POLICIES),
-    *_both(
-        "llama3 512", LLAMA3, 4, 32, "Llama 3's vocabulary: the largest share of softmax traffic", **_FAST, rounds=3
-    ),
+    _shape("gpt2 1k bf16", GPT2, 4, 64, "the same in bf16", rounds=4, without=(CHUNKED, *POLICIES)),
+    _shape("llama3 512 fp32", LLAMA3, 4, 32, _LARGEST_SHARE, dtype=torch.float32, **_NEXT),
+    _shape("llama3 512 bf16", LLAMA3, 4, 32, _LARGEST_SHARE, rounds=4, **_FAST),
 )
 HALF_PROMPT = (
     _shape(
@@ -128,7 +127,7 @@ HALF_PROMPT = (
         "half of the rows predict nothing: skipping them halves the GEMMs",
         dtype=torch.float32,
         prompt_share=0.5,
-        **_FAST,
+        **_NEXT,
     ),
     _shape(
         "gpt2 1k half prompt bf16",
@@ -137,46 +136,53 @@ HALF_PROMPT = (
         64,
         "the same with every peer, but for the slow policies of one of them",
         prompt_share=0.5,
-        without=(CHUNKED, *POLICIES),
+        rounds=4,
+        without=(CHUNKED, *POLICIES, "Liger DPO"),
     ),
-    _shape("gpt2 1k 0.8 prompt bf16", GPT2, 4, 64, "long prompts and short answers", prompt_share=0.8, **_NEXT),
+    _shape("gpt2 1k 0.8 prompt bf16", GPT2, 4, 64, "long prompts and short answers", prompt_share=0.8, **_ALONE),
 )
 MODES = (
-    _shape("gpt2 1k frozen bf16", GPT2, 4, 64, "a frozen head: two GEMMs", mode=FROZEN, **_FAST),
-    _shape("gpt2 1k frozen fp32", GPT2, 4, 64, "the same", mode=FROZEN, dtype=torch.float32, **_ALONE),
+    _shape("gpt2 1k frozen bf16", GPT2, 4, 64, "a frozen head: two GEMMs", mode=FROZEN, rounds=4, **_NEXT),
     _shape("gpt2 1k no_grad bf16", GPT2, 4, 64, "log-likelihoods only: one GEMM", mode=NO_GRAD, rounds=5, **_NEXT),
-    _shape("gpt2 1k no_grad fp32", GPT2, 4, 64, "the same", mode=NO_GRAD, rounds=5, dtype=torch.float32, **_ALONE),
 )
 NEGATIVES = (
-    _shape("gpt2 1k K=1 bf16", GPT2, 8, 64, "one negative with a reference: DPO's work", candidates=2, **_ALONE),
     _shape(
-        "gpt2 3k K=16 bf16",
+        "gpt2 1k K=1 bf16", GPT2, 8, 64, "one negative with a reference: DPO's work", candidates=2, rounds=4, **_ALONE
+    ),
+    _shape(
+        "gpt2 1k K=16 bf16",
         GPT2,
-        4,
-        44,
-        "many negatives, and a batch that needs several chunks",
+        2,
+        32,
+        "many negatives",
+        rounds=4,
         candidates=17,
-        **_NEXT,
+        **_ALONE,
     ),
 )
-SMALLEST_BUDGET = _both(
-    "gpt2 1k smallest budget",
+SMALLEST_BUDGET = _shape(
+    "gpt2 1k smallest budget bf16",
     GPT2,
     2,
     128,
     "one group per chunk: the least memory for three GEMMs",
     smallest_budget=True,
+    rounds=4,
     **_ALONE,
 )
-CHUNKING = _both(
-    "gpt2 64 policies",
-    GPT2,
-    1,
-    16,
-    "the chunking policies of F.linear_cross_entropy",
-    peers=("F.linear_cross_entropy", CHUNKED, *POLICIES),
-    variants=False,
-    note=_BY_FAR,
+CHUNKING = tuple(
+    _shape(
+        f"gpt2 64 policies {suffix}",
+        GPT2,
+        1,
+        16,
+        "the chunking policies of F.linear_cross_entropy",
+        dtype=dtype,
+        peers=(CHUNKED, *POLICIES),
+        variants=False,
+        note=_BY_FAR,
+    )
+    for suffix, dtype in (FP32, BF16)
 )
 CROSS_ENTROPY = _shape(
     "gpt2 1k cross-entropy bf16",
@@ -185,18 +191,18 @@ CROSS_ENTROPY = _shape(
     64,
     "mean cross-entropy, the home of F.linear_cross_entropy and Cut Cross-Entropy",
     work=NLL,
-    peers=("F.linear_cross_entropy", *FAST, "QuACK"),
+    rounds=4,
+    peers=("F.linear_cross_entropy", "Cut Cross-Entropy", "QuACK"),
     variants=False,
 )
-_HUGE = {**_FAST, "rounds": 1}  # drawing and checking takes most of the time
 HUGE = (
-    _shape("gpt2-xl 512 bf16", GPT2_XL, 2, 64, "GPT-2 XL", **_FAST),
-    _shape("openllama-3b 512 bf16", OPENLLAMA_3B, 2, 64, "a small vocabulary under a wide model", **_FAST),
-    _shape("llama3-8b 256 bf16", LLAMA3_8B, 2, 32, "Llama 3 8B", **_FAST),
-    _shape("qwen3 256 bf16", QWEN3, 2, 32, "Qwen 3, and the shape of TRL's issue 7244", **_HUGE),
-    _shape("gemma3 256 bf16", GEMMA3, 2, 32, "Gemma 3: the largest vocabulary", **_HUGE),
+    _shape("gpt2-xl 512 bf16", GPT2_XL, 2, 64, "GPT-2 XL", rounds=4, **_NEXT),
+    _shape("openllama-3b 512 bf16", OPENLLAMA_3B, 2, 64, "a small vocabulary under a wide model", rounds=4, **_NEXT),
+    _shape("llama3-8b 256 bf16", LLAMA3_8B, 2, 32, "Llama 3 8B", rounds=3, **_NEXT),
+    _shape("qwen3 256 bf16", QWEN3, 2, 32, "Qwen 3, and the shape of TRL's issue 7244", **_NEXT),
+    _shape("gemma3 256 bf16", GEMMA3, 2, 32, "Gemma 3: the largest vocabulary", **_NEXT),
 )
-CASES = (*BARS, *HALF_PROMPT, *MODES, *NEGATIVES, *SMALLEST_BUDGET, CROSS_ENTROPY, *CHUNKING, *HUGE)
+CASES = (*BARS, *HALF_PROMPT, *MODES, *NEGATIVES, SMALLEST_BUDGET, CROSS_ENTROPY, *CHUNKING, *HUGE)
 
 _GPU = {"rounds": 10}
 _GPU_FAST = {**_FAST, **_GPU}

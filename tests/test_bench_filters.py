@@ -151,11 +151,9 @@ def test_a_wide_head_has_the_same_logits_and_norms(run):
 
 def test_the_records_of_a_quick_run(part):
     assert part.error == ""
-    cases = [
-        f"after {step} steps, {which}"
-        for step in real_run.QUICK.steps
-        for which in ("float32", "bfloat16", "float32, with NLL", "bfloat16, wide")
-    ]
+    cases = [f"after {step} steps, {which}" for step in real_run.QUICK.steps for which in ("float32", "bfloat16")]
+    cases += [f"{case}, wide" for case in cases if case.endswith("16")]
+    cases.append(f"after {real_run.QUICK.steps[-1]} steps, float32, with NLL")
     assert set(part.cases()) == {*cases, *(f"after {step} steps" for step in real_run.QUICK.steps)}
     for case in cases:
         for record in part.select(FLOOR, case=case):
@@ -168,7 +166,7 @@ def test_the_records_of_a_quick_run(part):
             assert record.values["seconds"] > 0
             assert record.values["error_filter"] <= filters.BAR
             assert (name in record.conditions) == (name != filters.BOTH)
-        for name in filters.FILTERS if case.endswith(("16", "32")) else ():
+        for name in filters.FILTERS if case.endswith("32") else ():
             errors = [part.select(f"{name} {eps:.2g}", case=case)[0].values for eps in filters.grid(name, quick=True)]
             assert all(one["dropped"] <= other["dropped"] for one, other in pairwise(errors))
         (peer,) = part.select(filters.CCE, case=case)

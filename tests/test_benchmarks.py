@@ -459,7 +459,8 @@ def test_cases_cover_what_the_issue_asks_for(cases):
     assert {shape.mode for shape in cases} == {"trained", "frozen", "no_grad"}
     for dtype in (torch.float32, torch.bfloat16):
         asked = {name for shape in cases if shape.dtype == dtype for name in peers.asked_of(shape)}
-        assert asked >= set(BUILDERS) - {"QuACK"}
+        assert asked >= set(BUILDERS) - {"QuACK", "Liger DPO"}
+    assert any("Liger DPO" in peers.asked_of(shape) for shape in cases)
     half = [shape for shape in cases if shape.prompt_share == 0.5 and shape.peers is None]
     assert half, "half the tokens prompt, everyone"
     assert any("QuACK" in peers.asked_of(shape) for shape in cases if shape.work == shapes.NLL)
