@@ -236,11 +236,15 @@ PICTURES: dict[str, Callable[[Part, Style], Figure]] = {
 }
 
 
+# What a record needs to be in the picture of its part.
+DRAWN = {"filters": "error_filter", "lengths": "total", "steps": "tokens_per_second", "negatives": "of_mle"}
+
+
 def draw(parts: Parts, folder: Path, name: str) -> dict[str, str]:
     """Write `name`-PART.png for every part that has a picture; returns the file names by part."""
     style, written = Style(parts), {}
     for part, picture in PICTURES.items():
-        if part in parts and any(record.values for record in parts[part].records):
+        if part in parts and any(DRAWN.get(part, "seconds") in record.values for record in parts[part].records):
             figure = picture(parts[part], style)
             file = f"{name}-{part}.png"
             figure.savefig(folder / file, dpi=110, metadata={"Software": None})

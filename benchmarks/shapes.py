@@ -149,6 +149,7 @@ NEGATIVES = (
     _shape(
         "gpt2 1k K=1 bf16", GPT2, 8, 64, "one negative with a reference: DPO's work", candidates=2, rounds=4, **_ALONE
     ),
+    _shape("gpt2 1k K=4 bf16", GPT2, 4, 52, "four negatives", candidates=5, rounds=4, **_ALONE),
     _shape(
         "gpt2 1k K=16 bf16",
         GPT2,
@@ -178,11 +179,12 @@ CHUNKING = tuple(
         16,
         "the chunking policies of F.linear_cross_entropy",
         dtype=dtype,
-        peers=(CHUNKED, *POLICIES),
+        peers=peers,
         variants=False,
         note=_BY_FAR,
     )
-    for suffix, dtype in (FP32, BF16)
+    # In fp32 the policies differ in what they keep only.
+    for (suffix, dtype), peers in ((FP32, (CHUNKED, POLICIES[0])), (BF16, (CHUNKED, *POLICIES)))
 )
 CROSS_ENTROPY = _shape(
     "gpt2 1k cross-entropy bf16",
@@ -215,6 +217,7 @@ GPU_CASES = (
     _shape("llama3-8b 8k frozen bf16", LLAMA3_8B, 16, 128, "a frozen head: two GEMMs", mode=FROZEN, **_GPU_FAST),
     _shape("llama3-8b 8k no_grad bf16", LLAMA3_8B, 16, 128, "one GEMM", mode=NO_GRAD, **_GPU_FAST),
     _shape("llama3-8b 8k K=1 bf16", LLAMA3_8B, 32, 128, "one negative", candidates=2, **_GPU_FAST),
+    _shape("llama3-8b 10k K=4 bf16", LLAMA3_8B, 16, 128, "four negatives", candidates=5, **_GPU_FAST),
     _shape("llama3-8b 17k K=16 bf16", LLAMA3_8B, 8, 128, "many negatives", candidates=17, **_GPU_FAST),
     _shape("llama3-8b 8k cross-entropy bf16", LLAMA3_8B, 16, 128, "what QuACK computes", work=NLL, **_GPU),
     _shape("gpt2-xl 16k bf16", GPT2_XL, 32, 128, "GPT-2 XL", **_GPU_FAST),

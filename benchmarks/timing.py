@@ -87,9 +87,10 @@ class Effort:
     """
 
     rounds: int = 5
-    seconds: float = 15.0  # per contestant: calls that take long get fewer rounds, but no fewer than three
+    seconds: float = 15.0  # per contestant: of those near the reference, long calls get fewer rounds, but three
     far: float = 1.5  # from here on two rounds
     very_far: float = 2.5  # from here on one round
+    short: float = 1.0  # seconds; a shorter call has three rounds however far, lest one bad moment decides
 
     def again(self, times: Sequence[float], reference: Sequence[float], *, always: bool) -> bool:
         """Whether a contestant with these times runs in the next round; `always`: however far it is."""
@@ -97,6 +98,8 @@ class Effort:
             return True
         if len(times) >= min(self.rounds, max(3, int(self.seconds / min(times)))):
             return False
+        if min(times) < self.short and len(times) < 3:
+            return True
         return always or min(times) < (self.very_far if len(times) == 1 else self.far) * min(reference)
 
 

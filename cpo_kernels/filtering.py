@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # Columns are compacted only if at most this share remains: a pass over the gradient must save more than it costs.
 WORTHWHILE_COLUMNS = 0.75
-# Lifts shares of a hundred thousand columns out of float16's subnormals.
-SHARES_SCALE = 1024.0
+# Lifts shares of a hundred thousand columns out of float16's subnormals, and no mean of weights to its largest number.
+SHARES_SCALE = 16.0
 
 
 class Kept(NamedTuple):

@@ -59,6 +59,10 @@ def accumulator_bytes(weight: Tensor) -> int:
     return weight.numel() * (4 if float32_sums(weight.device) else weight.dtype.itemsize)
 
 
+# Blocks whose left-out columns wait for one pass; each holds (V,) float32 until then.
+REST_BLOCKS = 4
+
+
 class WeightGrad:
     """GEMM 3: the sum over blocks of ``dlogits.T @ hidden``, (V, H) in the weight's dtype.
 
@@ -109,9 +113,11 @@ class WeightGrad:
                 self.value[columns[tile]], self.low[columns[tile]] = high, low
 
     def add_rest(self, shares: Tensor, total: Tensor) -> None:
-        """Columns that were left out, each as its share (V,) of their sum (H,): at once if first, or at the end."""
+        """Columns that were left out, each as its share (V,) of their sum (H,): at once if first, or a few together."""
         if not self.empty:
             self.rest.append((shares, total))
+            if len(self.rest) == REST_BLOCKS:
+                self.add_rest_()
             return
         for tile in self.tiles():
             torch.mul(shares[tile, None], total, out=self.value[tile])
@@ -120,15 +126,16 @@ class WeightGrad:
         self.empty = False
 
     def add_rest_(self) -> None:
-        """Those of all later blocks, in one pass."""
+        """Those of later blocks, in one pass over the gradient."""
         if not self.rest:
             return
         shares, sums = (torch.stack(part) for part in zip(*self.rest, strict=True))
         for tile in self.tiles():
             total = shares[:, tile].t() @ sums
-            if self.low is not None:
-                total += self.low[tile]
-            self.value[tile] = total.add_(self.value[tile])
+            if self.low is None:
+                self.value[tile] = total.add_(self.value[tile])
+            else:
+                accumulate_pair_(self.value[tile], self.low[tile], total)
         self.rest.clear()
 
     def tiles(self) -> list[slice]:

@@ -63,8 +63,15 @@ MET_AND_MISSED = {
     "filters": (
         bars.filters,
         "filters",
-        [Record("c", "x at error 1e-3", {"floor": 0.9}), Record("c", "y at error 1e-3", {"floor": 0.6})],
-        [Record("c", "x at error 1e-3", {"floor": 0.61}), Record("c", "exact", {"floor": 0.5})],
+        [
+            Record("c", "x at error 1e-3", {"floor": 0.9, "error_filter": 1e-3}),
+            Record("c", "y at error 1e-3", {"floor": 0.6, "error_filter": 1e-3}),
+        ],
+        [
+            Record("c", "x at error 1e-3", {"floor": 0.61, "error_filter": 1e-4}),
+            Record("c", "y at error 1e-3", {"floor": 0.4, "error_filter": 2e-3}),
+            Record("c", "exact", {"floor": 0.5}),
+        ],
     ),
     "accuracy": (
         bars.accuracy,
@@ -112,11 +119,24 @@ def test_every_row_of_the_contract_has_a_line_even_when_nothing_was_measured():
     assert all(bar.met is None and bar.why for bar in found)
 
 
+def test_a_row_without_a_line_is_missing_and_not_gone():
+    """A part that died early, or found no peer, must not make a bar vanish."""
+    empty = {name: Part(name, ENVIRONMENT) for name in suite.PARTS}
+    found = bars.verdicts(empty)
+    assert len(found) >= len(bars.BARS)
+    assert all(bar.met is None for bar in found)
+
+
+def test_every_missed_bar_has_a_reason():
+    for of, part, _, missed in MET_AND_MISSED.values():
+        assert all(bar.why for bar in of(parts(part, *missed)) if bar.met is False)
+
+
 def test_the_reason_stands_beside_a_missed_bar_only():
-    records_ = [
+    measured = [
         Record("body", "shared", {"ratio": ratio}, {"body": "gpt2", "attention": "eager"}) for ratio in (1.1, 1.6)
     ]
-    missed, met = bars.sharing(parts("sharing", *records_))
+    missed, met = bars.sharing(parts("sharing", *measured))
     assert (missed.why, met.why) == (bars.WHY["eager"], "")
 
 

@@ -454,13 +454,13 @@ def test_cases_cover_what_the_issue_asks_for(cases):
     assert all(shape.reason for shape in cases)
     heads_of_models = {(50257, 1600), (32000, 3200), (128256, 4096), (151936, 4096), (262144, 2560)}
     assert heads_of_models <= {(shape.vocab, shape.hidden) for shape in cases}
-    assert {shape.negatives for shape in cases} == {1, 3, 16}
+    assert {shape.negatives for shape in cases} == {1, 3, 4, 16}
     assert {shape.prompt_share for shape in cases} == {0, 0.5, 0.8}
     assert {shape.mode for shape in cases} == {"trained", "frozen", "no_grad"}
     for dtype in (torch.float32, torch.bfloat16):
         asked = {name for shape in cases if shape.dtype == dtype for name in peers.asked_of(shape)}
-        assert asked >= set(BUILDERS) - {"QuACK", "Liger DPO"}
-    assert any("Liger DPO" in peers.asked_of(shape) for shape in cases)
+        assert asked >= set(BUILDERS) - {"QuACK", "Liger DPO", *shapes.POLICIES}
+    assert {name for shape in cases for name in peers.asked_of(shape)} == set(BUILDERS)
     half = [shape for shape in cases if shape.prompt_share == 0.5 and shape.peers is None]
     assert half, "half the tokens prompt, everyone"
     assert any("QuACK" in peers.asked_of(shape) for shape in cases if shape.work == shapes.NLL)

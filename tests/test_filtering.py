@@ -206,6 +206,25 @@ def test_every_backend_in_every_layout(backend, dtype, make, rows):
     assert filtered["loss"] == exact["loss"]
 
 
+@pytest.mark.parametrize(("rows", "eps"), [(None, 0.5), (20, 0.004)], ids=["one_chunk", "a_chunk_for_each_of_nine"])
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_filtered_gradients_are_those_of_double(backend, dtype, rows, eps):
+    """All of them, with left-out columns of more blocks than wait for one pass."""
+    sizes = {"G": 9, "C": 4, "T": 5, "H": 8, "V": 101}
+    problem = random_problem(**sizes, bias=True, beta=0.5).to(dtype)
+    budget = None if rows is None else budget_of(problem, rows)
+    dropped, filtered = output_and_grads(problem, backend=backend, max_logits_bytes=budget, grad_filter_eps=eps)
+    double = problem.to(torch.float64)
+    budget = None if rows is None else budget_of(double, rows)
+    _, expected = output_and_grads(double, backend="torch", max_logits_bytes=budget, grad_filter_eps=eps)
+    assert 0 < dropped < 0.6
+    # A column at the edge may be kept in one dtype and left out in the other.
+    allowed = 2e-2 if dtype.itemsize == 2 else 1e-5
+    for name in ("hidden", "weight", "bias"):
+        difference = (filtered[name].double() - expected[name]).norm()
+        assert difference <= allowed * expected[name].norm(), name
+
+
 def token_mass(problem: Problem) -> float:
     """At least the mass of the tokens' gradients, which counts a softcap's derivative as 1."""
     logits, targets = dense(problem)

@@ -283,7 +283,7 @@ def column_stats(grad: Tensor, *, isa: str | None = None, threads: int | None = 
         isa: instruction set, by default that of :func:`isa`.
         threads: by default ``torch.get_num_threads()``; the result is bitwise the same for any number.
     """
-    stats = torch.empty((2, grad.shape[1]), dtype=torch.float32)
+    stats = grad.new_empty((2, grad.shape[1]), dtype=torch.float32)
     _extension().column_stats(**_gradient(grad, isa, threads), stats=stats.data_ptr())
     return stats
 

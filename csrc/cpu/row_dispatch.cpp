@@ -70,7 +70,7 @@ void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads) {
   check_indices("column", args.columns, args.count, args.vocab);
   const auto kernel = row_kernels(isa).take_columns[static_cast<int>(dtype)];
   const int team = team_for(args.num_rows * args.vocab, args.num_rows, threads);
-#pragma omp parallel for schedule(dynamic, 4) num_threads(team) if (team > 1)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
   for (std::int64_t i = 0; i < args.num_rows; ++i) kernel(args, i, i + 1);
 }
 
