@@ -83,6 +83,7 @@ BLOCKS: dict[str, Callable[[Parts, str], str]] = {
     "case": case_of,
     "conditions": lambda parts, name: page.conditions(parts[name.strip()]),
     "cost model": lambda parts, _: scaling.check(list(scaling.points(parts))),
+    "memory model": lambda parts, _: scaling.check(list(scaling.memory_points(parts)), "MiB"),
     "predictions": lambda parts, _: scaling.predictions(),
     "eager logits": lambda parts, _: f"{scaling.eager_logits(scaling.LLAMA_70B, scaling.Step()) / scaling.GIB:.0f}",
     "value": one_value,

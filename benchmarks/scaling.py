@@ -201,12 +201,15 @@ def predictions(machine: Machine = H200, model: Model = LLAMA_70B, step: Step | 
     header = ["GPUs", "head", "head's work, ms", "its communication, ms", "step, s", "head's share"]
     header += ["head, GiB a GPU", "all, GiB a GPU", "fits"]
     rows = []
+    reference = head_seconds(machine, step.rows, model.vocab, model.hidden, WEIGHT_BYTES, "no_grad")
     for devices in DEVICES:
         body = body_cost(machine, model, step, devices)
-        embedding = STATE_BYTES * model.head / devices
+        # The embedding, and embedding and head of the reference.
+        rest = (STATE_BYTES + 2 * WEIGHT_BYTES) * model.head / devices
         for head in head_costs(machine, model, step, devices):
+            head = replace(head, work=head.work + reference)
             seconds = body.seconds + head.work + head.communication
-            held = body.memory + embedding + head.memory
+            held = body.memory + rest + head.memory
             cells = [f"{1e3 * head.work:.0f}", f"{1e3 * head.communication:.0f}", f"{seconds:.2f}"]
             cells += [f"{(head.work + head.communication) / seconds:.1%}", f"{head.memory / GIB:.1f}"]
             cells += [f"{held / GIB:.0f}", "yes" if held <= machine.capacity else "no"]
@@ -248,10 +251,19 @@ def points(parts: Parts) -> Iterator[Point]:
         yield Point(name, predicted, record.values["seconds"])
 
 
-def check(found: Sequence[Point]) -> str:
+def memory_points(parts: Parts, budget: float = 256 * 2**20) -> Iterator[Point]:
+    """Peaks along N in the part `growth`, in MiB: the logits, or the default budget where that is less."""
+    for record in parts.get("growth", Part("growth", {})).select(OURS, case="N"):
+        if "peak_mib" in record.values:
+            sizes = record.conditions
+            predicted = min(budget, float(sizes["N"]) * sizes["V"] * ITEMSIZE[sizes["dtype"]]) / 2**20
+            yield Point(f"peak, N={sizes['N']}, V={sizes['V']}", predicted, record.values["peak_mib"])
+
+
+def check(found: Sequence[Point], unit: str = "s") -> str:
     """Predictions beside measurements."""
-    rows = [[p.case, f"{p.predicted:.3f}", f"{p.measured:.3f}", f"{p.measured / p.predicted:.2f}"] for p in found]
-    return markdown(["case", "predicted, s", "measured, s", "measured / predicted"], rows)
+    rows = [[p.case, f"{p.predicted:.3g}", f"{p.measured:.3g}", f"{p.measured / p.predicted:.2f}"] for p in found]
+    return markdown(["case", f"predicted, {unit}", f"measured, {unit}", "measured / predicted"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -259,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="JSON of benchmarks.report")
     args = parser.parse_args(argv)
-    print(check(list(points(records.load(args.results)))), predictions(), sep="\n\n")
+    parts = records.load(args.results)
+    print(check(list(points(parts))), check(list(memory_points(parts)), "MiB"), predictions(), sep="\n\n")
 
 
 if __name__ == "__main__":

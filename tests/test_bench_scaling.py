@@ -94,3 +94,10 @@ def test_no_prediction_without_a_ceiling_of_the_dtype_or_for_another_loss():
     part = heads(Record("bf16", OURS, {"seconds": 1.0}, sizes), Record("dpo", OURS, {"seconds": 1.0}, other))
     assert list(scaling.points({"heads": part})) == []
     assert list(scaling.points({})) == []
+
+
+def test_a_peak_is_the_logits_or_the_budget():
+    sizes = {"V": 1024, "dtype": "bfloat16"}
+    curve = [Record("N", OURS, {"peak_mib": 3.0}, sizes | {"N": n}) for n in (1024, 2**20)]
+    few, many = scaling.memory_points({"growth": Part("growth", {}, curve)})
+    assert (few.predicted, many.predicted, few.measured) == (2.0, 256.0, 3.0)
