@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks import bars, columns, page, records, scaling
 from benchmarks.records import Parts, Record
+from benchmarks.suite import ON_REQUEST
 from benchmarks.tables import markdown
 
 ROOT = Path(__file__).parent.parent
@@ -48,9 +49,14 @@ def short_matrix(parts: Parts, where: str) -> str:
     part, cases = parts["heads"], [word.strip() for word in where.split("|")]
     timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and not is_floor(r)]
     names = list(dict.fromkeys(record.contestant for record in timed))
-    best = {case: min(r.values["floor"] for r in timed if r.case == case) for case in cases}
+    best = {case: min(r.values["floor"] for r in timed if r.case == case and same_work(r)) for case in cases}
     cells = {(r.contestant, r.case): emphasised(r, best[r.case]) for r in timed}
     return markdown(["", *cases], [[name, *(cells.get((name, case), "") for case in cases)] for name in names])
+
+
+def same_work(record: Record) -> bool:
+    """Whether a record is of the work of most: K negatives with a reference."""
+    return record.conditions.get("work") == "cpo"
 
 
 def is_floor(record: Record) -> bool:
@@ -62,6 +68,23 @@ def emphasised(record: Record, best: float) -> str:
     """The fastest in bold."""
     text = f"{record.values['floor']:.2f}"
     return f"**{text}**" if record.values["floor"] == best else text
+
+
+def lives(parts: Parts, case: str) -> str:
+    """Batches of varying lengths in a few columns; those that were stopped show how far they had come."""
+    records = [r for r in parts["lengths"].select(case=case.strip()) if "total" in r.values and not is_floor(r)]
+    names = ("total", "batches", "first")
+    rows = [
+        [r.contestant, *(columns.shown(name, r.values.get(name)) for name in names)]
+        for r in records
+        if r.conditions.get("run") != "last"
+    ]
+    return markdown(["", "seconds", "batches done", "first call, s"], rows)
+
+
+def minutes(parts: Parts, _: str) -> str:
+    """All parts of a usual run together."""
+    return f"{sum(part.seconds for part in parts.values() if part.name not in ON_REQUEST) / 60:.0f}"
 
 
 def case_of(parts: Parts, where: str) -> str:
@@ -81,6 +104,8 @@ BLOCKS: dict[str, Callable[[Parts, str], str]] = {
     "short matrix": short_matrix,
     "part": part_of,
     "case": case_of,
+    "lives": lives,
+    "minutes": minutes,
     "conditions": lambda parts, name: page.conditions(parts[name.strip()]),
     "cost model": lambda parts, _: scaling.check(list(scaling.points(parts))),
     "memory model": lambda parts, _: scaling.check(list(scaling.memory_points(parts)), "MiB"),

@@ -1,7 +1,7 @@
 """The suite: every part in a process of its own, then one page with every bar, its JSON and its plots.
 
-`make bench`, or `python -m benchmarks.report [--parts heads lengths] [--texts FILE --tokenizer FOLDER]`: under 15
-minutes on two idle cores. The results are named after the device; parts that are not run are kept from the file that
+`make bench`, or `python -m benchmarks.report [--parts heads lengths] [--texts FILE --tokenizer FOLDER]`: for two idle
+cores, or a GPU. The results are named after the device; parts that are not run are kept from the file that
 is there. `--merge FOLDER` measures nothing but takes the PART.json files that benchmarks.suite left in a folder, maybe
 on another machine; `--render` only writes page and plots anew. `python -m benchmarks.publish` takes figures into
 README and docs.
