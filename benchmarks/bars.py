@@ -235,8 +235,8 @@ def truncation(parts: Parts) -> Iterator[Bar]:
 
 # Why a bar is missed where it is; shown beside it only then.
 WHY = {
-    "noise": "see median and rounds in the tables: on a virtual machine the same call varies by 10 to 20 %, more where it "
-    "touches a gigabyte of fresh memory",
+    "noise": "see median and rounds in the tables: on a virtual machine the same call varies by 10 to 20 %, more where "
+    "it touches a gigabyte of fresh memory",
     "peers": "level within the machine's noise: the products are most of the time, and are alike",
     "filters": "at H = 128 softmax takes as long as a product, and the forward is not shortened by a filter; the same "
     "logits from H = 768 (wide) meet the bar",

@@ -33,7 +33,7 @@ PARTS = {
     "adapters": "heads that are trained, frozen, low-rank or tied",
     "liger": "Liger's losses by their own signatures",
 }
-ON_REQUEST = ("adapters", "liger")  # not in a run of all, which has 15 minutes
+ON_REQUEST = ("adapters", "liger")  # not in a run of all, which is long enough
 
 
 class Measures(Protocol):
