@@ -17,7 +17,7 @@ from benchmarks.records import Part, Parts, Record
 
 # One colour and one marker a contestant in all pictures; ours stands out, floors are grey.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#8c564b", "#7f5fb0", "#b5bd00", "#17becf", "#555555")
-MARKERS = "svD^<>phX*"
+MARKERS = "svD^<>phX"  # one fewer than colours, so that no pair comes twice
 OUR_COLOUR, FLOOR_COLOUR = "#d62728", "#999999"
 WIDTH = 9.0  # inches
 
@@ -117,7 +117,8 @@ def dots(axes: Axes, records: Sequence[Record], value: str, style: Style) -> Non
         axes.scatter(record.values[value], place, s=60, **marks)
         label = f"  {record.values[value]:.3g}{' (stopped)' * record.note.startswith('stopped')}"
         axes.annotate(label, (record.values[value], place), va="center")
-    axes.set_yticks(range(len(records)), [record.contestant for record in records])
+    names = [f"{r.contestant}{' (again)' * (r.conditions.get('run') == 'last')}" for r in records]
+    axes.set_yticks(range(len(records)), names)
     axes.invert_yaxis()
     axes.margins(x=0.3)
     axes.grid(alpha=0.25)
@@ -136,10 +137,11 @@ def filters(part: Part, style: Style) -> Figure:
         axes.axhline(exact[-1].values["floor"], color=OUR_COLOUR, linestyle="--", label="exact")
         axes.axhline(0.6, color=FLOOR_COLOUR, linestyle=":")
         axes.axvline(1e-3, color=FLOOR_COLOUR, linestyle=":")
-        axes.set(xscale="symlog" if any(not r.values["error_filter"] for r in swept) else "log", yscale="log")
-        if axes.get_xscale() == "symlog":
-            axes.set_xscale("symlog", linthresh=1e-6)
-        axes.set_title(case, fontsize=9)
+        axes.set(yscale="log", xlim=(-3e-7, 3.0))
+        axes.set_xscale("symlog", linthresh=1e-6)  # an error may be 0
+        axes.set_xticks([0, 1e-5, 1e-3, 1e-1], ["0", "1e-5", "1e-3", "0.1"], fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.set_title(case.replace(" steps", ""), fontsize=8)
         axes.grid(alpha=0.25)
         plain_ticks(axes, "y")
     for axes in grid[-1]:
