@@ -100,7 +100,8 @@ def test_the_search_finds_the_largest_eps(root):
     if root < values[0]:
         assert found == 0
     else:
-        assert 0.9 * root < found <= root * (1 + 1e-9)
+        step = (values[1] / values[0]) ** (0.5**filters.REFINED)
+        assert root / (step * (1 + 1e-9)) <= found <= root * (1 + 1e-9)
     assert largest_within(lambda eps: 0.0, values) == values[-1]
 
 
