@@ -93,12 +93,17 @@ def peers(parts: Parts) -> Iterator[Bar]:
     if part is None:
         yield missing(what, "> 1", NOT_MEASURED)
         return
+    yield from against_all(what, part)
+    if not on_gpu(part):
+        yield missing("faster than Cut Cross-Entropy's kernels and QuACK", "> 1", "they need a GPU")
+
+
+def against_all(what: str, part: Part) -> Iterator[Bar]:
+    """A line for every case that has peers."""
     for case in part.cases():
         rivals = [r for r in part.select(case=case) if is_peer(r) and "of_ours" in r.values]
         if rivals:
             yield against_fastest(f"{what}, {case} ({named(rivals)})", rivals)
-    if not on_gpu(part):
-        yield missing("faster than Cut Cross-Entropy's kernels and QuACK", "> 1", "they need a GPU")
 
 
 def named(rivals: Sequence[Record]) -> str:
@@ -150,10 +155,7 @@ def natural_lengths(parts: Parts) -> Iterator[Bar]:
     if part is None:
         yield missing(what, "> 1", NOT_MEASURED)
         return
-    for case in part.cases():
-        rivals = [r for r in part.select(case=case) if is_peer(r) and "of_ours" in r.values]
-        if rivals:
-            yield against_fastest(f"{what}, {case} ({named(rivals)})", rivals)
+    yield from against_all(what, part)
 
 
 def filters(parts: Parts) -> Iterator[Bar]:

@@ -24,10 +24,10 @@ from benchmarks.contestants import FLOOR, OURS, OURS_DPO, OURS_PAIRS, Contestant
 from benchmarks.measure import SAME_LOSS, AnotherLossError, named
 from benchmarks.peers import Peer, ours, ours_dpo
 from benchmarks.problem import BETA, IGNORE, Dense, Errors, Oracle, Problem
-from benchmarks.records import write_whole
 from benchmarks.shapes import DPO, PAIRS, Shape
 from benchmarks.timing import Call
 from benchmarks.varying import builders
+from cpo_kernels.files import write_whole
 
 PACKED = "cpo-kernels, packed"
 CHECKED = 3  # calls whose results are held against fp64; the last one is a fourth

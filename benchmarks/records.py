@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.files import write_whole
+
 
 @dataclass(frozen=True)
 class Record:
@@ -91,14 +93,6 @@ def save(parts: Parts, path: Path) -> None:
     """Write a result file, whole or not at all."""
     content = {"parts": {name: as_json(part) for name, part in parts.items()}}
     write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside the one it replaces, so that nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def only(records: Sequence[Record], what: str) -> Record:

@@ -20,6 +20,7 @@ from benchmarks.environment import log
 from benchmarks.records import Part, Parts
 from benchmarks.setting import Setting
 from benchmarks.suite import ON_REQUEST, PARTS, add_setting, setting_of, setting_options
+from cpo_kernels.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def write(parts: Parts, folder: Path, name: str) -> None:
     """`name`.json, `name`.md and the plots."""
     records.save(parts, folder / f"{name}.json")
     pictures = plots.draw(parts, folder, name)
-    records.write_whole(folder / f"{name}.md", page.page(parts, name, pictures))
+    write_whole(folder / f"{name}.md", page.page(parts, name, pictures))
 
 
 def main(argv: list[str] | None = None) -> int:
