@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import OURS, OURS_FP32_LOGITS
+from benchmarks.oracle import Dense
 from benchmarks.peers import BUILDERS, Peer, ours
-from benchmarks.problem import Dense, Problem, draw
+from benchmarks.problem import Problem, draw
 from benchmarks.shapes import CPO, Shape
 
 

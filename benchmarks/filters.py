@@ -58,7 +58,7 @@ def at_bar(name: str) -> str:
 def run(setting: Setting) -> Iterator[Record]:
     """Records of both steps: of the contrast alone in float32 and bfloat16, of a wider head, and with the NLL."""
     sizes = real_run.sizes_of(setting)
-    made = real_run.train(setting, sizes)
+    made = real_run.train_in_a_process(setting)
     for looked in made.looked:
         yield about(looked, made, sizes)
         for case in cases(looked, setting, last=looked is made.looked[-1]):

@@ -19,8 +19,9 @@ import torch
 from benchmarks.contestants import FLOOR, OURS, contestant, floor, forget_compiled
 from benchmarks.measure import SAME_LOSS, AnotherLossError, free_memory, run_to_the_end, summary
 from benchmarks.memory import meter_for
+from benchmarks.oracle import Dense, Errors, Oracle
 from benchmarks.peers import Peer, ours
-from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
+from benchmarks.problem import Problem, draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.shapes import Shape

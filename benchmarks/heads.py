@@ -7,6 +7,7 @@ others are ratios to the floor and to ours on the same work, taken in turns in o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,9 @@ from benchmarks.ceilings import Ceilings
 from benchmarks.contestants import FLOORS, OURS, OURS_ON
 from benchmarks.floor import products
 from benchmarks.measure import CaseResult, Row, free_memory, measure_those_that_run, summary
+from benchmarks.oracle import Errors
 from benchmarks.peers import asked_of, does, installed
-from benchmarks.problem import Errors, draw
+from benchmarks.problem import draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.shapes import CPO, DPO, NO_GRAD, TRAINED, Shape
@@ -147,9 +149,10 @@ def peaks(setting: Setting) -> Iterator[Record]:
     measured = shapes.GPU_PEAK_MEMORY if setting.on_gpu else shapes.PEAK_MEMORY
     if setting.quick:
         few_and_many, measured = (256,), shapes.QUICK[:1]
-    for shape in measured:
-        for count in few_and_many:
-            peak = memory.measure(OURS, shape, count, setting.device)
+    asked = [(shape, count) for shape in measured for count in few_and_many]
+    with ThreadPoolExecutor(1 if setting.on_gpu else 2) as pool:  # a process has its memory to itself, not a GPU
+        found = pool.map(lambda one: memory.measure(OURS, *one, setting.device), asked)
+        for (shape, count), peak in zip(asked, found, strict=True):
             case = f"peak memory, {'fp32' if shape.dtype.itemsize == 4 else 'bf16'}"
             yield Record(case, OURS, peak_values(peak), conditions(shape.with_tokens(count), CPO))
 

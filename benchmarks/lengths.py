@@ -29,7 +29,8 @@ from torch import Tensor
 from benchmarks import texts
 from benchmarks.contestants import FLOOR, FLOORS, OURS, OURS_DPO, OURS_ON, OURS_PAIRS
 from benchmarks.lengths_run import PACKED, Life, Task
-from benchmarks.problem import IGNORE, Errors
+from benchmarks.oracle import Errors
+from benchmarks.problem import IGNORE
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.shapes import CPO, POLICIES

@@ -22,8 +22,9 @@ from torch import Tensor
 import cpo_kernels
 from benchmarks.contestants import FLOOR, OURS, OURS_DPO, OURS_PAIRS, Contestant, contestant, floor
 from benchmarks.measure import SAME_LOSS, AnotherLossError, named
+from benchmarks.oracle import Dense, Errors, Oracle
 from benchmarks.peers import Peer, ours, ours_dpo
-from benchmarks.problem import BETA, IGNORE, Dense, Errors, Oracle, Problem
+from benchmarks.problem import BETA, IGNORE, Problem
 from benchmarks.shapes import DPO, PAIRS, Shape
 from benchmarks.timing import Call
 from benchmarks.varying import builders

@@ -22,7 +22,8 @@ from benchmarks.contestants import (
 from benchmarks.environment import log
 from benchmarks.floor import plan_of
 from benchmarks.memory import meter_for
-from benchmarks.problem import Dense, Errors, Oracle, Problem, draw
+from benchmarks.oracle import Dense, Errors, Oracle
+from benchmarks.problem import Problem, draw
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels.planning import Plan

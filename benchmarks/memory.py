@@ -50,7 +50,7 @@ class PeakMeter:
 
     def start(self) -> None:
         """Reset the high-water mark."""
-        gc.collect()
+        forget_cycles()
         ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the allocator would hide new allocations
         self.before = _status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
@@ -68,7 +68,7 @@ class DeviceMeter:
 
     def start(self) -> None:
         """Reset the high-water mark."""
-        gc.collect()
+        forget_cycles()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self.before = torch.cuda.memory_allocated()
@@ -77,6 +77,11 @@ class DeviceMeter:
         """Bytes by which the allocations have grown at their peak."""
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - self.before
+
+
+def forget_cycles() -> None:
+    """Free what recent calls left in cycles; to look through the objects of all imported modules takes 0.3 s."""
+    gc.collect(1)
 
 
 def meter_for(device: torch.device) -> PeakMeter | DeviceMeter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 
 import cpo_kernels
+from benchmarks.oracle import blocks, inside
 from benchmarks.real_run import Looked
 from cpo_kernels import CandidateLayout, CPOOutput
 from cpo_kernels.planning import Plan
 
-_LOGITS_AT_ONCE = 2**25  # elements of the oracle's fp64 logits
+_COMPARED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -103,30 +105,28 @@ class Packed:
 
 
 class Oracle:
-    """The loss in fp64 and its gradients, all of them, by dense logits of some rows at a time."""
+    """The loss in fp64 and its gradients, all of them, by logits of some entries of the vocabulary at a time."""
 
     def __init__(self, problem: Packed) -> None:
-        hidden, weight = problem.hidden.detach().double(), problem.weight.detach().double()
-        blocks = list(torch.arange(len(hidden), device=hidden.device).split(max(1, _LOGITS_AT_ONCE // len(weight))))
-        rows, targets = problem.rows, problem.targets
-        logps = hidden.new_zeros(targets.shape)
-        for block in blocks:
-            here = (rows >= block[0]) & (rows <= block[-1])
-            own = torch.log_softmax(hidden[block] @ weight.T, -1)
-            logps[here] = own[rows[here] - block[0], targets[here]]
-        logps.requires_grad_()
+        hidden, rows, targets = problem.hidden.detach().double(), problem.rows, problem.targets
+        lse, logits_of_targets = hidden.new_full(hidden.shape[:1], -math.inf), hidden.new_empty(targets.shape)
+        for start, block in blocks(problem.weight):
+            logits = hidden @ block.T
+            lse = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1))
+            here = inside(targets, start, block)
+            logits_of_targets[here] = logits[rows[here], targets[here] - start]
+        logps = (logits_of_targets - lse[rows]).requires_grad_()
         loss = problem.loss_of(logps)
         (coef,) = torch.autograd.grad(loss, logps)
         self.loss = loss.item()
-        self.grad_hidden, self.grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for block in blocks:
-            here = (rows >= block[0]) & (rows <= block[-1])
-            places, own = rows[here] - block[0], coef[here]
-            total = hidden.new_zeros(len(block)).index_add_(0, places, own)
-            dlogits = -total[:, None] * torch.softmax(hidden[block] @ weight.T, -1)
-            dlogits.index_put_((places, targets[here]), own, accumulate=True)
-            self.grad_hidden[block] = dlogits @ weight
-            self.grad_weight += dlogits.T @ hidden[block]
+        self.grad_hidden, self.grad_weight = torch.zeros_like(hidden), hidden.new_empty(problem.weight.shape)
+        total = torch.zeros_like(lse).index_add_(0, rows, coef)
+        for start, block in blocks(problem.weight):
+            dlogits = -total[:, None] * torch.exp(hidden @ block.T - lse[:, None])
+            here = inside(targets, start, block)
+            dlogits.index_put_((rows[here], targets[here] - start), coef[here], accumulate=True)
+            self.grad_hidden += dlogits @ block
+            self.grad_weight[start : start + len(block)] = dlogits.T @ hidden
 
     def errors(self, result: Result) -> dict[str, float]:
         """Relative errors of a result by the names of records' values."""
@@ -138,6 +138,9 @@ class Oracle:
 
 
 def relative(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||."""
-    distance = torch.linalg.vector_norm(out.double() - ref.double())
-    return (distance / torch.linalg.vector_norm(ref.double())).item()
+    """||out - ref|| / ||ref|| of two matrices, in fp64 some rows at a time: all of them would be fresh memory."""
+    distances, norms = [], []
+    for own, right in zip(out.split(_COMPARED_ROWS), ref.split(_COMPARED_ROWS), strict=True):
+        distances.append(torch.linalg.vector_norm(own.double() - right.double()))
+        norms.append(torch.linalg.vector_norm(right.double()))
+    return (torch.linalg.vector_norm(torch.stack(distances)) / torch.linalg.vector_norm(torch.stack(norms))).item()

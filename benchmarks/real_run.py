@@ -2,13 +2,19 @@
 
 The model is made here: first next-token prediction, whose end is the frozen reference, then CPO by
 :class:`cpo_kernels.CPOTrainer` with batch, truncation and mean-field negatives. Nothing in it is timed.
+`python -m benchmarks.real_run OUT` saves the :class:`Run`.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +23,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback
 
 from benchmarks import texts
-from benchmarks.setting import Setting
+from benchmarks.setting import Setting, add_options
 from benchmarks.texts import Corpus, Example
 from cpo_kernels import CandidateLayout, CPOConfig, CPOTrainer
 from cpo_kernels.models import CPORequest
@@ -25,6 +31,8 @@ from cpo_kernels.trainer import TokenizedExamples
 
 NEGATIVES = {"num_batch_negatives": 1, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
 K = sum(NEGATIVES.values())
+# glibc hands every tensor of a step back to the kernel, which clears it anew: a third of the time of small steps.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 @dataclass(frozen=True)
@@ -196,3 +204,33 @@ def train(setting: Setting, sizes: Sizes) -> Run:
         second.train()
         run.losses += second.state.log_history
     return run
+
+
+def train_in_a_process(setting: Setting) -> Run:
+    """The same in a process whose allocator keeps freed memory, which what is measured afterwards must not.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run.pt"
+        command = [sys.executable, "-m", "benchmarks.real_run", str(out), *setting.options]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, env=os.environ | KEEP_MEMORY, check=True)
+        saved = torch.load(out, weights_only=False)
+    return Run(saved["source"], [Looked(**looked) for looked in saved["looked"]], saved["losses"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    add_options(parser)
+    args = parser.parse_args(argv)
+    setting = Setting.of(args)
+    run = train(setting, sizes_of(setting))
+    looked = [vars(looked) for looked in run.looked]  # by name: a module that is run has classes of its own
+    torch.save({"source": run.source, "looked": looked, "losses": run.losses}, args.out)
+
+
+if __name__ == "__main__":
+    main()

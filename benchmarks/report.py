@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks import environment, page, plots, records
 from benchmarks.environment import log
 from benchmarks.records import Part, Parts
-from benchmarks.setting import Setting
-from benchmarks.suite import ON_REQUEST, PARTS, add_setting, setting_of, setting_options
+from benchmarks.setting import Setting, add_options
+from benchmarks.suite import ON_REQUEST, PARTS
 from cpo_kernels.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,11 +29,11 @@ ROOT = Path(__file__).parent.parent
 def run_part(name: str, setting: Setting) -> Part:
     """Measure a part in a fresh process; what it had measured when it died is kept."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.suite", name, "--out", folder, *setting_options(setting)]
+        command = [sys.executable, "-m", "benchmarks.suite", name, "--out", folder, *setting.options]
         status = subprocess.run(command, cwd=ROOT).returncode
         part = records.load(Path(folder) / f"{name}.json").get(name)
     if part is None:
-        described = environment.describe(["suite", name, *setting_options(setting)], setting.device.type)
+        described = environment.describe(["suite", name, *setting.options], setting.device.type)
         part = Part(name, described, error=f"no result, exit status {status}")
     return part
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="of the result files (default: the device's)")
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="take the PART.json files of a folder")
     parser.add_argument("--render", action="store_true", help="measure nothing, write page and plots again")
-    add_setting(parser)
+    add_options(parser)
     args = parser.parse_args(argv)
     folder, name = args.output, name_of(args)
     parts = records.load(folder / f"{name}.json")
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         merge(parts, args.merge)
     for part in [] if args.merge or args.render else args.parts:
         log(f"{part} ...")
-        parts[part] = run_part(part, setting_of(args))
+        parts[part] = run_part(part, Setting.of(args))
         log(f"{part}: {parts[part].seconds:.0f} s {parts[part].error}")
         records.save(parts, folder / f"{name}.json")
     write(parts, folder, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,3 +31,23 @@ class Setting:
     def on_gpu(self) -> bool:
         """Whether the sizes are those of a GPU."""
         return self.device.type == "cuda"
+
+    @property
+    def options(self) -> list[str]:
+        """As arguments of a command: see :func:`add_options`."""
+        options = ["--device", str(self.device), *(["--quick"] if self.quick else [])]
+        options += ["--texts", *map(str, self.texts)] if self.texts else []
+        return options + (["--tokenizer", str(self.tokenizer)] if self.tokenizer else [])
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Setting:
+        """What was asked for by the options of :func:`add_options`."""
+        return cls(args.device, args.quick, tuple(args.texts), args.tokenizer)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a :class:`Setting`."""
+    parser.add_argument("--device", type=torch.device, default=CPU)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of GPT-2")

@@ -173,10 +173,10 @@ SMALLEST_BUDGET = _shape(
 )
 CHUNKING = tuple(
     _shape(
-        f"gpt2 64 policies {suffix}",
+        f"gpt2 16 policies {suffix}",
         GPT2,
         1,
-        16,
+        4,
         "the chunking policies of F.linear_cross_entropy",
         dtype=dtype,
         peers=peers,

@@ -15,12 +15,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from benchmarks import environment, records
 from benchmarks.environment import log
 from benchmarks.records import Part, Record
-from benchmarks.setting import Setting
+from benchmarks.setting import Setting, add_options
 
 PARTS = {
     "heads": "the head's loss and gradients beside every peer",
@@ -63,35 +61,15 @@ def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
     return part
 
 
-def add_setting(parser: argparse.ArgumentParser) -> None:
-    """The options of a :class:`Setting`."""
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
-    parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="vocab.json and merges.txt of GPT-2")
-
-
-def setting_of(args: argparse.Namespace) -> Setting:
-    """What was asked for."""
-    return Setting(args.device, args.quick, tuple(args.texts), args.tokenizer)
-
-
-def setting_options(setting: Setting) -> list[str]:
-    """The same as options of a command."""
-    options = ["--device", str(setting.device), *(["--quick"] if setting.quick else [])]
-    options += ["--texts", *map(str, setting.texts)] if setting.texts else []
-    return options + (["--tokenizer", str(setting.tokenizer)] if setting.tokenizer else [])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure one part; 1 if it failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of PART.json")
-    add_setting(parser)
+    add_options(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    return 1 if measure(args.part, setting_of(args), args.out, argv).error else 0
+    return 1 if measure(args.part, Setting.of(args), args.out, argv).error else 0
 
 
 if __name__ == "__main__":

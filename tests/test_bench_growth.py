@@ -11,8 +11,9 @@ from benchmarks import growth
 from benchmarks.contestants import FLOOR, OURS, contestant
 from benchmarks.growth import ON_CPU, ON_GPU, PEERS, QUICK, Growth, Watch
 from benchmarks.measure import AnotherLossError
+from benchmarks.oracle import Dense, Oracle
 from benchmarks.peers import BUILDERS
-from benchmarks.problem import Dense, Oracle, draw
+from benchmarks.problem import draw
 from benchmarks.setting import Setting
 from benchmarks.timing import Timing
 from benchmarks.varying import builders

@@ -20,8 +20,9 @@ from benchmarks import lengths, lengths_run, texts
 from benchmarks.contestants import FLOOR, OURS, OURS_PAIRS
 from benchmarks.lengths_run import PACKED, Life, Stopwatch, Task, live
 from benchmarks.measure import AnotherLossError
+from benchmarks.oracle import Errors
 from benchmarks.peers import BUILDERS, ours
-from benchmarks.problem import IGNORE, Errors
+from benchmarks.problem import IGNORE
 from benchmarks.setting import Setting
 from benchmarks.shapes import CPO, PAIRS
 from benchmarks.texts import Corpus, Example

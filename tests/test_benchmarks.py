@@ -25,8 +25,9 @@ pytest.importorskip("trl")
 from benchmarks import accuracy, contestants, heads, measure, memory, peers, shapes, tables
 from benchmarks.ceilings import Ceilings
 from benchmarks.floor import Floor, allocate, gemms, plan_of, product_rows
+from benchmarks.oracle import Dense, Oracle
 from benchmarks.peers import BUILDERS, Peer, ours, ours_dpo
-from benchmarks.problem import IGNORE, Dense, Oracle, contrast, draw
+from benchmarks.problem import IGNORE, contrast, draw
 from benchmarks.setting import Setting
 from benchmarks.timing import Effort, Timing, round_robin
 
