@@ -44,6 +44,8 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "error_worst": ("worst error", "{:.1e}"),
     "error_filter": ("error of the filter", "{:.1e}"),
     "dropped": ("dropped", "{:.1e}"),
+    "candidate_eps": ("candidate_eps", "{:.2g}"),
+    "grad_filter_eps": ("grad_filter_eps", "{:.2g}"),
     "nats_largest": ("largest error, nats", "{:.1e}"),
     "nats_mean": ("mean error, nats", "{:.1e}"),
 }

@@ -162,15 +162,15 @@ class Case:
         """The ranges of eps, then those at the bar."""
         if self.ranges:
             ranges = {f"{name} {eps:.2g}": {name: eps} for name in FILTERS for eps in self.grid(name)}
-            yield from self.timed(ranges, rounds=2)
+            yield from self.timed(ranges, rounds=2, beside="ranges")
         if not self.chosen:
             alone = {name: self.largest(name) for name in FILTERS}
             self.chosen = {at_bar(name): {name: eps} for name, eps in alone.items()}
             self.chosen[at_bar(BOTH)] = self.both(alone)
-        yield from self.timed(self.chosen, rounds=3)
+        yield from self.timed(self.chosen, rounds=3, beside="the bar")
         yield self.cut_cross_entropy()
 
-    def timed(self, filtered: Mapping[str, Eps], rounds: int) -> Iterator[Record]:
+    def timed(self, filtered: Mapping[str, Eps], rounds: int, beside: str) -> Iterator[Record]:
         """Floor and exact call beside filtered ones; nothing is yielded of one that is wrong."""
         seen: dict[str, Result] = {}
         calls: dict[str, Callable[[], Any]] = {FLOOR: self.floor(), OURS: self.problem.run}
@@ -188,7 +188,8 @@ class Case:
             if name != FLOOR:
                 check(name, seen[name], self.oracle, self.problem.hidden.dtype, filtered=name in filtered)
                 values |= self.errors(seen[name]) | {"error_filter": self.of_filter(**filtered.get(name, {}))}
-            yield Record(self.name, name, values, self.conditions | dict(filtered.get(name, {})))
+                values |= filtered.get(name, {})
+            yield Record(self.name, name, values, self.conditions | {"beside": beside})
 
     def times(self, timing: Timing, times: Mapping[str, Timing]) -> dict[str, float]:
         """Seconds, and as multiples of the floor and of the exact call."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, engine, gemm
-from .filtering import GradientFilter, Kept
+from .filtering import GradientFilter, Kept, scratch_bytes
 from .head import Head
 from .layout import Block, Tokens, dense_tokens, find_tokens, split_blocks
 from .objective import CPOProblem, Objective, check_problem, make_problem
@@ -106,7 +106,9 @@ class LinearCall:
         """The chunks of this call."""
         backend, shard = self.backend(hidden), self.head.vocab_shard
         held = weight.shape[0] if shard is None else shard.largest
+        copies_rows = tokens.rows_are_copied or self.head.filtered
         workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
+        workspace += scratch_bytes(held, hidden.device) if self.head.filtered else 0
         plan = make_plan(
             tokens,
             vocab=gemm.row_width(held, hidden.device),
@@ -115,7 +117,7 @@ class LinearCall:
             max_logits_bytes=self.head.max_logits_bytes,
             default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
             accumulator_bytes=gemm.accumulator_bytes(weight[:, self.head.frozen_columns :]) // weight.shape[0] * held,
-            gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied else 0,
+            gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if copies_rows else 0,
             # It depends on the threads of a process, and processes that share a head need the same chunks.
             workspace_bytes=workspace if shard is None else 0,
             whole_groups=whole_groups,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .gemm import REST_BLOCKS
 from .layout import Block, to_device
 from .reference import IGNORE_INDEX, long_slices, tile_elements
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 WORTHWHILE_COLUMNS = 0.75
 # Lifts shares of a hundred thousand columns out of float16's subnormals, and no mean of weights to its largest number.
 SHARES_SCALE = 16.0
+# Float32 numbers held of a column: its largest and its mass, what is left out of that, and shares that wait, twice.
+STATISTICS = 4 + 2 * REST_BLOCKS
 
 
 class Kept(NamedTuple):
@@ -141,6 +144,11 @@ class GradientFilter:
         kept, spare = move_elements_(backend, dlogits, rows, columns)
         shares = left_out / left_out.sum().clamp(min=torch.finfo(mass.dtype).tiny)
         return Kept(kept, block.row_indices(device)[rows], columns, shares, spare)
+
+
+def scratch_bytes(vocab: int, device: torch.device) -> int:
+    """Bytes that a filtered call holds besides logits and gathered rows: three float32 tiles, (V,) statistics."""
+    return 4 * (3 * tile_elements(device) + STATISTICS * vocab)
 
 
 def active_rows(block: Block, active: Tensor) -> Tensor:

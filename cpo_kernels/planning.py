@@ -51,7 +51,7 @@ class Plan:
         logits_bytes: size of the one logits buffer.
         accumulator_bytes: what a half-precision gradient of the weight takes besides itself when it is summed over
             several chunks: its low halves, or on a GPU a float32 sum.
-        workspace_bytes: what the backend's products take besides their operands.
+        workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
         gathered_bytes: a copy of the hidden states, or of their gradient, of one chunk, where rows that predict
             nothing lie between those that do.
         budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
@@ -110,7 +110,7 @@ def make_plan(
         default_bytes: the default for logits.
         accumulator_bytes: what the gradient of the weight takes besides itself if there are several chunks.
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
-        workspace_bytes: what the backend's products take besides their operands.
+        workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
         whole_groups: whether the rows of a group must be held together to be computed only once.
 
     Raises:

@@ -196,13 +196,13 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-# Elements of a matrix converted or accumulated at a time: a tile of that size stays in the cache.
+# Elements of a matrix converted for a product at a time: a tile of that size stays in a shared cache.
 TILE_ELEMENTS = 2**21
 
 
 def tile_elements(device: torch.device) -> int:
-    """The same by device: a GPU's tile is large beside what its launches cost."""
-    return TILE_ELEMENTS if device.type == "cpu" else 8 * TILE_ELEMENTS
+    """Elements moved or accumulated at a time: little beside a budget of logits, and much beside a launch."""
+    return 2**19 if device.type == "cpu" else 2**22
 
 
 def long_slices(length: int, width: int, elements: int = TILE_ELEMENTS) -> list[slice]:
@@ -245,7 +245,7 @@ def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     elif adds_to_float32(a.device, a.dtype):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
-        for tile in long_slices(out.shape[0], out.shape[1], tile_elements(out.device)):
+        for tile in long_slices(out.shape[0], out.shape[1], 8 * TILE_ELEMENTS):
             out[tile] += torch.mm(a[tile], b, out_dtype=torch.float32)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import GemmCounter
 
-from benchmarks import filters, real_run, suite
+from benchmarks import compare, filters, real_run, suite
 from benchmarks.contestants import FLOOR, OURS
 from benchmarks.filters import AnotherLossError, Case, at_bar, check, contrast_shares, largest_within
 from benchmarks.packed import Oracle, Packed
@@ -166,9 +166,17 @@ def test_the_records_of_a_quick_run(part):
             (record,) = part.select(at_bar(name), case=case)
             assert record.values["seconds"] > 0
             assert record.values["error_filter"] <= filters.BAR
-            assert (name in record.conditions) == (name != filters.BOTH)
+            assert (name in record.values) == (name != filters.BOTH)
         for name in filters.FILTERS if case.endswith("32") else ():
             errors = [part.select(f"{name} {eps:.2g}", case=case)[0].values for eps in filters.grid(name, quick=True)]
             assert all(one["dropped"] <= other["dropped"] for one, other in pairwise(errors))
         (peer,) = part.select(filters.CCE, case=case)
         assert peer.note
+
+
+def test_every_figure_has_its_counterpart_in_another_run(part):
+    timed = [record for record in part.records if "floor" in record.values]
+    assert len(compare.figures({"filters": part})) == len(timed)
+    eps = {**part.select(at_bar(filters.BOTH))[0].values, filters.CANDIDATES: 0.123}  # other runs find other eps
+    again = [replace(r, values=eps) if r.contestant == at_bar(filters.BOTH) else r for r in part.records]
+    assert "only in" not in compare.compare({"filters": part}, {"filters": replace(part, records=again)})

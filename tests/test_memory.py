@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, plan
 MIB = 2**20
 BUDGET = 64 * MIB
 V, H, T, CANDIDATES = 16381, 64, 32, 4
+FILTERS = {"grad_filter_eps": 1e-4, "candidate_eps": 0.5}  # a half to two thirds is left out
 BACKEND = "triton" if DEVICE.type == "cuda" else "cpu"  # the reference is not made to be lean
 
 
@@ -50,9 +52,14 @@ def peak_bytes() -> int:
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else status_bytes("VmHWM")
 
 
+def options(kind: str) -> dict[str, object]:
+    """Of the head."""
+    return {"backend": BACKEND, "max_logits_bytes": BUDGET} | {key: FILTERS[key] for key in FILTERS if key == kind}
+
+
 def step(kind: str, hidden, weight, targets) -> int:
     """One call with its gradients; returns the bytes of the gradients."""
-    head = {"backend": BACKEND, "max_logits_bytes": BUDGET}
+    head = options(kind)
     if kind == "no_grad":
         with torch.no_grad():
             linear_cpo_loss(hidden, weight, targets, **head)
@@ -73,7 +80,7 @@ def inputs(kind: str, dtype: torch.dtype, groups: int):
 def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
     """Bytes at the peak of one call beyond inputs and gradients, and what the plan promised, within the budget."""
     tensors = inputs(kind, dtype, num_tokens // (CANDIDATES * T))
-    promised = plan(*tensors, backend=BACKEND, max_logits_bytes=BUDGET).bytes
+    promised = plan(*tensors, **options(kind)).bytes
     if kind == "sequence_logps":  # its blocks need not be whole groups, so the plan is not its own
         promised = BUDGET
     before = start_meter()
@@ -98,9 +105,11 @@ needs_the_kernels = pytest.mark.skipif(
 
 @needs_the_kernels
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["trainable", "frozen", "no_grad", "sequence_logps"])
+@pytest.mark.parametrize("kind", ["trainable", "frozen", "no_grad", "sequence_logps", *FILTERS])
 def test_peak_is_within_the_budget_and_flat_in_the_number_of_tokens(kind, dtype):
-    done = subprocess.run([sys.executable, __file__, kind, dtype], capture_output=True, text=True, timeout=250)
+    # Of many small tensors, glibc's heap keeps some megabytes that were freed: not what the call holds.
+    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if kind in FILTERS else {})
+    done = subprocess.run([sys.executable, __file__, kind, dtype], capture_output=True, text=True, timeout=250, env=env)
     assert done.returncode == 0, done.stderr
     short, long = json.loads(done.stdout)
     for result in (short, long):

@@ -423,15 +423,20 @@ def _workspace(size: int) -> Tensor:
 
 
 def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept afterwards."""
+    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept from here on.
+
+    Taken at once: grown from product to product, what was too small would stay in the heap beside what is not.
+    """
     if not gemm_supported(dtype, dtype):
         return 0
     code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
     dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
     products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
-    return max(
+    size = max(
         _extension().gemm_workspace_bytes(isa=isa(), m=m, n=n, k=k, threads=threads, **dtypes) for m, n, k in products
     )
+    _workspace(size)
+    return size
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
