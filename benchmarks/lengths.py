@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import texts
 from benchmarks.contestants import FLOOR, FLOORS, OURS, OURS_DPO, OURS_ON, OURS_PAIRS
-from benchmarks.lengths_run import PACKED, Life, Task
+from benchmarks.lengths_run import OUTPUT, PACKED, Life, Task, alone
 from benchmarks.oracle import Errors
 from benchmarks.problem import IGNORE
 from benchmarks.records import Record
@@ -37,7 +36,6 @@ from benchmarks.shapes import CPO, POLICIES
 from benchmarks.texts import Corpus
 from benchmarks.varying import COMPILED, DYNAMIC, builders
 
-_ROOT = Path(__file__).parent.parent
 CANDIDATES = 4  # K = 3
 GROUPS = (2, 3, 4)
 OWN = (FLOOR, OURS, PACKED, OURS_PAIRS, OURS_DPO)
@@ -200,19 +198,18 @@ def conditions(task: Task, sizes: Sizes) -> dict[str, Any]:
 
 def in_a_process(task: Path, name: str, limit: float) -> Life | str:
     """One contestant's life in a process with empty caches, or why there is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, errors = Path(folder) / "life.json", Path(folder) / "stderr"
-        command = [sys.executable, "-m", "benchmarks.lengths_run", str(task), name, str(out), "--limit", str(limit)]
-        caches = {key: f"{folder}/{key}" for key in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        with errors.open("wb") as stream:
-            process = subprocess.Popen(
-                command, cwd=_ROOT, env=os.environ | caches, stdout=stream, stderr=stream, start_new_session=True
-            )
-            status = process.wait()
-        end_group(process.pid)
-        if status:
-            last = errors.read_text(errors="replace").strip().splitlines()[-1:]
-            return last[0] if last else f"ended with {status}"
+    context = multiprocessing.get_context("forkserver")  # of a process that has imported, but never called, torch
+    context.set_forkserver_preload(["benchmarks.lengths_run", "torch._dynamo"])
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        out = folder / "life.json"
+        process = context.Process(target=alone, args=(folder, [str(task), name, str(out), "--limit", str(limit)]))
+        process.start()
+        process.join()
+        end_group(process.pid or 0)
+        if process.exitcode:
+            last = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-1:]
+            return last[0] if last else f"ended with {process.exitcode}"
         life = json.loads(out.read_text(encoding="utf-8"))
     return Life(life["work"], life["seconds"], [Errors(**one) for one in life["errors"]], life["unfinished"])
 

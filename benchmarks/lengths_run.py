@@ -31,6 +31,7 @@ from benchmarks.varying import builders
 from cpo_kernels.files import write_whole
 
 PACKED = "cpo-kernels, packed"
+OUTPUT = "output"  # file of what a process has printed
 CHECKED = 3  # calls whose results are held against fp64; the last one is a fourth
 
 
@@ -193,6 +194,16 @@ def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
         del result  # or the next call would run beside this one's gradients
         if life.total > stopwatch.limit:
             break
+
+
+def alone(folder: Path, argv: list[str]) -> None:
+    """:func:`main` in a process that has just been forked: a group of its own, empty caches, output in the folder."""
+    os.setsid()
+    os.environ |= {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    with (folder / OUTPUT).open("wb") as stream:
+        for printed in (1, 2):
+            os.dup2(stream.fileno(), printed)
+    main(argv)
 
 
 def main(argv: list[str] | None = None) -> None:

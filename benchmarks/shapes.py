@@ -134,10 +134,10 @@ HALF_PROMPT = (
         GPT2,
         4,
         64,
-        "the same with every peer, but for the slow policies of one of them",
+        "the same with every peer but those that take as long as without a prompt",
         prompt_share=0.5,
         rounds=4,
-        without=(CHUNKED, *POLICIES, "Liger DPO"),
+        without=(CHUNKED, *POLICIES, "Liger CPO", "Liger DPO"),
     ),
     _shape("gpt2 1k 0.8 prompt bf16", GPT2, 4, 64, "long prompts and short answers", prompt_share=0.8, **_ALONE),
 )
