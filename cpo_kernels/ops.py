@@ -150,3 +150,25 @@ def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool
 @gemm_pair_.register_fake
 def _(a, b, high, low, accumulate):
     return None
+
+
+@custom_op("cpo_kernels::column_stats", mutates_args=())
+def column_stats(grad: Tensor) -> Tensor:
+    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
+    return reference.column_stats(grad)
+
+
+@column_stats.register_fake
+def _(grad):
+    return grad.new_empty((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
+
+
+@custom_op("cpo_kernels::take_columns", mutates_args=())
+def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
+    return reference.take_columns(grad, rows, columns)
+
+
+@take_columns.register_fake
+def _(grad, rows, columns):
+    return grad.new_empty((rows.shape[0], columns.shape[0] + 1))

@@ -144,8 +144,8 @@ BACKENDS = {
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=native.gemm_workspace,
-        column_stats=native.column_stats,
-        take_columns=native.take_columns,
+        column_stats=ops.column_stats,
+        take_columns=ops.take_columns,
     ),
 }
 

@@ -92,7 +92,7 @@ def build_info() -> BuildInfo | None:
 
 
 def register() -> None:
-    """Makes the extension's kernels those of the row operators for CPU tensors."""
+    """Makes the extension's kernels those of the operators for CPU tensors."""
     from cpo_kernels import ops
 
     isa()  # a wrong CPO_KERNELS_CPU_ISA is an error now, not in the first training step
@@ -101,6 +101,8 @@ def register() -> None:
     ops.row_backward_.register_kernel("cpu")(row_backward_)
     ops.gemm_.register_kernel("cpu")(fastest_gemm_)
     ops.gemm_pair_.register_kernel("cpu")(fastest_gemm_pair_)
+    ops.column_stats.register_kernel("cpu")(column_stats)
+    ops.take_columns.register_kernel("cpu")(take_columns)
 
 
 def row_forward(
