@@ -248,9 +248,13 @@ def test_half_precision_is_left_to_amx(monkeypatch, amx):
     if native.isa() in NO_PRODUCT:
         pytest.skip(f"{native.isa()} has no matrix product")
     monkeypatch.setattr(native._extension(), "has_amx_bf16", lambda: amx)
-    assert native.gemm_supported(torch.float32, torch.float32)
-    assert native.gemm_supported(torch.bfloat16, torch.float32) != amx
-    assert native.gemm_supported(torch.float16, torch.float32) != amx
+    native.gemm_supported.cache_clear()
+    try:
+        assert native.gemm_supported(torch.float32, torch.float32)
+        assert native.gemm_supported(torch.bfloat16, torch.float32) != amx
+        assert native.gemm_supported(torch.float16, torch.float32) != amx
+    finally:
+        native.gemm_supported.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch  # must come before _cpu: it loads the OpenMP runtime, and the extension then shares torch's thread pool
@@ -265,6 +265,7 @@ def _backward_into(
     )
 
 
+@cache  # asking the processor takes longer than a small product
 def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
     """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
 
@@ -395,7 +396,7 @@ def gemm(
         "out_dtype": DTYPE_CODES[out.dtype],
         "threads": torch.get_num_threads() if threads is None else threads,
     }
-    workspace = _workspace(_extension().gemm_workspace_bytes(**size))
+    workspace = _workspace(_workspace_bytes(**size))
     _extension().gemm(
         **size,
         a=a.data_ptr(),
@@ -410,6 +411,12 @@ def gemm(
         accumulate=accumulate,
         workspace=workspace.data_ptr(),
     )
+
+
+@lru_cache(maxsize=256)
+def _workspace_bytes(**size: str | int) -> int:
+    size_in_bytes: int = _extension().gemm_workspace_bytes(**size)
+    return size_in_bytes
 
 
 _kept = threading.local()
@@ -434,9 +441,7 @@ def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) 
     code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
     dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
     products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
-    size = max(
-        _extension().gemm_workspace_bytes(isa=isa(), m=m, n=n, k=k, threads=threads, **dtypes) for m, n, k in products
-    )
+    size = max(_workspace_bytes(isa=isa(), m=m, n=n, k=k, threads=threads, **dtypes) for m, n, k in products)
     _workspace(size)
     return size
 
@@ -461,8 +466,10 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     """Whether the address ranges of two tensors overlap."""
 
     def address_range(tensor: Tensor) -> tuple[int, int]:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+        begin, last = tensor.data_ptr(), 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            last += (size - 1) * stride
+        return begin, begin + (last + 1) * tensor.element_size()
 
     if x.numel() == 0 or y.numel() == 0:
         return False
@@ -536,6 +543,6 @@ def check(
         raise ValueError(f"{name} is on {tensor.device}; expected {expected}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected {' or '.join(map(str, dtypes))}")
-    if tensor.dim() != len(shape) or any(e not in (None, s) for s, e in zip(tensor.shape, shape, strict=True)):
+    if len(tensor.shape) != len(shape) or any(e not in (None, s) for s, e in zip(tensor.shape, shape, strict=True)):
         expected = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({expected})")
