@@ -129,24 +129,26 @@ void pack_along_k(const PackSource& s, Size units, float* out) {
   for (Size p = 0; p < s.size; p += kVector) {
     const PanelWriter<W> writer(out, units, p);
     const auto* x = data + p * s.panel_stride;
-    for (Size e = 0, unit = 0; e < s.k; e += kStep, unit += kVector) {
+    Size e = 0, unit = 0;
+    for (; p + kVector <= s.size && e + kStep <= s.k; e += kStep, unit += kVector) {  // whole vectors: no masks
       __m512i v[kVector];
 #pragma GCC unroll 16
       for (int i = 0; i < kVector; ++i) {
-        if (p + i < s.size) {
-          v[i] = Source::along_k(x + i * s.panel_stride + e, s.k - e);
-          __builtin_prefetch(x + i * s.panel_stride + e + kAhead);
-        } else {
-          v[i] = _mm512_setzero_si512();
-        }
+        v[i] = Source::along_k(x + i * s.panel_stride + e, kStep);
+        __builtin_prefetch(x + i * s.panel_stride + e + kAhead);
+        __builtin_prefetch(x + (i + kVector) * s.panel_stride + e);  // the rows after these, where k is short
       }
       transpose(v);
-      if (s.k - e >= kStep) {
 #pragma GCC unroll 8
-        for (int i = 0; i < kVector; i += 2) writer.store_two(unit + i, v[i], v[i + 1]);
-      } else {
-        for (int i = 0; i * Source::kUnit < s.k - e; ++i) writer.store(unit + i, v[i]);
-      }
+      for (int i = 0; i < kVector; i += 2) writer.store_two(unit + i, v[i], v[i + 1]);
+    }
+    for (; e < s.k; e += kStep, unit += kVector) {
+      __m512i v[kVector];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVector; ++i)
+        v[i] = p + i < s.size ? Source::along_k(x + i * s.panel_stride + e, s.k - e) : _mm512_setzero_si512();
+      transpose(v);
+      for (int i = 0; i < kVector && i * Source::kUnit < s.k - e; ++i) writer.store(unit + i, v[i]);
     }
   }
 }
