@@ -122,7 +122,9 @@ inline void store_eight(const Tile& t, Size row, Size col, Size count, __m256 x)
 }
 
 struct Avx2Kernel {
-  static constexpr int kUnit = 1, kRows = kTileRows, kCols = kTileCols;
+  static constexpr int kUnit = 1, kRows = kTileRows, kCols = kTileCols, kColStep = kTileCols;
+
+  static bool is_unit(cpo::DType) { return false; }
 
   template <int W>
   static void pack(cpo::DType dtype, const PackSource& source, Size units, float* out) {
@@ -140,7 +142,7 @@ struct Avx2Kernel {
       sum[i][0] = sum[i][1] = _mm256_setzero_ps();
       if (i < t.rows) __builtin_prefetch(static_cast<const char*>(t.out) + i * t.out_stride * bytes_of(t.out_dtype), 1);
     }
-    const float *a = t.a, *b = t.b;
+    const float *a = reinterpret_cast<const float*>(t.a), *b = t.b;
     Prefetch next = *t.next;
     for (Size u = 0; u < t.units; ++u, a += kTileRows, b += kTileCols) {
       if (u % 8 == 0 && next.left > 0) {

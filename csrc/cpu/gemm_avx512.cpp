@@ -7,7 +7,12 @@ namespace {
 struct Fp32Arithmetic {
   static constexpr int kUnit = 1;
 
+  static bool is_unit(cpo::DType dtype) { return dtype == cpo::DType::kF32; }
+
   static __m512 multiply_add(__m512 a, __m512 b, __m512 sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+  static __m256i to_bf16(__m512 x) { return narrow_to_bf16(x); }
+  static __m256i sum_to_bf16(__m512 x) { return narrow_to_bf16(x); }
 
   template <int W>
   static void pack(cpo::DType dtype, const PackSource& source, Size units, float* out) {

@@ -53,7 +53,7 @@ Grid choose_grid(const GemmArgs& args) {
   Size best_cost = INT64_MAX;
   for (Size rows = 1; rows <= args.threads; ++rows) {
     const Size cols = args.threads / rows;
-    const Size m = largest_part(args.m, rows, Kernel::kRows), n = largest_part(args.n, cols, Kernel::kCols);
+    const Size m = largest_part(args.m, rows, Kernel::kRows), n = largest_part(args.n, cols, Kernel::kColStep);
     const Size cost = m * n + kPackCost * (m + n);
     if (cost < best_cost) best = {rows, cols}, best_cost = cost;
   }
@@ -74,7 +74,7 @@ struct Blocking {
   Size a_floats, b_floats, c_floats;
 
   Blocking(const GemmArgs& args, const Grid& grid) {
-    const Size m = largest_part(args.m, grid.rows, Kernel::kRows), n = largest_part(args.n, grid.cols, Kernel::kCols);
+    const Size m = largest_part(args.m, grid.rows, Kernel::kRows), n = largest_part(args.n, grid.cols, Kernel::kColStep);
     total_units = ceil_div(args.k, Kernel::kUnit);
     units = even_block(total_units, kUnits, 16);
     const bool one_pass = total_units <= units;
@@ -113,7 +113,7 @@ class Worker {
     Size start = 0;
     do {  // once where k is 0, too: it writes zeros
       const Range units = all.block(start, blocking_.units);
-      pack_a(rows, units);
+      if (!in_place(units)) pack_a(rows, units);
       for (Size j = span.begin; j < span.end; j += blocking_.cols) {
         const Range cols = span.block(j, blocking_.cols);
         pack_b(cols, units);
@@ -128,6 +128,12 @@ class Worker {
   }
 
   Size length(Range units) const { return smaller(units.end * Kernel::kUnit, args_.k) - units.begin * Kernel::kUnit; }
+
+  // Whether tiles read A where it lies: units are together, and no row ends within one. The workspace has room for
+  // packing it even so, as its size is asked for without strides.
+  bool in_place(Range units) const {
+    return args_.a.col_stride == 1 && Kernel::is_unit(args_.a.dtype) && length(units) % Kernel::kUnit == 0;
+  }
 
   void pack_a(Range rows, Range units) {
     const GemmOperand& a = args_.a;
@@ -158,8 +164,11 @@ class Worker {
   void multiply(Range rows, Range cols, Size origin, Range units) {
     const bool first = units.begin == 0, last = units.end == blocking_.total_units;
     const bool to_stage = blocking_.staged && !last;
+    const bool in_place = this->in_place(units);
     Tile t;
     t.units = units.size();
+    t.a_row = in_place ? args_.a.row_stride * bytes_of(args_.a.dtype) : sizeof(float);
+    t.a_unit = in_place ? sizeof(float) : Kernel::kRows * sizeof(float);
     t.next = &next_;
     t.read = !first || (args_.accumulate && args_.low == nullptr);
     t.add_pair = args_.accumulate;
@@ -168,7 +177,8 @@ class Worker {
     t.out_stride = to_stage ? blocking_.span : args_.out_stride;
     for (Size i = rows.begin; i < rows.end; i += Kernel::kRows) {
       t.rows = static_cast<int>(smaller(Kernel::kRows, rows.end - i));
-      t.a = a_ + (i - rows.begin) / Kernel::kRows * panel_floats<Kernel::kRows>(blocking_.units);
+      t.a = in_place ? address(args_.a, i, units.begin * Kernel::kUnit)
+                      : reinterpret_cast<const char*>(a_ + (i - rows.begin) / Kernel::kRows * panel_floats<Kernel::kRows>(blocking_.units));
       for (Size j = cols.begin; j < cols.end; j += Kernel::kCols) {
         t.cols = static_cast<int>(smaller(Kernel::kCols, cols.end - j));
         t.b = b_ + (j - cols.begin) / Kernel::kCols * panel_floats<Kernel::kCols>(blocking_.units);
@@ -207,7 +217,7 @@ void run(const GemmArgs& args, void* workspace) {
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
   for (Size t = 0; t < threads; ++t) {
     Worker<Kernel> worker(args, blocking, reinterpret_cast<float*>(base + t * bytes));
-    worker.run(part(args.m, grid.rows, t / grid.cols, Kernel::kRows), part(args.n, grid.cols, t % grid.cols, Kernel::kCols));
+    worker.run(part(args.m, grid.rows, t / grid.cols, Kernel::kRows), part(args.n, grid.cols, t % grid.cols, Kernel::kColStep));
   }
 }
 

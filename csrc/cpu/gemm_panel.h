@@ -36,7 +36,9 @@ struct Prefetch {
 
 // A product of two panels, and where it goes: `in` is read where sums over earlier blocks of k, or C itself, are added.
 struct Tile {
-  const float *a, *b;  // a panel of each
+  const char* a;       // a panel, or rows where they lie
+  Size a_row, a_unit;  // bytes from one row of A to the next, and from one unit
+  const float* b;      // a panel
   Size units;
   int rows, cols;      // the part of the tile that is inside C
   bool read;           // add `in` to the product

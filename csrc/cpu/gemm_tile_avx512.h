@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/gemm_pack_avx512.h"
 
@@ -21,42 +22,60 @@ inline __m256i narrow_to_bf16(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
 }
 
-inline __m256i narrow(__m512 x, cpo::DType dtype) {
-  return dtype == cpo::DType::kBF16 ? narrow_to_bf16(x) : _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-
 inline __m512 widen_from_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 
+template <class Arithmetic>
 inline void store_pair(std::uint16_t* high, std::uint16_t* low, __mmask16 mask, __m512 x, bool add) {
   if (add) {
     x = _mm512_add_ps(x, widen_from_bf16(_mm256_maskz_loadu_epi16(mask, low)));
     x = _mm512_add_ps(x, widen_from_bf16(_mm256_maskz_loadu_epi16(mask, high)));
   }
-  const __m256i top = narrow_to_bf16(x);
+  const __m256i top = Arithmetic::to_bf16(x);
   _mm256_mask_storeu_epi16(high, mask, top);
-  _mm256_mask_storeu_epi16(low, mask, narrow_to_bf16(_mm512_sub_ps(x, widen_from_bf16(top))));
+  _mm256_mask_storeu_epi16(low, mask, Arithmetic::to_bf16(_mm512_sub_ps(x, widen_from_bf16(top))));
 }
 
-template <int R, int V>
-inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
+// `store(offset, mask, x)` for each vector of the tile.
+template <int R, int V, class Store>
+inline __attribute__((always_inline)) void store_vectors(const Tile& t, const __m512 (&sum)[R][V], Store store) {
   const __mmask16 last = first_lanes(t.cols - kVector * (V - 1));
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 3
     for (int j = 0; j < V; ++j) {
       const __mmask16 mask = j + 1 < V ? first_lanes(kVector) : last;
-      const Size col = kVector * j;
       __m512 x = sum[i][j];
-      if (t.read) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, t.in + i * t.in_stride + col), x);
-      const Size at = i * t.out_stride + col;
-      if (t.out_dtype == cpo::DType::kF32)
-        _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, x);
-      else if (t.low)
-        store_pair(static_cast<std::uint16_t*>(t.out) + at, t.low + at, mask, x, t.add_pair);
-      else
-        _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(t.out) + at, mask, narrow(x, t.out_dtype));
+      if (t.read) x = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, t.in + i * t.in_stride + kVector * j), x);
+      store(i * t.out_stride + kVector * j, mask, x);
     }
   }
+}
+
+template <class Arithmetic, int R, int V>
+inline void store_tile(const Tile& t, const __m512 (&sum)[R][V]) {
+  auto* const narrow_out = static_cast<std::uint16_t*>(t.out);
+  if (t.out_dtype == cpo::DType::kF32)
+    store_vectors(t, sum, [&](Size at, __mmask16 mask, __m512 x) { _mm512_mask_storeu_ps(static_cast<float*>(t.out) + at, mask, x); });
+  else if (t.low)
+    store_vectors(t, sum, [&](Size at, __mmask16 mask, __m512 x) { store_pair<Arithmetic>(narrow_out + at, t.low + at, mask, x, t.add_pair); });
+  else if (t.out_dtype == cpo::DType::kBF16 && !t.read)
+    store_vectors(t, sum, [&](Size at, __mmask16 mask, __m512 x) {
+      _mm256_mask_storeu_epi16(narrow_out + at, mask, Arithmetic::sum_to_bf16(x));
+    });
+  else if (t.out_dtype == cpo::DType::kBF16)
+    store_vectors(t, sum, [&](Size at, __mmask16 mask, __m512 x) {
+      _mm256_mask_storeu_epi16(narrow_out + at, mask, Arithmetic::to_bf16(x));
+    });
+  else
+    store_vectors(t, sum, [&](Size at, __mmask16 mask, __m512 x) {
+      _mm256_mask_storeu_epi16(narrow_out + at, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    });
+}
+
+inline __m512 broadcast_unit(const char* x) {
+  float unit;
+  std::memcpy(&unit, x, sizeof unit);
+  return _mm512_set1_ps(unit);
 }
 
 // R rows and V vectors of columns; the padding of a panel beyond them is neither read nor multiplied.
@@ -73,18 +92,22 @@ void multiply_tile(const Tile& t) {
       sum[i][j] = _mm512_setzero_ps();
     }
   }
-  const float *a = t.a, *b = t.b;
+  const char* a[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) a[i] = t.a + i * t.a_row;
+  const float* b = t.b;
+  Size at = 0;  // in the rows of A
   const auto multiply_unit = [&]() __attribute__((always_inline)) {
     __m512 right[V];
 #pragma GCC unroll 3
     for (int j = 0; j < V; ++j) right[j] = _mm512_loadu_ps(b + kVector * j);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const __m512 left = _mm512_set1_ps(a[i]);
+      const __m512 left = broadcast_unit(a[i] + at);
 #pragma GCC unroll 3
       for (int j = 0; j < V; ++j) sum[i][j] = Arithmetic::multiply_add(left, right[j], sum[i][j]);
     }
-    a += kTileRows;
+    at += t.a_unit;
     b += kTileCols;
   };
   Size u = 0;
@@ -102,13 +125,15 @@ void multiply_tile(const Tile& t) {
   }
 #pragma GCC unroll 4
   for (; u < t.units; ++u) multiply_unit();
-  store_tile(t, sum);
+  store_tile<Arithmetic>(t, sum);
 }
 
-// What the driver asks of an instruction set. Arithmetic supplies kUnit, multiply_add and pack<W>.
+// What the driver asks of an instruction set. Arithmetic supplies kUnit, is_unit, multiply_add, to_bf16, sum_to_bf16 and
+// pack<W>.
 template <class Arithmetic>
 struct TileKernel : Arithmetic {
   static constexpr int kRows = kTileRows, kCols = kTileCols;
+  static constexpr Size kColStep = 2 * kVector;  // of the split over threads: whole lines of bf16
 
   static void multiply(const Tile& t) { kFunctions[t.rows - 1][(t.cols - 1) / kVector](t); }
 
