@@ -151,6 +151,18 @@ def test_bitwise_for_any_number_of_threads(isa, dtype, out_dtype):
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-19], ids=["normal", "subnormal"])
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [16, 777, 4096, 4097])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_a_that_is_packed_and_one_that_is_not_give_the_same_bits(isa, dtype, k, out_dtype, scale):
+    a, b = (scale * torch.randn(37, k)).to(dtype), (scale * torch.randn(k, 112)).to(dtype)
+    in_place, packed = torch.empty(37, 112, dtype=out_dtype), torch.empty(37, 112, dtype=out_dtype)
+    native.gemm(a, b, in_place, isa=isa)
+    native.gemm(a.t().contiguous().t(), b, packed, isa=isa)
+    assert torch.equal(in_place, packed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_and_infinity_reach_their_row_and_column_only(isa, dtype):
     a, b = torch.randn(20, 31).to(dtype), torch.randn(31, 60).to(dtype)
