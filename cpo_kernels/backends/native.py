@@ -23,7 +23,6 @@ from .transform import fold_transform
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
 CPU = torch.device("cpu")
-SMALL_PRODUCT = 2**24  # multiply-adds: below, the checks of a call to gemm are more than it saves in bfloat16
 
 
 @cache
@@ -448,14 +447,8 @@ def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) 
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """The CPU kernel of ``cpo_kernels::gemm_``: :func:`gemm` where it measured faster than torch's product.
-
-    Torch's is the faster one for up to ``SMALL_PRODUCT`` where AVX512_BF16 multiplies bfloat16. A sum is never left to
-    it: it would be rounded to bfloat16 each time.
-    """
-    small = a.shape[0] * a.shape[1] * b.shape[1] <= SMALL_PRODUCT and isa() == "avx512bf16"
-    torch_is_faster = small and not accumulate and a.dtype == b.dtype == out.dtype == torch.bfloat16
-    if not torch_is_faster and gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
+    """The CPU kernel of ``cpo_kernels::gemm_``: :func:`gemm` where it measured faster than torch's product."""
+    if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
         gemm(a, b, out, accumulate=accumulate)
     else:
         reference.gemm_(a, b, out, accumulate)

@@ -25,9 +25,13 @@ const Entry kEntries[] = {
 };
 
 #if defined(__x86_64__)
+// Asked once: CPUID leaves a virtual machine, which takes longer than a small product.
 bool has_f16c() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  static const bool has = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }();
+  return has;
 }
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
