@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from benchmarks.contestants import OURS, OURS_FP32_LOGITS
-from benchmarks.records import Part, Parts, Record, value
+from benchmarks.records import Part, Parts, Record, heads, value
 from benchmarks.tables import markdown
 
 NOT_MEASURED = "not measured"
@@ -72,7 +72,7 @@ def sizes(record: Record) -> str:
 
 def exact_loss(parts: Parts) -> Iterator[Bar]:
     """Loss and gradients against three bare products."""
-    part = parts.get("heads")
+    part = heads(parts)
     what = "exact loss and gradients against three bare products"
     if part is None:
         yield missing(what, "<= 1.05", NOT_MEASURED)
@@ -88,7 +88,7 @@ def exact_loss(parts: Parts) -> Iterator[Bar]:
 
 def peers(parts: Parts) -> Iterator[Bar]:
     """Faster than each peer on the same work."""
-    part = parts.get("heads")
+    part = heads(parts)
     what = "faster than every peer"
     if part is None:
         yield missing(what, "> 1", NOT_MEASURED)
@@ -127,7 +127,7 @@ def row_kernels(parts: Parts) -> Iterator[Bar]:
 
 def peak_memory(parts: Parts) -> Iterator[Bar]:
     """Beyond inputs and gradients, at few and at many tokens."""
-    part = parts.get("heads")
+    part = heads(parts)
     records = [r for r in part.select(OURS) if r.case.startswith("peak memory")] if part else []
     if not records:
         yield missing("peak memory beyond inputs and gradients", "the budget + 2 %", NOT_MEASURED)
@@ -138,7 +138,7 @@ def peak_memory(parts: Parts) -> Iterator[Bar]:
 
 def without_gradients(parts: Parts) -> Iterator[Bar]:
     """Log-likelihoods against one product."""
-    part = parts.get("heads")
+    part = heads(parts)
     records = part.select(OURS, mode="no_grad") if part else []
     if not records:
         yield missing("no_grad sequence log-likelihoods against one product", "<= 1.05x", NOT_MEASURED)
@@ -180,7 +180,7 @@ def filters(parts: Parts) -> Iterator[Bar]:
 def accuracy(parts: Parts) -> Iterator[Bar]:
     """Of a sum of 1,024 tokens' log-probabilities."""
     what = "sequence log-likelihood against fp64, T = 1024, bf16 inputs, fp32 logits"
-    part = parts.get("heads")
+    part = heads(parts)
     records = [r for r in part.select(OURS_FP32_LOGITS) if "nats_largest" in r.values] if part else []
     if not records:
         yield missing(what, "<= 2e-3 nats", NOT_MEASURED)

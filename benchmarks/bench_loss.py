@@ -29,7 +29,7 @@ from benchmarks.peers import BUILDERS, asked_of, does, installed
 from benchmarks.problem import Problem, draw
 from benchmarks.timing import clock_for
 
-CASES = {shape.name.replace(" ", "-"): shape for shape in (*shapes.CASES, *shapes.QUICK)}
+CASES = {shape.name.replace(" ", "-"): shape for shape in (*shapes.CASES, *shapes.WIDE, *shapes.QUICK)}
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -198,17 +198,23 @@ def conditions(task: Task, sizes: Sizes) -> dict[str, Any]:
 
 def in_a_process(task: Path, name: str, limit: float) -> Life | str:
     """One contestant's life in a process with empty caches, or why there is none."""
-    context = multiprocessing.get_context("forkserver")  # of a process that has imported, but never called, torch
-    context.set_forkserver_preload(["benchmarks.lengths_run", "torch._dynamo"])
+    on_gpu = torch.cuda.is_available()  # where a process that has looked for GPUs must not be forked
+    context = multiprocessing.get_context("spawn" if on_gpu else "forkserver")
+    if not on_gpu:  # its server imports torch and never calls it
+        context.set_forkserver_preload(["benchmarks.lengths_run", "torch._dynamo"])
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
-        out = folder / "life.json"
-        process = context.Process(target=alone, args=(folder, [str(task), name, str(out), "--limit", str(limit)]))
+        out, output = folder / "life.json", folder / OUTPUT
+        argv = [str(task), name, str(out), "--limit", str(limit)]
+        process = context.Process(target=alone, args=(folder, argv))
         process.start()
-        process.join()
-        end_group(process.pid or 0)
+        try:
+            process.join()
+        finally:
+            process.kill()
+            end_group(process.pid)
         if process.exitcode:
-            last = (folder / OUTPUT).read_text(errors="replace").strip().splitlines()[-1:]
+            last = output.read_text(errors="replace").strip().splitlines()[-1:] if output.exists() else []
             return last[0] if last else f"ended with {process.exitcode}"
         life = json.loads(out.read_text(encoding="utf-8"))
     return Life(life["work"], life["seconds"], [Errors(**one) for one in life["errors"]], life["unfinished"])

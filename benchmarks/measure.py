@@ -30,7 +30,7 @@ from cpo_kernels.planning import Plan
 
 T = TypeVar("T")
 
-# Beyond this a contestant computes another loss; its rounding errors, which are printed, are far below.
+# Beyond this a contestant computes another loss; its rounding errors, which are printed, are half of it at most.
 SAME_LOSS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import bars, columns, scaling
+from benchmarks import bars, columns, records, scaling
 from benchmarks.contestants import FLOOR
 from benchmarks.records import Part, Parts, Record
 from benchmarks.suite import PARTS
@@ -13,7 +13,7 @@ def page(parts: Parts, name: str, plots: dict[str, str]) -> str:
     """Everything; `plots` are file names by part."""
     lines = [f"# Benchmarks: {name}", "## Bars", bars.table(bars.verdicts(parts))]
     if "heads" in parts:
-        lines += ["## Times over the floor", MATRIX, matrix(parts["heads"])]
+        lines += ["## Times over the floor", MATRIX, matrix(records.heads(parts))]
     for part in ordered(parts):
         lines += [f"## {part.name}: {PARTS[part.name]}"]
         if part.name in plots:

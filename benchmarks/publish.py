@@ -46,7 +46,7 @@ def one_value(parts: Parts, where: str) -> str:
 
 def short_matrix(parts: Parts, where: str) -> str:
     """Times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
-    part, cases = parts["heads"], [word.strip() for word in where.split("|")]
+    part, cases = records.heads(parts), [word.strip() for word in where.split("|")]
     timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and not is_floor(r)]
     names = list(dict.fromkeys(record.contestant for record in timed))
     best = {case: min(r.values["floor"] for r in timed if r.case == case and same_work(r)) for case in cases}
@@ -100,7 +100,7 @@ def part_of(parts: Parts, name: str) -> str:
 
 BLOCKS: dict[str, Callable[[Parts, str], str]] = {
     "bars": lambda parts, _: bars.table(bars.verdicts(parts)),
-    "matrix": lambda parts, _: page.matrix(parts["heads"]),
+    "matrix": lambda parts, _: page.matrix(records.heads(parts)),
     "short matrix": short_matrix,
     "part": part_of,
     "case": case_of,

@@ -60,7 +60,7 @@ class Sizes:
     held_out: int
 
 
-ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, steps=(200, 2000), held_out=22)
+ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, steps=(200, 2000), held_out=16)
 ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(200, 2000), held_out=32)
 QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(4, 8), held_out=4)
 
@@ -214,7 +214,7 @@ def train_in_a_process(setting: Setting) -> Run:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run.pt"
-        command = [sys.executable, "-m", "benchmarks.real_run", str(out), *setting.options]
+        command = [sys.executable, "-m", "benchmarks.real_run", str(out), *setting.resolved().options]
         subprocess.run(command, cwd=Path(__file__).parent.parent, env=os.environ | KEEP_MEMORY, check=True)
         saved = torch.load(out, weights_only=False)
     return Run(saved["source"], [Looked(**looked) for looked in saved["looked"]], saved["losses"])

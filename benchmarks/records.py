@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class Part:
 
 
 Parts = dict[str, Part]
+
+
+def heads(parts: Parts) -> Part | None:
+    """The part `heads` with the records of `wide`, where either was run."""
+    given = [parts[name] for name in ("heads", "wide") if name in parts]
+    return replace(given[0], records=[record for part in given for record in part.records]) if given else None
 
 
 def load(path: Path) -> Parts:

@@ -239,7 +239,7 @@ def points(parts: Parts) -> Iterator[Point]:
     if "heads" not in parts:
         return
     machines = {dtype: measured_machine(parts["heads"], dtype) for dtype in ITEMSIZE}
-    for record in [*parts["heads"].select(OURS), *parts.get("growth", Part("growth", {})).select(OURS)]:
+    for record in [*records.heads(parts).select(OURS), *parts.get("growth", Part("growth", {})).select(OURS)]:
         sizes = record.conditions
         machine = machines.get(sizes.get("dtype", ""))
         if machine is None or "seconds" not in record.values or sizes.get("work", "cpo") != "cpo" or "V" not in sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,11 @@ class Setting:
         options = ["--device", str(self.device), *(["--quick"] if self.quick else [])]
         options += ["--texts", *map(str, self.texts)] if self.texts else []
         return options + (["--tokenizer", str(self.tokenizer)] if self.tokenizer else [])
+
+    def resolved(self) -> Setting:
+        """With absolute paths, for a process with another working directory."""
+        texts = tuple(path.resolve() for path in self.texts)
+        return replace(self, texts=texts, tokenizer=self.tokenizer and self.tokenizer.resolve())
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:

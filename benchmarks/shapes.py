@@ -134,10 +134,10 @@ HALF_PROMPT = (
         GPT2,
         4,
         64,
-        "the same with every peer but those that take as long as without a prompt",
+        "the same with every peer, but for the slow policies of one of them",
         prompt_share=0.5,
         rounds=4,
-        without=(CHUNKED, *POLICIES, "Liger CPO", "Liger DPO"),
+        without=(CHUNKED, *POLICIES, "Liger DPO"),
     ),
     _shape("gpt2 1k 0.8 prompt bf16", GPT2, 4, 64, "long prompts and short answers", prompt_share=0.8, **_ALONE),
 )
@@ -200,9 +200,11 @@ CROSS_ENTROPY = _shape(
 HUGE = (
     _shape("gpt2-xl 512 bf16", GPT2_XL, 2, 64, "GPT-2 XL", rounds=4, **_NEXT),
     _shape("openllama-3b 512 bf16", OPENLLAMA_3B, 2, 64, "a small vocabulary under a wide model", rounds=4, **_NEXT),
-    _shape("llama3-8b 256 bf16", LLAMA3_8B, 2, 32, "Llama 3 8B", rounds=3, **_NEXT),
-    _shape("qwen3 256 bf16", QWEN3, 2, 32, "Qwen 3, and the shape of TRL's issue 7244", **_NEXT),
-    _shape("gemma3 256 bf16", GEMMA3, 2, 32, "Gemma 3: the largest vocabulary", **_NEXT),
+)
+WIDE = (
+    _shape("llama3-8b 256 bf16", LLAMA3_8B, 2, 32, "Llama 3 8B", rounds=8, **_NEXT),
+    _shape("qwen3 256 bf16", QWEN3, 2, 32, "Qwen 3, and the shape of TRL's issue 7244", rounds=8, **_NEXT),
+    _shape("gemma3 256 bf16", GEMMA3, 2, 32, "Gemma 3: the largest vocabulary", rounds=8, **_NEXT),
 )
 CASES = (*BARS, *HALF_PROMPT, *MODES, *NEGATIVES, SMALLEST_BUDGET, CROSS_ENTROPY, *CHUNKING, *HUGE)
 

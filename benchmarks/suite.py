@@ -28,10 +28,11 @@ PARTS = {
     "steps": "whole training steps beside TRL's trainers",
     "negatives": "what negatives cost a training step",
     "sharing": "prefix sharing: the transformer body",
+    "wide": "the heads of the largest models, in more rounds",
     "adapters": "heads that are trained, frozen, low-rank or tied",
     "liger": "Liger's losses by their own signatures",
 }
-ON_REQUEST = ("adapters", "liger")  # not in a run of all, which is long enough
+ON_REQUEST = ("wide", "adapters", "liger")  # not in a run of all, which is long enough
 
 
 class Measures(Protocol):

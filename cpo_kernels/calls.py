@@ -106,9 +106,10 @@ class LinearCall:
         """The chunks of this call."""
         backend, shard = self.backend(hidden), self.head.vocab_shard
         held = weight.shape[0] if shard is None else shard.largest
-        copies_rows = tokens.rows_are_copied or self.head.filtered
+        filtered = self.head.filtered and any(needs)
+        copies_rows = tokens.rows_are_copied or filtered
         workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
-        workspace += scratch_bytes(held, hidden.device) if self.head.filtered else 0
+        workspace += scratch_bytes(held, hidden.device) if filtered else 0
         plan = make_plan(
             tokens,
             vocab=gemm.row_width(held, hidden.device),

@@ -53,7 +53,7 @@ class Plan:
             several chunks: its low halves, or on a GPU a float32 sum.
         workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
         gathered_bytes: a copy of the hidden states, or of their gradient, of one chunk, where rows that predict
-            nothing lie between those that do.
+            nothing lie between those that do, or a filter may leave rows out.
         budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
             its memory; a row, if that is more), and what the accumulator and the workspace take.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
@@ -150,7 +150,7 @@ def make_plan(
     if on_top > 0:
         notes.append(
             f"{on_top} bytes come on top of the budget, with {accumulator} for the accumulator of grad_weight, "
-            f"{workspace_bytes} for the workspace of the products and {gathered} for rows that are gathered"
+            f"{workspace_bytes} for products and filters and {gathered} for rows that are gathered"
         )
     return Plan(
         chunks=chunks,

@@ -174,7 +174,7 @@ def row_backward_(
 def column_stats(grad: Tensor) -> Tensor:
     """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
     stats = grad.new_zeros((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
-    for tile in long_slices(*grad.shape):
+    for tile in long_slices(grad.shape[0], grad.shape[1], tile_elements(grad.device)):
         size = grad[tile].abs().to(stats.dtype)
         torch.maximum(stats[0], size.amax(0), out=stats[0])
         stats[1] += size.sum(0)

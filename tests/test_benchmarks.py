@@ -22,7 +22,7 @@ pytest.importorskip("cut_cross_entropy")
 pytest.importorskip("liger_kernel")
 pytest.importorskip("trl")
 
-from benchmarks import accuracy, contestants, heads, measure, memory, peers, shapes, tables
+from benchmarks import accuracy, contestants, heads, measure, memory, oracle, peers, shapes, tables
 from benchmarks.ceilings import Ceilings
 from benchmarks.floor import Floor, allocate, gemms, plan_of, product_rows
 from benchmarks.oracle import Dense, Oracle
@@ -39,16 +39,17 @@ COMPILING = ("torch.compile", "Liger CPO", "Liger DPO", "Cut Cross-Entropy")
 PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
 
 
-def test_oracle_is_autograd_in_double():
+def test_oracle_is_autograd_in_double(monkeypatch):
+    monkeypatch.setattr(oracle, "_BLOCK", 64)  # several blocks of the vocabulary, the last one shorter
     problem = draw(QUICK["quick half prompt fp32"])
     hidden, weight = (x.detach().double().requires_grad_() for x in (problem.hidden, problem.weight))
     logps = -F.cross_entropy((hidden @ weight.T).flatten(0, 2), problem.targets.flatten(), reduction="none")
     loss = contrast(logps.view(problem.targets.shape).sum(-1), problem.ref_logps.double())
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
-    oracle = Oracle(problem, Dense.of(problem))
-    assert oracle.loss == pytest.approx(loss.item(), rel=1e-12)
-    assert_close(oracle.grad_hidden, grad_hidden.flatten(0, 2)[oracle.rows])
-    assert_close(oracle.grad_weight, grad_weight[oracle.columns])
+    found = Oracle(problem, Dense.of(problem))
+    assert found.loss == pytest.approx(loss.item(), rel=1e-12)
+    assert_close(found.grad_hidden, grad_hidden.flatten(0, 2)[found.rows])
+    assert_close(found.grad_weight, grad_weight[found.columns])
 
 
 def test_the_contrast_is_not_settled():
@@ -453,7 +454,7 @@ def test_every_round_of_pytest_benchmark_has_a_floor_before_it(tmp_path):
         assert info["x floor, median of the rounds"] > 0
 
 
-@pytest.mark.parametrize("cases", [shapes.CASES, shapes.GPU_CASES])
+@pytest.mark.parametrize("cases", [(*shapes.CASES, *shapes.WIDE), shapes.GPU_CASES])
 def test_cases_cover_what_the_issue_asks_for(cases):
     assert len({shape.name for shape in cases}) == len(cases)
     assert all(shape.reason for shape in cases)

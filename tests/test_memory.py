@@ -67,7 +67,9 @@ def step(kind: str, hidden, weight, targets) -> int:
     if kind == "sequence_logps":
         linear_sequence_logps(hidden, weight, targets, **head).sum().backward()
     else:
-        linear_cpo_loss(hidden, weight, targets, **head).loss.backward()
+        out = linear_cpo_loss(hidden, weight, targets, **head)
+        out.loss.backward()
+        assert bool(out.dropped > 0) == (kind in FILTERS)
     return sum(t.grad.nbytes for t in (hidden, weight) if t.grad is not None)
 
 

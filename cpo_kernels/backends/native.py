@@ -7,6 +7,7 @@ touches a row.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from dataclasses import dataclass
@@ -356,7 +357,8 @@ def gemm(
     of k.
 
     Args:
-        a: (M, K) float32, bfloat16 or float16, with any strides; ``x.T`` costs no more than ``x``.
+        a: (M, K) float32, bfloat16 or float16, with any strides; a row-major one is read where it
+            lies, any other is packed.
         b: (K, N) likewise, not necessarily of the dtype of ``a``.
         out: (M, N) float32, bfloat16 or float16 with unit column stride, sharing no memory with ``a`` and ``b``.
         low: like ``out``, both bfloat16 with the same strides, or None. What rounding to ``out`` leaves over: the sum
@@ -426,24 +428,27 @@ def _workspace(size: int) -> Tensor:
     """At least ``size`` bytes, kept for the next product of this thread: fresh pages would cost each call a fault."""
     if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < size:
         _kept.workspace = None
-        _kept.workspace = torch.empty(size, dtype=torch.uint8)
+        # Pages of its own, so that one that has become too small leaves nothing in the heap.
+        _kept.workspace = torch.frombuffer(private_pages(size), dtype=torch.uint8)
     workspace: Tensor = _kept.workspace
     return workspace
 
 
-def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept from here on.
+def private_pages(size: int) -> mmap.mmap | bytearray:
+    """Zeros that a forked process writes to a copy of."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return bytearray(size)
 
-    Taken at once: grown from product to product, what was too small would stay in the heap beside what is not.
-    """
+
+def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept afterwards."""
     if not gemm_supported(dtype, dtype):
         return 0
     code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
     dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
     products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
-    size = max(_workspace_bytes(isa=isa(), m=m, n=n, k=k, threads=threads, **dtypes) for m, n, k in products)
-    _workspace(size)
-    return size
+    return max(_workspace_bytes(isa=isa(), m=m, n=n, k=k, **dtypes, threads=threads) for m, n, k in products)
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

@@ -1,7 +1,7 @@
 // Cache blocking, and the split of C over threads. For inclusion by the files compiled per instruction set only.
 //
-// Kernel supplies the inner parts: register tiles of kRows x kCols of C, out of panels of kRows rows of A and kCols
-// columns of B. A panel holds units of 32 bits: one fp32 number, or two bf16 numbers that are neighbours in k.
+// Kernel supplies the inner parts: register tiles of kRows x kCols of C, out of kRows rows of A, a panel or where
+// they lie, and panels of kCols columns of B. A panel holds units of 32 bits: one fp32 number, or two bf16 numbers that are neighbours in k.
 #pragma once
 
 #include <cstdint>

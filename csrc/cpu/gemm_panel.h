@@ -34,7 +34,7 @@ struct Prefetch {
   Size left;  // lines in all
 };
 
-// A product of two panels, and where it goes: `in` is read where sums over earlier blocks of k, or C itself, are added.
+// A product of rows and a panel, and where it goes: `in` is read where sums over earlier blocks of k, or C itself, are added.
 struct Tile {
   const char* a;       // a panel, or rows where they lie
   Size a_row, a_unit;  // bytes from one row of A to the next, and from one unit
