@@ -95,7 +95,7 @@ def as_markdown(described: dict[str, object]) -> str:
 
 
 def commit() -> str:
-    """Hash of HEAD, marked when the tree has changes; outside a checkout CPO_KERNELS_COMMIT, or "unknown"."""
+    """Hash of HEAD, marked when the tree has changes besides results; without git CPO_KERNELS_COMMIT, or "unknown"."""
     git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
@@ -103,7 +103,9 @@ def commit() -> str:
         return os.environ.get("CPO_KERNELS_COMMIT", "unknown")
     if head.returncode:
         return os.environ.get("CPO_KERNELS_COMMIT", "unknown")
-    changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    elsewhere = ["--", ".", ":(exclude)benchmarks/results"]  # which a run itself writes
+    status = [*git, "status", "--porcelain", "--untracked-files=no", *elsewhere]
+    changes = subprocess.run(status, capture_output=True, text=True)
     return head.stdout.strip() + (" with uncommitted changes" if changes.stdout else "")
 
 
