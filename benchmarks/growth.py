@@ -85,13 +85,13 @@ class Sizes:
 ON_CPU = Sizes(
     hidden=256,
     vocab=50257,
-    tokens=(512, 1024, 2048, 4096, 8192),
+    tokens=(512, 1024, 2048, 4096),
     vocab_tokens=512,
     vocabularies=(8192, 32768, 131072, 262144),
     negatives=(1, 4, 16),
     length=64,
     effort=Effort(rounds=2, far=1.5, very_far=1.5),
-    limit=0.5,
+    limit=0.4,
     touched=2 * 2**30,
 )
 ON_GPU = Sizes(

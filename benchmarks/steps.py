@@ -121,7 +121,8 @@ def run(setting: Setting) -> Iterator[Record]:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    effort = Effort(rounds=1 if setting.quick else 3, seconds=60.0, far=1.2, very_far=1.2)
+    rounds = 1 if setting.quick else 3 if setting.on_gpu else 2
+    effort = Effort(rounds=rounds, seconds=60.0, far=1.2, very_far=1.2)
     for case in cases(setting):
         yield from measure(case, setting.device, effort)
         free_memory()
