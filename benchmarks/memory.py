@@ -80,7 +80,7 @@ class DeviceMeter:
 
 
 def forget_cycles() -> None:
-    """Free cycles of young objects; to look through those of all imported modules takes 0.3 s."""
+    """Free cycles of young objects; to look through those of all imported modules takes longer than many a call."""
     gc.collect(1)
 
 

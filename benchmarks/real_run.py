@@ -31,7 +31,7 @@ from cpo_kernels.trainer import TokenizedExamples
 
 NEGATIVES = {"num_batch_negatives": 1, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
 K = sum(NEGATIVES.values())
-# glibc hands every tensor of a step back to the kernel, which clears it anew: a third of the time of small steps.
+# glibc hands every tensor of a step back to the kernel, which clears it anew: long beside a small step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
