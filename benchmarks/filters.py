@@ -22,7 +22,8 @@ from benchmarks import real_run
 from benchmarks.contestants import FLOOR, OURS
 from benchmarks.floor import allocate, gemms, product_rows
 from benchmarks.measure import SAME_LOSS, AnotherLossError, free_memory, summary
-from benchmarks.packed import Oracle, Packed, Result, relative
+from benchmarks.oracle import relative
+from benchmarks.packed import Oracle, Packed, Result
 from benchmarks.real_run import Looked
 from benchmarks.records import Record
 from benchmarks.setting import Setting

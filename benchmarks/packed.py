@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 import cpo_kernels
-from benchmarks.oracle import blocks, inside
+from benchmarks.oracle import blocks, inside, relative
 from benchmarks.real_run import Looked
 from cpo_kernels import CandidateLayout, CPOOutput
 from cpo_kernels.planning import Plan
-
-_COMPARED_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -135,12 +133,3 @@ class Oracle:
             "error_grad_hidden": relative(result.grad_hidden, self.grad_hidden),
             "error_grad_weight": relative(result.grad_weight, self.grad_weight),
         }
-
-
-def relative(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| of two matrices, in fp64 some rows at a time: all of them would be fresh memory."""
-    distances, norms = [], []
-    for own, right in zip(out.split(_COMPARED_ROWS), ref.split(_COMPARED_ROWS), strict=True):
-        distances.append(torch.linalg.vector_norm(own.double() - right.double()))
-        norms.append(torch.linalg.vector_norm(right.double()))
-    return (torch.linalg.vector_norm(torch.stack(distances)) / torch.linalg.vector_norm(torch.stack(norms))).item()
