@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from cpo_kernels.cli import help as texts
 from cpo_kernels.cli.errors import InputError
+from cpo_kernels.cli.processes import leave_process_group
 
 # What the commands need beside the package itself: the extra "trainer".
 TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "yaml")
@@ -57,5 +58,13 @@ def _info(arguments: Sequence[str]) -> int:
     return 0
 
 
+def command() -> int:
+    """:func:`main` as a process of its own, which also leaves the group of processes that it trained with."""
+    status = main()
+    if status == 0:  # after a mistake the others may be waiting for this process
+        leave_process_group()
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -13,6 +13,8 @@ from test_trainer import DISTRIBUTED, held_out, steps, trainer
 from tiny_models import adapted, llama
 from torch.distributed.tensor import DTensor
 
+from cpo_kernels.cli.processes import leave_process_group
+
 
 def let_processors_shard() -> None:
     """Accelerate shards parameters on GPUs only, and on the CPU takes DDP without a word; torch can do both."""
@@ -30,9 +32,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    out, how = Path(sys.argv[1]), sys.argv[2]
+def main(out: Path, how: str) -> None:
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **DISTRIBUTED}
     options["resample_negatives"] = how == "fsdp2"
     if how == "fsdp2":
@@ -56,3 +56,9 @@ if __name__ == "__main__":
         result = {"parameters": parameters, "steps": steps(run), "evaluation": evaluation, "sharded": sharded}
         result["adapted_losses"] = adapted_losses
         torch.save(result, out / "run.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), sys.argv[2])
+    leave_process_group()

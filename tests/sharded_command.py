@@ -8,7 +8,7 @@ from distributed_worker import let_processors_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from cpo_kernels.__main__ import main
+from cpo_kernels.__main__ import command
 from cpo_kernels.cli import train
 
 
@@ -21,4 +21,4 @@ class Look(TrainerCallback):
 if __name__ == "__main__":
     let_processors_shard()
     train._callbacks = lambda settings: [Look()]
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())

@@ -19,6 +19,7 @@ from sharded_cases import (
 )
 from torch import distributed
 
+from cpo_kernels.cli.processes import leave_process_group
 from cpo_kernels.trainer.ensemble import EnsembleCallback
 
 if __name__ == "__main__":
@@ -52,4 +53,4 @@ if __name__ == "__main__":
     callback.on_train_end(arguments, state, None, model=moved)
     if first:
         torch.save(results, Path(sys.argv[1]) / "run.pt")
-    distributed.destroy_process_group()
+    leave_process_group()

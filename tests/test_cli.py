@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
 from datasets import Dataset, DatasetDict
+from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from cpo_kernels import CPOConfig, CPOTrainer
 from cpo_kernels.__main__ import main
 from cpo_kernels.cli.inputs import Inputs
 from cpo_kernels.cli.parsing import parse
+from cpo_kernels.cli.processes import leave_process_group
 from cpo_kernels.cli.train import make_trainer
 
 pytestmark = pytest.mark.cpu
@@ -257,6 +260,21 @@ def test_two_processes(shared, tmp_path, how):
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_lies_in_cycles_goes_before_the_group_does(tmp_path):
+    """A trainer does, and with it the DDP wrapper."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    alive = []
+    leave_process_group()  # nothing to leave
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    weakref.finalize(Cycle(), lambda: alive.append(distributed.is_initialized()))
+    leave_process_group()
+    assert alive == [True] and not distributed.is_initialized()
 
 
 # Evaluation

@@ -11,6 +11,7 @@ import trl
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl_runs import assert_histories_equal, history, make
 
+from cpo_kernels.cli.processes import leave_process_group
 from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer
 
 ARGUMENTS = {"ddp_backend": "gloo", "per_device_train_batch_size": 2, "max_steps": 2}
@@ -40,3 +41,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     main(folder)
+    leave_process_group()

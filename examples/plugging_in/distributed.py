@@ -34,11 +34,8 @@ def make_batch(groups: int) -> tuple[torch.Tensor, CPORequest]:
     return terms[:, :-1], CPORequest(targets.flatten(), layout, beta=1.0, mle_weight=0.1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fsdp2", action="store_true", help="shard the parameters; default: DDP")
-    sharded = parser.parse_args().fsdp2
-    distributed.init_process_group("gloo")
+def train(sharded: bool) -> None:
+    """Every process trains on data of its own; process 0 prints how it goes."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = attach_linear_loss(LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, max_position_embeddings=16, **sizes)))
@@ -51,7 +48,7 @@ def main() -> None:
     else:
         wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=3e-3)
-    torch.manual_seed(1 + distributed.get_rank())  # every process has data of its own
+    torch.manual_seed(1 + distributed.get_rank())
     for step in range(61):
         ids, request = make_batch(32)
         out = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), linear_loss=request)
@@ -60,6 +57,15 @@ def main() -> None:
         optimizer.step()
         if step % 20 == 0 and distributed.get_rank() == 0:
             print(f"step {step}: loss {out.loss:.4f}, true continuation preferred in {out.accuracy:.0%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fsdp2", action="store_true", help="shard the parameters; default: DDP")
+    sharded = parser.parse_args().fsdp2
+    distributed.init_process_group("gloo")
+    train(sharded)
+    # A DDP wrapper that outlives its group can hang gloo at the end; train() has let go of it.
     distributed.destroy_process_group()
 
 
