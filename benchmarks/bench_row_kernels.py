@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks.timing import Effort, round_robin
-from cpo_kernels.backends import native
+from cpo_kernels.backends import native, native_rows
 
 VOCABULARIES = (50257, 128256)  # GPT-2, Llama 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +25,12 @@ def calls(logits: torch.Tensor, isas: list[str]) -> dict[str, Callable[[], objec
     """The two bandwidth measurements, and per instruction set forward and backward."""
     rows, vocab = logits.shape
     targets, coef, out = torch.randint(0, vocab, (rows,)), torch.rand(rows) + 0.5, torch.empty_like(logits)
-    stats, _ = native.row_forward(logits, targets, None, *HEAD)
+    stats, _ = native_rows.row_forward(logits, targets, None, *HEAD)
     made: dict[str, Callable[[], object]] = {READ: lambda: logits.sum(1), COPY: lambda: out.copy_(logits)}
     for isa in isas:
-        made[f"forward {isa}"] = partial(native.row_forward, logits, targets, None, *HEAD, isa=isa)
+        made[f"forward {isa}"] = partial(native_rows.row_forward, logits, targets, None, *HEAD, isa=isa)
         # Over a buffer of its own: what earlier calls left in it does not matter to the time.
-        made[f"backward {isa}"] = partial(native.row_backward_, out, targets, None, stats, coef, *HEAD, isa=isa)
+        made[f"backward {isa}"] = partial(native_rows.row_backward_, out, targets, None, stats, coef, *HEAD, isa=isa)
     return made
 
 

@@ -36,7 +36,7 @@ CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compi
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
 TAIL = 60  # lines of a failed part's output that go into the page
 # In the order in which they are run: what is new on a GPU first, so that a limit costs what the CPU has tested too.
-FIRST_TESTS = ("test_cuda_device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss.py", "test_linear_logps.py")
+FIRST_TESTS = ("test_cuda_device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss*.py", "test_linear_logps.py")
 SHARDS = 3
 # Roughly what a file takes on one core, in seconds; any other takes UNKNOWN_TEST. They only balance the shards.
 SLOW_TESTS = {

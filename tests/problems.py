@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from devices import DEVICE
+from tolerance import assert_accurate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -250,3 +251,18 @@ class GemmCounter(TorchDispatchMode):
     def largest_row_count(self, weight: Tensor) -> int:
         """The size that is neither V nor H, at its largest; V and H must differ from each other and from it."""
         return max(size for shape in self.shapes for size in shape if size not in weight.shape)
+
+
+# Rows that the budget holds: all; about one group of the problems; less than a group, so that logits are recomputed.
+BUDGETS = {"one_chunk": None, "several_chunks": 13, "recomputed": 3}
+
+
+def assert_problem_accurate(problem, dtype, upstream=1.0, **head):
+    """Loss and every gradient obey the rule of tolerance.py."""
+    exact, rounded = problem.to(dtype).to(torch.float64), problem.to(dtype)
+    oracle = loss_and_grads(eager_loss(exact), exact, upstream)
+    eager = loss_and_grads(eager_loss(rounded), rounded, upstream)
+    fused = loss_and_grads(fused_loss(rounded, **head), rounded, upstream)
+    for name, wanted in oracle.items():
+        assert fused[name].dtype == eager[name].dtype
+        assert_accurate(fused[name], eager[name], wanted, name)

@@ -22,7 +22,7 @@ from problems import (
 from torch import Tensor
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_loss, reference
-from cpo_kernels.backends import BACKENDS, native
+from cpo_kernels.backends import BACKENDS, native, native_rows
 from cpo_kernels.filtering import move_elements_, move_rows_
 
 EPS = (0.0, 1e-4, 1e-2, 0.1, 0.5)
@@ -311,10 +311,10 @@ def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
     grad = torch.randn(9, 2 * vocab).to(dtype)[:, :vocab]
     rows, columns = torch.tensor([0, 3, 8]), torch.randperm(vocab)[: vocab // 3].sort().values
     for threads in (1, 2):
-        largest, mass = native.column_stats(grad, isa=isa, threads=threads)
+        largest, mass = native_rows.column_stats(grad, isa=isa, threads=threads)
         assert torch.equal(largest, grad.float().abs().amax(0))
         torch.testing.assert_close(mass, grad.float().abs().sum(0))
-        taken = native.take_columns(grad, rows, columns, isa=isa, threads=threads)
+        taken = native_rows.take_columns(grad, rows, columns, isa=isa, threads=threads)
         expected = reference.take_columns(grad, rows, columns)
         assert torch.equal(taken[:, :-1], expected[:, :-1])
         rounding = torch.finfo(dtype).eps * expected[:, -1].abs() + 1e-5 * vocab**0.5
@@ -326,11 +326,11 @@ def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
 def test_compiled_columns_check_what_they_are_given():
     grad, some = torch.randn(4, 40), torch.tensor([1, 2])
     grad[2, 7] = torch.nan
-    assert native.column_stats(grad)[1].isnan().nonzero().tolist() == [[7]]
+    assert native_rows.column_stats(grad)[1].isnan().nonzero().tolist() == [[7]]
     for rows, columns in ((torch.tensor([4]), some), (some, torch.tensor([-1])), (some, torch.tensor([40]))):
         with pytest.raises(ValueError, match="is not in"):
-            native.take_columns(grad, rows, columns)
+            native_rows.take_columns(grad, rows, columns)
     with pytest.raises(ValueError, match="strides"):
-        native.column_stats(grad.t())
+        native_rows.column_stats(grad.t())
     with pytest.raises(ValueError, match="dtype"):
-        native.column_stats(grad.double())
+        native_rows.column_stats(grad.double())

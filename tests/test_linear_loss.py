@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import replace
 from itertools import product
 
@@ -13,9 +12,9 @@ from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
     BACKENDS,
-    COMPILED_BACKENDS,
+    BUDGETS,
     PROBLEMS,
-    GemmCounter,
+    assert_problem_accurate,
     budget_of,
     dense,
     eager_loss,
@@ -24,7 +23,6 @@ from problems import (
     packed_problem,
     random_problem,
 )
-from tolerance import assert_accurate, relative_error
 from torch.utils.checkpoint import checkpoint
 
 from cpo_kernels import (
@@ -36,20 +34,6 @@ from cpo_kernels import (
     linear_sequence_loss,
     plan,
 )
-
-# Rows that the budget holds: all; about one group of the problems; less than a group, so that logits are recomputed.
-BUDGETS = {"one_chunk": None, "several_chunks": 13, "recomputed": 3}
-
-
-def assert_problem_accurate(problem, dtype, upstream=1.0, **head):
-    """Loss and every gradient obey the rule of tolerance.py."""
-    exact, rounded = problem.to(dtype).to(torch.float64), problem.to(dtype)
-    oracle = loss_and_grads(eager_loss(exact), exact, upstream)
-    eager = loss_and_grads(eager_loss(rounded), rounded, upstream)
-    fused = loss_and_grads(fused_loss(rounded, **head), rounded, upstream)
-    for name, wanted in oracle.items():
-        assert fused[name].dtype == eager[name].dtype
-        assert_accurate(fused[name], eager[name], wanted, name)
 
 
 @pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
@@ -294,47 +278,6 @@ def test_fully_masked_candidate_is_absent_and_never_nan():
         torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("length_normalized", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float16_gradients_survive_until_the_loss_scale_arrives(backend, length_normalized):
-    """1 / num_groups pushes every gradient under float16's smallest number; the loss scale brings them back."""
-    problem = random_problem(mle_weight=0.3).with_options(
-        num_groups=2.0**16, num_target_tokens=2.0**20, length_normalized=length_normalized
-    )
-    rounded = problem.to(torch.float16)
-    result = loss_and_grads(fused_loss(rounded, backend=backend), rounded, upstream=2.0**16)
-    options = dict(problem.options, num_groups=None, num_target_tokens=None)
-    exact = replace(problem.to(torch.float16).to(torch.float64), options=options)
-    plain = loss_and_grads(fused_loss(exact.with_options(mle_weight=0.0)), exact)
-    nll = loss_and_grads(fused_loss(exact.with_options(mle_weight=1.0, contrast_weight=0.0)), exact)
-    tokens = int((problem.targets[:, 0] != -100).sum())
-    for name in ("hidden", "weight"):
-        wanted = 2.0**16 * (plain[name] * 3 / 2.0**16 + 0.3 * nll[name] * tokens / 2.0**20)
-        assert relative_error(result[name], wanted) < 8 * torch.finfo(torch.float16).eps
-
-
-def test_float16_gradient_of_a_plain_sum_over_many_groups_does_not_overflow():
-    """A loss_fn whose coefficients are 1, and not the 1 / groups that a mean would have."""
-    G, T = 1024, 8
-    hidden = torch.ones(G, 1, T, 4, dtype=torch.float16, requires_grad=True)
-    weight = torch.zeros(3, 4, dtype=torch.float16, requires_grad=True)
-    targets = torch.zeros(G, 1, T, dtype=torch.int64)
-    linear_sequence_loss(hidden, weight, targets, lambda logps, groups: -logps.sum()).backward()
-    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).unsqueeze(1).expand(3, 4) * (G * T)
-    torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=0)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_float16_gain_survives_coefficients_that_are_not_finite(bad):
-    problem = random_problem().to(torch.float16)
-    loss = linear_sequence_loss(
-        problem.hidden, problem.weight, problem.targets, lambda logps, groups: (logps * bad).sum()
-    )
-    loss.backward()
-    assert not loss.isfinite()
-    assert not problem.weight.grad.isfinite().all()
-
-
 def test_global_denominators():
     problem = random_problem(mle_weight=0.5).to(torch.float32)
     whole = linear_cpo_loss(**problem.arguments(), **problem.options)
@@ -491,113 +434,6 @@ def test_any_loss_sees_whole_groups_and_which_they_are(backend, layout, rows):
             problem.hidden, problem.weight, problem.targets, loss_fn, layout=problem.layout, **head
         )
     torch.testing.assert_close(again, loss.detach())
-
-
-def gemm_problem(layout):
-    """Sizes that no two share, so that a recorded shape says which product it was."""
-    if layout == "packed":
-        return packed_problem(H=64, V=131).to(torch.float32)
-    return random_problem(G=4, C=3, T=6, H=64, V=131).to(torch.float32)
-
-
-PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomputed": 4, "recomputed_frozen": 3}
-
-
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("case", PRODUCTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_number_of_products(backend, case, layout):
-    """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed."""
-    problem = gemm_problem(layout)
-    if case.endswith("frozen"):
-        problem.weight.requires_grad_(False)
-    if case == "head_only":
-        problem.hidden.requires_grad_(False)
-    head = {"backend": backend}
-    if case.startswith("recomputed"):
-        head["max_logits_bytes"] = budget_of(problem, 2)
-    expected = PRODUCTS[case]
-    counter = GemmCounter()
-    with torch.set_grad_enabled(case != "no_grad"):
-        planned = plan(**problem.arguments(), **head)
-        with counter:
-            loss = fused_loss(problem, **head)
-            if case != "no_grad":
-                loss.backward()
-    present = problem.targets != -100
-    rows = int(present.sum()) if layout == "padded" else problem.layout.rows[present].unique().numel()
-    assert planned.gemms == pytest.approx(expected)
-    if case.startswith("recomputed") and layout == "packed":
-        rows = planned.num_rows  # a row shared by two groups is in both of their chunks
-    assert counter.products(rows, problem.weight) == pytest.approx(expected)
-    if case.startswith("recomputed"):
-        assert counter.largest_row_count(problem.weight) == 2
-
-
-def test_rows_in_use_are_views_where_they_are_consecutive():
-    """All tokens present: no copy of hidden is made, so GEMM 1 reads its memory."""
-    problem = random_problem(C=2, T=1).to(torch.float32)
-    reads = []
-
-    class Reads(GemmCounter):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func._schema.name in self.FACTORS:
-                reads.extend(a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor))
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-    with torch.no_grad(), Reads():
-        fused_loss(problem)
-    assert problem.hidden.untyped_storage()._cdata in reads
-
-
-def numbers_alive() -> int:
-    # Not isinstance, which would wake the deprecated proxies among all objects.
-    return sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
-
-
-def test_nothing_is_kept_alive_after_the_loss_is_gone():
-    problem = random_problem().to(torch.float32)
-    fused_loss(problem).backward()
-    gc.collect()
-    before = numbers_alive()
-    for _ in range(3):
-        fused_loss(problem).backward()
-    gc.collect()
-    assert numbers_alive() == before
-
-
-@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
-def test_log_likelihoods_of_long_sequences_in_float32(backend):
-    """T = 1024 from bfloat16 inputs: at most 2e-3 nats off with logits_dtype=float32."""
-    T, H, V = 1024, 64, 2003
-    hidden = torch.randn(1, 2, T, H).bfloat16()
-    weight = (torch.randn(V, H) * 2 / H**0.5).bfloat16()
-    targets = torch.randint(0, V, (1, 2, T))
-    exact = torch.log_softmax(hidden.double() @ weight.double().T, -1).gather(-1, targets.unsqueeze(-1)).sum((-1, -2))
-    out = linear_cpo_loss(hidden, weight, targets, backend=backend, logits_dtype=torch.float32)
-    assert (out.logps.double() - exact).abs().max() <= 2e-3
-    rounded = linear_cpo_loss(hidden, weight, targets, backend=backend)
-    assert (rounded.logps.double() - exact).abs().max() > 2e-3, "the case must be one where float32 logits matter"
-
-
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_with_float32_logits(dtype, backend, rows):
-    problem = packed_problem(bias=True, mle_weight=0.2)
-    budget = rows and rows * 31 * 4
-    assert_problem_accurate(problem, dtype, backend=backend, logits_dtype=torch.float32, max_logits_bytes=budget)
-
-
-@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_many_chunks_sum_half_precision_gradients_like_one(dtype, backend):
-    """600 chunks of terms of one sign: a plain bfloat16 sum stops growing at 256 of them."""
-    problem = random_problem(G=600, C=1, T=1, H=8, V=11, ref=False, contrast_weight=0.0, mle_weight=1.0)
-    problem = replace(problem, hidden=problem.hidden.abs(), targets=torch.zeros_like(problem.targets))
-    budget = budget_of(problem.to(dtype), 1)
-    assert len(plan(**problem.to(dtype).arguments(), max_logits_bytes=budget).chunks) == 600
-    assert_problem_accurate(problem, dtype, backend=backend, max_logits_bytes=budget)
 
 
 def test_module_form():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native, native_cuda, native_groups, triton_support
+from . import native, native_cuda, native_gemm, native_groups, triton_support
 from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,7 +91,7 @@ def triton_backend() -> Backend:
         rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
-        gemm_workspace=native.gemm_workspace if triton_support.interpreted() else no_workspace,
+        gemm_workspace=native_gemm.gemm_workspace if triton_support.interpreted() else no_workspace,
         column_stats=gradients.column_stats,
         scale_=gradients.scale_,
         contrast=contrast.contrast,
@@ -143,7 +143,7 @@ BACKENDS = {
         rows=ops.RowOperators(ops.row_forward, ops.row_backward, ops.row_backward_),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
-        gemm_workspace=native.gemm_workspace,
+        gemm_workspace=native_gemm.gemm_workspace,
         column_stats=ops.column_stats,
         take_columns=ops.take_columns,
     ),

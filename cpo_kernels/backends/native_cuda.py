@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native import DTYPE_CODES, check, front_halves
+from .native_checks import DTYPE_CODES, check, front_halves
 from .transform import fold_transform
 
 MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles

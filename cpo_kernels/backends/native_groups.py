@@ -13,7 +13,7 @@ from torch import Tensor
 from cpo_kernels.objective import LOSS_TYPES
 
 from . import native_cuda
-from .native import check, share_memory
+from .native_checks import check, share_memory
 
 MAX_CANDIDATES = 1024  # of a group, as in csrc/cuda/launch.h
 

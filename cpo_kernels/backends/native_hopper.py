@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import native_cuda
-from .native import DTYPE_CODES, check
+from .native_checks import DTYPE_CODES, check
 from .transform import fold_transform
 
 CAPABILITY = (9, 0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpo_kernels.backends import native
+from cpo_kernels.backends import native, native_rows
 
 BUILD = native.build_info()
 assert BUILD is not None, native.unavailable_reason()
@@ -78,4 +78,4 @@ def call(**changes):
         "softcap": 0.0,
         "temperature": 1.0,
     }
-    native.row_backward_(**{**arguments, **changes})
+    native_rows.row_backward_(**{**arguments, **changes})

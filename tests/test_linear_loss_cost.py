@@ -1,0 +1,93 @@
+"""What ``linear_cpo_loss`` takes and keeps: products of matrices, copies, memory that outlives it."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from problems import (
+    BACKENDS,
+    GemmCounter,
+    budget_of,
+    fused_loss,
+    packed_problem,
+    random_problem,
+)
+
+from cpo_kernels import (
+    plan,
+)
+
+
+def gemm_problem(layout):
+    """Sizes that no two share, so that a recorded shape says which product it was."""
+    if layout == "packed":
+        return packed_problem(H=64, V=131).to(torch.float32)
+    return random_problem(G=4, C=3, T=6, H=64, V=131).to(torch.float32)
+
+
+PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomputed": 4, "recomputed_frozen": 3}
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("case", PRODUCTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_number_of_products(backend, case, layout):
+    """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed."""
+    problem = gemm_problem(layout)
+    if case.endswith("frozen"):
+        problem.weight.requires_grad_(False)
+    if case == "head_only":
+        problem.hidden.requires_grad_(False)
+    head = {"backend": backend}
+    if case.startswith("recomputed"):
+        head["max_logits_bytes"] = budget_of(problem, 2)
+    expected = PRODUCTS[case]
+    counter = GemmCounter()
+    with torch.set_grad_enabled(case != "no_grad"):
+        planned = plan(**problem.arguments(), **head)
+        with counter:
+            loss = fused_loss(problem, **head)
+            if case != "no_grad":
+                loss.backward()
+    present = problem.targets != -100
+    rows = int(present.sum()) if layout == "padded" else problem.layout.rows[present].unique().numel()
+    assert planned.gemms == pytest.approx(expected)
+    if case.startswith("recomputed") and layout == "packed":
+        rows = planned.num_rows  # a row shared by two groups is in both of their chunks
+    assert counter.products(rows, problem.weight) == pytest.approx(expected)
+    if case.startswith("recomputed"):
+        assert counter.largest_row_count(problem.weight) == 2
+
+
+def test_rows_in_use_are_views_where_they_are_consecutive():
+    """All tokens present: no copy of hidden is made, so GEMM 1 reads its memory."""
+    problem = random_problem(C=2, T=1).to(torch.float32)
+    reads = []
+
+    class Reads(GemmCounter):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._schema.name in self.FACTORS:
+                reads.extend(a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with torch.no_grad(), Reads():
+        fused_loss(problem)
+    assert problem.hidden.untyped_storage()._cdata in reads
+
+
+def numbers_alive() -> int:
+    # Not isinstance, which would wake the deprecated proxies among all objects.
+    return sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor))
+
+
+def test_nothing_is_kept_alive_after_the_loss_is_gone():
+    problem = random_problem().to(torch.float32)
+    fused_loss(problem).backward()
+    gc.collect()
+    before = numbers_alive()
+    for _ in range(3):
+        fused_loss(problem).backward()
+    gc.collect()
+    assert numbers_alive() == before
