@@ -20,6 +20,7 @@ from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRe
 from .sharded import may_be_sharded, run_inside
 from .sharing_masks import with_prefix_tree
 from .sharing_tree import PrefixTree
+from .tied import one_gradient
 
 __all__ = [
     "CPORequest",
@@ -111,10 +112,11 @@ def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: 
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning together with linear_loss, which brings its own targets")
     body, head = find_body(model), find_head(model)
-    rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
+    with one_gradient(model.get_input_embeddings(), head) as tied:
+        rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
 
     def compute(hidden: Tensor) -> LinearLossOutput:
-        out = request.compute(hidden, apply_head(head, hidden), head_options(model))
+        out = request.compute(hidden, tied(apply_head(head, hidden)), head_options(model))
         return out.protected() if may_be_sharded() else out
 
     return run_inside(head_modules(head), compute, rows)
