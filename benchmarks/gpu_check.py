@@ -41,7 +41,8 @@ SHARDS = 3
 # Roughly what a file takes on one core, in seconds; any other takes UNKNOWN_TEST. They only balance the shards.
 SLOW_TESTS = {
     "test_linear_logps.py": 150,
-    "test_linear_loss.py": 150,
+    "test_linear_loss.py": 110,
+    "test_linear_loss_half.py": 40,
     "test_triton_rows.py": 100,
     "test_triton_linear.py": 100,
     "test_filtering.py": 100,

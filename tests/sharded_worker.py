@@ -22,10 +22,8 @@ from torch import distributed
 from cpo_kernels.cli.processes import leave_process_group
 from cpo_kernels.trainer.ensemble import EnsembleCallback
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
 
+def main(folder: str) -> None:
     def average(value: torch.Tensor) -> torch.Tensor:
         total = value.clone()
         distributed.all_reduce(total)
@@ -47,10 +45,16 @@ if __name__ == "__main__":
         results[f"tensor parallel, {attach_first}"] = tensor_parallel(attach_first)
     first = rank == 0
     callback = EnsembleCallback(CASES["root, tied"].make(), 0.3)
-    arguments, state = SimpleNamespace(output_dir=sys.argv[1]), SimpleNamespace(is_world_process_zero=first)
+    arguments, state = SimpleNamespace(output_dir=folder), SimpleNamespace(is_world_process_zero=first)
     moved = CASES["root, tied"].distribute(tiny_models.gpt2(seed=1))
     callback.on_train_begin(arguments, state, None, model=moved)
     callback.on_train_end(arguments, state, None, model=moved)
     if first:
-        torch.save(results, Path(sys.argv[1]) / "run.pt")
+        torch.save(results, Path(folder) / "run.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    main(sys.argv[1])
     leave_process_group()

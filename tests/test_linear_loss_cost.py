@@ -15,9 +15,7 @@ from problems import (
     random_problem,
 )
 
-from cpo_kernels import (
-    plan,
-)
+from cpo_kernels import plan
 
 
 def gemm_problem(layout):
@@ -90,4 +88,4 @@ def test_nothing_is_kept_alive_after_the_loss_is_gone():
     for _ in range(3):
         fused_loss(problem).backward()
     gc.collect()
-    assert numbers_alive() == before
+    assert numbers_alive() <= before  # less, where what another test has left goes in the meantime

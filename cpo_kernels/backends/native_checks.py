@@ -1,4 +1,4 @@
-"""What every compiled kernel demands of a tensor before its address is taken."""
+"""What every compiled kernel demands of a tensor before its address is taken, and which memory a tensor has."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def gemm(
         low: like ``out``, both bfloat16 with the same strides, or None. What rounding to ``out`` leaves over: the sum
             is ``out + low``, 16 bits more than ``out`` alone.
         accumulate: add to ``out``, which must be float32, or to ``out + low``, instead of overwriting it.
-        isa: instruction set, by default that of :func:`isa`.
+        isa: instruction set, by default that of :func:`cpo_kernels.backends.native.isa`.
         threads: by default ``torch.get_num_threads()``.
 
     Raises:

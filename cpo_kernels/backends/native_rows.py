@@ -37,7 +37,7 @@ def row_forward(
         logit_scale: multiplies the biased logits.
         softcap: c of ``c * tanh(logit / c)``, applied next; 0 for none.
         temperature: divides the result.
-        isa: instruction set, by default that of :func:`isa`.
+        isa: instruction set, by default that of :func:`cpo_kernels.backends.native.isa`.
         threads: by default ``torch.get_num_threads()``; the results are bitwise the same for any number.
 
     Returns:
@@ -167,7 +167,7 @@ def column_stats(grad: Tensor, *, isa: str | None = None, threads: int | None = 
 
     Args:
         grad: float32, bfloat16 or float16 with unit column stride and any row stride.
-        isa: instruction set, by default that of :func:`isa`.
+        isa: instruction set, by default that of :func:`cpo_kernels.backends.native.isa`.
         threads: by default ``torch.get_num_threads()``; the result is bitwise the same for any number.
     """
     stats = grad.new_empty((2, grad.shape[1]), dtype=torch.float32)
@@ -184,7 +184,7 @@ def take_columns(
         grad: (R, V) as for :func:`column_stats`.
         rows: (k,) int64.
         columns: (c,) int64.
-        isa: instruction set, by default that of :func:`isa`.
+        isa: instruction set, by default that of :func:`cpo_kernels.backends.native.isa`.
         threads: by default ``torch.get_num_threads()``.
 
     Raises:

@@ -20,7 +20,7 @@ from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRe
 from .sharded import may_be_sharded, run_inside
 from .sharing_masks import with_prefix_tree
 from .sharing_tree import PrefixTree
-from .tied import one_gradient
+from .tied import find_embedding, one_gradient
 
 __all__ = [
     "CPORequest",
@@ -112,7 +112,7 @@ def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: 
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning together with linear_loss, which brings its own targets")
     body, head = find_body(model), find_head(model)
-    with one_gradient(model.get_input_embeddings(), head) as tied:
+    with one_gradient(body, find_embedding(model), head) as tied:
         rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
 
     def compute(hidden: Tensor) -> LinearLossOutput:

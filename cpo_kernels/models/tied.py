@@ -5,6 +5,7 @@ PyTorch builds two (V, H) gradients of such a weight, zeros but for a few rows t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from .adapters import AppliedHead, plain_head
 from .sharded import is_managed
+
+SCRATCH = 3  # rows a token: sorted, summed, and what the sum takes
 
 
 class TiedLookup(torch.autograd.Function):
     """``functional.embedding``, and the weight once more for a head, whose gradient the backward pass writes to.
 
-    The gradient is bitwise what PyTorch's two are in sum. The head must bring one that nothing else holds: the fused
-    losses do.
+    The head must bring one that nothing else holds: the fused losses do. The result is what PyTorch's two gradients
+    are in sum, to the bit on a CPU; a GPU adds the rows of one token up in another order.
     """
 
     @staticmethod
@@ -44,7 +48,10 @@ class TiedLookup(torch.autograd.Function):
             grad_weight = _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
         elif grad_rows is not None:
             grad_weight = grad_weight.contiguous()  # an expanded one cannot be written to
-            _add_rows_(grad_weight, grad_rows, ids, ctx.padding_idx)
+            if SCRATCH * ids.numel() > ctx.entries:
+                grad_weight += _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
+            else:
+                _add_rows_(grad_weight, grad_rows, ids, ctx.padding_idx)
         return None, grad_weight, None
 
 
@@ -55,7 +62,7 @@ def _sum_rows(grad: Tensor, ids: Tensor, entries: int, padding_idx: int) -> Tens
 
 
 def _add_rows_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int) -> None:
-    """``total += _sum_rows(...)`` with as many rows of scratch as there are ids (n)."""
+    """``total += _sum_rows(...)`` with :data:`SCRATCH` rows of H for each of the n ids."""
     flat, grad = ids.flatten().long(), grad.reshape(-1, grad.shape[-1])
     if padding_idx >= 0:
         grad = grad.masked_fill((flat == padding_idx).unsqueeze(1), 0.0)
@@ -64,12 +71,13 @@ def _add_rows_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int) -> No
     slots = torch.zeros_like(ordered)
     slots[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     sums = _sum_rows(grad[order], slots, len(flat), -1)
-    # Slots beyond the last add zeros to entry 0; any other entry is added to once, so the order does not matter.
-    total.index_add_(0, torch.zeros_like(ordered).scatter_(0, slots, ordered), sums)
+    # Slots beyond the last add zeros, anywhere; every entry is added to once, so the order does not matter.
+    entries = torch.arange(len(flat), device=flat.device) % total.shape[0]
+    total.index_add_(0, entries.scatter_(0, slots, ordered), sums)
 
 
 class _Lookups(TorchFunctionMode):
-    """Makes a :class:`TiedLookup` of the first lookup in ``weight``."""
+    """Makes a :class:`TiedLookup` of the first lookup in ``weight`` that is differentiated."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -80,7 +88,8 @@ class _Lookups(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        lookup = _plain_lookup(*args, **kwargs) if func is functional.embedding and self.alias is None else None
+        wanted = func is functional.embedding and self.alias is None and torch.is_grad_enabled()
+        lookup = _plain_lookup(*args, **kwargs) if wanted else None
         if lookup is None or lookup[1] is not self.weight:
             return func(*args, **kwargs)
         rows, self.alias = TiedLookup.apply(*lookup)
@@ -102,29 +111,40 @@ def _plain_lookup(
     return input, weight, -1 if padding_idx is None else padding_idx % weight.shape[0]
 
 
+class _TiedForward:
+    """The forward of an embedding while one thread computes a loss; what it was for other threads and for compilers."""
+
+    def __init__(self, forward: Callable[..., Any], lookups: _Lookups) -> None:
+        self.forward, self.lookups, self.thread = forward, lookups, threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or threading.get_ident() != self.thread:
+            return self.forward(*args, **kwargs)
+        with self.lookups:
+            return self.forward(*args, **kwargs)
+
+
 @contextmanager
-def one_gradient(embedding: nn.Module | None, head: nn.Module) -> Iterator[Callable[[AppliedHead], AppliedHead]]:
-    """Around the body of a model: what looks tokens up inside shares its weight's gradient with the head.
+def one_gradient(
+    body: nn.Module, embedding: nn.Module | None, head: nn.Module
+) -> Iterator[Callable[[AppliedHead], AppliedHead]]:
+    """Around a call of the body of a model: what looks tokens up inside shares its weight's gradient with the head.
 
     Yields what to put around :func:`~cpo_kernels.models.adapters.apply_head`; it changes nothing where the weight is
-    not tied or not trained, where hooks gather it, and under ``torch.compile``.
+    not tied or not trained, where hooks gather it, in compiled code, and where another thread is at it.
     """
-    if not _shares_a_gradient(embedding, head):
+    if not _shares_a_gradient(body, embedding, head):
         yield lambda applied: applied
         return
     module: Any = embedding
-    lookups, own, forward = _Lookups(module.weight), module.__dict__.get("forward"), module.forward
-
-    def looked_up(*args: Any, **kwargs: Any) -> Any:
-        with lookups:
-            return forward(*args, **kwargs)
+    lookups, own = _Lookups(module.weight), module.__dict__.get("forward")
 
     def with_alias(applied: AppliedHead) -> AppliedHead:
         if lookups.alias is None or applied.weight is not lookups.weight:
             return applied
         return replace(applied, weight=lookups.alias)
 
-    module.forward = looked_up
+    module.forward = _TiedForward(module.forward, lookups)
     try:
         yield with_alias
     finally:
@@ -134,9 +154,29 @@ def one_gradient(embedding: nn.Module | None, head: nn.Module) -> Iterator[Calla
             module.forward = own
 
 
-def _shares_a_gradient(embedding: nn.Module | None, head: nn.Module) -> bool:
-    if not isinstance(embedding, nn.Embedding) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+def find_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """The input embeddings, or None where the model does not say which they are."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _shares_a_gradient(body: nn.Module, embedding: nn.Module | None, head: nn.Module) -> bool:
+    if not isinstance(embedding, nn.Embedding) or isinstance(embedding.forward, _TiedForward):
+        return False
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     weight: Tensor = embedding.weight
     plain = weight.requires_grad and type(weight) in (nn.Parameter, Tensor) and not is_managed(embedding)
-    return plain and getattr(plain_head(head), "weight", None) is weight
+    return plain and getattr(plain_head(head), "weight", None) is weight and not _may_be_compiled(body, embedding)
+
+
+def _may_be_compiled(body: nn.Module, embedding: nn.Module) -> bool:
+    """Whether the lookup may be in a compiled graph, which would be made anew for every forward put in its place."""
+    path = next((name for name, module in body.named_modules() if module is embedding), None)
+    if path is None:
+        return True
+    parts = path.split(".")
+    around: list[Any] = [body, *(body.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
+    return any(m._compiled_call_impl is not None or (m is not embedding and "forward" in vars(m)) for m in around)
