@@ -7,6 +7,7 @@ import torch
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
+    BUDGETS,
     GemmCounter,
     budget_of,
     eager_loss,
@@ -25,7 +26,6 @@ PROBLEMS = {
     "padded": lambda: random_problem(H=H, bias=True, mle_weight=0.3),
     "shared rows": lambda: packed_problem(H=H, softcap=4.0),
 }
-BUDGETS = {"one chunk": None, "several chunks": 13, "recomputed": 3}
 
 
 def assert_columns(got, eager, oracle):

@@ -19,11 +19,7 @@ from problems import (
 )
 from tolerance import relative_error
 
-from cpo_kernels import (
-    linear_cpo_loss,
-    linear_sequence_loss,
-    plan,
-)
+from cpo_kernels import linear_cpo_loss, linear_sequence_loss, plan
 
 
 @pytest.mark.parametrize("length_normalized", [False, True])

@@ -44,14 +44,15 @@ class TiedLookup(torch.autograd.Function):
     def backward(ctx, grad_rows, grad_weight):
         """(V, H) for the weight."""
         (ids,) = ctx.saved_tensors
-        if grad_rows is not None and grad_weight is None:
-            grad_weight = _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
-        elif grad_rows is not None:
-            grad_weight = grad_weight.contiguous()  # an expanded one cannot be written to
-            if SCRATCH * ids.numel() > ctx.entries:
-                grad_weight += _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
-            else:
-                _add_rows_(grad_weight, grad_rows, ids, ctx.padding_idx)
+        if grad_rows is None:
+            return None, grad_weight, None
+        if grad_weight is None:
+            return None, _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx), None
+        grad_weight = grad_weight.contiguous()  # an expanded one cannot be written to
+        if SCRATCH * ids.numel() > ctx.entries:
+            grad_weight += _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
+        else:
+            _add_rows_(grad_weight, grad_rows, ids, ctx.padding_idx)
         return None, grad_weight, None
 
 
@@ -156,9 +157,10 @@ def one_gradient(
 
 def find_embedding(model: PreTrainedModel) -> nn.Module | None:
     """The input embeddings, or None where the model does not say which they are."""
+    find = getattr(model, "get_input_embeddings", None)
     try:
-        return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+        return None if find is None else find()
+    except NotImplementedError:
         return None
 
 
@@ -177,6 +179,7 @@ def _may_be_compiled(body: nn.Module, embedding: nn.Module) -> bool:
     path = next((name for name, module in body.named_modules() if module is embedding), None)
     if path is None:
         return True
-    parts = path.split(".")
-    around: list[Any] = [body, *(body.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
+    around: list[Any] = [body]
+    for part in path.split("."):
+        around.append(getattr(around[-1], part))
     return any(m._compiled_call_impl is not None or (m is not embedding and "forward" in vars(m)) for m in around)
