@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends, engine, gemm
+from .backends.selection import Sizes
 from .filtering import GradientFilter, Kept, scratch_bytes
 from .head import Head
 from .layout import Block, Tokens, dense_tokens, find_tokens, split_blocks
@@ -64,11 +65,13 @@ class LinearCall:
     cu_groups: Sequence[int]
     head: Head
 
-    def backend(self, hidden: Tensor) -> backends.Backend:
+    def backend(self, hidden: Tensor, weight: Tensor) -> backends.Backend:
         """The backend that will run this call; its row kernels span the processes of a vocabulary-parallel head."""
-        backend = backends.select(self.head.backend, hidden.device, self.head.logits_dtype or hidden.dtype)
+        dtype = self.head.logits_dtype or hidden.dtype
+        sizes = Sizes(weight.shape[0], dtype, weight.shape[1], hidden.dtype)
+        backend = backends.select(self.head.backend, hidden.device, dtype, sizes)
         shard = self.head.vocab_shard
-        return backend if shard is None else replace(backend, rows=shard.rows(backend.rows), linear_forward=None)
+        return backend if shard is None else backend.with_rows(shard.rows(backend.rows))
 
     def vocab(self, weight: Tensor) -> int:
         """V."""
@@ -82,10 +85,16 @@ class LinearCall:
     def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> engine.LinearHead:
         """The head with the backend that will run it."""
         dtype = self.head.logits_dtype or hidden.dtype
-        backend = self.backend(hidden)
-        fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
+        backend = self.backend(hidden, weight)
         leaves = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        return engine.LinearHead(*leaves, self.head, backend, dtype, fused)
+        fused = not any(needs) and backend.linear_forward is not None
+        return engine.LinearHead(*leaves, self.head, backend, dtype, fused, self.kept(backend, hidden, weight, needs))
+
+    @staticmethod
+    def kept(backend: backends.Backend, hidden: Tensor, weight: Tensor, needs: Needs) -> backends.KeptLinear | None:
+        """The backend's path that keeps no logits for the gradient, if it has one for these matrices."""
+        kept = backend.linear_kept if any(needs) else None
+        return kept if kept is not None and kept.takes(hidden, weight) else None
 
     def is_dense(self) -> bool:
         """Whether every row enters the products, so that no value is looked at on the host."""
@@ -102,9 +111,19 @@ class LinearCall:
             return dense_tokens(self.targets, self.vocab(weight), self.cu_tokens, self.cu_groups)
         return find_tokens(self.targets, hidden.shape[0], self.vocab(weight), self.rows, self.cu_tokens, self.cu_groups)
 
-    def plan(self, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs, *, whole_groups: bool = True) -> Plan:
-        """The chunks of this call."""
-        backend, shard = self.backend(hidden), self.head.vocab_shard
+    def plan(
+        self,
+        tokens: Tokens,
+        hidden: Tensor,
+        weight: Tensor,
+        needs: Needs,
+        *,
+        whole_groups: bool = True,
+        known_coefficients: bool = False,
+    ) -> Plan:
+        """The chunks of this call; the last two arguments are those of :func:`cpo_kernels.planning.make_plan`."""
+        backend, shard = self.backend(hidden, weight), self.head.vocab_shard
+        kept = self.kept(backend, hidden, weight, needs)
         held = weight.shape[0] if shard is None else shard.largest
         filtered = self.head.filtered and any(needs)
         copies_rows = tokens.rows_are_copied or filtered
@@ -112,8 +131,8 @@ class LinearCall:
         workspace += scratch_bytes(held, hidden.device) if filtered else 0
         plan = make_plan(
             tokens,
-            vocab=gemm.row_width(held, hidden.device),
-            logits_dtype=self.head.logits_dtype or hidden.dtype,
+            vocab=gemm.row_width(held, hidden.device) if kept is None else kept.row_elements(held),
+            logits_dtype=hidden.dtype if kept is not None else self.head.logits_dtype or hidden.dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,
             default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
@@ -122,10 +141,11 @@ class LinearCall:
             # It depends on the threads of a process, and processes that share a head need the same chunks.
             workspace_bytes=workspace if shard is None else 0,
             whole_groups=whole_groups,
+            known_coefficients=known_coefficients,
         )
         left_out = needs[1] * self.head.frozen_columns / weight.shape[1]
         plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)
-        fused = not any(needs) and backends.prefers_fused_forward(backend, hidden, weight)
+        fused = not any(needs) and backend.linear_forward is not None
         return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if fused else plan
 
 
@@ -179,6 +199,11 @@ def check_groups_of(
     check_problem(problem)
 
 
+def coefficients_are_known(call: LinearCall, objective: Objective, needs: Needs) -> bool:
+    """Whether tokens get coefficients that depend on no log-probability: the likelihood of the truth alone."""
+    return any(needs) and objective.contrast_weight == 0 and not call.head.filtered
+
+
 def run_cpo(
     call: LinearCall,
     objective: Objective,
@@ -210,9 +235,17 @@ def run_cpo(
         also = None if always is None else always[part.segments]
         return sums, filters.drop_candidates(contrast, coef, logps, part.slots, also)
 
+    def without_contrast(part: engine.ChunkTokens) -> Tensor:
+        here = problem.chunk(part.groups, part.segments)
+        none = torch.zeros_like(here.lengths, dtype=engine.accumulate_dtype(linear.logits_dtype))
+        coef = here.sum_coefficients(none) * gain
+        return coef.repeat_interleave(part.slots, output_size=part.num_slots)
+
+    known = without_contrast if coefficients_are_known(call, objective, needs) else None
     one_launch = filters is None and any(needs) and problem.groups.shape[1] <= linear.backend.contrast_candidates
-    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch else general
-    sums, grads = engine.run(linear, tokens, call.plan(tokens, hidden, weight, needs), needs, contrast, filters)
+    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch and known is None else general
+    plan = call.plan(tokens, hidden, weight, needs, known_coefficients=known is not None)
+    sums, grads = engine.run(linear, tokens, plan, needs, contrast, filters, known)
     loss = problem.loss(sums)[0]
     dropped = dropped_share(filters, loss)
     return LossResult(loss, sums, tokens.lengths, dropped, call.summed(grads.result()), gain, linear.backend.scale_)
@@ -381,12 +414,12 @@ class TokenLogps(NamedTuple):
 
     Attributes:
         logps: (N,), 0 where the target is -100.
-        kept: logits (n, V) and statistics per block, or None if they are recomputed.
+        kept: the forward of all rows with the logits it is of, or None if they are recomputed.
         unscaled: gradient (R, H) of the sum of all log-probabilities, if the head is frozen and no row is shared.
     """
 
     logps: Tensor
-    kept: tuple[Tensor, list[Tensor]] | None
+    kept: engine.Evaluated | None
     unscaled: Tensor | None
 
 
@@ -401,22 +434,21 @@ def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tens
     scale_later = needs == (True, False, False) and tokens.one_per_row
     keep = any(needs) and not scale_later and len(blocks) == 1
     unscaled = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if scale_later else None
-    buffer, stats = linear.workspace(0 if linear.fused_forward else plan.rows_held), []
+    workspace, done = linear.workspace(0 if linear.fused_forward else plan.rows_held), None
     logps = hidden.new_zeros(tokens.targets.shape, dtype=engine.accumulate_dtype(linear.logits_dtype))
     for block in blocks:
         if linear.fused_forward:
             logps[block.order] = linear.forward_without_logits(block)
-            continue
-        logits = linear.compute_logits(block, buffer)
-        block_stats, logps[block.order] = linear.forward(block, logits)
-        if unscaled is not None:
-            dlogits = linear.backward_(block, logits, block_stats, torch.ones_like(logps[block.order]))
+        elif unscaled is not None:
+            ones = torch.ones_like(logps[block.order])
+            logps[block.order], dlogits = linear.evaluate_with_gradient(block, workspace, ones)
             gemm.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
-        if keep:
-            stats.append(block_stats)
+        else:
+            done = linear.evaluate(block, workspace, keep=keep)
+            logps[block.order] = done.logps
     everywhere = tokens.among_all(logps, call.targets.numel())
     unscaled = call.summed((unscaled, None, None))[0]
-    return TokenLogps(everywhere, (buffer, stats) if keep else None, unscaled)
+    return TokenLogps(everywhere, done if keep else None, unscaled)
 
 
 def token_blocks(
@@ -429,7 +461,7 @@ def token_blocks(
 
 def token_logps_grads(
     call: LinearCall,
-    kept: tuple[Tensor, list[Tensor]] | None,
+    kept: engine.Evaluated | None,
     grad_logps: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -441,13 +473,9 @@ def token_logps_grads(
     blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
     coef = tokens.of_slots(grad_logps).to(engine.accumulate_dtype(linear.logits_dtype))
     grads = engine.Gradients(linear, needs, num_blocks=len(blocks), rows_once=True)
-    buffer = linear.workspace(plan.rows_held) if kept is None else kept[0]
-    for index, block in enumerate(blocks):
-        if kept is None:
-            logits = linear.compute_logits(block, buffer)
-            stats, _ = linear.forward(block, logits)
-        else:
-            logits, stats = buffer[: block.num_rows], kept[1][index]
-        dlogits = linear.backward_(block, logits, stats, coef[block.order])
+    workspace = linear.workspace(plan.rows_held) if kept is None else None
+    for block in blocks:  # one, if it is kept
+        done = linear.evaluate(block, workspace) if kept is None else kept
+        dlogits = linear.gradient_(block, done, coef[block.order])
         grads.add(Kept(dlogits, block.rows, absent=block.absent))
     return call.summed(grads.result())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import gemm
-from .backends import Backend
+from .backends import Backend, KeptLinear
 from .filtering import GradientFilter, Kept, mean_row
 from .head import Head
 from .layout import Block, Tokens, split_blocks
@@ -26,12 +26,14 @@ class ChunkTokens(NamedTuple):
         segments: their segments, among all.
         starts: (s + 1,) prefix count of the slots of each segment, from anywhere.
         slots_per_segment: slots of every segment, where they all have as many and the host knows it.
+        num_slots: n.
     """
 
     groups: range
     segments: slice
     starts: Tensor
     slots_per_segment: int | None
+    num_slots: int
 
     @property
     def slots(self) -> Tensor:
@@ -39,14 +41,34 @@ class ChunkTokens(NamedTuple):
         return self.starts.diff()
 
 
+class Evaluated(NamedTuple):
+    """The forward of a block of r rows and n tokens.
+
+    Attributes:
+        stats: (2, r), maximum and log-sum-exp minus maximum of each row.
+        logps: (n,) in the block's order.
+        source: what the gradient is made of, and written over: the logits (r, V), or what the backend kept in their
+            place.
+    """
+
+    stats: Tensor
+    logps: Tensor
+    source: Any
+
+
 # Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
 # argument), dloss / dlogp (n,) of each slot.
 Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
+# The same coefficients of a loss for which they do not depend on the log-probabilities.
+Coefficients = Callable[[ChunkTokens], Tensor]
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """The head of a call: hidden (R, H), weight (V, H), bias (V,) or None, and how they become log-probabilities."""
+    """The head of a call: hidden (R, H), weight (V, H), bias (V,) or None, and how they become log-probabilities.
+
+    ``fused_forward``: logits are never written. ``kept``: the backend leaves what a gradient needs in their place.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -55,12 +77,48 @@ class LinearHead:
     backend: Backend
     logits_dtype: torch.dtype
     fused_forward: bool = False
+    kept: KeptLinear | None = None
 
-    def workspace(self, rows: int) -> Tensor:
-        """The logits buffer, (rows, V)."""
+    def workspace(self, rows: int) -> Any:
+        """Memory for the logits of so many rows, (rows, V), or for what is kept in their place."""
         vocab = self.weight.shape[0]
+        if self.kept is not None:
+            return self.kept.room(rows, self.hidden, vocab)
         width = gemm.row_width(vocab, self.hidden.device)
         return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
+
+    def evaluate(self, block: Block, workspace: Any, *, keep: bool = True) -> Evaluated:
+        """The forward of a block; ``keep`` says that :meth:`gradient_` is to follow before the next one."""
+        if self.kept is not None:
+            hidden, head = self.hidden[block.rows], (self.bias, *self.head.transform)
+            space = workspace if keep else None
+            return Evaluated(*self.kept.forward(space, hidden, self.weight, block.targets, block.row_starts, *head))
+        logits = self.compute_logits(block, workspace)
+        return Evaluated(*self.forward(block, logits), logits)
+
+    def evaluate_again(self, block: Block, workspace: Any, before: Evaluated) -> Evaluated:
+        """What the gradient is made of, where the memory of the first forward has been used since."""
+        if self.kept is not None:
+            return self.evaluate(block, workspace)
+        return before._replace(source=self.compute_logits(block, workspace))
+
+    def gradient_(self, block: Block, done: Evaluated, coef: Tensor) -> Tensor:
+        """The gradient (r, V) of ``sum_n coef_n * logp_n``, in the dtype of hidden, over its source."""
+        if self.kept is None:
+            return self.backward_(block, done.source, done.stats, coef)
+        tokens = block.targets, block.row_starts
+        return self.kept.backward_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform)
+
+    def evaluate_with_gradient(self, block: Block, workspace: Any, coef: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (n,) and the gradient (r, V) for coefficients that are known beforehand."""
+        direct = self.backend.row_gradient_
+        if self.kept is None and direct is not None and direct.takes(workspace):
+            logits, head = self.compute_logits(block, workspace), (self.bias, *self.head.transform)
+            tokens, dtype = (block.targets, block.row_starts), self.hidden.dtype
+            _, logps = direct.run_(logits, *tokens, coef, *head, dtype)
+            return logps, narrow_view(logits, dtype)
+        done = self.evaluate(block, workspace)
+        return done.logps, self.gradient_(block, done, coef)
 
     def compute_logits(self, block: Block, out: Tensor) -> Tensor:
         """GEMM 1 into the first rows of ``out``; returns them, (r, V)."""
@@ -77,8 +135,7 @@ class LinearHead:
         assert self.backend.linear_forward is not None
         rows = self.hidden[block.rows]
         head = (self.bias, *self.head.transform)
-        logps: Tensor = self.backend.linear_forward(rows, self.weight, block.targets, block.row_starts, *head).logps
-        return logps
+        return self.backend.linear_forward(rows, self.weight, block.targets, block.row_starts, *head)
 
     def backward_(self, block: Block, logits: Tensor, stats: Tensor, coef: Tensor) -> Tensor:
         """The gradient (r, V) of ``sum_n coef_n * logp_n``, in the dtype of hidden, over the logits."""
@@ -157,32 +214,35 @@ def run(
     needs: tuple[bool, bool, bool],
     contrast: Contrast,
     filters: GradientFilter | None = None,
+    known: Coefficients | None = None,
 ) -> tuple[Tensor, Gradients]:
     """One pass over all chunks: log-likelihood sums (S,) and the gradients that ``needs`` asks for."""
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    buffer = linear.workspace(0 if linear.fused_forward else plan.rows_held)
+    workspace = linear.workspace(0 if linear.fused_forward else plan.rows_held)
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
-        blocks = split_blocks(tokens, first, last, chunk.rows_per_block)
-        logps, stats = sums.new_zeros(last - first), []
+        blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
+        logps, evaluated = sums.new_zeros(last - first), []
+        coef = None if known is None else known(part)
         for block in blocks:
             if linear.fused_forward:
                 logps[block.order] = linear.forward_without_logits(block)
-                continue
-            logits = linear.compute_logits(block, buffer)
-            block_stats, logps[block.order] = linear.forward(block, logits)
-            stats.append(block_stats)
-        part = chunk_tokens(tokens, chunk.groups)
-        sums[part.segments], coef = contrast(logps, part, any(needs))
+            elif coef is not None:
+                logps[block.order], dlogits = linear.evaluate_with_gradient(block, workspace, coef[block.order])
+                grads.add(Kept(dlogits, block.rows, absent=block.absent))
+            else:
+                done = linear.evaluate(block, workspace, keep=any(needs) and not chunk.recomputed)
+                logps[block.order] = done.logps
+                evaluated.append(done)
+        sums[part.segments], coef = contrast(logps, part, any(needs) and known is None)
         if coef is None:
             continue
-        for block, block_stats in zip(blocks, stats, strict=True):
-            if chunk.recomputed:
-                logits = linear.compute_logits(block, buffer)
+        for block, done in zip(blocks, evaluated, strict=True):
+            again = linear.evaluate_again(block, workspace, done) if chunk.recomputed else done
             block_coef = coef[block.order]
-            dlogits = linear.backward_(block, logits, block_stats, block_coef)
+            dlogits = linear.gradient_(block, again, block_coef)
             kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
             if filters is not None:
                 kept = filters.compact(linear.backend, block, dlogits, block_coef)
@@ -195,7 +255,8 @@ def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:
     """The slots of some whole groups."""
     segments = slice(tokens.segment_starts[groups.start], tokens.segment_starts[groups.stop])
     starts = tokens.token_starts[segments.start : segments.stop + 1]
-    return ChunkTokens(groups, segments, starts, tokens.slots_per_segment)
+    slots = tokens.group_starts[groups.stop] - tokens.group_starts[groups.start]
+    return ChunkTokens(groups, segments, starts, tokens.slots_per_segment, slots)
 
 
 def segment_sums(logps: Tensor, part: ChunkTokens) -> Tensor:

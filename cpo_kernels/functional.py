@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import backends, compiled
 from .autograd import FusedLoss, LinearTokenLogps, needs_grad
-from .calls import LogitsCall, run_cpo, run_loss_fn
+from .backends.selection import Sizes
+from .calls import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
 from .head import Head
 from .inputs import (
     FLOAT_DTYPES,
@@ -125,7 +126,7 @@ def flatten_logits(
         flat_targets = torch.ops.cpo_kernels.checked_targets(flat_targets, vocab)
     elif not flat.is_meta:
         check_range("target", flat_targets, flat_targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
-    backend = backends.select(options.backend, logits.device, logits.dtype)
+    backend = backends.select(options.backend, logits.device, logits.dtype, Sizes(vocab, logits.dtype))
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     return backend, flat, flat_targets
@@ -396,10 +397,11 @@ def plan(
     **options: Any,
 ) -> Plan:
     """What :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
-    _, head = split_options("plan", options)
+    objective, head = split_options("plan", options)
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
     merge_ranks(ranks, inputs)
     tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
-    return inputs.call.plan(tokens, inputs.hidden, inputs.weight, needs)
+    known = coefficients_are_known(inputs.call, objective, needs)
+    return inputs.call.plan(tokens, inputs.hidden, inputs.weight, needs, known_coefficients=known)

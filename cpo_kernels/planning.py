@@ -95,6 +95,7 @@ def make_plan(
     gathered_row_bytes: int = 0,
     workspace_bytes: int = 0,
     whole_groups: bool = True,
+    known_coefficients: bool = False,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
@@ -112,6 +113,7 @@ def make_plan(
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
         workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
         whole_groups: whether the rows of a group must be held together to be computed only once.
+        known_coefficients: whether the gradient of a row waits for nothing, so that no logits are recomputed.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
@@ -124,7 +126,7 @@ def make_plan(
     asked = max_logits_bytes or default + accumulator + overhead
     if asked < row_bytes:
         raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
-    largest = max(tokens.rows_per_group, default=0) if whole_groups else 1
+    largest = max(tokens.rows_per_group, default=0) if whole_groups and not known_coefficients else 1
 
     def left_for_logits(overhead: int) -> int:
         fits = asked - overhead >= max(largest * row_bytes, asked // 2)
@@ -137,8 +139,9 @@ def make_plan(
     budget = left_for_logits(overhead + accumulator)
     notes = []
     rows_per_chunk = budget // row_bytes
+    waits = needs_grad and not known_coefficients
     chunks = tuple(
-        Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=needs_grad and rows > rows_per_chunk)
+        Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=waits and rows > rows_per_chunk)
         for groups, rows in fill_chunks(tokens.rows_per_group, rows_per_chunk)
     )
     recomputed = sum(chunk.num_rows for chunk in chunks if chunk.recomputed)

@@ -142,13 +142,16 @@ def statistics(
     linear = inputs.call.linear(inputs.hidden, inputs.weight, inputs.bias, needs)
     tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
     blocks, plan = token_blocks(inputs.call, tokens, inputs.hidden, inputs.weight, needs)
-    fused = linear.backend.linear_forward is not None and (entropy or seeds is not None or linear.fused_forward)
+    plain = seeds is None and not entropy
+    fused = linear.fused_forward if plain else linear.backend.linear_statistics is not None
     buffer = linear.workspace(0 if fused else plan.rows_held)
     seeds = None if seeds is None else seeds.of_slots(tokens)
     parts = [] if blocks else [no_tokens(linear, num_samples if seeds else 0, entropy)]
     for index, block in enumerate(blocks):
         mine = None if seeds is None else seeds.of_block(index, block)
-        if fused:
+        if fused and plain:
+            parts.append(TokenStatistics(linear.forward_without_logits(block), None, None))
+        elif fused:
             parts.append(fused_block(linear, block, mine, num_samples, entropy))
         else:
             parts.append(block_of(linear, block, buffer, mine, num_samples, entropy))
@@ -166,7 +169,7 @@ def fused_block(
     linear: LinearHead, block: Block, seeds: Seeds | None, num_samples: int, entropy: bool
 ) -> TokenStatistics:
     """The statistics of a block's rows by the backend's fused linear path."""
-    launch = linear.backend.linear_forward
+    launch = linear.backend.linear_statistics
     assert launch is not None
     arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, linear.bias, *linear.head.transform)
     result = launch(*arguments, seed=None if seeds is None else seeds.of_sample(0), entropy=entropy)

@@ -199,6 +199,11 @@ class HostModule:
         dtypes = arguments["dtype"], arguments["out_dtype"]
         self.finish(self.library.simt_row_backward(*dtypes, ctypes.byref(args), arguments["threads"]))
 
+    def row_gradient_bytes(self, *, device: int) -> int:
+        count = self.library.simt_row_gradient_bytes
+        count.restype = ctypes.c_int64
+        return count()
+
     def row_gradient(self, **arguments: Any) -> None:
         batch, stats = self._batch(arguments)
         self.allow(stats.max, 8 * batch.rows, write=True)

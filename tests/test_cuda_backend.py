@@ -12,7 +12,7 @@ from tolerance import assert_accurate
 
 from benchmarks import small_run
 from cpo_kernels import backends, cpo_loss, linear_cpo_loss, ops, token_logps
-from cpo_kernels.backends import native_cuda, triton_support
+from cpo_kernels.backends import native_cuda, selection, triton_support
 
 pytestmark = pytest.mark.cpu
 
@@ -55,7 +55,7 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch, backend):
 
 
 def test_auto_chooses_only_what_is_measured():
-    assert "cuda" not in backends.PREFERRED["cuda"]
+    assert "cuda" not in selection.PREFERRED["cuda"] and not selection.CHOICES
 
 
 def test_calls_without_the_extension_say_so(monkeypatch):

@@ -214,7 +214,7 @@ def test_row_kernels_give_the_same_bits_a_thousand_times(dtype, shared):
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "sample_and_entropy"])
 def test_fused_linear_gives_the_same_bits_again(everything):
-    linear_forward = backends.BACKENDS["triton"].linear_forward
+    linear_forward = backends.BACKENDS["triton"].linear_statistics
     hidden, weight = (torch.randn(n, 256, device=DEVICE).bfloat16() for n in (300, 50257))
     targets = torch.randint(0, 50257, (300,), device=DEVICE)
     extras = {"seed": torch.tensor(3, device=DEVICE), "entropy": True} if everything else {}

@@ -8,17 +8,18 @@ from problems import BACKENDS, PROBLEMS, GemmCounter, eager_loss, packed_problem
 from tolerance import assert_accurate
 
 from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
+from cpo_kernels.backends.selection import Choice, overridden
 from cpo_kernels.backends.triton import tuning
 
-FUSED = [name for name in BACKENDS if backends.BACKENDS[name].linear_forward is not None]
+FUSED = [name for name in BACKENDS if "linear_forward" in backends.BACKENDS[name].optional]
 
 
 @pytest.fixture
-def preferred(monkeypatch):
+def preferred():
     """The fused path is preferred up to H = 64."""
     arch = tuning.architecture(torch.empty(0).device)
-    sizes = {"float32": 64, "bfloat16": 64}
-    monkeypatch.setattr(backends, "FUSED_FORWARD", {name: {arch: sizes} for name in FUSED})
+    with overridden(*(Choice("linear_forward", arch, name, hidden_at_most=64) for name in FUSED)):
+        yield
 
 
 @pytest.mark.usefixtures("preferred")

@@ -1,24 +1,24 @@
 """Which backends exist, which are available here, and which one a call uses.
 
 A backend supplies the row kernels and may supply the contrast in one launch and a fused linear path; the engine exists
-once. ``selection.json`` orders the backends by measured speed for each device type, and says where it was measured.
+once. :mod:`cpo_kernels.backends.selection` says which backend a call uses for what, by measured speed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import import_module, resources
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cpo_kernels import ops, reference
 
-from . import native, native_cuda, native_gemm, native_groups, triton_support
+from . import native, native_cuda, native_gemm, native_groups, native_hopper, selection, triton_support
+from .selection import Sizes
 from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,9 +30,40 @@ def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) ->
     return 0
 
 
+class KeptLinear(NamedTuple):
+    """A fused linear path that leaves what the gradient needs instead of logits, in the dtype of hidden.
+
+    Attributes:
+        takes: ``(hidden, weight)``, whether it takes these matrices.
+        row_elements: V to the elements of the inputs' dtype that a row takes.
+        room: ``(R, hidden, V)`` to memory for blocks of up to R rows.
+        forward: ``(room or None, hidden, weight, targets, row_starts, bias, *transform)`` to stats (2, R), logps (N,),
+            and what was kept: None without room.
+        backward_: ``(kept, targets, row_starts, stats, logps, coef, *transform)`` to the gradient (R, V), over it.
+    """
+
+    takes: Callable[[Tensor, Tensor], bool]
+    row_elements: Callable[[int], int]
+    room: Callable[[int, Tensor, int], Any]
+    forward: Callable[..., tuple[Tensor, Tensor, Any]]
+    backward_: Callable[..., Tensor]
+
+
+class RowGradient(NamedTuple):
+    """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand.
+
+    Attributes:
+        takes: logits, whether their rows fit.
+        run_: ``(logits, targets, row_starts, coef, *head, grad_dtype)`` to stats (2, R) and logps (N,).
+    """
+
+    takes: Callable[[Tensor], bool]
+    run_: Callable[..., tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one backend.
+    """The kernels of one backend, or what serves one call, which may be of several.
 
     Attributes:
         name: as users write it.
@@ -48,8 +79,12 @@ class Backend:
         contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
         contrast_candidates: largest group that ``contrast`` takes.
         logits_loss: loss and gradient of logits that exist, in one launch, or None; for ``contrast_candidates`` too.
-        linear_forward: log-probabilities without logits in memory, or None.
+        linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
         too_old: why a device is too old for the kernels, or None.
+        optional: kernels that a call gets only where they measured faster than what they go around, by operation.
+        row_gradient_: one of them, in a backend that serves a call; else None, like the two after it.
+        linear_forward: ``(hidden, weight, targets, row_starts, *head)`` to log-probabilities (N,), without logits.
+        linear_kept: see :class:`KeptLinear`.
     """
 
     name: str
@@ -65,8 +100,12 @@ class Backend:
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
-    linear_forward: Callable[..., Any] | None = None
+    linear_statistics: Callable[..., Any] | None = None
     too_old: Callable[[torch.device], str | None] | None = None
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    row_gradient_: RowGradient | None = None
+    linear_forward: Callable[..., Tensor] | None = None
+    linear_kept: KeptLinear | None = None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
@@ -76,6 +115,12 @@ class Backend:
             return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
         # The driver's answer cannot be traced: in compiled code, Triton's own compiler refuses.
         return None if self.too_old is None or torch.compiler.is_compiling() else self.too_old(device)
+
+    def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
+        """Other row kernels, and no path around them: they do what the others do not."""
+        return replace(
+            self, rows=rows, linear_statistics=None, row_gradient_=None, linear_forward=None, linear_kept=None
+        )
 
 
 def triton_backend() -> Backend:
@@ -96,8 +141,9 @@ def triton_backend() -> Backend:
         scale_=gradients.scale_,
         contrast=contrast.contrast,
         contrast_candidates=contrast.MAX_CANDIDATES,
-        linear_forward=linear.linear_forward,
+        linear_statistics=linear.linear_forward,
         too_old=partial(triton_support.refusal, "triton"),
+        optional={"linear_forward": lambda *args: linear.linear_forward(*args).logps},
     )
 
 
@@ -115,6 +161,17 @@ def cuda_backend() -> Backend:
         logits_loss=native_groups.cpo_loss,
         contrast_candidates=native_groups.MAX_CANDIDATES,
         too_old=partial(triton_support.refusal, "cuda"),
+        optional={
+            "row_gradient_": RowGradient(native_cuda.row_gradient_takes, native_cuda.row_gradient_),
+            "linear_forward": lambda *args: native_hopper.linear_forward(*args)[1],
+            "linear_kept": KeptLinear(
+                native_hopper.takes,
+                native_hopper.row_elements,
+                native_hopper.room,
+                native_hopper.forward,
+                native_hopper.linear_backward_,
+            ),
+        },
     )
 
 
@@ -174,29 +231,27 @@ def available() -> list[str]:
     return [status.name for status in describe() if status.available]
 
 
-# Read once, at import, and as data: `select` is traced by torch.compile, which can neither open files nor call _cpu.
+# Read once, at import: `select` is traced by torch.compile, which cannot call _cpu.
 AVAILABLE = tuple(available())
-SELECTION = json.loads(resources.files(__name__).joinpath("selection.json").read_text())
-PREFERRED: dict[str, list[str]] = SELECTION["prefer"]
-FUSED_FORWARD: dict[str, dict[str, dict[str, int]]] = SELECTION["fused_forward_up_to_hidden_size"]
 
 
-def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def select(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Backend:
     """The backend of a call.
 
     Args:
         name: ``"auto"`` or a backend's name.
         device: device of the tensors.
         dtype: dtype of the logits.
+        sizes: of the call; None leaves the choices of ``selection.json`` out.
 
     Raises:
         RuntimeError: a backend that exists but is not available; the message says why and what to install.
         ValueError: an unknown name, or a backend that does not take this device or dtype.
     """
-    if name == "auto":
-        names = [n for n in PREFERRED.get(device.type, ["torch"]) if n in AVAILABLE]
+    if name == selection.AUTO:
+        names = [n for n in selection.PREFERRED.get(device.type, ["torch"]) if n in AVAILABLE]
         usable = [BACKENDS[n] for n in names if BACKENDS[n].refuses(device, dtype) is None]
-        return usable[0] if usable else BACKENDS["torch"]
+        return with_choices(usable[0] if usable else BACKENDS["torch"], name, device, sizes)
     if name not in AVAILABLE:
         reasons = {status.name: status.reason for status in describe()}
         if name in reasons:
@@ -205,16 +260,35 @@ def select(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     refusal = BACKENDS[name].refuses(device, dtype)
     if refusal:
         raise ValueError(refusal)
-    return BACKENDS[name]
+    return with_choices(BACKENDS[name], name, device, sizes)
 
 
-def prefers_fused_forward(backend: Backend, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the backend's fused linear path measured faster than a product and the row kernel, for (R, H), (V, H).
+def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | None) -> Backend:
+    """What serves a call: ``base``, with the kernels of other backends and the ways around that measured faster.
 
-    ``selection.json`` lists up to which H it does, by backend, architecture and dtype; what it does not list does not.
+    Args:
+        base: what serves it without a choice.
+        name: as the call names it.
+        device: of the tensors.
+        sizes: of the call, or None.
     """
-    if backend.linear_forward is None:
-        return False
-    arch = tuning.architecture(hidden.device)
-    largest: int = FUSED_FORWARD.get(backend.name, {}).get(arch, {}).get(str(hidden.dtype).removeprefix("torch."), 0)
-    return weight.shape[1] <= largest
+    if sizes is None or not selection.CHOICES or torch.compiler.is_compiling():
+        return base
+    usable = tuple(n for n in AVAILABLE if BACKENDS[n].refuses(device, sizes.logits_dtype) is None)
+    chosen = selection.choices_for(name, tuning.architecture(device), sizes, usable)
+    served: dict[str, Any] = {
+        operation: BACKENDS[other].optional[operation]
+        for operation, other in chosen.items()
+        if operation in selection.OPTIONAL and other is not None
+    }
+    of = {operation: base if other is None else BACKENDS[other] for operation, other in chosen.items()}
+    forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
+    groups, whole = of.get("contrast", base), of.get("logits_loss", base)
+    return replace(
+        base,
+        rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
+        contrast=groups.contrast,
+        logits_loss=whole.logits_loss,
+        contrast_candidates=min(groups.contrast_candidates, whole.contrast_candidates),
+        **served,
+    )

@@ -77,6 +77,11 @@ def _queue(device: torch.device) -> dict[str, int]:
     return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
 def row_forward(
     logits: Tensor,
     targets: Tensor,
@@ -179,6 +184,12 @@ def row_backward_(
     """
     rows = _Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
     _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
+
+
+def row_gradient_takes(logits: Tensor) -> bool:
+    """Whether :func:`row_gradient_` takes rows of this length: the shared memory of a cluster holds one."""
+    row_bytes = logits.shape[1] * logits.element_size()
+    return row_bytes <= _extension().row_gradient_bytes(device=_queue(logits.device)["device"])
 
 
 def row_gradient_(

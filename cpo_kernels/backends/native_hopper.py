@@ -4,7 +4,8 @@ Log-probabilities alone leave nothing in memory. Where a gradient is to follow, 
 relative to the row's maximum in its tile, as accurate as the gradient made of it, so that there is no second pass over
 float32 logits.
 
-Nothing selects it: it is compiled, and checked on a CPU instruction by instruction, but not measured.
+It is compiled, and checked on a CPU instruction by instruction, but not measured: a call takes it where
+``selection.json`` says so, which is nowhere yet.
 """
 
 from __future__ import annotations
@@ -34,16 +35,72 @@ class Kept(NamedTuple):
     slopes: Tensor
 
 
-def new_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Kept:
-    """Room for it: 2 bytes a logit and little else."""
-    R, V = hidden.shape[0], weight.shape[0]
-    unit = BOUNDARY // hidden.element_size()
-    tiles = native_cuda._extension().linear_tiles(vocab=V)
-    return Kept(
-        torch.empty((R, -(-V // unit) * unit), dtype=hidden.dtype, device=hidden.device)[:, :V],
-        torch.empty((tiles, R), dtype=torch.float32, device=hidden.device),
-        torch.empty(targets.shape, dtype=torch.float32, device=hidden.device),
+class Room(NamedTuple):
+    """Memory for what blocks of some rows keep, one block after another: the exponentials, and the tops in a row."""
+
+    exponentials: Tensor
+    tile_tops: Tensor
+
+    def kept(self, rows: int, tokens: int) -> Kept:
+        """For a block of so many rows and tokens."""
+        tops = self.tile_tops.view(-1)[: self.tile_tops.shape[0] * rows].view(-1, rows)
+        return Kept(self.exponentials[:rows], tops, tops.new_empty(tokens))
+
+
+def takes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether this path takes hidden (R, H) and weight (V, H): device, dtype, and where rows begin."""
+    if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype or 0 in (*hidden.shape, *weight.shape):
+        return False
+    if native_cuda.capability(hidden.device) != CAPABILITY:
+        return False
+    try:
+        _row_stride("hidden", hidden)
+        _row_stride("weight", weight)
+    except ValueError:
+        return False
+    return True
+
+
+def row_elements(vocab: int) -> int:
+    """Elements of the inputs' dtype that :func:`room` takes for a row."""
+    return _row_width(vocab, DTYPES[0].itemsize) + native_cuda._extension().linear_tiles(vocab=vocab) * (
+        torch.float32.itemsize // DTYPES[0].itemsize
     )
+
+
+def _row_width(vocab: int, element_size: int) -> int:
+    unit = BOUNDARY // element_size
+    return -(-vocab // unit) * unit
+
+
+def room(rows: int, hidden: Tensor, vocab: int) -> Room:
+    """Room for blocks of up to ``rows`` rows of ``hidden``: 2 bytes a logit and little else."""
+    width = _row_width(vocab, hidden.element_size())
+    tiles = native_cuda._extension().linear_tiles(vocab=vocab)
+    return Room(hidden.new_empty((rows, width))[:, :vocab], hidden.new_empty((tiles, rows), dtype=torch.float32))
+
+
+def new_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Kept:
+    """Room for the rows of ``hidden`` and the tokens of ``targets``, and for nothing after them."""
+    rows = hidden.shape[0]
+    return room(rows, hidden, weight.shape[0]).kept(rows, targets.shape[0])
+
+
+def forward(
+    space: Room | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Kept | None]:
+    """:func:`linear_forward` of a block that keeps what its gradient needs in ``space``, or nothing without it."""
+    kept = None if space is None else space.kept(hidden.shape[0], targets.shape[0])
+    head = (bias, logit_scale, softcap, temperature)
+    return *linear_forward(hidden, weight, targets, row_starts, *head, kept), kept
 
 
 def linear_forward(

@@ -125,6 +125,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("row_backward", &row_backward, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
         "stats"_a, "coef"_a, "token_grad"_a, "out"_a, "out_stride"_a);
+  m.def("row_gradient_bytes", &cpo::row_gradient_bytes, py::kw_only(), "device"_a, "Bytes of the longest row that row_gradient takes.");
   m.def("row_gradient", &row_gradient, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
         "stats"_a, "logps"_a, "coef"_a, "out"_a, "out_stride"_a, "slice_bytes"_a);

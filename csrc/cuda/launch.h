@@ -97,6 +97,8 @@ inline std::size_t contrast_shared_bytes(int max_candidates) { return static_cas
 void row_forward(const Queue& queue, DType dtype, const ForwardArgs& args);
 void row_backward(const Queue& queue, DType dtype, DType out_dtype, const BackwardArgs& args);
 void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const GradientArgs& args);
+// Bytes of the longest row that row_gradient takes.
+std::int64_t row_gradient_bytes(int device);
 void contrast(const Queue& queue, const ContrastArgs& args);
 void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args);
 

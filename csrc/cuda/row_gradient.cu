@@ -48,6 +48,12 @@ void launch_gradient(const Queue& queue, const GradientArgs& args) {
 
 }  // namespace
 
+std::int64_t row_gradient_bytes(int device) {
+  const simt::ClusterLimits limits = simt::cluster_limits(device);
+  const auto vectors = static_cast<std::int64_t>((limits.shared_bytes - sizeof(SliceHeader)) / kVectorBytes);
+  return limits.blocks * vectors * kVectorBytes;
+}
+
 void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const GradientArgs& args) {
   if (args.forward.batch.rows == 0) return;
   if (dtype != DType::kF32 && out_dtype != dtype) {

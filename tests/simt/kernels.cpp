@@ -49,6 +49,8 @@ int simt_row_backward(int dtype, int out_dtype, const cpo::BackwardArgs* args, i
   });
 }
 
+std::int64_t simt_row_gradient_bytes() { return cpo::row_gradient_bytes(0); }
+
 int simt_row_gradient(int dtype, int out_dtype, const cpo::GradientArgs* args, int threads) {
   return guarded([&] {
     cpo::row_gradient(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
