@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
+import hopper_host
 import pytest
 import simt_host
 import torch
@@ -99,3 +101,41 @@ def emulator(simt_library, monkeypatch):
     monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
     monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
     return module
+
+
+@pytest.fixture(scope="session")
+def hopper_library(tmp_path_factory):
+    """Hopper's linear path, compiled for the CPU."""
+    if simt_host.compiler() is None:
+        pytest.skip("needs g++")
+    return hopper_host.build(tmp_path_factory.mktemp("hopper"))
+
+
+@pytest.fixture(scope="session")
+def cuda_operators():
+    """The row operators of the cuda backend once more: its own exist only where there is a GPU."""
+    from cpo_kernels import ops
+    from cpo_kernels.backends import native_cuda
+
+    kernels = ops.RowKernels(
+        lambda *args: native_cuda.row_forward(*args),
+        lambda *args: native_cuda.row_backward(*args),
+        lambda *args: native_cuda.row_backward_(*args),
+    )
+    return ops.declare_rows("emulated_cuda_", kernels)
+
+
+@pytest.fixture
+def emulated_cuda(emulator, hopper_library, cuda_operators, monkeypatch):
+    """The cuda backend as users name it, on the CPU: all kernels emulated, of a GPU of compute capability 9.0."""
+    from cpo_kernels.backends import native_cuda
+
+    hopper = hopper_host.HopperModule(hopper_library)
+    for name in ("linear_workspace", "linear_tiles", "linear_forward", "linear_backward"):
+        setattr(emulator, name, getattr(hopper, name))
+    monkeypatch.setattr(native_cuda, "capability", lambda device: hopper.capability)
+    base = backends.cuda_backend() if "cuda" not in backends.BACKENDS else backends.BACKENDS["cuda"]
+    emulated = replace(base, devices=("cpu",), rows=cuda_operators)
+    monkeypatch.setitem(backends.BACKENDS, "cuda", emulated)
+    monkeypatch.setattr(backends, "AVAILABLE", tuple(dict.fromkeys((*backends.AVAILABLE, "cuda"))))
+    return emulated

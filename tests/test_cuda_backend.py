@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,7 @@ from problems import PROBLEMS
 from tolerance import assert_accurate
 
 from benchmarks import small_run
-from cpo_kernels import backends, cpo_loss, linear_cpo_loss, ops, token_logps
+from cpo_kernels import backends, cpo_loss, linear_cpo_loss, token_logps
 from cpo_kernels.backends import native_cuda, selection, triton_support
 
 pytestmark = pytest.mark.cpu
@@ -112,33 +111,12 @@ def test_tensors_of_the_cpu_are_refused():
         call()
 
 
-@pytest.fixture(scope="module")
-def operators():
-    """The row operators once more: those of the backend exist only where there is a GPU."""
-    kernels = ops.RowKernels(
-        lambda *args: native_cuda.row_forward(*args),
-        lambda *args: native_cuda.row_backward(*args),
-        lambda *args: native_cuda.row_backward_(*args),
-    )
-    return ops.declare_rows("emulated_cuda_", kernels)
-
-
-@pytest.fixture
-def backend(emulator, operators, monkeypatch):
-    """The backend as users name it, on the CPU."""
-    base = backends.cuda_backend() if "cuda" not in backends.BACKENDS else backends.BACKENDS["cuda"]
-    emulated = replace(base, devices=("cpu",), rows=operators)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", emulated)
-    monkeypatch.setattr(backends, "AVAILABLE", (*backends.AVAILABLE, "cuda"))
-    return emulated
-
-
 @pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-def test_opcheck(emulator, operators, shared):
+def test_opcheck(emulator, cuda_operators, shared):
     logits, targets = torch.randn(4, 31), torch.randint(0, 31, (6 if shared else 4,))
     starts = torch.tensor([0, 2, 2, 5, 6]) if shared else None
     head = (torch.randn(31), 0.7, 3.0, 1.3)
-    stats, logps = operators.forward(logits, targets, starts, *head)
+    stats, logps = cuda_operators.forward(logits, targets, starts, *head)
     namespace = torch.ops.cpo_kernels
     forward = namespace.emulated_cuda_row_forward.default
     torch.library.opcheck(forward, (logits.clone().requires_grad_(), targets, starts, *head))
@@ -151,7 +129,7 @@ def test_opcheck(emulator, operators, shared):
 @pytest.mark.parametrize(
     "name", ["larger_prime_vocab", "whole_head", "ranked", "packed_whole_head", "packed_shared_rows"]
 )
-def test_the_engine_with_these_kernels(backend, dtype, name):
+def test_the_engine_with_these_kernels(emulated_cuda, dtype, name):
     """Loss and gradients, chunk by chunk, against the reference backend's in float64."""
     torch.manual_seed(1)
     rounded = PROBLEMS[name]().to(dtype)
@@ -167,7 +145,7 @@ def test_the_engine_with_these_kernels(backend, dtype, name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
 @pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss"])
-def test_the_bindings_take_what_the_launchers_give(backend, emulator, monkeypatch, name):
+def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monkeypatch, name):
     """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
     extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
     given = {}
@@ -182,14 +160,14 @@ def test_the_bindings_take_what_the_launchers_give(backend, emulator, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_the_sanitizer_watches_runs(backend, dtype):
+def test_what_the_sanitizer_watches_runs(emulated_cuda, dtype):
     small_run.logits_form("cuda", torch.device("cpu"), dtype)
     small_run.linear_form("cuda", torch.device("cpu"), dtype)
     small_run.one_launch(torch.device("cpu"), dtype)
     small_run.one_read(torch.device("cpu"), dtype)
 
 
-def test_logits_form(backend):
+def test_logits_form(emulated_cuda):
     logits, targets = torch.randn(3, 2, 257, requires_grad=True), torch.randint(0, 257, (3, 2))
     logps = token_logps(logits, targets, backend="cuda")
     (grad,) = torch.autograd.grad(logps.sum(), logits)
@@ -204,7 +182,7 @@ def test_logits_form(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"mle_weight": 0.4, "softcap": 3.0, "temperature": 1.3}], ids=["plain", "all"])
-def test_the_loss_of_given_logits_is_one_launch(backend, emulator, monkeypatch, dtype, options):
+def test_the_loss_of_given_logits_is_one_launch(emulated_cuda, emulator, monkeypatch, dtype, options):
     """Loss and gradients of logits and bias under an upstream gradient of 3, and again from a retained graph."""
     launches = []
     launch = emulator.cpo_loss
@@ -225,7 +203,7 @@ def test_the_loss_of_given_logits_is_one_launch(backend, emulator, monkeypatch, 
     assert len(launches) == 2  # the second for the retained graph
 
 
-def test_the_loss_of_given_logits_without_gradients(backend):
+def test_the_loss_of_given_logits_without_gradients(emulated_cuda):
     logits, targets = torch.randn(2, 3, 4, 65), torch.randint(0, 65, (2, 3, 4))
     found, expected = (cpo_loss(logits, targets, backend=kind) for kind in ("cuda", "torch"))
     assert not found.loss.requires_grad

@@ -30,15 +30,10 @@ pytestmark = [
 ROWS, COLUMNS, DEPTH, STAGES = 128, 256, 64, 4  # of a tile; tiles under way
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return hopper_host.build(tmp_path_factory.mktemp("hopper"))
-
-
 @pytest.fixture(autouse=True)
-def gpu(library, monkeypatch):
+def gpu(hopper_library, monkeypatch):
     """The extension that native_cuda finds; tensors of the CPU are those of its device."""
-    module = hopper_host.HopperModule(library)
+    module = hopper_host.HopperModule(hopper_library)
     monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
     monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
     return module
@@ -266,13 +261,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("R", "V", "H", "multiprocessors"), [*SHAPES, (100000, 50257, 768, 132), (129, 513, 64, 3)])
-def test_every_tile_is_computed_once(library, R, V, H, multiprocessors):
-    schedule, unit = schedule_of(library, R, V, H, multiprocessors), Unit()
+def test_every_tile_is_computed_once(hopper_library, R, V, H, multiprocessors):
+    schedule, unit = schedule_of(hopper_library, R, V, H, multiprocessors), Unit()
     assert schedule.clusters * schedule.cluster <= multiprocessors
     assert schedule.row_groups * schedule.cluster * ROWS >= R and schedule.vocab_tiles == -(-V // COLUMNS)
     seen: dict[tuple[int, int], int] = {}
     for index in range(schedule.row_groups * schedule.splits):
-        library.simt_unit_of(ctypes.byref(schedule), index, ctypes.byref(unit))
+        hopper_library.simt_unit_of(ctypes.byref(schedule), index, ctypes.byref(unit))
         assert unit.first_tile < unit.last_tile
         for tile in range(unit.first_tile, unit.last_tile):
             key = unit.row_group, tile
@@ -286,9 +281,9 @@ def test_every_tile_is_computed_once(library, R, V, H, multiprocessors):
 
 
 @pytest.mark.parametrize(("R", "V", "H", "multiprocessors"), SHAPES[:3])
-def test_no_multiprocessor_waits_long(library, R, V, H, multiprocessors):
+def test_no_multiprocessor_waits_long(hopper_library, R, V, H, multiprocessors):
     """The busiest cluster has at most 10 % more tiles than the average one, and what runs together fits the cache."""
-    schedule = schedule_of(library, R, V, H, multiprocessors)
+    schedule = schedule_of(hopper_library, R, V, H, multiprocessors)
     slots = multiprocessors // schedule.cluster
     busiest = -(-schedule.row_groups * schedule.splits // slots) * schedule.split_tiles
     assert busiest <= 1.1 * schedule.row_groups * schedule.vocab_tiles / slots

@@ -2,10 +2,10 @@
 
 ``prefer`` orders the backends for each device type. ``choices`` refines that on a GPU, operation by operation and size
 by size; they are searched in order, and the first that matches counts. A choice has ``operation``, ``arch``, ``dtype``
-(or ``"any"``), ``backend``, optionally ``vocab_at_most`` and ``hidden_at_most``, and ``measured``, the figure behind it.
-Operations that every backend has (``row_forward``, ``row_backward``, ``contrast``) are exchanged where the backend is
-chosen automatically. The others are ways around something, taken only where a choice says so, also by a backend that is
-named; ``backend`` null means that the way around does not pay.
+(or ``"any"``), ``backend``, optionally ``vocab_at_most`` and ``hidden_at_most``, and ``measured``, the figure behind
+it. Operations that every GPU backend has (``row_forward``, ``row_backward``, ``contrast``) are exchanged where the
+backend is chosen automatically. The others are ways around something, taken only where a choice says so, also by a
+backend that is named; ``backend`` null means that the way around does not pay.
 """
 
 from __future__ import annotations
