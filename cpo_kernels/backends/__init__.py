@@ -284,11 +284,12 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
     of = {operation: base if other is None else BACKENDS[other] for operation, other in chosen.items()}
     forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
     groups, whole = of.get("contrast", base), of.get("logits_loss", base)
+    launches = ((groups, groups.contrast), (whole, whole.logits_loss))
     return replace(
         base,
         rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
         contrast=groups.contrast,
         logits_loss=whole.logits_loss,
-        contrast_candidates=min(groups.contrast_candidates, whole.contrast_candidates),
+        contrast_candidates=min((b.contrast_candidates for b, launch in launches if launch is not None), default=0),
         **served,
     )
