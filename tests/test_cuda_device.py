@@ -12,10 +12,20 @@ from dataclasses import replace
 import pytest
 import torch
 from devices import DEVICE
-from problems import PROBLEMS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
+from problems import (
+    PROBLEMS,
+    Problem,
+    assert_problem_accurate,
+    fused_loss,
+    loss_and_grads,
+    packed_problem,
+    random_problem,
+)
 
 from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, token_logps
-from cpo_kernels.backends import triton_support
+from cpo_kernels.backends import native_cuda, native_hopper, triton_support
+from cpo_kernels.backends.selection import OPTIONAL, Choice, overridden
+from cpo_kernels.backends.triton import tuning
 
 pytestmark = [
     pytest.mark.cuda,
@@ -24,6 +34,28 @@ pytestmark = [
 ]
 REPEATS = 1000
 V, H = 1009, 64
+LIKELIHOOD = {"contrast_weight": 0.0, "mle_weight": 1.0}  # coefficients are known
+# Backend, the optional operation that is chosen, and options of the loss that lead there.
+PATHS = {
+    "auto": ("auto", None, {}),
+    "cuda": ("cuda", None, {}),
+    "kept exponentials": ("cuda", "linear_kept", {}),
+    "one read": ("cuda", "row_gradient_", LIKELIHOOD),
+}
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """Options of the loss for one way through the engine."""
+    backend, operation, options = PATHS[request.param]
+    if backend == "cuda" and native_cuda.unavailable_reason() is not None:
+        pytest.skip(str(native_cuda.unavailable_reason()))
+    if operation == "linear_kept" and native_cuda.capability(DEVICE) != native_hopper.CAPABILITY:
+        pytest.skip("needs a Hopper GPU")
+    chosen = [] if operation is None else [Choice(operation, tuning.architecture(DEVICE), backend)]
+    assert {choice.operation for choice in chosen} <= set(OPTIONAL)
+    with overridden(*chosen):
+        yield {"backend": backend, **options}
 
 
 def moved(problem: Problem, device: torch.device | str) -> Problem:
@@ -79,7 +111,8 @@ def test_auto_is_a_backend_of_the_gpu():
 
 def padded_step(tensors: dict[str, torch.Tensor], **options):
     """Loss and gradients of the padded form without a look at any value on the host."""
-    loss = linear_cpo_loss(**tensors, skip_absent_rows=False, mle_weight=0.2, beta=0.3, **options).loss
+    options = {"mle_weight": 0.2, "beta": 0.3, **options}
+    loss = linear_cpo_loss(**tensors, skip_absent_rows=False, **options).loss
     return loss.detach(), *torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"]))
 
 
@@ -96,9 +129,9 @@ def fill(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> N
 
 @pytest.mark.parametrize("budget_rows", [None, 20], ids=["one_chunk", "several_chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_graph_replays_on_new_data(dtype, budget_rows):
+def test_captured_graph_replays_on_new_data(path, dtype, budget_rows):
     """Other numbers and other absent tokens in the same memory: what the eager call gives for them."""
-    options = {"max_logits_bytes": None if budget_rows is None else budget_rows * V * dtype.itemsize}
+    options = path | {"max_logits_bytes": None if budget_rows is None else budget_rows * (V + 47) * dtype.itemsize}
     static = padded_tensors(dtype)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -123,13 +156,13 @@ def test_captured_graph_replays_on_new_data(dtype, budget_rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_padded_form_waits_for_nothing(dtype):
+def test_padded_form_waits_for_nothing(path, dtype):
     tensors = padded_tensors(dtype)
-    expected = padded_step(tensors)  # compiles the kernels, which may wait
+    expected = padded_step(tensors, **path)  # compiles the kernels, which may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = padded_step(tensors)
+        found = padded_step(tensors, **path)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for result, wanted in zip(found, expected, strict=True):
@@ -146,10 +179,10 @@ def test_the_debug_mode_would_notice_a_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_dense_rows_give_the_same_loss_and_gradients():
+def test_dense_rows_give_the_same_loss_and_gradients(path):
     problem = on_gpu(random_problem(G=4, C=3, T=6, H=H, V=V))
-    expected = loss_and_grads(fused_loss(problem), problem)
-    found = loss_and_grads(fused_loss(problem, skip_absent_rows=False), problem)
+    expected = loss_and_grads(fused_loss(problem, **path), problem)
+    found = loss_and_grads(fused_loss(problem, skip_absent_rows=False, **path), problem)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
 
@@ -157,17 +190,18 @@ def test_dense_rows_give_the_same_loss_and_gradients():
 # Streams and devices
 
 
-def test_two_streams_at_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_streams_at_once(path, dtype):
     """Each stream's results are those of its problem alone, bit by bit."""
-    problems = [on_gpu(random_problem(G=8, C=3, T=32, H=H, V=50257)) for _ in range(2)]
-    expected = [loss_and_grads(fused_loss(p), p) for p in problems]
+    problems = [on_gpu(random_problem(G=8, C=3, T=32, H=H, V=50257), dtype) for _ in range(2)]
+    expected = [loss_and_grads(fused_loss(p, **path), p) for p in problems]
     streams = [torch.cuda.Stream() for _ in problems]
     torch.cuda.synchronize()
     found: list[list[dict[str, torch.Tensor]]] = [[], []]
     for _ in range(10):
         for problem, stream, results in zip(problems, streams, found, strict=True):
             with torch.cuda.stream(stream):
-                results.append(loss_and_grads(fused_loss(problem), problem))
+                results.append(loss_and_grads(fused_loss(problem, **path), problem))
     torch.cuda.synchronize()
     for results, wanted in zip(found, expected, strict=True):
         for result in results:
@@ -187,7 +221,32 @@ def test_a_device_that_is_not_the_current_one():
         torch.testing.assert_close(found[name].to("cuda:0"), value)
 
 
+# Accuracy of the ways through the engine, at sizes beyond the emulator's
+
+
+@pytest.mark.parametrize("rows", [None, 300], ids=["one_chunk", "several_chunks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients(path, dtype, rows):
+    problem = moved(random_problem(G=12, C=3, T=40, H=520, V=5003), DEVICE)
+    head = path | {"max_logits_bytes": None if rows is None else rows * 5100 * dtype.itemsize}
+    problem = replace(problem, weight=problem.weight / 8)
+    options = {name: head.pop(name) for name in LIKELIHOOD if name in head}
+    assert_problem_accurate(problem.with_options(**options), dtype, **head)
+
+
 # Races would show as other bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_gives_the_same_bits_again_and_again(path, dtype):
+    problem = on_gpu(random_problem(G=8, C=4, T=32, H=H, V=5003), dtype)
+    expected = loss_and_grads(fused_loss(problem, **path), problem)
+    different = torch.zeros((), dtype=torch.bool, device=DEVICE)
+    for _ in range(REPEATS // 4):
+        again = loss_and_grads(fused_loss(problem, **path), problem)
+        for name, value in expected.items():
+            different |= (again[name] != value).any()
+    assert not different
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own_rows", "shared_rows"])

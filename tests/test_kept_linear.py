@@ -16,7 +16,7 @@ from problems import (
     packed_problem,
     random_problem,
 )
-from tolerance import assert_accurate
+from tolerance import assert_accurate, relative_error
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan, reference
 from cpo_kernels.backends import native_hopper
@@ -168,12 +168,12 @@ def test_padding_may_hold_nan(launches):
 def test_filters_see_the_same_gradient(launches):
     """A threshold that keeps everything, and one that leaves columns out."""
     problem = PROBLEMS["padded"]().to(torch.bfloat16)
-    exact = linear_cpo_loss(**problem.arguments(), **problem.options, backend="cuda")
-    for eps, dropped in ((0.0, False), (0.05, True)):
+    exact = loss_and_grads(fused_loss(problem, backend="cuda"), problem)
+    for eps, dropped in ((0.0, False), (0.02, True)):
         out = linear_cpo_loss(**problem.arguments(), **problem.options, backend="cuda", grad_filter_eps=eps)
-        assert torch.equal(out.loss, exact.loss)
         assert (out.dropped > 0) == dropped
-        out.loss.backward()
+        for name, found in loss_and_grads(out.loss, problem).items():
+            assert relative_error(found, exact[name]) <= (0.1 if dropped and name != "loss" else 0)
     assert "row_backward" not in launches
 
 
