@@ -46,22 +46,33 @@ def linear_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def one_launch(device: torch.device, dtype: torch.dtype) -> None:
-    """The cooperative launch of the whole objective: three groups of three candidates with four slots each."""
-    targets = torch.randint(0, V, (36,), device=device)
+    """The cooperative launch of the whole objective: groups of three candidates with four slots each.
+
+    Three groups, and so many rows that blocks take several, however many there are of them.
+    """
+    blocks = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    for groups in (3, blocks * 2 // 12 + 1):
+        for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
+            objective_of(groups, head, device, dtype)
+
+
+def objective_of(groups: int, head: tuple[float, float, float], device: torch.device, dtype: torch.dtype) -> None:
+    """Without a gradient, with one apart, and with one over the logits."""
+    rows = 12 * groups
+    targets = torch.randint(0, V, (rows,), device=device)
     targets[20:24] = -100
-    starts = torch.arange(0, 37, 4, device=device)
-    lengths = (targets != -100).view(9, 4).sum(1)
+    starts = torch.arange(0, rows + 1, 4, device=device)
+    lengths = (targets != -100).view(-1, 4).sum(1)
     objective = {"beta": 0.1, "margin": 0.0, "label_smoothing": 0.0, "loss_type": "plackett_luce", "gain": 1.0}
     objective |= {"contrast_weight": 1.0, "mle_weight": 0.5, "length_normalized": False, "max_candidates": 3}
-    for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
-        logits = torch.randn(36, V, device=device).to(dtype)
-        for grad in (None, torch.empty_like(logits), logits):
-            native_groups.cpo_loss(
-                *(logits, targets, grad, starts, None, lengths, None, None, None, *head),
-                **objective,
-                num_groups=3,
-                num_target_tokens=12,
-            )
+    logits = torch.randn(rows, V, device=device).to(dtype)
+    for grad in (None, torch.empty_like(logits), logits):
+        native_groups.cpo_loss(
+            *(logits, targets, grad, starts, None, lengths, None, None, None, *head),
+            **objective,
+            num_groups=groups,
+            num_target_tokens=rows,
+        )
 
 
 def one_read(device: torch.device, dtype: torch.dtype) -> None:
@@ -76,16 +87,22 @@ def one_read(device: torch.device, dtype: torch.dtype) -> None:
             native_cuda.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
 
 
+# (R, H) of the fused linear path: less than a tile; two blocks a cluster, and more steps along H than stages.
+LINEAR_SIZES = ((5, H), (300, 9 * 64))
+
+
 def hopper_linear(device: torch.device, dtype: torch.dtype) -> None:
     """The fused linear path of sm_90, alone and with the exponentials that its gradient overwrites."""
-    hidden, weight = torch.randn(5, H, device=device).to(dtype), torch.randn(V, H, device=device).to(dtype)
-    targets = torch.randint(0, V, (7,), device=device)
-    starts = torch.tensor([0, 3, 3, 6, 7, 7], device=device)
-    for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
-        native_hopper.linear_forward(hidden, weight, targets, starts, None, *head)
-        kept = native_hopper.new_kept(hidden, weight, targets)
-        stats, logps = native_hopper.linear_forward(hidden, weight, targets, starts, None, *head, kept)
-        native_hopper.linear_backward_(kept, targets, starts, stats, logps, torch.ones_like(logps), *head)
+    for rows, width in LINEAR_SIZES:
+        hidden, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, V))
+        targets = torch.randint(0, V, (rows + 2,), device=device)
+        starts = torch.arange(rows + 1, device=device)
+        starts[1:] += 2  # three tokens in the first row
+        for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
+            native_hopper.linear_forward(hidden, weight, targets, starts, None, *head)
+            kept = native_hopper.new_kept(hidden, weight, targets)
+            stats, logps = native_hopper.linear_forward(hidden, weight, targets, starts, None, *head, kept)
+            native_hopper.linear_backward_(kept, targets, starts, stats, logps, torch.ones_like(logps), *head)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,6 +21,7 @@ from contrast_chunks import (
     token_logps,
     with_ranks,
 )
+from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -203,3 +204,11 @@ def test_no_segments():
     sums, coef = launch(Chunk(PAIRS, torch.empty(0)), Objective(), **changes)
     assert sums.shape == coef.shape == (0,)
     assert sums.dtype == torch.float32
+
+
+@pytest.mark.parametrize("threads", [16, 48, 512])
+def test_threads_that_make_no_whole_warps_are_refused(threads):
+    """Their last warp would wait for lanes that do not exist."""
+    chunk = Chunk([[(1, 2), (1, 1)]], -torch.rand(3))
+    with pytest.raises(EmulatorError, match=f"threads is {threads}; expected a multiple of 32 up to 256"):
+        launch(chunk, Objective(), threads=threads)

@@ -290,6 +290,14 @@ def test_no_multiprocessor_waits_long(hopper_library, R, V, H, multiprocessors):
     assert schedule.together * schedule.cluster * ROWS * 2 * H <= 25 * 2**20
 
 
+@pytest.mark.parametrize(("R", "V", "H"), [(8192, 128256, 4096), (16384, 128256, 4096), (8192, 151936, 1024)])
+def test_the_weight_is_read_few_times(hopper_library, R, V, H):
+    """Beside products of 700 TFLOP/s, at an eighth of an H200's bandwidth."""
+    schedule = schedule_of(hopper_library, R, V, H, 132)
+    reads = -(-schedule.row_groups // schedule.together)
+    assert reads * V * H * 2 / (2 * R * V * H / 700e12) <= 0.48e12
+
+
 FAULTS = {
     "a stage is filled before it is empty": (
         "linear_kernel.cuh",

@@ -131,3 +131,11 @@ def test_a_chunk_needs_as_many_slots_as_rows():
     chunk, logits, targets = make_chunk("pairs", torch.float32)
     with pytest.raises(EmulatorError, match="outside of every region"):
         run(chunk, logits, targets, None, Objective(), HEADS["plain"], token_starts=chunk.token_starts * 2)
+
+
+def test_groups_without_a_row_have_sums_of_zero():
+    """Every segment is empty: nothing but the sums is left to write."""
+    chunk = Chunk([[(0, 0), (0, 0)]] * 3, torch.zeros(0))
+    logits, targets = torch.zeros(0, V), torch.zeros(0, dtype=torch.int64)
+    sums, logps = run(chunk, logits, targets, torch.empty_like(logits), Objective(), HEADS["plain"])
+    assert torch.equal(sums, torch.zeros(6)) and logps.shape == (0,)

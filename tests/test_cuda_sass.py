@@ -65,6 +65,18 @@ def test_row_kernels_load_and_store_16_bytes_and_have_four_loads_in_flight():
     assert not [entry for entry in found if entry[-1]]
 
 
+@needs_module
+def test_a_softcap_is_no_branch_for_every_element():
+    """A tile has 32 elements a thread, and each kernel has it twice or more."""
+    branches: dict[tuple[str, str], dict[bool, int]] = {}
+    for arch, kernel in kernels():
+        head = sass.HEAD.search(kernel.name)
+        if sass.is_row_kernel(kernel) and head is not None and head[2] == "0" and head[3] == "1":
+            branches.setdefault((arch, head[1]), {})[sass.is_capped(kernel)] = kernel.count("BRA")
+    assert branches
+    assert not [(key, found) for key, found in branches.items() if found[True] > found[False] + 48]
+
+
 def compiled(source: Path, folder: Path, *flags: str) -> dict[str, sass.Kernel]:
     output = folder / "kernels.o"
     command = [NVCC or "nvcc", "-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-arch=sm_80", *flags]

@@ -35,6 +35,15 @@ CPO_DEVICE void cluster_barrier() {
 #endif
 }
 
+// No block is past it before all have reached it; it waits for nothing that they have written.
+CPO_DEVICE void cluster_meet() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
 // What block `rank` of the cluster has at the place of `p` in its own shared memory.
 CPO_DEVICE float load_remote(const float* p, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -65,9 +74,17 @@ inline ClusterLimits cluster_limits(int device) {
   return {clusters ? 8 : 1, static_cast<std::size_t>(shared)};
 }
 
+// The kernel may use as much shared memory as a block can have: a limit of its own launch would be another thread's too.
 template <class... Parameters, class... Arguments>
-void launch_cluster(const Grid& grid, int cluster, const char* name, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)), name);
+void launch_cluster(const Grid& grid, int cluster, int device, const char* name, void (*kernel)(Parameters...),
+                    const Arguments&... arguments) {
+  const auto shared = static_cast<int>(cluster_limits(device).shared_bytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  if (cluster > 1) {
+    cudaFuncAttributes code{};
+    check(cudaFuncGetAttributes(&code, kernel), name);
+    if (code.ptxVersion < 90) throw std::runtime_error(std::string(name) + ": compiled for a GPU without clusters; compile for 90a");
+  }
   cudaLaunchConfig_t config = launch_config(grid, name);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;

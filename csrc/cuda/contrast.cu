@@ -16,7 +16,7 @@ CPO_KERNEL(kContrastThreads, 2) contrast_kernel(ContrastArgs args) {
 
 // Without more warps than a group has candidates, where they are few.
 int contrast_threads(const Queue& queue, int max_candidates) {
-  if (queue.threads != 0) return queue.threads;
+  if (queue.threads != 0) return checked_threads(queue.threads, kContrastThreads);
   int threads = kWarpSize;
   while (threads < kContrastThreads && threads / kWarpSize < max_candidates) threads *= 2;
   return threads;

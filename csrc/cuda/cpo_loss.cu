@@ -34,7 +34,7 @@ CPO_KERNEL(Head::kThreads, Head::kBlocks) cpo_loss_kernel(LossArgs args, Head he
 
 void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args) {
   const RowBatch& batch = args.forward.batch;
-  if (batch.rows == 0) return;
+  if (args.contrast.groups == 0) return;
   if (batch.row_starts) throw std::invalid_argument("cpo_loss takes one token a row");
   const DeviceGuard guard(queue.device);
   const std::size_t shared_bytes = contrast_shared_bytes(args.contrast.max_candidates);
@@ -42,8 +42,9 @@ void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args) {
     using T = decltype(type);
     with_head(batch.bias, batch.mult, batch.cap, [&](auto head) {
       using H = decltype(head);
-      const int threads = queue.threads ? row_threads<T, H>(queue, batch.vocab) : H::kThreads;
-      const simt::Grid grid{batch.rows, threads, shared_bytes < sizeof(Partials) ? sizeof(Partials) : shared_bytes, queue.stream};
+      const int threads = row_threads<T, H>(queue, batch.vocab);
+      const std::int64_t blocks = batch.rows > args.contrast.groups ? batch.rows : args.contrast.groups;
+      const simt::Grid grid{blocks, threads, shared_bytes < sizeof(Partials) ? sizeof(Partials) : shared_bytes, queue.stream};
       simt::launch_cooperative(grid, queue.device, "cpo_loss", cpo_loss_kernel<T, H>, args, head);
     });
   });

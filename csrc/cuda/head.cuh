@@ -18,15 +18,26 @@ CPO_DEVICE float sigmoid_of_minus_twice(float u) {
   return r * r;
 }
 
-// Relative error below 8 * 2^-23: an odd polynomial near 0, where 1 - 2 / (1 + e^(2u)) would cancel.
-CPO_DEVICE float tanh_approx(float u) {
+// An odd polynomial near 0, where 1 - 2 / (1 + e^(2u)) would cancel.
+CPO_DEVICE float tanh_near(float u) {
   const float z = u * u;
   float p = -5.717045e-3f * z + 2.0650588e-2f;
   p = p * z - 5.3743497e-2f;
   p = p * z + 1.3331491e-1f;
   p = p * z - 3.3333284e-1f;
-  return fabsf(u) < 0.625f ? u * z * p + u : copysignf(1.0f - 2.0f * sigmoid_of_minus_twice(fabsf(u)), u);
+  return u * z * p + u;
 }
+
+CPO_DEVICE float tanh_far(float u) { return copysignf(1.0f - 2.0f * sigmoid_of_minus_twice(fabsf(u)), u); }
+
+// Relative error below 8 * 2^-23. Both are computed: as operands of the choice itself they become a branch for every element.
+CPO_DEVICE float tanh_approx(float u) {
+  const float near = tanh_near(u), far = tanh_far(u);
+  return fabsf(u) < 0.625f ? near : far;
+}
+
+// The same number by a branch, for kernels without registers to spare.
+CPO_DEVICE float tanh_by_branch(float u) { return fabsf(u) < 0.625f ? tanh_near(u) : tanh_far(u); }
 
 // 1 - tanh(u)^2. Of |u|, so that its sigmoid is the smaller one: the difference from 1 does not cancel, however steep the cap.
 CPO_DEVICE float tanh_slope(float u) {

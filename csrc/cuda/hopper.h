@@ -27,6 +27,8 @@ struct Facts {
 // Kernels have a body only where wgmma exists; elsewhere the launcher refuses.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define CPO_HOPPER 1
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "compute_90 has no wgmma, and the launcher would take its empty kernels for Hopper's: compile for 90a"
 #endif
 
 namespace cpo::hopper {

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "common/dtype.h"
 #include "common/preference.h"
@@ -17,6 +19,12 @@ struct Queue {
   void* stream;
   int threads;
 };
+
+// A caller's number of threads: whole warps.
+inline int checked_threads(int threads, int most) {
+  if (threads >= 32 && threads <= most && threads % 32 == 0) return threads;
+  throw std::invalid_argument("threads is " + std::to_string(threads) + "; expected a multiple of 32 up to " + std::to_string(most));
+}
 
 // R rows of V logits and the N tokens they predict; the tokens of row r are row_starts[r]:row_starts[r + 1].
 struct RowBatch {

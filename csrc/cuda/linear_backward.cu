@@ -13,9 +13,8 @@ static_assert(kWarpColumns == linear::kTileColumns, "a warp takes a tile: 16 byt
 
 // Every column as if no token named it. A warp has kLoadsInFlight tiles under way.
 template <class T>
-CPO_DEVICE void scale_row(const LinearBackwardArgs& args, T* x, std::int64_t row, float factor) {
+CPO_DEVICE void scale_row(const LinearBackwardArgs& args, T* x, std::int64_t row, float max, float log_sum, float factor) {
   const int vocab = args.batch.vocab;
-  const float max = simt::load(args.stats.max + row), log_sum = simt::load(args.stats.log_sum + row);
   const int stride = warp_count() * kWarpColumns;
   for (int first = warp_index() * kWarpColumns + lane_index() * 8; first < vocab; first += kLoadsInFlight * stride) {
     simt::Words4 v[kLoadsInFlight] = {};
@@ -64,13 +63,15 @@ CPO_KERNEL(kGradientThreads, 4) linear_backward_kernel(LinearBackwardArgs args) 
   const RowBatch& batch = args.batch;
   const std::int64_t row = simt::block_count() - 1 - simt::block_index();
   T* x = const_cast<T*>(static_cast<const T*>(batch.logits)) + row * batch.row_stride;
+  // Before the coefs, so that their latencies pass together.
+  const float max = simt::load(args.stats.max + row), log_sum = simt::load(args.stats.log_sum + row);
   const TokenRange tokens = token_range(batch, row);
   const RowCoef coef = sum_coefs(batch, args.coef, tokens, simt::shared_memory<Partials>());
   if (!coef.active) {
     store_zeros(x, batch.vocab);
     return;
   }
-  scale_row(args, x, row, -coef.sum * batch.slope);
+  scale_row(args, x, row, max, log_sum, -coef.sum * batch.slope);
   simt::block_barrier();  // what other threads wrote to these columns comes first
   store_targets(args, x, tokens);
 }

@@ -18,9 +18,22 @@ CPO_DEVICE float uncapped(const Head<kBias, kScaled, kCapped>& head, float x, fl
   return kCapped && u == -INFINITY ? kLowest : u;
 }
 
+// A softcap alone, without the loads of a bias between its elements, spills registers unless each element has its branch.
+template <bool kBias, bool kScaled, bool kCapped>
+CPO_DEVICE float softcap(const Head<kBias, kScaled, kCapped>& head, float u) {
+  return head.cap * (kBias ? tanh_approx(u) : tanh_by_branch(u));
+}
+
 template <bool kBias, bool kScaled, bool kCapped>
 CPO_DEVICE float capped(const Head<kBias, kScaled, kCapped>& head, float u) {
-  return kCapped && u != -INFINITY ? head.cap * tanh_approx(u) : u;
+  return kCapped && u != -INFINITY ? softcap(head, u) : u;
+}
+
+// As Head::logit.
+template <bool kBias, bool kScaled, bool kCapped>
+CPO_DEVICE float logit_of(const Head<kBias, kScaled, kCapped>& head, float x, float bias) {
+  const float u = head.scaled(x, bias);
+  return kCapped ? softcap(head, u) : u;
 }
 
 // dy/dx in units of its value at y = 0.
@@ -37,8 +50,8 @@ CPO_DEVICE void transform_tile(float (&y)[kAccumulators], const Head& head, int 
   for (int i = 0; i < kAccumulators; i += i % 4 == 0 ? 1 : 3) {  // the first row's two columns of every group of 8
     const int column = 8 * (i / 4) + i % 4;
     const float bias = column < inside ? head.bias_of(first + column) : 0.0f;
-    y[i] = kUncapped ? uncapped(head, y[i], bias) : head.logit(y[i], bias);
-    y[i + 2] = kUncapped ? uncapped(head, y[i + 2], bias) : head.logit(y[i + 2], bias);
+    y[i] = kUncapped ? uncapped(head, y[i], bias) : logit_of(head, y[i], bias);
+    y[i + 2] = kUncapped ? uncapped(head, y[i + 2], bias) : logit_of(head, y[i + 2], bias);
   }
   if (inside >= kTileColumns) return;
   CPO_UNROLL

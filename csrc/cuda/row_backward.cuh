@@ -104,17 +104,17 @@ CPO_DEVICE bool stores_column(const Span& span, int column) {
 }
 
 // The token of a row of one, for the thread that stores its column: that thread keeps the logit and stores the column once more.
+template <class T>
 struct OwnToken {
   int column;  // or -1: none, or another thread's
-  float x, bias;
+  T raw;       // converted when it is used: a conversion would wait for it
+  float bias;
 
-  template <class T, class Head>
+  template <class Head>
   static CPO_DEVICE OwnToken find(const T* x, const Head& head, const Span& span, std::int64_t target, int vocab) {
-    OwnToken own{-1, 0.0f, 0.0f};
-    if (!is_word(target, vocab) || !stores_column<T>(span, static_cast<int>(target))) return own;
-    own.column = static_cast<int>(target);
-    own.x = load_logit(x, head, target, vocab, own.bias);
-    return own;
+    if (!is_word(target, vocab) || !stores_column<T>(span, static_cast<int>(target))) return {-1, T{}, 0.0f};
+    const int column = static_cast<int>(target);
+    return {column, simt::load(x + column), head.bias_of(column)};
   }
 };
 
@@ -158,25 +158,26 @@ CPO_DEVICE void backward_row(const BackwardArgs& args, const Head& head, std::in
   const RowBatch& batch = args.batch;
   const T* x = static_cast<const T*>(batch.logits) + row * batch.row_stride;
   Out* out_row = static_cast<Out*>(args.out) + row * args.out_stride;
+  // Before the coefs, so that their latencies pass together.
+  const float max = simt::load(args.stats.max + row), log_sum = simt::load(args.stats.log_sum + row);
   const TokenRange tokens = token_range(batch, row);
   const RowCoef coef = sum_coefs(batch, args.coef, tokens, partials);
   if (!coef.active) {
     store_zeros(out_row, batch.vocab);
     return;
   }
-  const float inverse_sum = exp_approx(-simt::load(args.stats.log_sum + row));
-  const LogitGradient<Head> gradient{head, simt::load(args.stats.max + row), inverse_sum, batch.slope,
-                                     -coef.sum * batch.slope * inverse_sum};
+  const float inverse_sum = exp_approx(-log_sum);
+  const LogitGradient<Head> gradient{head, max, inverse_sum, batch.slope, -coef.sum * batch.slope * inverse_sum};
   const Span span = find_span(x, batch.vocab);
-  OwnToken own{-1, 0.0f, 0.0f};
+  OwnToken<T> own{-1, T{}, 0.0f};
   if (batch.row_starts) {
     find_token_gradients(args, x, gradient, tokens);
     simt::block_barrier();  // the logits of the targets are read before any is overwritten
   } else {
-    own = OwnToken::find(x, head, span, simt::load(batch.targets + row), batch.vocab);
+    own = OwnToken<T>::find(x, head, span, simt::load(batch.targets + row), batch.vocab);
   }
   store_gradient(out_row, x, span, gradient, batch.vocab);
-  if (own.column >= 0) store_rounded(out_row + own.column, gradient.of_target(own.x, own.bias, coef.sum, 0.0f));
+  if (own.column >= 0) store_rounded(out_row + own.column, gradient.of_target(to_float(own.raw), own.bias, coef.sum, 0.0f));
   if (batch.row_starts) {
     simt::block_barrier();  // what other threads wrote to these columns comes first
     store_token_gradients(args, out_row, tokens);

@@ -108,14 +108,26 @@ CPO_DEVICE OnlineSoftmax row_softmax(const T* x, const Head& head, int vocab, Pa
   return block_softmax(mine, partials);
 }
 
-// The logit of token n; NaN for a target that no word has, and without a token.
-template <class T, class Head>
-CPO_DEVICE float target_logit(const RowBatch& batch, const T* x, const Head& head, std::int64_t n) {
-  const std::int64_t target = simt::load(batch.targets + n);
-  float b;
-  const float raw = load_logit(x, head, target, batch.vocab, b);
-  return is_word(target, batch.vocab) ? head.logit(raw, b) : kNan;
-}
+// What memory holds of a token's logit, converted when it is used: a conversion would wait for it.
+template <class T>
+struct TargetLogit {
+  T raw;
+  float bias;
+  bool is_word;
+
+  template <class Head>
+  static CPO_DEVICE TargetLogit load(const RowBatch& batch, const T* x, const Head& head, std::int64_t n) {
+    const std::int64_t target = simt::load(batch.targets + n);
+    if (!cpo::is_word(target, batch.vocab)) return {T{}, 0.0f, false};
+    return {simt::load(x + target), head.bias_of(static_cast<int>(target)), true};
+  }
+
+  // NaN for a target that no word has.
+  template <class Head>
+  CPO_DEVICE float value(const Head& head) const {
+    return is_word ? head.logit(to_float(raw), bias) : kNan;
+  }
+};
 
 template <class T, class Head>
 CPO_DEVICE void forward_row(const ForwardArgs& args, const Head& head, std::int64_t row, Partials& partials) {
@@ -124,7 +136,8 @@ CPO_DEVICE void forward_row(const ForwardArgs& args, const Head& head, std::int6
   const TokenRange tokens = token_range(batch, row);
   const std::int64_t mine = tokens.begin + simt::thread_index();
   // Asked for now, so that its latency passes during the sum.
-  float y = mine < tokens.end ? target_logit(batch, x, head, mine) : kNan;
+  TargetLogit<T> target{T{}, 0.0f, false};
+  if (mine < tokens.end) target = TargetLogit<T>::load(batch, x, head, mine);
 
   float row_max = 0.0f, log_sum = 0.0f;
   if (any_present(batch, tokens)) {
@@ -137,9 +150,9 @@ CPO_DEVICE void forward_row(const ForwardArgs& args, const Head& head, std::int6
     simt::store(args.stats.log_sum + row, log_sum);
   }
   for (std::int64_t n = mine; n < tokens.end; n += simt::thread_count()) {
-    if (n != mine) y = target_logit(batch, x, head, n);
+    if (n != mine) target = TargetLogit<T>::load(batch, x, head, n);
     const bool present = simt::load(batch.targets + n) != kNoToken;
-    simt::store(args.logps + n, present ? y - row_max - log_sum : 0.0f);
+    simt::store(args.logps + n, present ? target.value(head) - row_max - log_sum : 0.0f);
   }
 }
 

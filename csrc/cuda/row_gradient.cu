@@ -40,9 +40,10 @@ void launch_gradient(const Queue& queue, const GradientArgs& args) {
   const ClusterShape shape = cluster_shape(row_bytes, slice_bytes, simt::cluster_limits(queue.device));
   with_head(batch.bias, batch.mult, batch.cap, [&](auto head) {
     using H = decltype(head);
-    const int threads = row_threads<T, H>(queue, batch.vocab / shape.blocks);
+    // Shared memory limits the blocks of a multiprocessor, not their threads.
+    const int threads = row_threads<T, H>(queue, batch.vocab / shape.blocks, 1);
     const simt::Grid grid{batch.rows * shape.blocks, threads, shape.shared_bytes, queue.stream};
-    simt::launch_cluster(grid, shape.blocks, "row_gradient", row_gradient_kernel<T, Out, H>, args, head);
+    simt::launch_cluster(grid, shape.blocks, queue.device, "row_gradient", row_gradient_kernel<T, Out, H>, args, head);
   });
 }
 

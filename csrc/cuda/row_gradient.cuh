@@ -161,7 +161,7 @@ CPO_DEVICE void row_in_one_read(const GradientArgs& args, const Head& head) {
   } else {
     store_zeros(out_row, batch.vocab, slice.rank, simt::cluster_size());
   }
-  if (present) simt::cluster_barrier();  // the other blocks have read this one's part of the sum
+  if (present) simt::cluster_meet();  // the other blocks have read this one's part of the sum
 }
 
 }  // namespace cpo

@@ -1,9 +1,6 @@
 // What the launchers of row kernels share: how many threads take a row, and types from codes.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
 #include "cuda/device_guard.h"
 #include "cuda/launch.h"
 #include "cuda/row_forward.cuh"
@@ -11,19 +8,17 @@
 
 namespace cpo {
 
-// Enough that a short row leaves no thread without a vector, within what the kernels are compiled for.
+// Tiles of kLoadsInFlight vectors a thread that a row has at least: shorter rows take smaller blocks, more of which share a
+// multiprocessor, so that what a row waits for at its ends passes beside other rows.
+constexpr int kTilesPerRow = 4;
+
+// Threads of a block for a row, or of each block for its `vocab` columns, within what the kernels are compiled for.
 template <class T, class Head>
-int row_threads(const Queue& queue, int vocab) {
-  if (queue.threads != 0) {
-    if (queue.threads < kWarpSize || queue.threads > Head::kThreads || queue.threads % kWarpSize != 0) {
-      throw std::invalid_argument("threads is " + std::to_string(queue.threads) + "; expected a multiple of 32 up to " +
-                                  std::to_string(Head::kThreads));
-    }
-    return queue.threads;
-  }
+int row_threads(const Queue& queue, int vocab, int tiles = kTilesPerRow) {
+  if (queue.threads != 0) return checked_threads(queue.threads, Head::kThreads);
   const std::size_t vectors = static_cast<std::size_t>(vocab) * sizeof(T) / kVectorBytes;
   int threads = Head::kThreads;
-  while (threads > 4 * kWarpSize && static_cast<std::size_t>(threads) * kLoadsInFlight > vectors) threads /= 2;
+  while (threads > 4 * kWarpSize && static_cast<std::size_t>(threads) * kLoadsInFlight * tiles > vectors) threads /= 2;
   return threads;
 }
 

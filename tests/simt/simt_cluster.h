@@ -11,6 +11,8 @@ inline int cluster_size() { return cluster_blocks; }
 inline int cluster_rank() { return static_cast<int>(block_index() % cluster_blocks); }
 inline void cluster_barrier() { machine.meet(machine.grid_meeting()); }
 
+inline void cluster_meet() { cluster_barrier(); }
+
 inline unsigned char* shared_base(Block& block) {
   void* p = block.shared.get();
   std::size_t space = 32;
@@ -34,7 +36,7 @@ struct ClusterLimits {
 inline ClusterLimits cluster_limits(int) { return {8, 227 * 1024}; }
 
 template <class... Parameters, class... Arguments>
-void launch_cluster(const Grid& grid, int cluster, const char*, void (*kernel)(Parameters...), const Arguments&... arguments) {
+void launch_cluster(const Grid& grid, int cluster, int, const char*, void (*kernel)(Parameters...), const Arguments&... arguments) {
   cluster_blocks = cluster;
   machine.run(grid.blocks, grid.threads, grid.shared_bytes, cluster, [&] { kernel(Parameters(arguments)...); });
 }
