@@ -16,6 +16,7 @@ from .backends.selection import Sizes
 from .filtering import GradientFilter, Kept, scratch_bytes
 from .head import Head
 from .layout import Block, Tokens, dense_tokens, find_tokens, split_blocks
+from .linear_head import Evaluated, LinearHead
 from .objective import CPOProblem, Objective, check_problem, make_problem
 from .planning import Plan, default_logits_bytes, make_plan
 
@@ -82,13 +83,19 @@ class LinearCall:
         shard = self.head.vocab_shard
         return grads if shard is None else (shard.sum_grad_hidden(grads[0]), *grads[1:])
 
-    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> engine.LinearHead:
+    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> LinearHead:
         """The head with the backend that will run it."""
         dtype = self.head.logits_dtype or hidden.dtype
         backend = self.backend(hidden, weight)
         leaves = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-        fused = not any(needs) and backend.linear_forward is not None
-        return engine.LinearHead(*leaves, self.head, backend, dtype, fused, self.kept(backend, hidden, weight, needs))
+        ways = self.fused(backend, hidden, weight, needs), self.kept(backend, hidden, weight, needs)
+        return LinearHead(*leaves, self.head, backend, dtype, *ways)
+
+    @staticmethod
+    def fused(backend: backends.Backend, hidden: Tensor, weight: Tensor, needs: Needs) -> bool:
+        """Whether the backend goes without logits altogether, as it may without gradients."""
+        way = None if any(needs) else backend.linear_forward
+        return way is not None and way.takes(hidden, weight)
 
     @staticmethod
     def kept(backend: backends.Backend, hidden: Tensor, weight: Tensor, needs: Needs) -> backends.KeptLinear | None:
@@ -145,8 +152,8 @@ class LinearCall:
         )
         left_out = needs[1] * self.head.frozen_columns / weight.shape[1]
         plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)
-        fused = not any(needs) and backend.linear_forward is not None
-        return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if fused else plan
+        without_logits = self.fused(backend, hidden, weight, needs)
+        return replace(plan, logits_bytes=0, note="the fused forward holds no logits") if without_logits else plan
 
 
 def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:
@@ -171,7 +178,7 @@ def unit_coefficient(objective: Objective, num_groups: float, num_target_tokens:
 
 
 def make_filter(
-    linear: engine.LinearHead, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
+    linear: LinearHead, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
 ) -> GradientFilter | None:
     """The filters that the head asks for; None for exact gradients."""
     head = linear.head
@@ -419,7 +426,7 @@ class TokenLogps(NamedTuple):
     """
 
     logps: Tensor
-    kept: engine.Evaluated | None
+    kept: Evaluated | None
     unscaled: Tensor | None
 
 
@@ -461,7 +468,7 @@ def token_blocks(
 
 def token_logps_grads(
     call: LinearCall,
-    kept: engine.Evaluated | None,
+    kept: Evaluated | None,
     grad_logps: Tensor,
     hidden: Tensor,
     weight: Tensor,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from . import counter_random, reference
 from .calls import LinearCall, token_blocks
-from .engine import LinearHead
 from .head import Head
 from .inputs import Inputs, prepare
 from .layout import Block, Tokens
+from .linear_head import LinearHead
 
 # Odd multiplier of Weyl sequences: blocks of one seed and neighbouring seeds do not share random numbers.
 SEED_STRIDE = -7046029254386353131
@@ -171,7 +171,7 @@ def fused_block(
     """The statistics of a block's rows by the backend's fused linear path."""
     launch = linear.backend.linear_statistics
     assert launch is not None
-    arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, linear.bias, *linear.head.transform)
+    arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, *linear.transform)
     result = launch(*arguments, seed=None if seeds is None else seeds.of_sample(0), entropy=entropy)
     samples = None
     if seeds is not None:
@@ -186,8 +186,7 @@ def block_of(
     """The same from logits."""
     logits = linear.compute_logits(block, buffer)
     stats, logps = linear.forward(block, logits)
-    head = (linear.bias, *linear.head.transform)
-    samples = None
+    head, samples = linear.transform, None
     if seeds is not None:
         samples = reference.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
     entropies = reference.row_entropy(logits, stats, *head) if entropy else None

@@ -177,6 +177,18 @@ def test_filters_see_the_same_gradient(launches):
     assert "row_backward" not in launches
 
 
+@pytest.mark.parametrize(("width", "launch"), [(H, "linear_forward"), (H + 1, "row_forward")])
+def test_log_likelihoods_alone_where_the_fused_forward_is_chosen(launches, width, launch):
+    """And takes the matrices."""
+    problem = random_problem(H=width, V=301).to(torch.bfloat16)
+    arch = tuning.architecture(torch.device("cpu"))
+    with overridden(Choice("linear_forward", arch, "cuda")), torch.no_grad():
+        linear_sequence_logps(problem.hidden, problem.weight, problem.targets, backend="cuda")
+        made = plan(**problem.arguments(), backend="cuda")
+    assert launches == [launch]
+    assert (made.logits_bytes == 0) == (launch == "linear_forward")
+
+
 def test_without_gradients_logits_are_computed(launches):
     problem = PROBLEMS["padded"]().to(torch.bfloat16)
     with torch.no_grad():
