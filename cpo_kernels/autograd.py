@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .calls import Grads, LinearCall, LossResult, Needs, run_token_logps, token_logps_grads
+from .calls import Grads, LinearCall, Needs
+from .fused_logps import run_token_logps, token_logps_grads
+from .fused_losses import LossResult
 
 Compute = Callable[[Tensor, Tensor, Tensor | None, Needs], LossResult]
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .calls import LinearCall, run_cpo, run_token_logps, token_logps_grads
+from .calls import LinearCall
+from .fused_logps import run_token_logps, token_logps_grads
+from .fused_losses import run_cpo
 from .head import Head
 from .layout import check_range
 from .objective import Objective, check_problem, make_problem

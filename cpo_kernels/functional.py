@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends, compiled
 from .autograd import FusedLoss, LinearTokenLogps, needs_grad
 from .backends.selection import Sizes
-from .calls import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
+from .fused_losses import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
 from .head import Head
 from .inputs import (
     FLOAT_DTYPES,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import counter_random, reference
-from .calls import LinearCall, token_blocks
+from .calls import LinearCall
+from .fused_logps import token_blocks
 from .head import Head
 from .inputs import Inputs, prepare
 from .layout import Block, Tokens

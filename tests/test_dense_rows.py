@@ -19,7 +19,9 @@ from problems import (
 from tolerance import assert_accurate
 
 from cpo_kernels import linear_cpo_loss, linear_token_logps, plan
-from cpo_kernels.calls import LinearCall, run_cpo, run_token_logps, token_logps_grads
+from cpo_kernels.calls import LinearCall
+from cpo_kernels.fused_logps import run_token_logps, token_logps_grads
+from cpo_kernels.fused_losses import run_cpo
 from cpo_kernels.head import Head
 from cpo_kernels.objective import Objective, make_problem, summarize
 
