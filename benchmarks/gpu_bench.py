@@ -1,7 +1,8 @@
 """The bars of a GPU: row kernels, loss, log-likelihoods, accuracy and memory, written after every case.
 
-`python -m benchmarks.gpu_bench --out DIR`; `make gpu-check PARTS=bench` runs it. bench.json and bench.md hold what was
-measured when the time was up, a case failed or the run was ended from outside; the exit status is then not 0.
+`python -m benchmarks.gpu_bench --out DIR`; `make gpu-check PARTS=bench` runs it, and PARTS=bench-cuda the cases of the
+compiled CUDA kernels (`--suite cuda`). bench.json and bench.md, or bench-cuda.*, hold what was measured when the time
+was up, a case failed or the run was ended from outside; the exit status is then not 0.
 """
 
 from __future__ import annotations
@@ -11,17 +12,32 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import environment
+from benchmarks import cuda_cases, environment, gpu_cases
 from benchmarks.environment import log
-from benchmarks.gpu_cases import CASES, Figure, Setting
+from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.tables import markdown
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases that are run together, and the name of the files that their figures are written to."""
+
+    stem: str
+    title: str
+    cases: Mapping[str, Callable[[Setting], Iterator[Figure]]]
+
+
+SUITES = {
+    "triton": Suite("bench", "Benchmarks on a GPU", gpu_cases.CASES),
+    "cuda": Suite("bench-cuda", "Benchmarks of the compiled CUDA kernels", cuda_cases.CASES),
+}
 
 
 @dataclass
@@ -34,12 +50,12 @@ class Case:
     error: str = ""
 
 
-def run_case(case: Case, setting: Setting, save: Callable[[], None]) -> None:
+def run_case(suite: Suite, case: Case, setting: Setting, save: Callable[[], None]) -> None:
     """Measure one case, saved figure by figure; an exception ends it, not the run."""
     case.error, started = "ended from outside while it ran", time.monotonic()
     save()
     try:
-        for figure in CASES[case.name](setting):
+        for figure in suite.cases[case.name](setting):
             case.figures.append(figure)
             log(f"  {figure.name}: {figure.value:.4g} {figure.unit} {figure.verdict} ({figure.detail})")
             save()
@@ -52,24 +68,26 @@ def run_case(case: Case, setting: Setting, save: Callable[[], None]) -> None:
     case.seconds = time.monotonic() - started
 
 
-def run(names: list[str], setting: Setting, seconds: float, out: Path, argv: list[str]) -> list[Case]:
+def run(
+    suite: Suite, names: Sequence[str], setting: Setting, seconds: float, out: Path, argv: Sequence[str]
+) -> list[Case]:
     """Measure the cases in order until the time is up; those that are not reached are in the results by name."""
     started, cases = time.monotonic(), [Case(name, error="not run: the time was up") for name in names]
     described = environment.describe(["gpu_bench", *argv], setting.device.type)
-    save = partial(write, cases, described, out)
+    save = partial(write, suite, cases, described, out)
     for case in cases:
         if time.monotonic() - started <= seconds:
             log(f"{case.name} ...")
-            run_case(case, setting, save)
+            run_case(suite, case, setting, save)
         save()
     return cases
 
 
-def write(cases: list[Case], described: dict[str, object], out: Path) -> None:
-    """bench.json and bench.md."""
+def write(suite: Suite, cases: list[Case], described: dict[str, object], out: Path) -> None:
+    """The figures as JSON, and as a page."""
     content = {"environment": described, "cases": [as_json(case) for case in cases]}
-    (out / "bench.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "bench.md").write_text(page(cases, described))
+    (out / f"{suite.stem}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / f"{suite.stem}.md").write_text(page(suite, cases, described))
 
 
 def as_json(case: Case) -> dict[str, object]:
@@ -80,9 +98,9 @@ def as_json(case: Case) -> dict[str, object]:
     return {"name": case.name, "seconds": case.seconds, "figures": figures, "error": case.error}
 
 
-def page(cases: list[Case], described: dict[str, object]) -> str:
+def page(suite: Suite, cases: list[Case], described: dict[str, object]) -> str:
     """Every figure, bars first."""
-    parts = ["# Benchmarks on a GPU", environment.as_markdown(described)]
+    parts = [f"# {suite.title}", environment.as_markdown(described)]
     bars = [figure for case in cases for figure in case.figures if figure.bar is not None]
     parts += ["## Bars", table(bars)]
     for case in cases:
@@ -112,18 +130,23 @@ def table(figures: list[Figure]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run, write and print; 1 if a case failed or was not run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of bench.json and bench.md")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of the results")
+    parser.add_argument("--suite", choices=SUITES, default="triton", help="triton writes bench.*, cuda bench-cuda.*")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu for a dry run")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"{list(CASES)}")
+    names = "; ".join(f"{name}: {list(suite.cases)}" for name, suite in SUITES.items())
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"of the suite (default: all); {names}")
     parser.add_argument("--seconds", type=float, default=430.0, help="start no case after this time")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each contestant")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, whose times mean nothing")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    suite = SUITES[args.suite]
+    chosen = args.cases or list(suite.cases)
+    if unknown := [name for name in chosen if name not in suite.cases]:
+        parser.error(f"no such cases: {unknown}, expected some of {list(suite.cases)}")
     args.out.mkdir(parents=True, exist_ok=True)
-    setting = Setting(args.device, args.quick, args.rounds)
-    cases = run(args.cases, setting, args.seconds, args.out, argv)
-    print((args.out / "bench.md").read_text())
+    cases = run(suite, chosen, Setting(args.device, args.quick, args.rounds), args.seconds, args.out, argv)
+    print((args.out / f"{suite.stem}.md").read_text())
     return 1 if any(case.error for case in cases) else 0
 
 

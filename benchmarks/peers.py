@@ -192,11 +192,16 @@ def _liger_dpo() -> Peer:
     return Peer("Liger DPO", lambda *tensors: call(*tensors)[0], sequence_logps, work=DPO, compiles=True)
 
 
-def ours(name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dtype | None = None) -> Peer:
+def ours(
+    name: str,
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Peer:
     """This project's loss, within `max_logits_bytes` of logits held in `logits_dtype` (None: its defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps
 
-    head = {"max_logits_bytes": max_logits_bytes, "logits_dtype": logits_dtype}
+    head = {"max_logits_bytes": max_logits_bytes, "logits_dtype": logits_dtype, "backend": backend}
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         return linear_cpo_loss(hidden, weight, targets, ref_logps=ref_logps, beta=BETA, **head).loss
