@@ -10,7 +10,7 @@ TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
 TOKENIZER ?= $(wildcard ../shared/data/gpt2-bpe)
 # For gpu-check: a Python whose torch has CUDA, what to run, and the folder of the results.
 GPU_PYTHON ?= python3
-PARTS ?= build tests sanitizer bench tune suite
+PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
 OUT ?= gpu-results
 
 .PHONY: demo test lint types check bench bench-docs bench-compare gpu-check info clean
@@ -42,7 +42,8 @@ bench-compare: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare $(filter-out $@,$(MAKECMDGOALS))
 
 # Makes no virtual environment and needs no network; each part takes less than 8 minutes. `tests` is the parts tests-1,
-# tests-2 and tests-3, `suite` is suite-heads and so on, which may also be run one by one into the same folder.
+# tests-2 and tests-3, `suite` is suite-heads and so on, which may also be run one by one into the same folder. Results
+# that the package can adopt, tuning.json and selection.json, stay there.
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
 

@@ -140,14 +140,15 @@ LOSS_BAR = 1.1
 def loss_of_logits(setting: Setting, dtype: torch.dtype) -> Figures:
     """``cpo_loss`` of given logits with its gradient against a copy of them: at most 1.1x."""
     for vocab in (SMALL["vocab"],) if setting.quick else LOSS_VOCABULARIES:
-        for size, tokens in ((LOGITS_BYTES, 128), (L2_BYTES, 4)):
-            if setting.quick:
-                size, tokens = 8 * tokens, 2  # a group
-            yield from loss_of_logits_at(setting, size, tokens, vocab, dtype)
+        for in_cache in (False, True):
+            yield from loss_of_logits_at(setting, vocab, dtype, in_cache=in_cache)
 
 
-def loss_of_logits_at(setting: Setting, size: int, tokens: int, vocab: int, dtype: torch.dtype) -> Figures:
+def loss_of_logits_at(setting: Setting, vocab: int, dtype: torch.dtype, *, in_cache: bool) -> Figures:
     """As users call it on either backend, and the CUDA launch alone."""
+    size, tokens = (L2_BYTES, 4) if in_cache else (LOGITS_BYTES, 128)
+    if setting.quick:
+        size, tokens = 0, 2  # one group
     problem = LogitsProblem(size, tokens, vocab, dtype, setting.device)
     logits = problem.logits.detach()
     target = torch.empty_like(logits)
@@ -158,13 +159,12 @@ def loss_of_logits_at(setting: Setting, size: int, tokens: int, vocab: int, dtyp
         OURS_TRITON: problem.step(TRITON),
     }
     timings = setting.time(calls, COPY)
-    large = size > L2_BYTES
-    floor_of = "two reads and one write are 1.5" if large else "1.0 where L2 keeps the logits, else 1.5"
-    where = f"{NAMES[dtype]}, V={vocab}, {'' if large else 'in L2, '}{logits.nbytes / MIB:.4g} MiB"
+    floor_of = "1.0 where L2 keeps the logits, else 1.5" if in_cache else "two reads and one write are 1.5"
+    where = f"{NAMES[dtype]}, V={vocab}{', in L2' * in_cache}"
     for name in list(calls)[1:]:
         ratio = timings[name].median / timings[COPY].median
-        detail = f"{timings[name].median * 1e6:.0f} us; {floor_of}"
-        bar = LOSS_BAR if name == OURS_CUDA and large else None  # a small call is the host's time
+        detail = f"{timings[name].median * 1e6:.0f} us, {logits.nbytes / MIB:.4g} MiB; {floor_of}"
+        bar = LOSS_BAR if name == OURS_CUDA and not in_cache else None  # a small call is the host's time
         yield Figure(f"cpo_loss of logits, {name}, {where}", ratio, "x copy", bar, detail=detail)
 
 
@@ -191,9 +191,10 @@ def chosen(setting: Setting, operation: str) -> Choice:
     return Choice(operation, arch_of(setting.device), CUDA)
 
 
-def loss(
-    setting: Setting, shape: Shape, peers: Sequence[Peer], bar_of: Sequence[str] = (), bar: float = 1.0
-) -> Figures:
+FLOOR_BAR = 1.08
+
+
+def loss(setting: Setting, shape: Shape, peers: Sequence[Peer], bar_of: Sequence[str] = ()) -> Figures:
     """Loss and gradients over the bare products of the same chunks; the bar is for the fastest of some of the peers.
 
     What fails is left out of the turns and raised at the end.
@@ -207,12 +208,9 @@ def loss(
     if able := [name for name in bar_of if name in seconds]:
         best = min(able, key=seconds.__getitem__)
         name = f"the fastest by the CUDA kernels, {shape.name}"
-        yield Figure(name, seconds[best] / seconds[FLOOR], "x floor", bar, detail=best)
+        yield Figure(name, seconds[best] / seconds[FLOOR], "x floor", FLOOR_BAR, detail=best)
     if errors:
         raise errors[0]
-
-
-FLOOR_BAR = 1.08
 
 
 def losses(setting: Setting) -> Figures:
@@ -228,7 +226,7 @@ def losses_of_kept(setting: Setting) -> Figures:
     if not reason:
         peers.append(our_peer(OURS_KEPT, CUDA, chosen(setting, "linear_kept")))
     for shape in (LLAMA3, QWEN):
-        yield from loss(setting, shape, peers, [peer.name for peer in peers], FLOOR_BAR)
+        yield from loss(setting, shape, peers, [peer.name for peer in peers])
         yield from not_measured(shape.name, "x floor", {OURS_KEPT: reason} if reason else {})
 
 
@@ -279,17 +277,15 @@ def logps_of(setting: Setting, shape: Shape, name: str) -> Figures:
     yield from not_measured(name, "x one product", {f"no_grad, {HOPPER}": reason} if reason else {})
 
 
-CASES: dict[str, Callable[[Setting], Figures]] = {
-    name: where_there_are_kernels(case)
-    for name, case in {
-        "row kernels bf16": partial(row_kernels, dtype=torch.bfloat16),
-        "row kernels fp32": partial(row_kernels, dtype=torch.float32),
-        "loss of logits bf16": partial(loss_of_logits, dtype=torch.bfloat16),
-        "loss of logits fp32": partial(loss_of_logits, dtype=torch.float32),
-        "contrast": contrasts,
-        "likelihood": likelihood,
-        "loss": losses,
-        "no_grad": logps_without_gradients,
-        "loss, kept": losses_of_kept,
-    }.items()
+ALL: dict[str, Callable[[Setting], Figures]] = {
+    "row kernels bf16": partial(row_kernels, dtype=torch.bfloat16),
+    "row kernels fp32": partial(row_kernels, dtype=torch.float32),
+    "loss of logits bf16": partial(loss_of_logits, dtype=torch.bfloat16),
+    "loss of logits fp32": partial(loss_of_logits, dtype=torch.float32),
+    "contrast": contrasts,
+    "likelihood": likelihood,
+    "loss": losses,
+    "no_grad": logps_without_gradients,
+    "loss, kept": losses_of_kept,
 }
+CASES = {name: where_there_are_kernels(case) for name, case in ALL.items()}

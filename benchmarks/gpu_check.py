@@ -1,12 +1,13 @@
-"""One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks and tuning, with their results.
+"""One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, tuning, choices, with results.
 
 `make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
 `tests` is the parts tests-1, tests-2 and so on, one after another, `suite` those of benchmarks.suite. Every part has a
 time limit, after which its processes are ended and it counts as failed; what it had found until then is kept, because
-results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, tests-*.xml,
-tuning.json, and of the suite PART.json, which `python -m benchmarks.report --merge FOLDER` turns into a report. A later
-run into the same folder keeps what earlier ones found there for other parts, if code, device and versions are the same.
-Compiled kernels are kept in build/gpu-check from part to part. The exit status is 1 if a part of this run failed.
+results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, bench-cuda.*,
+tests-*.xml, tuning.json, selection.json, and of the suite PART.json, which `python -m benchmarks.report --merge FOLDER`
+turns into a report. A later run into the same folder keeps what earlier ones found there for other parts, if code,
+device and versions are the same. Compiled kernels are kept in build/gpu-check from part to part. The exit status is 1
+if a part of this run failed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,13 @@ CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compi
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
 TAIL = 60  # lines of a failed part's output that go into the page
 # In the order in which they are run: what is new on a GPU first, so that a limit costs what the CPU has tested too.
-FIRST_TESTS = ("test_cuda_device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss*.py", "test_linear_logps.py")
+FIRST_TESTS = (
+    "test_cuda_*device.py",
+    "test_triton_*.py",
+    "test_ops.py",
+    "test_linear_loss*.py",
+    "test_linear_logps.py",
+)
 SHARDS = 3
 # Roughly what a file takes on one core, in seconds; any other takes UNKNOWN_TEST. They only balance the shards.
 SLOW_TESTS = {
@@ -58,10 +65,13 @@ SLOW_TESTS = {
     "test_triton_contrast.py": 40,
     "test_peers.py": 40,
     "test_build.py": 35,
+    "test_cuda_cases.py": 40,
+    "test_choose.py": 50,
 }
 UNKNOWN_TEST = 15
 QUICK_TESTS = ("test_layout.py", "test_planning.py", "test_objective.py")  # of each shard of a dry run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NO_KERNELS = "no CUDA kernels in this build (cpo_kernels/_cuda is absent)"
 FOUND = 99  # exit status of compute-sanitizer when it found something
 
 
@@ -229,9 +239,7 @@ def sanitizer(settings: Settings) -> Outcome:
     """compute-sanitizer's four tools over a small run of every kernel of the compiled CUDA extension."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if extension("_cuda") is None:
-        return Outcome(
-            "sanitizer", "nothing to do", notes=["no CUDA kernels in this build (cpo_kernels/_cuda is absent)"]
-        )
+        return Outcome("sanitizer", "nothing to do", notes=[NO_KERNELS])
     if tool is None:
         return Outcome("sanitizer", "failed", notes=["compute-sanitizer was not found"])
     started, notes, bad = time.monotonic(), [], []
@@ -248,17 +256,34 @@ def sanitizer(settings: Settings) -> Outcome:
 
 def bench(settings: Settings) -> Outcome:
     """The bars of a GPU; bench.json and bench.md grow case by case."""
-    command = [sys.executable, "-m", "benchmarks.gpu_bench", "--out", str(settings.out), "--device", settings.device]
-    command += ["--seconds", str(settings.limit - 20)] + ["--quick"] * settings.quick
-    return outcome("bench", run_command(command, settings, settings.limit), ["results: bench.md, bench.json"])
+    return measured("bench", settings, "gpu_bench", settings.out, "results: bench.md, bench.json")
+
+
+def bench_cuda(settings: Settings) -> Outcome:
+    """Those of the compiled CUDA kernels; bench-cuda.json and bench-cuda.md grow case by case."""
+    if extension("_cuda") is None:
+        return Outcome("bench-cuda", "nothing to do", notes=[NO_KERNELS])
+    note = "results: bench-cuda.md, bench-cuda.json"
+    return measured("bench-cuda", settings, "gpu_bench", settings.out, note, "--suite", "cuda")
 
 
 def tune(settings: Settings) -> Outcome:
     """Measure block sizes into tuning.json in the results' folder; the committed table stays as it is."""
-    command = [sys.executable, "-m", "benchmarks.tune", "--out", str(settings.out / "tuning.json")]
-    command += ["--device", settings.device, "--seconds", str(settings.limit - 20)] + ["--quick"] * settings.quick
     note = "tuning.json; to adopt it, copy it over cpo_kernels/backends/triton/tuning.json"
-    return outcome("tune", run_command(command, settings, settings.limit), [note])
+    return measured("tune", settings, "tune", settings.out / "tuning.json", note)
+
+
+def choose(settings: Settings) -> Outcome:
+    """Measure backends against each other into selection.json in the results' folder, likewise."""
+    note = "selection.json; to adopt it, copy it over cpo_kernels/backends/selection.json"
+    return measured("choose", settings, "choose", settings.out / "selection.json", note)
+
+
+def measured(part: str, settings: Settings, module: str, out: Path, note: str, *options: str) -> Outcome:
+    """A benchmark that writes what it has until its time is up, a little before the part's limit."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), "--device", settings.device, *options]
+    command += ["--seconds", str(settings.limit - 20)] + ["--quick"] * settings.quick
+    return outcome(part, run_command(command, settings, settings.limit), [note])
 
 
 def suite_part(settings: Settings, name: str) -> Outcome:
@@ -275,11 +300,13 @@ PARTS: dict[str, Callable[[Settings], Outcome]] = {
     **{name: partial(tests, shard=shard) for shard, name in enumerate(TESTS, 1)},
     "sanitizer": sanitizer,
     "bench": bench,
+    "bench-cuda": bench_cuda,
     "tune": tune,
+    "choose": choose,
     **{f"suite-{name}": partial(suite_part, name=name) for name in SUITE_PARTS},
 }
 GROUPS = {"tests": TESTS, "suite": SUITE}
-NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "tune", "suite", *SUITE)
+NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "bench-cuda", "tune", "choose", "suite", *SUITE)
 
 
 def expand(names: Sequence[str]) -> list[str]:

@@ -99,7 +99,9 @@ class RowProblem:
         """One read."""
         kernel = row_launchers(backend).row_forward
         for part in self.ends():
-            compare(f"{backend} row_forward", kernel(part.logits, part.targets, None, *HEAD)[1], part.logps, 1e-5)
+            compare(
+                f"{backend} row_forward", kernel(part.logits, part.targets, None, *HEAD)[1], part.logps, FORWARD_ERROR
+            )
         return partial(kernel, self.logits, self.targets, None, *HEAD)
 
     def backward_(self, backend: str, grad_dtype: torch.dtype | None = None) -> Call:

@@ -105,7 +105,12 @@ def test_tests_stand_for_every_shard_and_no_part_runs_twice():
     assert gpu_check.expand(["build", "tests"]) == ["build", "tests-1", "tests-2", "tests-3"]
     assert gpu_check.expand(["tests-2", "tests", "tests-2"]) == ["tests-2", "tests-1", "tests-3"]
     assert gpu_check.expand(["suite"]) == [f"suite-{name}" for name in suite.PARTS]
-    assert set(gpu_check.expand(gpu_check.NAMES)) == set(gpu_check.PARTS)
+    assert gpu_check.expand(n for n in gpu_check.NAMES if n not in gpu_check.GROUPS) == list(gpu_check.PARTS)
+
+
+def test_the_makefile_runs_every_part_in_order():
+    (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PARTS ?="))
+    assert gpu_check.expand(line.split()[2:]) == list(gpu_check.PARTS)
 
 
 def test_a_later_run_keeps_the_parts_of_an_earlier_one(settings, monkeypatch):
@@ -140,6 +145,34 @@ def test_the_sanitizer_says_that_there_are_no_cuda_kernels(settings, monkeypatch
     assert "no CUDA kernels in this build" in result.notes[0]
 
 
+def test_the_benchmark_of_cuda_kernels_says_that_there_are_none(settings, monkeypatch):
+    monkeypatch.setattr(gpu_check, "extension", lambda name: None)
+    result = gpu_check.bench_cuda(settings)
+    assert (result.part, result.status, result.notes) == ("bench-cuda", "nothing to do", [gpu_check.NO_KERNELS])
+
+
+@pytest.mark.parametrize(
+    ("part", "module", "out", "options"),
+    [
+        ("bench", "gpu_bench", "", []),
+        ("bench-cuda", "gpu_bench", "", ["--suite", "cuda"]),
+        ("tune", "tune", "tuning.json", []),
+        ("choose", "choose", "selection.json", []),
+    ],
+)
+def test_measurements_end_before_their_limit_and_leave_the_package_alone(
+    settings, monkeypatch, part, module, out, options
+):
+    commands = []
+    monkeypatch.setattr(gpu_check, "extension", lambda name: Path(name))
+    monkeypatch.setattr(gpu_check, "run_command", lambda command, *_: commands.append(command) or gpu_check.Run(0, ""))
+    result = gpu_check.PARTS[part](settings)
+    assert (result.part, result.status) == (part, "passed")
+    where = ["--out", str(settings.out / out), "--device", "cpu"]
+    expected = ["-m", f"benchmarks.{module}", *where, *options, "--seconds", str(settings.limit - 20), "--quick"]
+    assert commands == [[sys.executable, *expected]]
+
+
 @pytest.mark.parametrize(("status", "verdict"), [(0, "clean"), (gpu_check.FOUND, "found errors"), (1, "did not run")])
 def test_what_the_sanitizer_finds_fails_the_part(settings, monkeypatch, tmp_path, status, verdict):
     tool = tmp_path / "compute-sanitizer"
@@ -165,7 +198,8 @@ def test_every_test_file_is_in_one_shard_and_those_for_a_gpu_are_first():
 def test_shards_take_about_as_long_and_name_files_that_exist():
     seconds = [sum(map(gpu_check.seconds_of, shard)) for shard in gpu_check.shards()]
     assert max(seconds) < 1.1 * min(seconds)
-    assert all((ROOT / "tests" / name).exists() for name in (*gpu_check.SLOW_TESTS, *gpu_check.QUICK_TESTS))
+    names = (*gpu_check.SLOW_TESTS, *gpu_check.QUICK_TESTS)
+    assert not [name for name in names if not (ROOT / "tests" / name).exists()]
     assert len(gpu_check.QUICK_TESTS) == gpu_check.SHARDS
 
 
@@ -314,19 +348,19 @@ def test_accuracy_goes_on_without_a_peer_that_fails(monkeypatch):
     assert [f.verdict for f in figures.values() if f.bar is not None] == ["met"]
 
 
-def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
+def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path):
     def broken(setting):
         yield Figure("before", 1.0, "s")
         raise RuntimeError("out of something")
 
-    monkeypatch.setattr(gpu_bench, "CASES", {"broken": broken, "plan": gpu_cases.chunks})
-    cases = gpu_bench.run(["broken", "plan"], Setting(CPU, quick=True), 60, tmp_path, [])
+    suite = gpu_bench.Suite("bench", "title", {"broken": broken, "plan": gpu_cases.chunks})
+    cases = gpu_bench.run(suite, list(suite.cases), Setting(CPU, quick=True), 60, tmp_path, [])
     assert [bool(case.error) for case in cases] == [True, False]
     assert [figure.name for figure in cases[0].figures] == ["before"]
     assert "out of something" in (tmp_path / "bench.md").read_text()
 
 
-def test_a_run_that_is_ended_leaves_what_it_has_found(tmp_path, monkeypatch):
+def test_a_run_that_is_ended_leaves_what_it_has_found(tmp_path):
     class Ended(BaseException):
         """What no case may catch."""
 
@@ -334,18 +368,21 @@ def test_a_run_that_is_ended_leaves_what_it_has_found(tmp_path, monkeypatch):
         yield Figure("before", 1.0, "s")
         raise Ended
 
-    monkeypatch.setattr(gpu_bench, "CASES", {"plan": gpu_cases.chunks, "endless": endless, "last": gpu_cases.chunks})
+    suite = gpu_bench.Suite("bench", "title", {"plan": gpu_cases.chunks, "endless": endless, "last": gpu_cases.chunks})
     with pytest.raises(Ended):
-        gpu_bench.run(["plan", "endless", "last"], Setting(CPU, quick=True), 60, tmp_path, [])
+        gpu_bench.run(suite, list(suite.cases), Setting(CPU, quick=True), 60, tmp_path, [])
     plan, ended, last = json.loads((tmp_path / "bench.json").read_text())["cases"]
     assert not plan["error"] and "while it ran" in ended["error"] and "not run" in last["error"]
     assert [figure["name"] for figure in ended["figures"]] == ["before"]
 
 
-def test_cases_after_the_time_is_up_are_named(tmp_path):
-    assert gpu_bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path), "--seconds", "-1"]) == 1
-    content = json.loads((tmp_path / "bench.json").read_text())
+@pytest.mark.parametrize(("suite", "stem"), [("triton", "bench"), ("cuda", "bench-cuda")])
+def test_cases_after_the_time_is_up_are_named(tmp_path, suite, stem):
+    arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--seconds", "-1", "--suite", suite]
+    assert gpu_bench.main(arguments) == 1
+    content = json.loads((tmp_path / f"{stem}.json").read_text())
     assert {case["error"] for case in content["cases"]} == {"not run: the time was up"}
+    assert [case["name"] for case in content["cases"]] == list(gpu_bench.SUITES[suite].cases)
 
 
 def test_a_wrong_row_kernel_is_not_timed(monkeypatch):

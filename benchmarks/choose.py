@@ -1,0 +1,387 @@
+"""The developer's command that measures backends against each other on the GPU at hand and rewrites their choices.
+
+`python -m benchmarks.choose` rewrites cpo_kernels/backends/selection.json; `--out FILE` leaves that alone and writes
+the new table elsewhere. Operation by operation and size by size it times every backend that has the operation, holds
+each result against float64 first, and writes a choice for this architecture where another than the default is faster by
+more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs. Where a
+choice is between ways of a whole call, the call is timed as users make it, with what was chosen for its rows before.
+The table is written after every measurement, so that a time limit loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestants import contestant
+from benchmarks.environment import log
+from benchmarks.gpu_cases import LLAMA3, LOGITS_BYTES, Setting
+from benchmarks.kernel_calls import (
+    CUDA,
+    TRITON,
+    ContrastProblem,
+    LogitsProblem,
+    RowProblem,
+    arch_of,
+    missing,
+    missing_hopper,
+    time_entries,
+    with_choices,
+)
+from benchmarks.measure import free_memory
+from benchmarks.peers import ours
+from benchmarks.problem import draw
+from benchmarks.shapes import NO_GRAD, TRAINED
+from benchmarks.timing import Call
+from benchmarks.tune import describe_source
+from cpo_kernels import backends
+from cpo_kernels.backends import native_cuda, selection
+from cpo_kernels.backends.selection import AUTO, Choice
+
+TABLE = Path(str(resources.files("cpo_kernels").joinpath("backends/selection.json")))
+FASTER = 1.02  # what another than the default must be more than
+BUILT_UPON = ("row_forward", "row_backward", "contrast")  # by the whole calls that are measured after them
+NAMES_OF_NONE = {
+    "logits_loss": "the plain way",
+    "row_gradient_": "two kernels",
+    "linear_forward": "product and row kernel",
+    "linear_kept": "logits",
+}
+
+Entry = dict[str, Any]
+Times = Mapping[str | None, float]  # seconds by backend; None: without the way around
+
+
+@dataclass(frozen=True)
+class Size:
+    """Where a measurement is taken, and the bounds that its choice covers.
+
+    Attributes:
+        vocab: V, 0 where it does not matter.
+        dtype: of what the operation reads; None where it does not matter.
+        vocab_at_most: the choice's bound; None for none.
+        hidden_size: H, 0 where it does not matter.
+        hidden_at_most: see ``vocab_at_most``.
+    """
+
+    vocab: int = 0
+    dtype: torch.dtype | None = None
+    vocab_at_most: int | None = None
+    hidden_size: int = 0
+    hidden_at_most: int | None = None
+
+    def __str__(self) -> str:
+        named = {"V": self.vocab, "H": self.hidden_size}
+        parts = [f"{name}={value}" for name, value in named.items() if value]
+        return ", ".join(parts + ([str(self.dtype).removeprefix("torch.")] if self.dtype else []))
+
+
+@dataclass(frozen=True)
+class Task:
+    """An operation at a size. ``run`` takes the backends to time and the choices so far; it yields a time by place."""
+
+    operation: str
+    size: Size
+    run: Callable[[Setting, Size, Sequence[str | None], Sequence[Choice]], Iterator[tuple[str, Times]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The times of a task, place by place; none where a way around does not take the size, and no call gets it."""
+
+    operation: str
+    size: Size
+    places: Mapping[str, Times]
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those that a choice is for: half-precision ones have the same loads, stores and matrix instructions."""
+        if self.size.dtype != torch.bfloat16:
+            return ("any",) if self.size.dtype is None else ("float32",)
+        # Gradients of float16 need a gain, which the one launch for given logits does not take.
+        return ("bfloat16",) if self.operation == "logits_loss" else ("bfloat16", "float16")
+
+
+def default_of(operation: str) -> str | None:
+    """What serves an operation on a GPU without a choice."""
+    return None if operation in NAMES_OF_NONE else selection.PREFERRED["cuda"][0]
+
+
+def contestants_of(operation: str, device: torch.device) -> tuple[list[str | None], str]:
+    """The default and the other backends that have an operation here, and why one of them cannot take part."""
+    reason = (missing_hopper if operation.startswith("linear_") else missing)(device)
+    others = [CUDA] if not reason else []
+    if operation == "linear_forward" and TRITON in backends.AVAILABLE:
+        others.append(TRITON)
+    return [default_of(operation), *others], reason
+
+
+def row_operation(
+    setting: Setting, size: Size, names: Sequence[str | None], _chosen: Sequence[Choice], *, forward: bool
+) -> Iterator[tuple[str, Times]]:
+    """The row kernel of each backend."""
+    problem = row_problem(setting, size)
+    make = problem.forward if forward else problem.backward_
+    yield str(size), medians(setting, {name: make(str(name)) for name in names})
+
+
+def row_problem(setting: Setting, size: Size) -> RowProblem:
+    """As many rows as fill a gibibyte."""
+    assert size.dtype is not None
+    rows = 8 if setting.quick else LOGITS_BYTES // (size.vocab * size.dtype.itemsize)
+    return RowProblem(rows, size.vocab, size.dtype, setting.device)
+
+
+def medians(setting: Setting, calls: Mapping[str | None, Call]) -> Times:
+    """Seconds of each call, in turns with the others."""
+    named = {str(name): call for name, call in calls.items()}
+    timings = setting.time(named, next(iter(named)))
+    return {name: timings[str(name)].median for name in calls}
+
+
+def row_gradient(
+    setting: Setting, size: Size, _names: Sequence[str | None], chosen: Sequence[Choice]
+) -> Iterator[tuple[str, Times]]:
+    """One kernel for known coefficients against the two that are chosen for these rows."""
+    problem = row_problem(setting, size)
+    if not native_cuda.row_gradient_takes(problem.logits):
+        log("    does not take rows of this length")
+        return
+    assert size.dtype is not None
+    sizes = selection.Sizes(size.vocab, size.dtype)
+    with selection.overridden(*chosen):
+        picked = selection.choices_for(AUTO, arch_of(setting.device), sizes, backends.AVAILABLE)
+    forward, backward_ = (str(picked.get(name, TRITON)) for name in ("row_forward", "row_backward"))
+    two = problem.forward(forward), problem.backward_(backward_)
+    yield str(size), medians(setting, {None: lambda: [call() for call in two], CUDA: problem.gradient_()})
+
+
+def contrast(
+    setting: Setting, _size: Size, names: Sequence[str | None], _chosen: Sequence[Choice]
+) -> Iterator[tuple[str, Times]]:
+    """Coefficients of a chunk of few candidates, of some and of many: one choice is for all."""
+    for groups, candidates in ((32, 2), (32, 8), (4, 64)):
+        problem = ContrastProblem(groups, candidates, 3 if setting.quick else 128, setting.device)
+        yield f"G={groups}, C={candidates}", medians(setting, {name: problem.call(str(name)) for name in names})
+
+
+def logits_loss(
+    setting: Setting, size: Size, names: Sequence[str | None], chosen: Sequence[Choice]
+) -> Iterator[tuple[str, Times]]:
+    """The whole loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
+    assert size.dtype is not None
+    for nbytes, tokens in ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
+        if setting.quick:
+            nbytes, tokens = 0, 2
+        problem = LogitsProblem(nbytes, tokens, size.vocab, size.dtype, setting.device)
+        calls = {name: problem.step(AUTO, *chosen, *way(setting, "logits_loss", name)) for name in names}
+        yield f"{size}, {problem.logits.nbytes / 2**20:.3g} MiB", medians(setting, calls)
+
+
+def way(setting: Setting, operation: str, name: str | None) -> tuple[Choice, ...]:
+    """The choice of a way around, or none."""
+    return () if name is None else (Choice(operation, arch_of(setting.device), name),)
+
+
+def linear(
+    setting: Setting,
+    size: Size,
+    names: Sequence[str | None],
+    chosen: Sequence[Choice],
+    *,
+    operation: str,
+    mode: str,
+) -> Iterator[tuple[str, Times]]:
+    """The whole call on hidden states, with a fused linear path and without."""
+    assert size.dtype is not None
+    shape = replace(LLAMA3, hidden=size.hidden_size, vocab=size.vocab, dtype=size.dtype, mode=mode)
+    problem = draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device)
+    peers = {name: with_choices(ours(str(name)), *chosen, *way(setting, operation, name)) for name in names}
+    rows, errors = time_entries(setting, problem, [contestant(peer, problem) for peer in peers.values()], str(names[0]))
+    if errors:
+        raise errors[0]
+    seconds = {row.contestant: row.timing.median for row in rows}
+    yield str(size), {name: seconds[str(name)] for name in names}
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ROW_VOCABULARIES = ((2048, 2000), (65536, 32000), (160000, 128256), (None, 262144))
+LOSS_VOCABULARIES = ((65536, 32000), (None, 128256))
+HIDDEN_SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (None, 8192))
+ROW_SIZES = [Size(vocab, dtype, bound) for dtype in (BF16, FP32) for bound, vocab in ROW_VOCABULARIES]
+LOSS_SIZES = [Size(vocab, dtype, bound) for dtype in (BF16, FP32) for bound, vocab in LOSS_VOCABULARIES]
+LINEAR_SIZES = [Size(128256, BF16, None, hidden, bound) for bound, hidden in HIDDEN_SIZES]
+# What a later choice builds upon first, and last what is new to the hardware and can hang.
+TASKS = [
+    *(Task("row_forward", size, partial(row_operation, forward=True)) for size in ROW_SIZES),
+    *(Task("row_backward", size, partial(row_operation, forward=False)) for size in ROW_SIZES),
+    Task("contrast", Size(), contrast),
+    *(Task("logits_loss", size, logits_loss) for size in LOSS_SIZES),
+    *(Task("row_gradient_", size, row_gradient) for size in ROW_SIZES),
+    *(Task("linear_forward", s, partial(linear, operation="linear_forward", mode=NO_GRAD)) for s in LINEAR_SIZES),
+    *(Task("linear_kept", size, partial(linear, operation="linear_kept", mode=TRAINED)) for size in LINEAR_SIZES),
+]
+
+
+def gains(measured: Measured) -> dict[str | None, float]:
+    """The speed of each backend over the default's, where it is least."""
+    default = default_of(measured.operation)
+    others = [name for name in next(iter(measured.places.values())) if name != default]
+    return {name: min(times[default] / times[name] for times in measured.places.values()) for name in others}
+
+
+def fastest(measured: Measured) -> str | None:
+    """The fastest backend, but the default unless another is faster than it by more than 2 % everywhere."""
+    if not measured.places:
+        return default_of(measured.operation)
+    by_name = gains(measured)
+    best = max(by_name, key=by_name.__getitem__)
+    return best if by_name[best] > FASTER else default_of(measured.operation)
+
+
+def figures(measured: Measured) -> str:
+    """What a choice is made by, in words."""
+    places, default = list(measured.places), default_of(measured.operation) or NAMES_OF_NONE[measured.operation]
+    if not places:
+        return f"{measured.size} is not taken"
+    least = "at least " * (len(places) > 1)
+    speeds = ", ".join(f"{name} {least}{gain:.2f}x" for name, gain in gains(measured).items())
+    return f"{speeds} the speed of {default} at {'; '.join(places)}"
+
+
+def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
+    """Choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
+
+    They are searched in order, so that narrower bounds come first.
+    """
+    found: list[Entry] = []
+    for operation in selection.OPERATIONS:
+        of_this = sorted((m for m in measured if m.operation == operation), key=lambda m: bounds(m.size))
+        for dtypes in dict.fromkeys(m.dtypes for m in of_this):
+            left = [m for m in of_this if m.dtypes == dtypes]
+            while left and fastest(left[-1]) == default_of(operation):
+                left.pop()
+            found += [entry(each, arch, dtype) for dtype in dtypes for each in left]
+    return found
+
+
+def bounds(size: Size) -> tuple[float, float]:
+    """For the order; none is the widest."""
+    infinity = float("inf")
+    return size.vocab_at_most or infinity, size.hidden_at_most or infinity
+
+
+def entry(measured: Measured, arch: str, dtype: str) -> Entry:
+    """As :class:`cpo_kernels.backends.selection.Choice` takes it."""
+    size = measured.size
+    limits = {"vocab_at_most": size.vocab_at_most, "hidden_at_most": size.hidden_at_most}
+    return {
+        "operation": measured.operation,
+        "arch": arch,
+        "dtype": dtype,
+        "backend": fastest(measured),
+        **{name: limit for name, limit in limits.items() if limit is not None},
+        "measured": figures(measured),
+    }
+
+
+def merged(table: Mapping[str, Any], measured: Sequence[Measured], arch: str, source: str) -> dict[str, Any]:
+    """The table with what was measured in place of the choices of the same operation, architecture and dtype."""
+
+    def replaced(choice: Entry) -> bool:
+        dtype = choice.get("dtype", "any")
+        found = [m.dtypes for m in measured if (m.operation, arch) == (choice["operation"], choice["arch"])]
+        return any(dtype == "any" or "any" in dtypes or dtype in dtypes for dtypes in found)
+
+    kept = [choice for choice in table["choices"] if not replaced(choice)]
+    sources = table.get("measurements", {}) | {arch: source}
+    said = re.sub(r"choices: .*", "choices: benchmarks/choose.py, on what `measurements` names", table["source"])
+    return {**table, "source": said, "measurements": sources, "choices": [*kept, *entries(measured, arch)]}
+
+
+def write(table: Mapping[str, Any], path: Path) -> None:
+    """One choice a line."""
+    head = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in table.items() if name != "choices"]
+    lines = ",\n".join(f"    {json.dumps(choice)}" for choice in table["choices"])
+    choices = f"[\n{lines}\n  ]" if lines else "[]"
+    path.write_text("{\n" + "\n".join(head) + f'\n  "choices": {choices}\n}}\n')
+
+
+def small(size: Size) -> Size:
+    """A dry run's: every GPU thread is interpreted or emulated."""
+    return replace(size, vocab=257 if size.vocab else 0, hidden_size=16 if size.hidden_size else 0)
+
+
+def measure(tasks: Sequence[Task], setting: Setting, deadline: float) -> Iterator[Measured]:
+    """Until the deadline, with what was chosen before; what fails or computes the wrong thing is left out."""
+    arch, found = arch_of(setting.device), list[Measured]()
+    for task in tasks:
+        if time.monotonic() > deadline:
+            log(f"not measured, the time was up: {task.operation} {task.size}")
+            continue
+        size, names = (
+            small(task.size) if setting.quick else task.size,
+            contestants_of(task.operation, setting.device)[0],
+        )
+        chosen = [Choice(**each) for each in entries(found, arch) if each["operation"] in BUILT_UPON]
+        log(f"  {task.operation} {size}")
+        try:
+            measured = Measured(task.operation, size, dict(task.run(setting, size, names, chosen)))
+        except Exception as error:  # the other operations still have something to say
+            log(f"    left out: {type(error).__name__}: {error}")
+            log(traceback.format_exc())
+        else:
+            log(f"    {figures(measured)}")
+            found.append(measured)
+            yield measured
+        free_memory()  # after the handler: until there an error holds the tensors of its call
+
+
+def selected(operations: Sequence[str], device: torch.device) -> list[Task]:
+    """The tasks in which there is something to choose between on this device."""
+    able = []
+    for operation in dict.fromkeys(task.operation for task in TASKS if task.operation in operations):
+        names, reason = contestants_of(operation, device)
+        if reason:
+            log(f"  {operation}: without {CUDA}, {reason}")
+        able += [task for task in TASKS if task.operation == operation] if len(names) > 1 else []
+    return able
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and write; 1 if something could not be measured, or not in the time, or came out wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(dict.fromkeys(task.operation for task in TASKS))
+    parser.add_argument("--out", type=Path, default=TABLE, help="file to write (default: the committed table)")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu for a dry run")
+    parser.add_argument("--operations", nargs="+", choices=names, default=names, metavar="OPERATION", help=f"{names}")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="measure nothing more after this time")
+    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each backend")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: a dry run")
+    args = parser.parse_args(argv)
+    if args.quick and args.out == TABLE:
+        parser.error("a dry run must not rewrite the committed table; give --out")
+    deadline, setting = time.monotonic() + args.seconds, Setting(args.device, args.quick, args.rounds)
+    arch, source = arch_of(args.device), describe_source(args.device)
+    tasks, table, found = selected(args.operations, args.device), json.loads(TABLE.read_text()), []
+    for measured in measure(tasks, setting, deadline):
+        found.append(measured)
+        write(merged(table, found, arch, source), args.out)
+    log(f"{len(found)} of {len(tasks)} sizes measured, {len(entries(found, arch))} choices for {arch}: {args.out}")
+    return 0 if len(found) == len(tasks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,291 @@
+"""Choices between backends: what is made of measurements, and dry runs with emulated CUDA kernels on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import choose
+from benchmarks.choose import Measured, Size, Task
+from benchmarks.gpu_cases import Setting
+from cpo_kernels.backends import native_cuda, selection
+from cpo_kernels.backends.selection import Choice, Sizes
+
+pytestmark = pytest.mark.cpu
+CPU = torch.device("cpu")
+BF16, FP32 = torch.bfloat16, torch.float32
+FOREVER = float("inf")
+ALL = ("triton", "torch", "cuda")
+
+
+@pytest.fixture
+def gpu(emulated_cuda, emulator, monkeypatch):
+    """The CPU is a GPU with emulated kernels: Triton's are preferred, the compiled ones are there to be chosen."""
+    for name in ("driver_version", "runtime_version"):
+        monkeypatch.setattr(emulator, name, lambda: 13000, raising=False)
+    monkeypatch.setitem(selection.PREFERRED, "cpu", selection.PREFERRED["cuda"])
+    return emulator
+
+
+# From measurements to choices
+
+
+def rows(operation="row_forward", bound=None, dtype=BF16, **seconds) -> Measured:
+    size = Size(bound or 262144, dtype, bound)
+    return Measured(operation, size, {str(size): {None if n == "none" else n: s for n, s in seconds.items()}})
+
+
+@pytest.mark.parametrize(("seconds", "backend"), [(0.97, "cuda"), (0.985, "triton"), (1.0, "triton"), (2.0, "triton")])
+def test_another_than_the_default_must_be_faster_by_more_than_2_percent(seconds, backend):
+    assert choose.fastest(rows(triton=1.0, cuda=seconds)) == backend
+
+
+def test_a_default_needs_no_choice():
+    assert choose.entries([rows(triton=1.0, cuda=1.0), rows("row_gradient_", none=1.0, cuda=1.2)], "sm_90") == []
+
+
+def test_the_fastest_of_several_ways_is_chosen():
+    measured = rows("linear_forward", none=3.0, cuda=2.5, triton=2.0)
+    assert choose.fastest(measured) == "triton"
+    found = choose.figures(measured)
+    assert found == "cuda 1.20x, triton 1.50x the speed of product and row kernel at V=262144, bfloat16"
+
+
+def test_of_several_places_the_least_gain_counts():
+    places = {"G=1": {"triton": 1.0, "cuda": 0.5}, "G=2": {"triton": 1.0, "cuda": 0.99}}
+    measured = Measured("contrast", Size(), places)
+    assert choose.fastest(measured) == "triton"
+    assert choose.figures(measured) == "cuda at least 1.01x the speed of triton at G=1; G=2"
+    places["G=2"] = {"triton": 1.0, "cuda": 0.8}
+    (entry,) = choose.entries([measured], "sm_90")
+    assert (entry["backend"], entry["dtype"], entry["measured"][:19]) == ("cuda", "any", "cuda at least 1.25x")
+
+
+def test_a_choice_says_what_it_was_made_by():
+    entries = choose.entries([rows(bound=65536, triton=1.07, cuda=1.0)], "sm_90")
+    assert [entry["dtype"] for entry in entries] == ["bfloat16", "float16"]
+    assert entries[0] == {
+        "operation": "row_forward",
+        "arch": "sm_90",
+        "dtype": "bfloat16",
+        "backend": "cuda",
+        "vocab_at_most": 65536,
+        "measured": "cuda 1.07x the speed of triton at V=65536, bfloat16",
+    }
+
+
+def test_float16_has_no_choice_of_the_one_launch_for_logits():
+    assert [e["dtype"] for e in choose.entries([rows("logits_loss", none=2.0, cuda=1.0)], "sm_90")] == ["bfloat16"]
+
+
+def picked(entries, operation, sizes, available=ALL, name="auto"):
+    with selection.overridden(*(Choice(**entry) for entry in entries)):
+        return selection.choices_for(name, "sm_90", sizes, available).get(operation)
+
+
+BOUNDS = (2048, 65536, None)
+
+
+@pytest.mark.parametrize("faster", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_each_size_gets_what_is_fastest_there(faster):
+    """Whatever the pattern and the order of measuring; a default is written only where it keeps a wider choice out."""
+    measured = [rows(bound=b, triton=1.0, cuda=0.5 if f else 1.5) for b, f in zip(BOUNDS, faster, strict=True)]
+    entries = choose.entries(measured[::-1], "sm_90")
+    for vocab, wanted in zip((2000, 50257, 128256), faster, strict=True):
+        for dtype in (BF16, torch.float16):
+            found = picked(entries, "row_forward", Sizes(vocab, dtype)) or "triton"
+            assert found == ("cuda" if wanted else "triton")
+        assert picked(entries, "row_forward", Sizes(vocab, FP32)) is None
+    last = max((i for i, f in enumerate(faster) if f), default=-1)
+    assert len(entries) == 2 * (last + 1)
+
+
+def test_null_keeps_a_way_around_out_where_it_does_not_pay():
+    def at(bound, none, **others):
+        size = Size(128256, BF16, None, bound or 8192, bound)
+        return Measured("linear_forward", size, {str(size): {None: none, **others}})
+
+    measured = [at(1024, 1.0, cuda=0.8, triton=0.9), at(2048, 1.0, cuda=1.2), at(None, 1.0, cuda=0.9)]
+    entries = choose.entries(measured, "sm_90")
+    assert [entry["backend"] for entry in entries[:3]] == ["cuda", None, "cuda"]
+    for hidden, wanted in ((768, "cuda"), (2048, None), (4096, "cuda")):
+        assert picked(entries, "linear_forward", Sizes(128256, FP32, hidden, BF16)) == wanted
+        assert picked(entries, "linear_forward", Sizes(128256, BF16, hidden, FP32)) is None
+    # A call that names another backend gets none of it.
+    assert picked(entries, "linear_forward", Sizes(128256, BF16, 768, BF16), name="triton") is None
+
+
+def test_a_size_that_a_way_around_does_not_take_has_no_choice():
+    assert choose.entries([Measured("row_gradient_", Size(9, FP32), {})], "sm_90") == []
+
+
+def old(arch, operation, backend="cuda", **others):
+    return {"operation": operation, "arch": arch, "backend": backend, **others}
+
+
+def test_measurements_take_the_place_of_choices_of_their_own_kind_only():
+    choices = [
+        old("sm_80", "row_forward"),
+        old("sm_90", "row_forward"),  # any dtype: it would hide what was measured
+        old("sm_90", "row_forward", dtype="float16"),
+        old("sm_90", "row_forward", dtype="float32"),
+        old("sm_90", "contrast", dtype="bfloat16"),
+        old("sm_90", "row_backward", dtype="any"),
+    ]
+    table = {"source": "cpu: x. choices: none", "prefer": {}, "measurements": {"sm_80": "there"}, "choices": choices}
+    contrast = Measured("contrast", Size(), {"G=1": {"triton": 1.0, "cuda": 2.0}})
+    new = choose.merged(table, [rows(triton=1.0, cuda=0.5), contrast], "sm_90", "here")
+    assert new["measurements"] == {"sm_80": "there", "sm_90": "here"}
+    assert new["source"].startswith("cpu: x. choices: benchmarks/choose.py")
+    assert new["choices"][:3] == [choices[0], choices[3], choices[5]]
+    assert [(c["operation"], c["dtype"]) for c in new["choices"][3:]] == [
+        ("row_forward", "bfloat16"),
+        ("row_forward", "float16"),
+    ]
+    assert choose.merged(new, [rows(triton=1.0, cuda=0.5), contrast], "sm_90", "here") == new
+    assert table["choices"] is choices and len(choices) == 6
+
+
+@pytest.mark.parametrize("measured", [[], [rows(triton=1.0, cuda=0.5)]], ids=["none", "one"])
+def test_the_table_is_written_so_that_it_can_be_read(tmp_path, measured):
+    table = choose.merged(json.loads(choose.TABLE.read_text()), measured, "sm_90", "here")
+    choose.write(table, tmp_path / "selection.json")
+    text = (tmp_path / "selection.json").read_text()
+    assert json.loads(text) == table
+    assert text.count('"operation"') == sum('"operation"' in line for line in text.splitlines())
+    assert [Choice(**entry).backend for entry in json.loads(text)["choices"]] == ["cuda", "cuda"] * len(measured)
+
+
+# Runs
+
+LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "linear_forward", "linear_backward")
+
+
+def run(tmp_path, *arguments: str) -> tuple[int, dict]:
+    out = tmp_path / "selection.json"
+    status = choose.main(["--quick", "--device", "cpu", "--rounds", "1", "--out", str(out), *arguments])
+    return status, json.loads(out.read_text()) if out.exists() else {}
+
+
+def test_a_dry_run_measures_every_operation_at_every_size(gpu, tmp_path, capsys, monkeypatch):
+    """A dry run takes one size only, so that half of the sizes would say the same once more."""
+    tasks = {(task.operation, task.size.dtype): task for task in choose.TASKS}
+    monkeypatch.setattr(choose, "TASKS", list(tasks.values()))
+    launched = set()
+    for name in LAUNCHES:
+        launch = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda name=name, launch=launch, **given: launched.add(name) or launch(**given))
+    before = choose.TABLE.read_bytes()
+    status, table = run(tmp_path)
+    assert status == 0 and choose.TABLE.read_bytes() == before
+    assert set(table["measurements"]) == {"default"} and launched == set(LAUNCHES)
+    log = capsys.readouterr().err
+    assert f"{len(tasks)} of {len(tasks)} sizes measured" in log
+    for operation in selection.OPERATIONS:
+        assert f"  {operation}" in log
+    assert "WrongResult" not in log
+    assert all(Choice(**entry).measured for entry in table["choices"])
+
+
+def test_every_operation_is_measured_once_a_size():
+    assert {task.operation for task in choose.TASKS} == set(selection.OPERATIONS)
+    assert len({(task.operation, task.size) for task in choose.TASKS}) == len(choose.TASKS)
+    first = list(dict.fromkeys(task.operation for task in choose.TASKS))
+    assert set(first[:3]) == set(choose.BUILT_UPON)
+    for operation in selection.OPERATIONS:  # the widest is bounded by nothing
+        sizes = [task.size for task in choose.TASKS if task.operation == operation]
+        assert {s.dtype for s in sizes} == {s.dtype for s in sizes if s.vocab_at_most is s.hidden_at_most is None}
+
+
+def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(choose, "TASKS", [choose.TASKS[0], choose.TASKS[-5], choose.TASKS[-1]])
+    status, table = run(tmp_path)
+    log = capsys.readouterr().err
+    assert status == 0 and "row_forward: without cuda, it was not built" in log
+    assert "1 of 1 sizes measured" in log and "cuda" not in {c["backend"] for c in table["choices"]}
+
+
+def test_without_hopper_its_ways_do_not_take_part(gpu, monkeypatch):
+    monkeypatch.setattr(native_cuda, "capability", lambda device: (8, 0))
+    names = {name: choose.contestants_of(name, CPU)[0] for name in selection.OPERATIONS}
+    assert names["linear_kept"] == [None] and names["linear_forward"] == [None, "triton"]
+    assert names["row_forward"] == ["triton", "cuda"] and names["row_gradient_"] == [None, "cuda"]
+
+
+def test_a_dry_run_does_not_touch_the_committed_table():
+    with pytest.raises(SystemExit):
+        choose.main(["--quick", "--device", "cpu"])
+
+
+def task(seconds: float, seen=None, now=None, operation="row_forward", **bounds) -> Task:
+    """One that finds the compiled kernels to take so long, where Triton's take 1 s."""
+
+    def places(_setting, size, names, chosen):
+        if seen is not None:
+            seen.append([(choice.operation, choice.backend, choice.vocab_at_most) for choice in chosen])
+        if now is not None:
+            now[0] += 1.0
+        if seconds <= 0:
+            raise RuntimeError("out of something")
+        yield str(size), {name: seconds if name == "cuda" else 1.0 for name in names}
+
+    return Task(operation, Size(64, FP32, **bounds), places)
+
+
+def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu):
+    seen = []
+    tasks = [
+        task(0.5, seen, vocab_at_most=100),
+        task(2.0, seen, operation="contrast"),
+        task(0.5, seen, operation="row_gradient_"),
+        task(0.5, seen, operation="linear_kept"),
+    ]
+    list(choose.measure(tasks, Setting(CPU, quick=True), FOREVER))
+    assert seen == [[], *[[("row_forward", "cuda", 100)]] * 3]
+
+
+@pytest.mark.parametrize("measured", [0, 1, 2, 3])
+def test_what_was_measured_when_the_time_was_up_is_written(gpu, tmp_path, monkeypatch, measured):
+    """Each measurement takes one second of a clock of its own."""
+    now = [0.0]
+    tasks = [task(0.5, now=now, vocab_at_most=bound) for bound in (10, 20)] + [task(0.5, now=now)]
+    monkeypatch.setattr(choose, "TASKS", tasks)
+    monkeypatch.setattr(choose.time, "monotonic", lambda: now[0])
+    # Past the deadline only strictly: what starts at the deadline still runs.
+    status, table = run(tmp_path, "--seconds", str(measured - 1))
+    assert status == (0 if measured == 3 else 1)
+    assert [c.get("vocab_at_most") for c in table.get("choices", [])] == [10, 20, None][:measured]
+
+
+def test_what_fails_is_left_out_and_the_others_are_measured(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(choose, "TASKS", [task(0.5, vocab_at_most=10), task(0.0, vocab_at_most=20), task(0.5)])
+    status, table = run(tmp_path)
+    assert status == 1
+    assert [c.get("vocab_at_most") for c in table["choices"]] == [10, None]
+    assert "left out: RuntimeError: out of something" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operation", ["row_forward", "linear_forward", "linear_kept"])
+def test_a_wrong_result_is_not_chosen(gpu, tmp_path, monkeypatch, capsys, operation):
+    """Log-probabilities of the emulated kernels come out 10 % off."""
+    for name in ("row_forward", "linear_forward"):
+        right = getattr(gpu, name)
+
+        def wrong(right=right, **arguments):
+            right(**arguments)
+            logps = (ctypes.c_float * arguments["tokens"]).from_address(arguments["logps"])
+            logps[:] = [1.1 * logp for logp in logps]
+
+        monkeypatch.setattr(gpu, name, wrong)
+    monkeypatch.setattr(choose, "TASKS", [t for t in choose.TASKS if t.operation == operation][:1])
+    status, table = run(tmp_path)
+    log = capsys.readouterr().err
+    assert status == 1 and not table.get("choices")
+    assert "left out: WrongResultError" in log or "left out: AnotherLossError" in log
