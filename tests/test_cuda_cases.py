@@ -219,7 +219,7 @@ def test_a_wrong_loss_of_logits_is_not_timed(gpu, monkeypatch):
 
     def wrong(logits, targets, grad, *args, **options):
         result = right(logits, targets, grad, *args, **options)
-        grad[-1] *= 1.2
+        grad *= 1.05
         return result
 
     monkeypatch.setattr(native_groups, "cpo_loss", wrong)
