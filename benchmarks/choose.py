@@ -343,7 +343,10 @@ def measure(tasks: Sequence[Task], setting: Setting, deadline: float) -> Iterato
             log(f"    left out: {type(error).__name__}: {error}")
             log(traceback.format_exc())
         else:
-            log(f"    {figures(measured)}")
+            for place, times in measured.places.items():
+                seconds = (f"{name or NAMES_OF_NONE[task.operation]} {t * 1e3:.4g} ms" for name, t in times.items())
+                log(f"    {place}: {', '.join(seconds)}")
+            log(f"    {fastest(measured) or NAMES_OF_NONE[task.operation]}: {figures(measured)}")
             found.append(measured)
             yield measured
         free_memory()  # after the handler: until there an error holds the tensors of its call

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from benchmarks import choose
 from benchmarks.choose import Measured, Size, Task
 from benchmarks.gpu_cases import Setting
-from cpo_kernels.backends import native_cuda, selection
+from cpo_kernels.backends import native_cuda, selection, triton_support
 from cpo_kernels.backends.selection import Choice, Sizes
 
 pytestmark = pytest.mark.cpu
@@ -22,6 +22,10 @@ CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 FOREVER = float("inf")
 ALL = ("triton", "torch", "cuda")
+# On a GPU, gpu-check measures.
+dry_run = pytest.mark.skipif(
+    not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
+)
 
 
 @pytest.fixture
@@ -173,6 +177,7 @@ def run(tmp_path, *arguments: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
+@dry_run
 def test_a_dry_run_measures_every_operation_at_every_size(gpu, tmp_path, capsys, monkeypatch):
     """A dry run takes one size only, so that half of the sizes would say the same once more."""
     tasks = {(task.operation, task.size.dtype): task for task in choose.TASKS}
@@ -203,6 +208,7 @@ def test_every_operation_is_measured_once_a_size():
         assert {s.dtype for s in sizes} == {s.dtype for s in sizes if s.vocab_at_most is s.hidden_at_most is None}
 
 
+@dry_run
 def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
     monkeypatch.setattr(choose, "TASKS", [choose.TASKS[0], choose.TASKS[-5], choose.TASKS[-1]])
@@ -272,6 +278,7 @@ def test_what_fails_is_left_out_and_the_others_are_measured(gpu, tmp_path, monke
     assert "left out: RuntimeError: out of something" in capsys.readouterr().err
 
 
+@dry_run
 @pytest.mark.parametrize("operation", ["row_forward", "linear_forward", "linear_kept"])
 def test_a_wrong_result_is_not_chosen(gpu, tmp_path, monkeypatch, capsys, operation):
     """Log-probabilities of the emulated kernels come out 10 % off."""

@@ -17,10 +17,16 @@ from benchmarks.gpu_cases import Setting, WrongResultError
 from benchmarks.measure import AnotherLossError, ContestantError
 from benchmarks.peers import ours
 from benchmarks.problem import draw
-from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection
+from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection, triton_support
 from cpo_kernels.backends.selection import Choice
 
-pytestmark = pytest.mark.cpu
+# On a GPU, gpu-check runs the benchmark itself.
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(
+        not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
+    ),
+]
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, quick=True)
 

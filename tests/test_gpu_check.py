@@ -19,10 +19,15 @@ from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
 from benchmarks.measure import ContestantError
 from benchmarks.peers import BUILDERS, Peer
+from cpo_kernels.backends import triton_support
 
 pytestmark = pytest.mark.cpu  # dry runs
 CPU = torch.device("cpu")
 FOREVER = float("inf")
+# On a GPU, gpu-check runs the benchmarks themselves.
+dry_run = pytest.mark.skipif(
+    not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
+)
 ROOT = Path(__file__).parent.parent
 
 
@@ -268,6 +273,7 @@ def test_verdicts():
 CASES = [name for name in gpu_cases.CASES if name not in ("loss beside peers", "accuracy")]  # their peers take a minute
 
 
+@dry_run
 def test_cases_run_and_are_written(tmp_path):
     arguments = ["--quick", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path), "--cases", *CASES]
     assert gpu_bench.main(arguments) == 0
@@ -385,6 +391,7 @@ def test_cases_after_the_time_is_up_are_named(tmp_path, suite, stem):
     assert [case["name"] for case in content["cases"]] == list(gpu_bench.SUITES[suite].cases)
 
 
+@dry_run
 def test_a_wrong_row_kernel_is_not_timed(monkeypatch):
     rows = gpu_cases.triton_kernels("rows")
 
@@ -404,6 +411,7 @@ def test_a_wrong_row_kernel_is_not_timed(monkeypatch):
 # Tuning
 
 
+@dry_run
 def test_tuning_measures_every_kernel_and_leaves_the_table_alone(tmp_path):
     before = tune.TABLE.read_bytes()
     out = tmp_path / "tuning.json"
