@@ -40,7 +40,7 @@ from benchmarks.kernel_calls import (
     time_entries,
     with_choices,
 )
-from benchmarks.measure import free_memory
+from benchmarks.measure import free_memory, summary
 from benchmarks.peers import ours
 from benchmarks.problem import draw
 from benchmarks.shapes import NO_GRAD, TRAINED
@@ -99,11 +99,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """The times of a task, place by place; none where a way around does not take the size, and no call gets it."""
+    """The times of a task, place by place; none where a way around does not take the size, or ``error`` says why."""
 
     operation: str
     size: Size
     places: Mapping[str, Times]
+    error: str = ""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -157,7 +158,6 @@ def row_gradient(
     """One kernel for known coefficients against the two that are chosen for these rows."""
     problem = row_problem(setting, size)
     if not native_cuda.row_gradient_takes(problem.logits):
-        log("    does not take rows of this length")
         return
     assert size.dtype is not None
     sizes = selection.Sizes(size.vocab, size.dtype)
@@ -255,7 +255,7 @@ def figures(measured: Measured) -> str:
     """What a choice is made by, in words."""
     places, default = list(measured.places), default_of(measured.operation) or NAMES_OF_NONE[measured.operation]
     if not places:
-        return f"{measured.size} is not taken"
+        return f"{measured.error or 'rows do not fit'} at {measured.size}"
     least = "at least " * (len(places) > 1)
     speeds = ", ".join(f"{name} {least}{gain:.2f}x" for name, gain in gains(measured).items())
     return f"{speeds} the speed of {default} at {'; '.join(places)}"
@@ -325,31 +325,28 @@ def small(size: Size) -> Size:
 
 
 def measure(tasks: Sequence[Task], setting: Setting, deadline: float) -> Iterator[Measured]:
-    """Until the deadline, with what was chosen before; what fails or computes the wrong thing is left out."""
+    """Until the deadline, with what was chosen before; where something fails or is wrong, the default stays."""
     arch, found = arch_of(setting.device), list[Measured]()
     for task in tasks:
         if time.monotonic() > deadline:
             log(f"not measured, the time was up: {task.operation} {task.size}")
             continue
-        size, names = (
-            small(task.size) if setting.quick else task.size,
-            contestants_of(task.operation, setting.device)[0],
-        )
+        size = small(task.size) if setting.quick else task.size
+        names, _ = contestants_of(task.operation, setting.device)
         chosen = [Choice(**each) for each in entries(found, arch) if each["operation"] in BUILT_UPON]
         log(f"  {task.operation} {size}")
         try:
             measured = Measured(task.operation, size, dict(task.run(setting, size, names, chosen)))
         except Exception as error:  # the other operations still have something to say
-            log(f"    left out: {type(error).__name__}: {error}")
+            measured = Measured(task.operation, size, {}, summary(error))
             log(traceback.format_exc())
-        else:
-            for place, times in measured.places.items():
-                seconds = (f"{name or NAMES_OF_NONE[task.operation]} {t * 1e3:.4g} ms" for name, t in times.items())
-                log(f"    {place}: {', '.join(seconds)}")
-            log(f"    {fastest(measured) or NAMES_OF_NONE[task.operation]}: {figures(measured)}")
-            found.append(measured)
-            yield measured
         free_memory()  # after the handler: until there an error holds the tensors of its call
+        for place, times in measured.places.items():
+            seconds = (f"{name or NAMES_OF_NONE[task.operation]} {t * 1e3:.4g} ms" for name, t in times.items())
+            log(f"    {place}: {', '.join(seconds)}")
+        log(f"    {fastest(measured) or NAMES_OF_NONE[task.operation]}: {figures(measured)}")
+        found.append(measured)
+        yield measured
 
 
 def selected(operations: Sequence[str], device: torch.device) -> list[Task]:
@@ -382,8 +379,9 @@ def main(argv: list[str] | None = None) -> int:
     for measured in measure(tasks, setting, deadline):
         found.append(measured)
         write(merged(table, found, arch, source), args.out)
-    log(f"{len(found)} of {len(tasks)} sizes measured, {len(entries(found, arch))} choices for {arch}: {args.out}")
-    return 0 if len(found) == len(tasks) else 1
+    able = sum(not measured.error for measured in found)
+    log(f"{able} of {len(tasks)} sizes measured, {len(entries(found, arch))} choices for {arch}: {args.out}")
+    return 0 if able == len(tasks) else 1
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def tune(settings: Settings) -> Outcome:
 
 
 def choose(settings: Settings) -> Outcome:
-    """Measure backends against each other into selection.json in the results' folder, with the committed block sizes."""
+    """Measure backends into selection.json in the results' folder, with the committed block sizes."""
     note = "selection.json; to adopt it, after tuning.json, copy it over cpo_kernels/backends/selection.json"
     return measured("choose", settings, "choose", settings.out / "selection.json", note)
 

@@ -270,12 +270,17 @@ def test_what_was_measured_when_the_time_was_up_is_written(gpu, tmp_path, monkey
     assert [c.get("vocab_at_most") for c in table.get("choices", [])] == [10, 20, None][:measured]
 
 
-def test_what_fails_is_left_out_and_the_others_are_measured(gpu, tmp_path, monkeypatch, capsys):
+def test_where_something_fails_the_default_stays_and_the_others_are_measured(gpu, tmp_path, monkeypatch, capsys):
+    """A wider choice must not cover the size at which it failed."""
     monkeypatch.setattr(choose, "TASKS", [task(0.5, vocab_at_most=10), task(0.0, vocab_at_most=20), task(0.5)])
     status, table = run(tmp_path)
-    assert status == 1
-    assert [c.get("vocab_at_most") for c in table["choices"]] == [10, None]
-    assert "left out: RuntimeError: out of something" in capsys.readouterr().err
+    assert status == 1 and "2 of 3 sizes measured" in capsys.readouterr().err
+    assert [(c.get("vocab_at_most"), c["backend"]) for c in table["choices"]] == [
+        (10, "cuda"),
+        (20, "triton"),
+        (None, "cuda"),
+    ]
+    assert table["choices"][1]["measured"].startswith("RuntimeError: out of something at V=")
 
 
 @dry_run
@@ -294,5 +299,5 @@ def test_a_wrong_result_is_not_chosen(gpu, tmp_path, monkeypatch, capsys, operat
     monkeypatch.setattr(choose, "TASKS", [t for t in choose.TASKS if t.operation == operation][:1])
     status, table = run(tmp_path)
     log = capsys.readouterr().err
-    assert status == 1 and not table.get("choices")
-    assert "left out: WrongResultError" in log or "left out: AnotherLossError" in log
+    assert status == 1 and table["choices"] == []
+    assert "WrongResultError: " in log or "AnotherLossError: " in log
