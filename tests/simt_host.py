@@ -111,6 +111,10 @@ class LossArgs(ctypes.Structure):
     )
 
 
+class ScaleArgs(ctypes.Structure):
+    _fields_ = (("numbers", ctypes.c_void_p), ("count", ctypes.c_int64), ("factor", ctypes.c_void_p))
+
+
 class EmulatorError(AssertionError):
     """What the emulator found: an access outside of the arguments, a barrier that not all threads reach."""
 
@@ -198,6 +202,13 @@ class HostModule:
         args = BackwardArgs(batch, stats, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]
         self.finish(self.library.simt_row_backward(*dtypes, ctypes.byref(args), arguments["threads"]))
+
+    def scale(self, **arguments: Any) -> None:
+        self.library.simt_begin(self.seed)
+        self.allow(arguments["numbers"], arguments["count"] * ELEMENT_SIZE[arguments["dtype"]], write=True)
+        self.allow(arguments["factor"], 4)
+        args = ScaleArgs(*(arguments[name] for name, _ in ScaleArgs._fields_))
+        self.finish(self.library.simt_scale(arguments["dtype"], ctypes.byref(args)))
 
     def row_gradient_bytes(self, *, device: int) -> int:
         count = self.library.simt_row_gradient_bytes

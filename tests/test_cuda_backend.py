@@ -54,7 +54,8 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch, backend):
 
 
 def test_auto_chooses_only_what_is_measured():
-    assert "cuda" not in selection.PREFERRED["cuda"] and not selection.CHOICES
+    assert "cuda" not in selection.PREFERRED["cuda"]
+    assert all(choice.measured for choice in selection.CHOICES)
 
 
 def test_calls_without_the_extension_say_so(monkeypatch):
@@ -144,7 +145,7 @@ def test_the_engine_with_these_kernels(emulated_cuda, dtype, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
-@pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss"])
+@pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "scale"])
 def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monkeypatch, name):
     """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
     extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
@@ -209,3 +210,36 @@ def test_the_loss_of_given_logits_without_gradients(emulated_cuda):
     assert not found.loss.requires_grad
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 4096, 20 * 1024 + 5])
+def test_a_gradient_times_an_upstream_one(emulator, dtype, size):
+    """Rounded once; by 1 nothing is written, so that a NaN pattern keeps its bits."""
+    tensor, factor = torch.randn(size).to(dtype), torch.tensor(-0.37)
+    expected = (tensor.float() * factor).to(dtype)
+    native_cuda.scale_(tensor, factor)
+    assert torch.equal(tensor, expected)
+    native_cuda.scale_(tensor, torch.ones((), dtype=torch.float64))
+    assert torch.equal(tensor, expected)
+
+
+def test_gradients_that_no_vector_fits_are_scaled_by_torch(emulator, monkeypatch):
+    monkeypatch.setattr(emulator, "scale", None)
+    whole = torch.randn(5, 9)
+    for tensor in (whole[:, :4], whole.view(-1)[1:]):
+        expected = tensor * 2
+        native_cuda.scale_(tensor, torch.tensor(2.0))
+        assert torch.equal(tensor, expected)
+
+
+def test_backward_scales_by_the_kernel(emulated_cuda, emulator, monkeypatch):
+    launches = []
+    launch = emulator.scale
+    monkeypatch.setattr(
+        emulator, "scale", lambda **arguments: launches.append(arguments["count"]) or launch(**arguments)
+    )
+    problem = PROBLEMS["larger_prime_vocab"]().to(torch.float32)
+    loss = linear_cpo_loss(**problem.arguments(), backend="cuda").loss
+    (-2 * loss).backward()
+    assert launches == [problem.hidden.numel(), problem.weight.numel()]

@@ -64,6 +64,7 @@ def cuda_backend() -> Backend:
         rows=ops.declare_rows("cuda_", kernels),
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
+        scale_=native_cuda.scale_,
         contrast=native_groups.contrast,
         logits_loss=native_groups.cpo_loss,
         contrast_candidates=native_groups.MAX_CANDIDATES,

@@ -18,6 +18,7 @@ from torch import Tensor
 from .native_checks import DTYPE_CODES, check, front_halves
 from .transform import fold_transform
 
+VECTOR_BYTES = 16
 MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles
 
 
@@ -249,6 +250,29 @@ def row_gradient_(
         out_stride=out.stride(0),
     )
     return stats, logps
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """``tensor *= factor`` in place, in float32 and rounded once; no traffic where the factor is 1.
+
+    Args:
+        tensor: of float32, bfloat16 or float16, on a GPU; contiguous and at a multiple of 16 bytes, or PyTorch does it.
+        factor: one element of any floating-point dtype, on the same device; the host does not read it.
+
+    Raises:
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    if not tensor.is_contiguous() or tensor.data_ptr() % VECTOR_BYTES or factor.device != tensor.device:
+        tensor.mul_(factor)
+        return
+    factor = factor.to(torch.float32)
+    _extension().scale(
+        **_queue(tensor.device),
+        dtype=DTYPE_CODES[tensor.dtype],
+        numbers=tensor.data_ptr(),
+        count=tensor.numel(),
+        factor=factor.data_ptr(),
+    )
 
 
 def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:

@@ -100,6 +100,12 @@ struct LossArgs {
   std::int64_t grad_stride;  // elements
 };
 
+struct ScaleArgs {
+  void* numbers;        // at a boundary of 16 bytes
+  std::int64_t count;
+  const float* factor;  // one
+};
+
 inline std::size_t contrast_shared_bytes(int max_candidates) { return static_cast<std::size_t>(max_candidates) * 5 * sizeof(double); }
 
 void row_forward(const Queue& queue, DType dtype, const ForwardArgs& args);
@@ -108,6 +114,7 @@ void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const Gradie
 // Bytes of the longest row that row_gradient takes.
 std::int64_t row_gradient_bytes(int device);
 void contrast(const Queue& queue, const ContrastArgs& args);
+void scale(const Queue& queue, DType dtype, const ScaleArgs& args);
 void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args);
 
 }  // namespace cpo

@@ -4,6 +4,7 @@
 #include "cuda/row_backward.cu"
 #include "cuda/row_forward.cu"
 #include "cuda/row_gradient.cu"
+#include "cuda/scale.cu"
 
 using cpo::simt::machine;
 
@@ -55,6 +56,10 @@ int simt_row_gradient(int dtype, int out_dtype, const cpo::GradientArgs* args, i
   return guarded([&] {
     cpo::row_gradient(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
   });
+}
+
+int simt_scale(int dtype, const cpo::ScaleArgs* args) {
+  return guarded([&] { cpo::scale(queue(0), static_cast<cpo::DType>(dtype), *args); });
 }
 
 int simt_contrast(const cpo::ContrastArgs* args, int threads) {
