@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_sharing import all_rows, assert_shares, groups, tiny
+from sharing_models import all_rows, assert_shares, groups, tiny
 
 from cpo_kernels.models.sharing import check_prefix_sharing, pack_groups, tree_inputs
 

@@ -16,7 +16,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 from test_trainer import parameters, steps, trainer
-from test_trainer_negatives import NONE, candidates, dense_logps, micro_batch
+from trainer_steps import NONE, candidates, dense_logps, micro_batch
 from transformers import TrainerCallback
 
 from cpo_kernels import contrastive_loss
