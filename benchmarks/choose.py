@@ -29,6 +29,7 @@ from benchmarks.contestants import contestant
 from benchmarks.environment import log
 from benchmarks.gpu_cases import LLAMA3, LOGITS_BYTES, Setting
 from benchmarks.kernel_calls import (
+    CONTRASTS,
     CUDA,
     TRITON,
     ContrastProblem,
@@ -38,7 +39,7 @@ from benchmarks.kernel_calls import (
     missing,
     missing_hopper,
     time_entries,
-    with_choices,
+    under_choices,
 )
 from benchmarks.measure import free_memory, summary
 from benchmarks.peers import ours
@@ -163,7 +164,7 @@ def row_gradient(
     sizes = selection.Sizes(size.vocab, size.dtype)
     with selection.overridden(*chosen):
         picked = selection.choices_for(AUTO, arch_of(setting.device), sizes, backends.AVAILABLE)
-    forward, backward_ = (str(picked.get(name, TRITON)) for name in ("row_forward", "row_backward"))
+    forward, backward_ = (str(picked.get(name, default_of(name))) for name in ("row_forward", "row_backward"))
     two = problem.forward(forward), problem.backward_(backward_)
     yield str(size), medians(setting, {None: lambda: [call() for call in two], CUDA: problem.gradient_()})
 
@@ -172,7 +173,7 @@ def contrast(
     setting: Setting, _size: Size, names: Sequence[str | None], _chosen: Sequence[Choice]
 ) -> Iterator[tuple[str, Times]]:
     """Coefficients of a chunk of few candidates, of some and of many: one choice is for all."""
-    for groups, candidates in ((32, 2), (32, 8), (4, 64)):
+    for groups, candidates in CONTRASTS:
         problem = ContrastProblem(groups, candidates, 3 if setting.quick else 128, setting.device)
         yield f"G={groups}, C={candidates}", medians(setting, {name: problem.call(str(name)) for name in names})
 
@@ -208,7 +209,7 @@ def linear(
     assert size.dtype is not None
     shape = replace(LLAMA3, hidden=size.hidden_size, vocab=size.vocab, dtype=size.dtype, mode=mode)
     problem = draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device)
-    peers = {name: with_choices(ours(str(name)), *chosen, *way(setting, operation, name)) for name in names}
+    peers = {name: under_choices(ours(str(name)), *chosen, *way(setting, operation, name)) for name in names}
     rows, errors = time_entries(setting, problem, [contestant(peer, problem) for peer in peers.values()], str(names[0]))
     if errors:
         raise errors[0]
@@ -222,7 +223,10 @@ LOSS_VOCABULARIES = ((65536, 32000), (None, 128256))
 HIDDEN_SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (None, 8192))
 ROW_SIZES = [Size(vocab, dtype, bound) for dtype in (BF16, FP32) for bound, vocab in ROW_VOCABULARIES]
 LOSS_SIZES = [Size(vocab, dtype, bound) for dtype in (BF16, FP32) for bound, vocab in LOSS_VOCABULARIES]
-LINEAR_SIZES = [Size(128256, BF16, None, hidden, bound) for bound, hidden in HIDDEN_SIZES]
+LINEAR_VOCABULARIES = ((65536, 32000), (None, 128256))
+LINEAR_SIZES = [
+    Size(vocab, BF16, most, hidden, bound) for most, vocab in LINEAR_VOCABULARIES for bound, hidden in HIDDEN_SIZES
+]
 # What a later choice builds upon first, and last what is new to the hardware and can hang.
 TASKS = [
     *(Task("row_forward", size, partial(row_operation, forward=True)) for size in ROW_SIZES),
@@ -324,7 +328,7 @@ def small(size: Size) -> Size:
     return replace(size, vocab=257 if size.vocab else 0, hidden_size=16 if size.hidden_size else 0)
 
 
-def measure(tasks: Sequence[Task], setting: Setting, deadline: float) -> Iterator[Measured]:
+def measure(tasks: Sequence[Task], setting: Setting, deadline: float, table: Mapping[str, Any]) -> Iterator[Measured]:
     """Until the deadline, with what was chosen before; where something fails or is wrong, the default stays."""
     arch, found = arch_of(setting.device), list[Measured]()
     for task in tasks:
@@ -333,7 +337,8 @@ def measure(tasks: Sequence[Task], setting: Setting, deadline: float) -> Iterato
             continue
         size = small(task.size) if setting.quick else task.size
         names, _ = contestants_of(task.operation, setting.device)
-        chosen = [Choice(**each) for each in entries(found, arch) if each["operation"] in BUILT_UPON]
+        so_far = merged(table, found, arch, "")["choices"]
+        chosen = [Choice(**each) for each in so_far if each["operation"] in BUILT_UPON]
         log(f"  {task.operation} {size}")
         try:
             measured = Measured(task.operation, size, dict(task.run(setting, size, names, chosen)))
@@ -376,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline, setting = time.monotonic() + args.seconds, Setting(args.device, args.quick, args.rounds)
     arch, source = arch_of(args.device), describe_source(args.device)
     tasks, table, found = selected(args.operations, args.device), json.loads(TABLE.read_text()), []
-    for measured in measure(tasks, setting, deadline):
+    for measured in measure(tasks, setting, deadline, table):
         found.append(measured)
         write(merged(table, found, arch, source), args.out)
     able = sum(not measured.error for measured in found)

@@ -34,6 +34,7 @@ from benchmarks.gpu_cases import (
     triton_kernels,
 )
 from benchmarks.kernel_calls import (
+    CONTRASTS,
     CUDA,
     FORWARD_ERROR,
     TRITON,
@@ -44,7 +45,7 @@ from benchmarks.kernel_calls import (
     missing,
     missing_hopper,
     time_entries,
-    with_choices,
+    under_choices,
 )
 from benchmarks.measure import CaseResult
 from benchmarks.peers import Peer, ours
@@ -168,9 +169,6 @@ def loss_of_logits_at(setting: Setting, vocab: int, dtype: torch.dtype, *, in_ca
         yield Figure(f"cpo_loss of logits, {name}, {where}", ratio, "x copy", bar, detail=detail)
 
 
-CONTRASTS = ((32, 2), (32, 8), (4, 64))
-
-
 def contrasts(setting: Setting) -> Figures:
     """The contrast of a chunk, from launch to finish."""
     for groups, candidates in CONTRASTS:
@@ -183,7 +181,7 @@ def contrasts(setting: Setting) -> Figures:
 
 def our_peer(name: str, backend: str, *choices: Choice, logits_dtype: torch.dtype | None = None) -> Peer:
     """Ours by a named backend, whatever the table says."""
-    return with_choices(ours(name, None, logits_dtype, backend), *choices)
+    return under_choices(ours(name, None, logits_dtype, backend), *choices)
 
 
 def chosen(setting: Setting, operation: str) -> Choice:

@@ -27,6 +27,7 @@ from cpo_kernels.backends.selection import Choice
 
 TRITON, CUDA = "triton", "cuda"
 CANDIDATES = 4
+CONTRASTS = ((32, 2), (32, 8), (4, 64))  # (G, C) of a chunk: few candidates, some, and many
 CHECKED_ROWS = 64  # at either end of the logits
 FORWARD_ERROR = 1e-5
 COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
@@ -219,7 +220,7 @@ class LogitsProblem:
             compare(name, grad[some], wanted, allowed)
 
 
-def with_choices(peer: Peer, *choices: Choice) -> Peer:
+def under_choices(peer: Peer, *choices: Choice) -> Peer:
     """A peer of ours with these choices in place of the table's; its gradients are those of the forward pass."""
 
     def under(call: Any) -> Any:

@@ -21,13 +21,14 @@ class Evaluated(NamedTuple):
     Attributes:
         stats: (2, r), maximum and log-sum-exp minus maximum of each row.
         logps: (n,) in the block's order.
-        source: what the gradient is made of, and written over: the logits (r, V), or what the backend kept in their
-            place.
+        source: what the gradient is made of, and written over: the logits (r, V), or what was kept in their place.
+        kept: by whom; None for logits.
     """
 
     stats: Tensor
     logps: Tensor
     source: Any
+    kept: KeptLinear | None
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class LinearHead:
                 (block.targets, block.row_starts),
                 workspace if keep else None,
             )
-            return Evaluated(*self.kept.forward(space, hidden, self.weight, *tokens, *self.transform))
+            results = self.kept.forward(space, hidden, self.weight, *tokens, *self.transform)
+            return Evaluated(*results, self.kept)
         logits = self.compute_logits(block, workspace)
-        return Evaluated(*self.forward(block, logits), logits)
+        return Evaluated(*self.forward(block, logits), logits, None)
 
     def evaluate_again(self, block: Block, workspace: Any, before: Evaluated) -> Evaluated:
         """What the gradient is made of, where the memory of the first forward has been used since."""
@@ -79,10 +81,10 @@ class LinearHead:
 
     def gradient_(self, block: Block, done: Evaluated, coef: Tensor) -> Tensor:
         """The gradient (r, V) of ``sum_n coef_n * logp_n``, in the dtype of hidden, over its source."""
-        if self.kept is None:
+        if done.kept is None:
             return self.backward_(block, done.source, done.stats, coef)
         tokens = block.targets, block.row_starts
-        return self.kept.backward_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform)
+        return done.kept.backward_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform)
 
     def evaluate_with_gradient(self, block: Block, workspace: Any, coef: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (n,) and the gradient (r, V) for coefficients that are known beforehand."""

@@ -125,7 +125,7 @@ def make_plan(
     overhead = workspace_bytes + default * gathered_row_bytes // row_bytes
     asked = max_logits_bytes or default + accumulator + overhead
     if asked < row_bytes:
-        raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits: V={vocab} takes {row_bytes}")
+        raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits, which takes {row_bytes} bytes")
     largest = max(tokens.rows_per_group, default=0) if whole_groups and not known_coefficients else 1
 
     def left_for_logits(overhead: int) -> int:

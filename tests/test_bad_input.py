@@ -175,7 +175,10 @@ OPTIONS = {
 }
 # These are about the budget of the logits that the other functions take as they are.
 LINEAR_OPTIONS = {
-    "budget_of_less_than_a_row": ({"max_logits_bytes": 31 * 4 - 1}, "max_logits_bytes=123 .*V=31 takes 124")
+    "budget_of_less_than_a_row": (
+        {"max_logits_bytes": 31 * 4 - 1},
+        "max_logits_bytes=123 does not hold one row of logits, which takes 124 bytes",
+    )
 }
 
 

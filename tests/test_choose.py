@@ -37,6 +37,15 @@ def gpu(emulated_cuda, emulator, monkeypatch):
     return emulator
 
 
+@pytest.fixture(autouse=True)
+def table(tmp_path_factory, monkeypatch):
+    """A table without choices in place of the committed one, whatever that holds by now."""
+    path = tmp_path_factory.mktemp("committed") / "selection.json"
+    path.write_text(json.dumps({"source": "choices: not measured yet", "prefer": {}, "choices": []}))
+    monkeypatch.setattr(choose, "TABLE", path)
+    return json.loads(path.read_text())
+
+
 # From measurements to choices
 
 
@@ -211,7 +220,9 @@ def test_every_operation_is_measured_once_a_size():
 @dry_run
 def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
-    monkeypatch.setattr(choose, "TASKS", [choose.TASKS[0], choose.TASKS[-5], choose.TASKS[-1]])
+    some = {each.operation: each for each in choose.TASKS}
+    tasks = [some[operation] for operation in ("row_forward", "linear_forward", "linear_kept")]
+    monkeypatch.setattr(choose, "TASKS", tasks)
     status, table = run(tmp_path)
     log = capsys.readouterr().err
     assert status == 0 and "row_forward: without cuda, it was not built" in log
@@ -245,7 +256,7 @@ def task(seconds: float, seen=None, now=None, operation="row_forward", **bounds)
     return Task(operation, Size(64, FP32, **bounds), places)
 
 
-def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu):
+def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu, table):
     seen = []
     tasks = [
         task(0.5, seen, vocab_at_most=100),
@@ -253,8 +264,21 @@ def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu):
         task(0.5, seen, operation="row_gradient_"),
         task(0.5, seen, operation="linear_kept"),
     ]
-    list(choose.measure(tasks, Setting(CPU, quick=True), FOREVER))
+    list(choose.measure(tasks, Setting(CPU, quick=True), FOREVER, table))
     assert seen == [[], *[[("row_forward", "cuda", 100)]] * 3]
+
+
+def test_a_measurement_alone_builds_upon_the_committed_choices(gpu, table):
+    """But for those of its own operation, which are measured again."""
+    seen = []
+    arch = choose.arch_of(CPU)
+    table["choices"] = [
+        {"operation": "row_forward", "arch": arch, "backend": "cuda", "vocab_at_most": 7},
+        {"operation": "row_backward", "arch": arch, "backend": "cuda"},
+        {"operation": "linear_kept", "arch": arch, "backend": "cuda"},
+    ]
+    list(choose.measure([task(0.5, seen, operation="linear_kept")], Setting(CPU, quick=True), FOREVER, table))
+    assert seen == [[("row_forward", "cuda", 7), ("row_backward", "cuda", None)]]
 
 
 @pytest.mark.parametrize("measured", [0, 1, 2, 3])

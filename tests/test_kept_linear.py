@@ -99,6 +99,24 @@ def test_log_likelihoods_whose_gradient_comes_later(launches, rows, frozen):
     assert {"linear_forward", "linear_backward"} == set(launches)
 
 
+def test_the_gradient_goes_the_way_of_the_forward(launches):
+    """Whatever is chosen by then."""
+    problem = PROBLEMS["padded"]().to(torch.bfloat16)
+    arguments = problem.hidden, problem.weight, problem.targets
+    leaves = (problem.hidden, problem.weight)
+    kept = linear_sequence_logps(*arguments, backend="cuda")
+    expected = torch.autograd.grad(kept.sum(), leaves, retain_graph=True)
+    kept = linear_sequence_logps(*arguments, backend="cuda")
+    with overridden():
+        found = torch.autograd.grad(kept.sum(), leaves)
+        plain = linear_sequence_logps(*arguments, backend="cuda")
+        other = torch.autograd.grad(plain.sum(), leaves, retain_graph=True)
+        plain = linear_sequence_logps(*arguments, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    again = torch.autograd.grad(plain.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(again, other, strict=True))
+
+
 def test_log_likelihoods_are_exact_in_the_memory_of_half_precision_logits(launches):
     """1,024 tokens of bfloat16: within the 2e-3 nats that otherwise take float32 logits."""
     hidden = torch.randn(1, 1, 1024, 32).bfloat16().requires_grad_()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import PROBLEMS, assert_problem_accurate, random_problem
+from problems import PROBLEMS, assert_problem_accurate, fused_loss, loss_and_grads, random_problem
 
 from cpo_kernels import backends, cpo_loss, linear_cpo_loss
 from cpo_kernels.backends import selection
@@ -55,7 +55,7 @@ def test_the_first_that_matches_counts():
     assert found(narrow, wide, sizes=Sizes(128256, torch.float32)) == {"row_forward": "triton"}
     assert found(narrow, sizes=Sizes(128256, torch.float32)) == {}
     assert found(narrow, wide, arch="sm_80") == {}
-    assert found(narrow, wide, available=("torch", "triton")) == {"row_forward": "triton"}
+    assert found(narrow, wide, available=("torch", "triton")) == {}  # nobody said that triton's is better there
 
 
 def test_row_operations_go_by_the_dtype_of_logits_and_linear_ones_by_that_of_hidden():
@@ -72,7 +72,10 @@ def test_a_backend_that_is_named_takes_its_own_ways_around_or_none():
         Choice("linear_forward", "sm_90", "triton"),
     )
     assert found(*choices, name="cuda") == found(*choices) == {"linear_forward": "cuda"}
-    assert found(*choices, name="triton") == {"linear_forward": "triton"}
+    assert found(*choices, name="triton") == {}  # where it was measured, another was faster
+    assert found(*choices, name="triton", sizes=Sizes(9, torch.bfloat16, 4096, torch.bfloat16)) == {
+        "linear_forward": "triton"
+    }
     small = Sizes(50257, torch.bfloat16, 512, torch.bfloat16)
     assert found(*choices, name="cuda", sizes=small) == found(*choices, sizes=small) == {"linear_forward": None}
     assert found(*choices, name="torch") == {}
@@ -85,13 +88,22 @@ def test_what_is_overridden_comes_back():
     assert before == selection.CHOICES
 
 
+@pytest.mark.parametrize("name", [name for name in ("auto", "torch", "cpu") if name in ("auto", *backends.AVAILABLE)])
+def test_choices_of_another_architecture_change_nothing_here(name):
+    measured = [Choice(operation, "sm_90", "cuda", measured="1.1x") for operation in selection.OPERATIONS]
+    with overridden():
+        base = backends.select(name, CPU, torch.float32, SIZES)
+    with overridden(*measured):
+        assert backends.select(name, CPU, torch.float32, SIZES) is base
+
+
 def test_a_call_gets_kernels_of_several_backends(emulated_cuda):
-    base = backends.select("auto", CPU, torch.float32)
+    base = backends.select("auto", CPU, torch.float32, SIZES)
     choices = [Choice(operation, HERE, "cuda") for operation in ("row_forward", "contrast", "row_gradient_")]
     with overridden(*choices, Choice("linear_kept", HERE, None)):
         mixed = backends.select("auto", CPU, torch.float32, SIZES)
         assert backends.select("auto", CPU, torch.float32) is base  # of unknown sizes
-    assert mixed.name == base.name == "cpu" if "cpu" in backends.AVAILABLE else "torch"
+    assert mixed.name == base.name == ("cpu" if "cpu" in backends.AVAILABLE else "torch")
     assert mixed.rows.forward is emulated_cuda.rows.forward
     assert mixed.rows.backward_ is base.rows.backward_
     assert mixed.contrast is emulated_cuda.contrast
@@ -115,8 +127,9 @@ def test_groups_are_as_large_as_each_launch_takes(emulated_cuda, monkeypatch):
     for contrast, logits_loss, limit in (("cuda", None, 1024), ("triton", None, 2048), ("triton", "cuda", 1024)):
         with overridden(Choice("contrast", HERE, contrast), Choice("logits_loss", HERE, logits_loss)):
             served = backends.select("auto", CPU, torch.float32, SIZES)
+            named = backends.select("cuda", CPU, torch.float32, SIZES)
         assert served.contrast_candidates == limit
-        assert (served.logits_loss is None) == (logits_loss is None)
+        assert (named.logits_loss is None) == (served.logits_loss is None) == (logits_loss is None)
 
 
 def test_other_row_kernels_leave_no_way_around_them(emulated_cuda):
@@ -167,3 +180,19 @@ def test_the_loss_by_a_fused_forward_of_another_backend(emulated_cuda, emulator,
 
 def backends_loss(problem):
     return linear_cpo_loss(**problem.arguments(), **problem.options).loss.detach()
+
+
+@pytest.mark.parametrize("operation", [*selection.EXCHANGED, *selection.OPTIONAL])
+@pytest.mark.parametrize("options", [{}, {"contrast_weight": 0.0, "mle_weight": 1.0}], ids=["contrast", "likelihood"])
+def test_a_choice_takes_what_a_call_without_it_does(emulated_cuda, operation, options):
+    """A bias in float64, which kernels get in float32."""
+    problem = random_problem(H=16, V=301, bias=True).with_options(**options)
+    hidden, weight = (t.bfloat16().requires_grad_() for t in (problem.hidden, problem.weight))
+    problem = replace(problem, hidden=hidden, weight=weight, bias=problem.bias.requires_grad_())
+    plain = loss_and_grads(fused_loss(problem, backend="torch"), problem, upstream=3.0)
+    with overridden(Choice(operation, HERE, "cuda")):
+        for backend in ("auto", "cuda"):
+            chosen = loss_and_grads(fused_loss(problem, backend=backend), problem, upstream=3.0)
+            for name, expected in plain.items():
+                assert chosen[name].dtype == expected.dtype
+                torch.testing.assert_close(chosen[name], expected, rtol=0.05, atol=0.02 * expected.abs().max().item())

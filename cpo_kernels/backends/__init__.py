@@ -184,6 +184,8 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
         return base
     usable = tuple(n for n in AVAILABLE if BACKENDS[n].refuses(device, sizes.logits_dtype) is None)
     chosen = selection.choices_for(name, tuning.architecture(device), sizes, usable)
+    if not chosen:
+        return base
     served: dict[str, Any] = {
         operation: BACKENDS[other].optional[operation]
         for operation, other in chosen.items()
@@ -192,12 +194,13 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
     of = {operation: base if other is None else BACKENDS[other] for operation, other in chosen.items()}
     forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
     groups, whole = of.get("contrast", base), of.get("logits_loss", base)
-    launches = ((groups, groups.contrast), (whole, whole.logits_loss))
+    whole_launch = None if chosen.get("logits_loss", base.name) is None else whole.logits_loss
+    launches = ((groups, groups.contrast), (whole, whole_launch))
     return replace(
         base,
         rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
         contrast=groups.contrast,
-        logits_loss=whole.logits_loss,
+        logits_loss=whole_launch,
         contrast_candidates=min((b.contrast_candidates for b, launch in launches if launch is not None), default=0),
         **served,
     )

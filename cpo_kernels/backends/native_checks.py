@@ -8,6 +8,7 @@ from torch import Tensor
 from cpo_kernels import reference
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BIAS_DTYPES = (*DTYPE_CODES, torch.float64)  # kernels get it in float32
 CPU = torch.device("cpu")
 
 

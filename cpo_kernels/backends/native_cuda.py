@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .native_checks import DTYPE_CODES, check, front_halves
+from .native_checks import BIAS_DTYPES, DTYPE_CODES, check, front_halves
 from .transform import fold_transform
 
 VECTOR_BYTES = 16
@@ -100,7 +100,7 @@ def row_forward(
         logits: (R, V) float32, bfloat16 or float16 on a GPU, of unit column stride and any row stride.
         targets: (N,) int64; one outside [0, V) other than -100 is not read and has log-probability NaN.
         row_starts: (R + 1,) int64 prefix count of the tokens of each row, or None for one token a row.
-        bias: (V,) float32, bfloat16 or float16, or None.
+        bias: (V,) floating-point, or None.
         logit_scale: factor of the logits and the bias.
         softcap: bound of the scaled logits, 0.0 for none.
         temperature: divisor of the capped logits.
@@ -256,13 +256,14 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
     """``tensor *= factor`` in place, in float32 and rounded once; no traffic where the factor is 1.
 
     Args:
-        tensor: of float32, bfloat16 or float16, on a GPU; contiguous and at a multiple of 16 bytes, or PyTorch does it.
+        tensor: on a GPU; float32, bfloat16 or float16, contiguous and at a multiple of 16 bytes, or PyTorch does it.
         factor: one element of any floating-point dtype, on the same device; the host does not read it.
 
     Raises:
         RuntimeError: what CUDA says where a launch fails.
     """
-    if not tensor.is_contiguous() or tensor.data_ptr() % VECTOR_BYTES or factor.device != tensor.device:
+    vectors = tensor.is_contiguous() and tensor.data_ptr() % VECTOR_BYTES == 0
+    if tensor.dtype not in DTYPE_CODES or not vectors or factor.device != tensor.device:
         tensor.mul_(factor)
         return
     factor = factor.to(torch.float32)
@@ -333,7 +334,7 @@ class _Rows:
             check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
             row_starts = row_starts.contiguous()
         if bias is not None:
-            check("bias", bias, (V,), tuple(DTYPE_CODES), device)
+            check("bias", bias, (V,), BIAS_DTYPES, device)
             bias = bias.detach().to(torch.float32).contiguous()
         mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
         self.tensors = (logits, targets, row_starts, bias)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native_cuda
-from .native_checks import DTYPE_CODES, check
+from .native_checks import BIAS_DTYPES, DTYPE_CODES, check
 from .transform import fold_transform
 
 CAPABILITY = (9, 0)
@@ -124,7 +124,7 @@ def linear_forward(
         weight: (V, H) likewise.
         targets: (N,) int64; one outside [0, V) other than -100 has log-probability NaN.
         row_starts: (R + 1,) int64 prefix count of the tokens of each row, or None for one token a row.
-        bias: (V,) float32, bfloat16 or float16, or None.
+        bias: (V,) floating-point, or None.
         logit_scale: factor of the logits and the bias.
         softcap: bound of the scaled logits, 0.0 for none.
         temperature: divisor of the capped logits.
@@ -149,7 +149,7 @@ def linear_forward(
         check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
         row_starts = row_starts.contiguous()
     if bias is not None:
-        check("bias", bias, (V,), tuple(DTYPE_CODES), device)
+        check("bias", bias, (V,), BIAS_DTYPES, device)
         bias = bias.detach().to(torch.float32).contiguous()
     mult, cap, _ = fold_transform(logit_scale, softcap, temperature)
     queue, extension = native_cuda._queue(device), native_cuda._extension()

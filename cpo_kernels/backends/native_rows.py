@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .native import extension, isa_or_default
-from .native_checks import CPU, DTYPE_CODES, check, front_halves, share_memory
+from .native_checks import BIAS_DTYPES, CPU, DTYPE_CODES, check, front_halves, share_memory
 from .transform import fold_transform
 
 
@@ -33,7 +33,7 @@ def row_forward(
         logits: (R, V) float32, bfloat16 or float16 with unit column stride and any row stride.
         targets: (N,) int64, in [0, V) or -100.
         row_starts: (R + 1,) int64, the tokens of row r being ``row_starts[r]:row_starts[r + 1]``; None for N == R.
-        bias: (V,) float32, bfloat16 or float16, or None.
+        bias: (V,) floating-point, or None.
         logit_scale: multiplies the biased logits.
         softcap: c of ``c * tanh(logit / c)``, applied next; 0 for none.
         temperature: divides the result.
@@ -252,7 +252,7 @@ def _row_batch(
         check("row_starts", row_starts, (rows + 1,), (torch.int64,))
         row_starts = row_starts.contiguous()
     if bias is not None:
-        check("bias", bias, (vocab,), tuple(DTYPE_CODES))
+        check("bias", bias, (vocab,), BIAS_DTYPES)
         bias = bias.detach().to(torch.float32).contiguous()
     targets = targets.contiguous()
     mult, cap, slope = fold_transform(logit_scale, softcap, temperature)

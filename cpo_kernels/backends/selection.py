@@ -1,11 +1,13 @@
 """Which backend serves what where: the table ``selection.json``, whose entries are measured, not guessed.
 
 ``prefer`` orders the backends for each device type. ``choices`` refines that on a GPU, operation by operation and size
-by size; they are searched in order, and the first that matches counts. A choice has ``operation``, ``arch``, ``dtype``
-(or ``"any"``), ``backend``, optionally ``vocab_at_most`` and ``hidden_at_most``, and ``measured``, the figure behind
-it. Operations that every GPU backend has (``row_forward``, ``row_backward``, ``contrast``) are exchanged where the
-backend is chosen automatically. The others are ways around something, taken only where a choice says so, also by a
-backend that is named; ``backend`` null means that the way around does not pay.
+by size; they are searched in order, and the first whose size matches counts, or nothing does where its backend may not
+serve the call. A choice has ``operation``, ``arch``, ``dtype`` (or ``"any"``), ``backend``, optionally
+``vocab_at_most`` and ``hidden_at_most``, and ``measured``, the figure behind it.
+
+What every GPU backend has is exchanged where the backend is chosen automatically. The others are ways around something:
+``backend`` null means that the way around does not pay. Without a choice it is not taken, but for ``logits_loss`` by a
+backend that has it.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from importlib import resources
 import torch
 
 AUTO = "auto"
-EXCHANGED = ("row_forward", "row_backward", "contrast", "logits_loss")
+EXCHANGED = ("row_forward", "row_backward", "contrast")
 OPTIONAL = ("row_gradient_", "linear_forward", "linear_kept")
-OPERATIONS = (*EXCHANGED, *OPTIONAL)
+OPERATIONS = (*EXCHANGED, "logits_loss", *OPTIONAL)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Choice:
     def __post_init__(self) -> None:
         if self.operation not in OPERATIONS:
             raise ValueError(f"operation {self.operation!r}, expected one of {OPERATIONS}")
-        if self.backend is None and self.operation in EXCHANGED[:3]:
+        if self.backend is None and self.operation in EXCHANGED:
             raise ValueError(f"operation {self.operation!r} needs a backend")
 
     def matches(self, operation: str, arch: str, sizes: Sizes) -> bool:
@@ -90,15 +92,11 @@ def choices_for(name: str, arch: str, sizes: Sizes, available: tuple[str, ...]) 
         available: names of the backends that can be used here.
     """
     allowed = (*available, None) if name == AUTO else (name, None)
-    found: dict[str, str | None] = {}
+    first: dict[str, str | None] = {}
     for choice in CHOICES:
-        if (
-            choice.backend in allowed
-            and choice.operation not in found
-            and choice.matches(choice.operation, arch, sizes)
-        ):
-            found[choice.operation] = choice.backend
-    return found
+        if choice.operation not in first and choice.matches(choice.operation, arch, sizes):
+            first[choice.operation] = choice.backend
+    return {operation: backend for operation, backend in first.items() if backend in allowed}
 
 
 @contextmanager
