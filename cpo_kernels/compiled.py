@@ -16,9 +16,9 @@ from .calls import LinearCall
 from .fused_logps import run_token_logps, token_logps_grads
 from .fused_losses import run_cpo
 from .head import Head
-from .layout import check_range
+from .layout import check_targets_in
 from .objective import Objective, check_problem, make_problem
-from .reference import IGNORE_INDEX, accumulate_dtype
+from .reference import accumulate_dtype
 
 
 def make_head(
@@ -68,7 +68,7 @@ def _fake_grads(needs: Sequence[bool], *inputs: Tensor | None) -> list[Tensor]:
 @custom_op("cpo_kernels::checked_targets", mutates_args=())
 def checked_targets(targets: Tensor, vocab: int) -> Tensor:
     """A copy of targets (N,); raises ``ValueError`` for one outside [0, V) other than -100."""
-    check_range("target", targets, targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+    check_targets_in(targets, vocab)
     return targets.clone()
 
 

@@ -25,7 +25,7 @@ from .inputs import (
     prepare,
     split_options,
 )
-from .layout import CandidateLayout, check_range, to_device
+from .layout import CandidateLayout, check_targets_in, to_device
 from .objective import CPOOutput, CPOProblem, Objective, check_problem, make_problem, summarize
 from .planning import Plan
 from .reference import IGNORE_INDEX, accumulate_dtype
@@ -125,7 +125,7 @@ def flatten_logits(
     if torch.compiler.is_compiling():
         flat_targets = torch.ops.cpo_kernels.checked_targets(flat_targets, vocab)
     elif not flat.is_meta:
-        check_range("target", flat_targets, flat_targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+        check_targets_in(flat_targets, vocab)
     backend = backends.select(options.backend, logits.device, logits.dtype, Sizes(vocab, logits.dtype))
     if flat.stride(-1) != 1:
         flat = flat.contiguous()

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from . import ops
 from .reference import IGNORE_INDEX
 
 
@@ -154,7 +155,7 @@ def find_tokens(
     else:
         targets, rows = torch.stack([targets, rows]).cpu()
     present = targets != IGNORE_INDEX
-    check_range("target", targets, present, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+    check_targets_in(targets, vocab)
     positions = present.nonzero().squeeze(1)
     if rows is not None:
         check_range("row", rows, present, num_rows, f"[0, {num_rows})")
@@ -185,11 +186,11 @@ def find_tokens(
 def dense_tokens(targets: Tensor, vocab: int, cu_tokens: Sequence[int], cu_groups: Sequence[int]) -> Tokens:
     """All N tokens of a call in which token n is predicted by row n, without a look at any value on the host.
 
-    Every segment must have as many slots. Raises for a target out of range as :func:`check_range` does.
+    Every segment must have as many slots. Raises for a target out of range as :func:`check_targets_in` does.
     """
     slots, segments = cu_tokens[1] - cu_tokens[0], len(cu_tokens) - 1
     present = targets != IGNORE_INDEX
-    check_range("target", targets, present, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+    check_targets_in(targets, vocab)
     group_starts = [cu_tokens[s] for s in cu_groups]
     return Tokens(
         rows=None,
@@ -219,6 +220,16 @@ def distinct_rows(rows: Tensor, sizes: Tensor, num_rows: int) -> Tensor:
     groups = torch.repeat_interleave(torch.arange(sizes.numel(), device="cpu"), sizes)
     pairs = torch.unique(groups * num_rows + rows)
     return torch.bincount(pairs // num_rows, minlength=sizes.numel())
+
+
+def check_targets_in(targets: Tensor, vocab: int) -> None:
+    """Raise ``ValueError`` naming the first target (N,) outside [0, V) other than -100.
+
+    On a GPU as :func:`check_range`; where the compiled CUDA kernels are installed, a line on standard output names it.
+    """
+    named = ops.TARGET_CHECKS.get(targets.device.type)
+    if named is None or not named(targets, vocab):
+        check_range("target", targets, targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
 
 
 def check_range(name: str, values: Tensor, present: Tensor, end: int, expected: str) -> None:

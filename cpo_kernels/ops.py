@@ -18,6 +18,10 @@ from torch.library import CustomOpDef, custom_op
 from . import reference
 from .reference import accumulate_dtype
 
+# Checks of targets (N,) against V by the type of their device: an error for what follows, which names the token.
+# Backends enter theirs, which return False where they cannot serve a device.
+TARGET_CHECKS: dict[str, Callable[[Tensor, int], bool]] = {}
+
 
 class RowKernels(NamedTuple):
     """The row functions of a backend; arguments as in :func:`declare_rows`."""

@@ -111,6 +111,10 @@ class LossArgs(ctypes.Structure):
     )
 
 
+class TargetArgs(ctypes.Structure):
+    _fields_ = (("targets", ctypes.c_void_p), ("count", ctypes.c_int64), ("vocab", ctypes.c_int64))
+
+
 class ScaleArgs(ctypes.Structure):
     _fields_ = (("numbers", ctypes.c_void_p), ("count", ctypes.c_int64), ("factor", ctypes.c_void_p))
 
@@ -202,6 +206,12 @@ class HostModule:
         args = BackwardArgs(batch, stats, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]
         self.finish(self.library.simt_row_backward(*dtypes, ctypes.byref(args), arguments["threads"]))
+
+    def check_targets(self, **arguments: Any) -> None:
+        self.library.simt_begin(self.seed)
+        self.allow(arguments["targets"], 8 * arguments["count"])
+        args = TargetArgs(*(arguments[name] for name, _ in TargetArgs._fields_))
+        self.finish(self.library.simt_check_targets(ctypes.byref(args)))
 
     def scale(self, **arguments: Any) -> None:
         self.library.simt_begin(self.seed)

@@ -7,13 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from problems import PROBLEMS
+from simt_host import EmulatorError
 from tolerance import assert_accurate
 
 from benchmarks import small_run
-from cpo_kernels import backends, cpo_loss, linear_cpo_loss, token_logps
+from cpo_kernels import backends, cpo_loss, linear_cpo_loss, ops, token_logps
 from cpo_kernels.backends import native_cuda, selection, triton_support
+from cpo_kernels.layout import dense_tokens
 
 pytestmark = pytest.mark.cpu
+LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "scale", "check_targets")
 
 
 def module(driver: int, runtime: int = 13000) -> SimpleNamespace:
@@ -145,7 +148,7 @@ def test_the_engine_with_these_kernels(emulated_cuda, dtype, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
-@pytest.mark.parametrize("name", ["row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "scale"])
+@pytest.mark.parametrize("name", LAUNCHES)
 def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monkeypatch, name):
     """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
     extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
@@ -155,6 +158,7 @@ def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monk
     small_run.linear_form("cuda", torch.device("cpu"), torch.float32)
     small_run.one_launch(torch.device("cpu"), torch.float32)
     small_run.one_read(torch.device("cpu"), torch.float32)
+    native_cuda.check_targets(torch.tensor([0, -100, 4]), 5)
     with pytest.raises(RuntimeError, match="cudaGetDevice: "):
         getattr(extension, name)(**given)
 
@@ -243,3 +247,41 @@ def test_backward_scales_by_the_kernel(emulated_cuda, emulator, monkeypatch):
     loss = linear_cpo_loss(**problem.arguments(), backend="cuda").loss
     (-2 * loss).backward()
     assert launches == [problem.hidden.numel(), problem.weight.numel()]
+
+
+@pytest.mark.parametrize("count", [1, 33, 256, 70_000])
+@pytest.mark.parametrize("bad", [-1, 50, 2**40, -(2**40)])
+def test_a_target_that_no_word_has_is_named(emulator, count, bad):
+    targets = torch.randint(0, 50, (count,))
+    targets[count // 3] = -100
+    native_cuda.check_targets(targets, 50)
+    targets[count // 2] = bad
+    with pytest.raises(EmulatorError, match=rf"^target of token {count // 2} is {bad}, expected \[0, 50\) or -100$"):
+        native_cuda.check_targets(targets, 50)
+
+
+def test_the_first_of_a_warp_is_named(emulator):
+    targets = torch.full((32,), 50)
+    targets[:7] = 3
+    with pytest.raises(EmulatorError, match="target of token 7 is 50"):
+        native_cuda.check_targets(targets, 50)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_calls_ask_the_check_of_their_device(monkeypatch, serves):
+    """And fall back to PyTorch's assertion where it cannot serve; the meta device stands for a GPU."""
+    asked, asserted = [], []
+    checks = {"meta": lambda targets, vocab: asked.append((targets.shape, vocab)) or serves}
+    monkeypatch.setattr(ops, "TARGET_CHECKS", checks)
+    monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append(message))
+    dense_tokens(torch.empty(12, dtype=torch.int64, device="meta"), 31, [0, 3, 6, 9, 12], [0, 2, 4])
+    assert asked == [((12,), 31)]
+    assert asserted == ([] if serves else ["a target is out of range, expected [0, 31) or -100"])
+
+
+def test_a_gpu_that_is_too_old_gets_no_kernel(emulator, monkeypatch):
+    targets = torch.tensor([1, 2])
+    assert backends.named_check(targets, 5)
+    monkeypatch.setattr(triton_support, "refusal", lambda backend, device: "too old")
+    monkeypatch.setattr(emulator, "check_targets", None)
+    assert not backends.named_check(targets, 5)

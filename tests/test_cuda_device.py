@@ -328,6 +328,9 @@ def test_target_out_of_range_is_an_error(call, bad):
     assert done.returncode != 0
     assert "no error" not in done.stdout
     assert "target" in done.stderr or "assert" in done.stderr, done.stderr
+    if native_cuda.unavailable_reason() is None or ("dense" not in call and call != "token_logps"):
+        said = done.stdout + done.stderr
+        assert f"target of token 2 is {bad}, expected [0, 31) or -100" in said, said
 
 
 @pytest.mark.parametrize("call", BAD_CALLS)

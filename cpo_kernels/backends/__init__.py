@@ -83,6 +83,14 @@ def cuda_backend() -> Backend:
     )
 
 
+def named_check(targets: Tensor, vocab: int) -> bool:
+    """The compiled CUDA check of targets, whichever backend runs the call; False where the GPU is too old for it."""
+    if triton_support.refusal("cuda", targets.device) is not None:
+        return False
+    native_cuda.check_targets(targets, vocab)
+    return True
+
+
 @dataclass(frozen=True)
 class Status:
     """Whether a backend can be used here, and if not, why and what to install."""
@@ -120,6 +128,7 @@ if triton_support.unavailable_reason() is None:
     BACKENDS["triton"] = triton_backend()
 if native_cuda.unavailable_reason() is None:
     BACKENDS["cuda"] = cuda_backend()
+    ops.TARGET_CHECKS["cuda"] = named_check
 
 
 def describe() -> list[Status]:

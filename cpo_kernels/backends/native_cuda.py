@@ -252,6 +252,23 @@ def row_gradient_(
     return stats, logps
 
 
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """An error on the device, for what follows, that names a target outside [0, V) other than -100.
+
+    Args:
+        targets: (N,) int64 on a GPU.
+        vocab: V.
+
+    Raises:
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    check("targets", targets, (None,), (torch.int64,), targets.device)
+    targets = targets.contiguous()
+    _extension().check_targets(
+        **_queue(targets.device), targets=targets.data_ptr(), count=targets.shape[0], vocab=vocab
+    )
+
+
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """``tensor *= factor`` in place, in float32 and rounded once; no traffic where the factor is 1.
 

@@ -119,6 +119,11 @@ void scale(int device, Address stream, int dtype, Address numbers, Size count, A
   cpo::scale(queue(device, stream, 0), type, {at<void>(numbers), count, at<float>(factor)});
 }
 
+void check_targets(int device, Address stream, Address targets, Size count, Size vocab) {
+  py::gil_scoped_release release;
+  cpo::check_targets(queue(device, stream, 0), {at<Size>(targets), count, vocab});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
@@ -136,6 +141,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
         "stats"_a, "logps"_a, "coef"_a, "out"_a, "out_stride"_a, "slice_bytes"_a);
   m.def("scale", &scale, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "numbers"_a, "count"_a, "factor"_a);
+  m.def("check_targets", &check_targets, py::kw_only(), "device"_a, "stream"_a, "targets"_a, "count"_a, "vocab"_a);
   m.def("contrast", &contrast, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "logps"_a, "token_starts"_a, "segment_starts"_a,
         "lengths"_a, "ref_logps"_a, "ranks"_a, "num_target_tokens"_a, "segments"_a, "slots"_a, "sums"_a, "coef"_a, "groups"_a,
         "max_candidates"_a, "length_normalized"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "contrast_scale"_a,

@@ -100,6 +100,12 @@ struct LossArgs {
   std::int64_t grad_stride;  // elements
 };
 
+struct TargetArgs {
+  const std::int64_t* targets;
+  std::int64_t count;
+  std::int64_t vocab;
+};
+
 struct ScaleArgs {
   void* numbers;        // at a boundary of 16 bytes
   std::int64_t count;
@@ -114,6 +120,7 @@ void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const Gradie
 // Bytes of the longest row that row_gradient takes.
 std::int64_t row_gradient_bytes(int device);
 void contrast(const Queue& queue, const ContrastArgs& args);
+void check_targets(const Queue& queue, const TargetArgs& args);
 void scale(const Queue& queue, DType dtype, const ScaleArgs& args);
 void cpo_loss(const Queue& queue, DType dtype, const LossArgs& args);
 

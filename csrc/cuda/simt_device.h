@@ -6,8 +6,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+
+// Assertions of kernels are errors of a user's data, not of the build.
+#undef NDEBUG
+#include <cassert>
 
 #define CPO_DEVICE __device__ __forceinline__
 // For at most so many threads a block, with registers for so many blocks on a multiprocessor.
@@ -82,6 +87,13 @@ CPO_DEVICE float rsqrt_approx(float x) {
   float y;
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// An error that names the token, in the words of the host's check.
+CPO_DEVICE void stop_at_target(std::int64_t token, std::int64_t target, std::int64_t vocab) {
+  printf("target of token %lld is %lld, expected [0, %lld) or -100\n", static_cast<long long>(token), static_cast<long long>(target),
+         static_cast<long long>(vocab));
+  assert(!"a target is out of range; the line on standard output names it");
 }
 
 CPO_DEVICE float float_of_bits(std::uint32_t bits) { return __uint_as_float(bits); }

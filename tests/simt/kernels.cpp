@@ -1,4 +1,5 @@
 // The CUDA kernels for a CPU, as functions that ctypes can call; see simt_host.h.
+#include "cuda/check_targets.cu"
 #include "cuda/contrast.cu"
 #include "cuda/cpo_loss.cu"
 #include "cuda/row_backward.cu"
@@ -60,6 +61,10 @@ int simt_row_gradient(int dtype, int out_dtype, const cpo::GradientArgs* args, i
 
 int simt_scale(int dtype, const cpo::ScaleArgs* args) {
   return guarded([&] { cpo::scale(queue(0), static_cast<cpo::DType>(dtype), *args); });
+}
+
+int simt_check_targets(const cpo::TargetArgs* args) {
+  return guarded([&] { cpo::check_targets(queue(0), *args); });
 }
 
 int simt_contrast(const cpo::ContrastArgs* args, int threads) {

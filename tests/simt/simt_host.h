@@ -219,6 +219,11 @@ inline T shuffle_xor(T value, int mask) {
   return value;
 }
 
+inline void stop_at_target(std::int64_t token, std::int64_t target, std::int64_t vocab) {
+  machine.fail("target of token " + std::to_string(token) + " is " + std::to_string(target) + ", expected [0, " + std::to_string(vocab) +
+               ") or -100");
+}
+
 template <class T>
 inline T& shared_memory() {
   void* p = machine.now->block->shared.get();
