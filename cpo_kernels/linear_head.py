@@ -63,13 +63,9 @@ class LinearHead:
     def evaluate(self, block: Block, workspace: Any, *, keep: bool = True) -> Evaluated:
         """The forward of a block; ``keep`` says that :meth:`gradient_` is to follow before the next one."""
         if self.kept is not None:
-            hidden, tokens, space = (
-                self.hidden[block.rows],
-                (block.targets, block.row_starts),
-                workspace if keep else None,
-            )
-            results = self.kept.forward(space, hidden, self.weight, *tokens, *self.transform)
-            return Evaluated(*results, self.kept)
+            space = workspace if keep else None
+            matrices, tokens = (self.hidden[block.rows], self.weight), (block.targets, block.row_starts)
+            return Evaluated(*self.kept.forward(space, *matrices, *tokens, *self.transform), self.kept)
         logits = self.compute_logits(block, workspace)
         return Evaluated(*self.forward(block, logits), logits, None)
 

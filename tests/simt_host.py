@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,20 @@ class ScaleArgs(ctypes.Structure):
 
 class EmulatorError(AssertionError):
     """What the emulator found: an access outside of the arguments, a barrier that not all threads reach."""
+
+
+def record(module: HostModule, monkeypatch: Any, names: Sequence[str]) -> list[str]:
+    """The names of the launches that a test makes from here on, in order."""
+    made: list[str] = []
+    for name in names:
+        launch = getattr(module, name)
+
+        def recorded(name: str = name, launch: Any = launch, **arguments: Any) -> None:
+            made.append(name)
+            launch(**arguments)
+
+        monkeypatch.setattr(module, name, recorded)
+    return made
 
 
 class HostModule:

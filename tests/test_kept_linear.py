@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import simt_host
 import torch
 from problems import (
     BUDGETS,
@@ -40,15 +41,8 @@ PROBLEMS = {
 @pytest.fixture
 def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the launches, in order, under the choice."""
-    made: list[str] = []
-    for name in ("linear_forward", "linear_backward", "row_forward", "row_backward", "row_gradient"):
-        launch = getattr(emulator, name)
-
-        def recorded(name=name, launch=launch, **arguments):
-            made.append(name)
-            launch(**arguments)
-
-        monkeypatch.setattr(emulator, name, recorded)
+    names = ("linear_forward", "linear_backward", "row_forward", "row_backward", "row_gradient")
+    made = simt_host.record(emulator, monkeypatch, names)
     with overridden(Choice("linear_kept", tuning.architecture(torch.device("cpu")), "cuda")):
         yield made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import simt_host
 import torch
 from problems import (
     BACKENDS,
@@ -62,15 +63,8 @@ def test_filters_need_the_coefficients_of_the_contrast():
 @pytest.fixture
 def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the row launches, in order, where the one-pass gradient is chosen."""
-    made: list[str] = []
-    for name in ("row_forward", "row_backward", "row_gradient"):
-        launch = getattr(emulator, name)
-
-        def recorded(name=name, launch=launch, **arguments):
-            made.append(name)
-            launch(**arguments)
-
-        monkeypatch.setattr(emulator, name, recorded)
+    names = ("row_forward", "row_backward", "row_gradient")
+    made = simt_host.record(emulator, monkeypatch, names)
     with overridden(Choice("row_gradient_", tuning.architecture(torch.device("cpu")), "cuda")):
         yield made
 

@@ -65,12 +65,11 @@ class Choice:
         if self.backend is None and self.operation in EXCHANGED:
             raise ValueError(f"operation {self.operation!r} needs a backend")
 
-    def matches(self, operation: str, arch: str, sizes: Sizes) -> bool:
+    def matches(self, arch: str, sizes: Sizes) -> bool:
         """Whether it is about these."""
         return (
-            self.operation == operation
-            and self.arch == arch
-            and self.dtype in ("any", str(sizes.dtype_of(operation)).removeprefix("torch."))
+            self.arch == arch
+            and self.dtype in ("any", str(sizes.dtype_of(self.operation)).removeprefix("torch."))
             and (self.vocab_at_most is None or sizes.vocab <= self.vocab_at_most)
             and (self.hidden_at_most is None or sizes.hidden_size <= self.hidden_at_most)
         )
@@ -94,7 +93,7 @@ def choices_for(name: str, arch: str, sizes: Sizes, available: tuple[str, ...]) 
     allowed = (*available, None) if name == AUTO else (name, None)
     first: dict[str, str | None] = {}
     for choice in CHOICES:
-        if choice.operation not in first and choice.matches(choice.operation, arch, sizes):
+        if choice.operation not in first and choice.matches(arch, sizes):
             first[choice.operation] = choice.backend
     return {operation: backend for operation, backend in first.items() if backend in allowed}
 
