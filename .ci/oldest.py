@@ -1,4 +1,4 @@
-"""Prints the lower bound of everything that pyproject.toml names, as exact requirements: what `make test-oldest` installs.
+"""Prints the lower bound of every requirement in pyproject.toml as an exact one, which `make test-oldest` installs.
 
 Exit status 1 where a requirement has no lower bound, or two different ones.
 """
