@@ -17,8 +17,8 @@ asks() {
     "$python" -c "import sys, sysconfig, os; sys.exit(not ($1))" 2>/dev/null
 }
 
-command -v "$python" >/dev/null ||
-    fail "$python was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.12 ..."
+"$python" -c "" >/dev/null 2>&1 ||
+    fail "there is no $python that runs; install Python 3.10 or newer, or name one: make PYTHON=python3.12 ..."
 asks "sys.version_info >= (3, 10)" ||
     fail "$("$python" --version 2>&1) is too old; Python 3.10 or newer is needed, name one: make PYTHON=python3.12 ..."
 asks "__import__('venv') and __import__('ensurepip')" ||
@@ -39,7 +39,7 @@ news() {
 }
 
 echo "set-up: installing what [$extra] needs into $environment; the log is $log"
-echo "set-up: PyTorch of Linux brings CUDA's libraries, 3 GB to download and 7 GB on disk (README names a smaller build)"
+echo "set-up: the ordinary PyTorch brings CUDA's libraries, 3 GB to download and 6 GB on disk; README names a smaller build"
 "$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" --editable "$root[$extra]" \
     >"$log" 2>&1 &
 pip=$!

@@ -110,7 +110,7 @@ def test_a_python_that_lacks_something_ends_set_up_with_one_sentence(tmp_path, w
 
 def test_missing_programs_end_set_up_with_one_sentence(tmp_path):
     done = prepare(tmp_path, "python9.99")
-    assert done.returncode == 1 and done.stderr.startswith("set-up: python9.99 was not found; install Python 3.10")
+    assert done.returncode == 1 and done.stderr.startswith("set-up: there is no python9.99 that runs; install Python 3.10")
     done = prepare(tmp_path, sys.executable, CXX="no-such-compiler")
     assert done.returncode == 1 and done.stderr.startswith("set-up: no C++ compiler was found; install g++")
     assert done.stderr.count("\n") == 1
