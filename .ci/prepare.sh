@@ -54,8 +54,9 @@ while kill -0 $pip 2>/dev/null; do
     fi
 done
 if ! wait $pip; then
+    grep -q "No space left on device" "$log" &&
+        fail "the disk is full; $(df -Ph "$environment" | awk 'END {print $4}') are left at $environment, and pip also uses ${TMPDIR:-/tmp}"
     tail -n 20 "$log" >&2
-    grep -q "No space left on device" "$log" && fail "the disk is full: $(df -Ph "$environment" | awk 'END {print $4}') are free"
     fail "pip failed after $seconds s; $log holds all it said"
 fi
 echo "set-up: done after $seconds s"

@@ -110,25 +110,29 @@ def test_a_python_that_lacks_something_ends_set_up_with_one_sentence(tmp_path, w
 
 def test_missing_programs_end_set_up_with_one_sentence(tmp_path):
     done = prepare(tmp_path, "python9.99")
-    assert done.returncode == 1 and done.stderr.startswith("set-up: there is no python9.99 that runs; install Python 3.10")
+    assert done.returncode == 1 and done.stderr.startswith(
+        "set-up: there is no python9.99 that runs; install Python 3.10"
+    )
     done = prepare(tmp_path, sys.executable, CXX="no-such-compiler")
     assert done.returncode == 1 and done.stderr.startswith("set-up: no C++ compiler was found; install g++")
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("says", "sentence"),
-    [
-        ("OSError: [Errno 28] No space left on device", "the disk is full: "),
-        ("ResolutionImpossible", "pip failed after "),
-    ],
-)
-def test_a_failing_pip_ends_set_up_with_its_last_words_and_one_sentence(tmp_path, says, sentence):
+def failing_pip(tmp_path: Path, says: str) -> subprocess.CompletedProcess[str]:
     executable(tmp_path / "environment" / "bin" / "python", f"#!/bin/sh\necho '{says}'\nexit 1\n")
     done = prepare(tmp_path, sys.executable)
     assert done.returncode == 1
-    words, last = done.stderr.splitlines()
-    assert words == says and last.startswith(f"set-up: {sentence}")
+    return done
+
+
+def test_a_full_disk_ends_set_up_with_one_sentence(tmp_path):
+    done = failing_pip(tmp_path, "OSError: [Errno 28] No space left on device")
+    assert done.stderr.startswith("set-up: the disk is full; ") and done.stderr.count("\n") == 1
+
+
+def test_a_failing_pip_ends_set_up_with_its_last_words_and_one_sentence(tmp_path):
+    words, last = failing_pip(tmp_path, "ResolutionImpossible").stderr.splitlines()
+    assert words == "ResolutionImpossible" and last.startswith("set-up: pip failed after ")
 
 
 def test_set_up_says_what_pip_is_doing(tmp_path):
