@@ -3,7 +3,7 @@
 //   row_vectors write FILE            writes what the scalar kernels make of all cases here, and what is right in float64
 //   row_vectors check FILE ISA ...    compares what these instruction sets make of the same cases here
 //
-// .ci/cpu_kernels.py builds it for two architectures and runs both.
+// .ci/cpu_checks.py builds it for two architectures and runs both.
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
