@@ -29,16 +29,19 @@ ARM = "aarch64"
 ARCHITECTURES = ["x86_64", ARM]
 COMMON = [*SETUP.CXX_FLAGS, *SETUP.OPENMP_FLAGS, "-Werror", f"-I{ROOT / 'csrc'}"]
 PYTHON_HEADERS = [f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-ARM_PACKAGES = "g++-aarch64-linux-gnu qemu-user"
 
 
 def gcc_for(architecture: str) -> str:
+    """GCC's name where it compiles for an architecture: Debian's name for a cross compiler."""
     return "g++" if architecture == HERE else f"{architecture}-linux-gnu-g++"
 
 
-def require(program: str) -> None:
-    if shutil.which(program) is None:
-        sys.exit(f"{program} was not found; on Debian and Ubuntu: apt-get install {ARM_PACKAGES}")
+def require(packages: dict[str, str]) -> None:
+    """Ends with one sentence that names the programs that are missing, and Debian's packages of them."""
+    missing = [program for program in packages if shutil.which(program) is None]
+    if missing:
+        install = "apt-get install " + " ".join(packages[program] for program in missing)
+        sys.exit(f"{' and '.join(missing)} not found: on Debian and Ubuntu, {install}")
 
 
 class Compilation:
@@ -69,6 +72,7 @@ class Compilation:
 
 
 def check_warnings() -> None:
+    """Compiles everything with every compiler that is found."""
     compilation = Compilation()
     for architecture in ARCHITECTURES:
         compilers = {"gcc": gcc_for(architecture), "clang": f"clang++ --target={architecture}-linux-gnu"}
@@ -89,9 +93,13 @@ def kernel_sources() -> list[Path]:
 
 
 def check_arm() -> None:
-    emulator = [] if HERE == ARM else ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
-    for program in [gcc_for(HERE), gcc_for(ARM), *emulator[:1]]:
-        require(program)
+    """Writes vectors here and compares them with what ARM's instruction sets make of the same problems."""
+    packages = {"g++": "g++"}
+    emulator = []
+    if HERE != ARM:
+        packages |= {gcc_for(ARM): "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+        emulator = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"]
+    require(packages)
     compilation = Compilation()
     for architecture in {HERE, ARM}:
         name = f"gcc-{architecture}"

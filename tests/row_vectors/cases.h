@@ -145,7 +145,9 @@ inline std::vector<Case> all_cases() {
         // One block of the forward, one and a tail, a prime of several blocks that threads share.
         for (const std::int64_t vocab : {4096, 4099, 8209}) cases.push_back({dtype, vocab, head, Content::kUsual, strided});
         for (int content = 1; content <= static_cast<int>(Content::kImpossible); ++content) {
-          for (const std::int64_t vocab : {1, 2, 17, 127, 4099}) cases.push_back({dtype, vocab, head, static_cast<Content>(content), strided});
+          for (const std::int64_t vocab : {1, 2, 17, 127, 4099}) {
+            cases.push_back({dtype, vocab, head, static_cast<Content>(content), strided});
+          }
         }
       }
     }

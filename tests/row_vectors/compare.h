@@ -36,19 +36,22 @@ inline void compare_columns(const Problem& p, const Results& found, const Result
   const std::string name = p.spec.name();
   bool same = true;
   for (std::size_t j = 0; j < found.columns.total.size(); ++j) {
-    same &= same_number(found.columns.largest[j], expected.columns.largest[j]) && same_number(found.columns.total[j], expected.columns.total[j]);
+    same &= same_number(found.columns.largest[j], expected.columns.largest[j]);
+    same &= same_number(found.columns.total[j], expected.columns.total[j]);
   }
   verdict.require(same, name, "column statistics differ");
 
   const std::size_t size = static_cast<std::size_t>(size_of(p.spec.dtype)), count = found.taken.columns.size();
   for (std::size_t k = 0; k < found.taken.rows.size(); ++k) {
     verdict.require(!std::memcmp(found.taken.at(p, k, 0), expected.taken.at(p, k, 0), count * size), name, "columns taken out differ");
-    const float sum = value_of(found.taken.at(p, k, count), p.spec.dtype), scalar_sum = value_of(expected.taken.at(p, k, count), p.spec.dtype);
+    const float sum = value_of(found.taken.at(p, k, count), p.spec.dtype);
+    const float scalar_sum = value_of(expected.taken.at(p, k, count), p.spec.dtype);
     const double exact = oracle.rest[k];
     // A sum that cancels is held to its summands, by the rule's floor.
     const double allowed = 2 * std::fabs(scalar_sum - exact) + floor_of(p.spec.dtype) * oracle.mass[k];
     const bool finite = std::isfinite(sum) && std::isfinite(scalar_sum);
-    verdict.require(finite ? std::fabs(sum - exact) <= allowed : same_number(sum, scalar_sum), name, "the sum of the other columns differs");
+    const bool right = finite ? std::fabs(sum - exact) <= allowed : same_number(sum, scalar_sum);
+    verdict.require(right, name, "the sum of the other columns differs");
   }
 }
 

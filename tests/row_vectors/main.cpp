@@ -3,7 +3,7 @@
 //   row_vectors write FILE            writes what the scalar kernels make of all cases here, and what is right in float64
 //   row_vectors check FILE ISA ...    compares what these instruction sets make of the same cases here
 //
-// .ci/cpu_checks.py builds it for two architectures and runs both.
+// `.ci/cpu_checks.py arm` builds it for two architectures and runs both.
 #include <cstdlib>
 #include <fstream>
 #include <stdexcept>
@@ -16,7 +16,8 @@ namespace vectors {
 // Writes arrays to a file, or reads arrays of the same lengths from it.
 class Archive {
  public:
-  Archive(const char* path, bool writing) : writing_(writing), file_(path, writing ? std::ios::binary | std::ios::in | std::ios::out | std::ios::trunc : std::ios::binary | std::ios::in) {
+  Archive(const char* path, bool writing)
+      : writing_(writing), file_(path, std::ios::binary | (writing ? std::ios::out | std::ios::trunc : std::ios::in)) {
     if (!file_) throw std::runtime_error(std::string("cannot open ") + path);
   }
 
@@ -47,7 +48,10 @@ void exchange(Archive& archive, Results& results) {
 }
 
 void exchange(Archive& archive, Oracle& oracle) {
-  for (std::vector<double>* values : {&oracle.max, &oracle.logsum, &oracle.logps, &oracle.grad, &oracle.grad_terms, &oracle.rest, &oracle.mass}) archive.exchange(*values);
+  for (std::vector<double>* values : {&oracle.max, &oracle.logsum, &oracle.logps, &oracle.grad, &oracle.grad_terms, &oracle.rest,
+                                      &oracle.mass}) {
+    archive.exchange(*values);
+  }
 }
 
 int write(const char* path) {

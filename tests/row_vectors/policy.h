@@ -35,7 +35,8 @@ class Verdict {
     for (std::size_t i = 0; i < oracle.size(); ++i) {
       const float a = result(i), b = baseline(i);
       if (!std::isfinite(a) || !std::isfinite(b)) {
-        if (!same_number(a, b)) return fail(what, "element " + std::to_string(i) + " is " + std::to_string(a) + ", in the vectors " + std::to_string(b));
+        const std::string difference = std::to_string(a) + ", in the vectors " + std::to_string(b);
+        if (!same_number(a, b)) return fail(what, "element " + std::to_string(i) + " is " + difference);
       } else if (std::isfinite(oracle[i])) {
         scale += terms[i] * terms[i];
         error += (a - oracle[i]) * (a - oracle[i]);

@@ -7,7 +7,8 @@
 namespace vectors {
 
 // Rows of one column each, whose maximum is the number itself or cap * tanh of it.
-inline std::vector<float> through_forward(cpo::Isa isa, DType dtype, const std::vector<std::uint8_t>& stored, cpo::LogitTransform transform) {
+inline std::vector<float> through_forward(cpo::Isa isa, DType dtype, const std::vector<std::uint8_t>& stored,
+                                          cpo::LogitTransform transform) {
   const std::int64_t rows = static_cast<std::int64_t>(stored.size()) / size_of(dtype);
   const std::vector<std::int64_t> targets(static_cast<std::size_t>(rows), 0);
   std::vector<float> max(targets.size()), logsum(targets.size()), logps(targets.size());
@@ -46,7 +47,9 @@ inline double ulp_of(double x) {
 inline void check_every_half_is_widened_exactly(cpo::Isa isa, Verdict& verdict) {
   for (const DType dtype : {DType::kBF16, DType::kF16}) {
     std::vector<std::uint8_t> stored;
-    for (int bits = 0; bits < 65536; ++bits) stored.insert(stored.end(), {static_cast<std::uint8_t>(bits), static_cast<std::uint8_t>(bits >> 8)});
+    for (int bits = 0; bits < 65536; ++bits) {
+      for (const int byte : {bits & 255, bits >> 8}) stored.push_back(static_cast<std::uint8_t>(byte));
+    }
     const std::vector<float> found = through_forward(isa, dtype, stored, {1.0f, 0.0f, 1.0f});
     std::int64_t wrong = 0;
     for (std::size_t i = 0; i < found.size(); ++i) wrong += !same_number(found[i], value_of(&stored[2 * i], dtype));
@@ -55,7 +58,8 @@ inline void check_every_half_is_widened_exactly(cpo::Isa isa, Verdict& verdict) 
 }
 
 inline void check_gradients_are_rounded_once(cpo::Isa isa, Verdict& verdict) {
-  std::vector<float> x{kNaN, -kInfinity, -90.0f};
+  // NaN that rounding as if it were a number would carry into the sign, and out of it.
+  std::vector<float> x{kNaN, bits_as<float>(0x7fffffffu), bits_as<float>(0xffffffffu), -kInfinity, -90.0f};
   Numbers numbers(7);
   for (int i = 0; i < 50000; ++i) x.push_back(static_cast<float>(-44.0 * (numbers.centred() + 1.0)));
   // Up to overflow of float16, and down to its subnormals; to those of bfloat16, and back to overflow of bfloat16.
@@ -89,7 +93,9 @@ inline void check_exponential(cpo::Isa isa, Verdict& verdict) {
   verdict.require(worst <= 2.0, "exp", "further than 2 ulp from e^x");
   const std::vector<float> tiny{-87.4f, -88.0f, -104.0f, -1e4f, -1e30f, -3e38f, -kInfinity};
   const std::vector<std::uint8_t> zeros = through_backward(isa, tiny, 1.0f, DType::kF32);
-  for (std::size_t i = 0; i < tiny.size(); ++i) verdict.require(value_of(&zeros[4 * i], DType::kF32) == 0.0f, "exp", "not 0 where e^x is no normal float");
+  for (std::size_t i = 0; i < tiny.size(); ++i) {
+    verdict.require(value_of(&zeros[4 * i], DType::kF32) == 0.0f, "exp", "not 0 where e^x is no normal float");
+  }
 }
 
 inline void check_tanh(cpo::Isa isa, Verdict& verdict) {
