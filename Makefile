@@ -12,7 +12,8 @@ GPU_PYTHON ?= python3
 PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
 OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench bench-docs bench-compare gpu-check info test-oldest test-newest check-resolution constraints clean
+.PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-resolution constraints bench bench-docs \
+	bench-compare gpu-check info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -28,6 +29,14 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint types test
+
+# Compiles csrc/cpu for x86-64 and ARM with every compiler found; a warning is an error.
+warnings: $(VENV)/.dev
+	$(BIN)/python .ci/cpu_checks.py warnings
+
+# ARM's row kernels in an emulator against vectors of the scalar ones; says which packages it needs where they are missing.
+check-arm: $(VENV)/.dev
+	$(BIN)/python .ci/cpu_checks.py arm
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report $(if $(TEXTS),--texts $(TEXTS)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(ARGS)

@@ -1,8 +1,8 @@
 """Builds cpo_kernels._cpu always, and cpo_kernels._cuda where csrc/cuda has sources and nvcc is found.
 
 The C++ needs neither torch nor a CPU of the kind it will run on: a file named `*_<isa>.cpp` is compiled for that
-instruction set only, and the module picks one at run time. Objects and build.ninja stay in build/ninja-*, so that a
-rebuild is incremental.
+instruction set only, where the compiler's architecture has it, and the module picks one at run time. Objects and
+build.ninja stay in build/ninja-*, so that a rebuild is incremental.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CPO_KERNELS_CUDA=0 (never) or 1 (fail if CUDA cannot be built);
 CUDA_HOME; CPO_KERNELS_CUDA_ARCHS (default "80 90a 100+PTX").
@@ -11,7 +11,6 @@ CUDA_HOME; CPO_KERNELS_CUDA_ARCHS (default "80 90a 100+PTX").
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,35 +22,41 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
 MACOS = sys.platform == "darwin"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+ARM_ISAS: dict[str, list[str]] = {"neon": []}  # part of every 64-bit ARM processor
+# Instruction sets and their flags by architecture, as `-dumpmachine` spells it: Linux says aarch64, macOS arm64.
+ISA_FLAGS = {"x86_64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 
 # No -ffast-math: NaN and infinity must propagate. Contraction is off so that every fused multiply-add is one we wrote.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     # The row kernels write 16-bit gradients over the float32 logits that they were computed from.
     "-fno-strict-aliasing",
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
-    # GCC 12 warns about its own AVX-512 headers.
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wextra"),
 ]
-OPENMP_FLAGS = [] if MACOS else ["-fopenmp"]
+# Apple's Clang has no OpenMP; the kernels then run on one thread.
+OPENMP_FLAGS = ["-Wno-unknown-pragmas"] if MACOS else ["-fopenmp"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared", "-Wl,--as-needed"]
 
 
 def isa_of(source: Path) -> str | None:
     """The instruction set that a file is compiled for, from its name; None for baseline code."""
     suffix = source.stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else None
+    return suffix if any(suffix in isas for isas in ISA_FLAGS.values()) else None
+
+
+def isa_flags(source: Path, architecture: str) -> list[str] | None:
+    """What compiles a file for its instruction set; None where the architecture has no such set."""
+    isa = isa_of(source)
+    return [] if isa is None else ISA_FLAGS.get(architecture, {}).get(isa)
 
 
 def cpu_sources() -> list[Path]:
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [s for s in sources if X86 or isa_of(s) is None]
+    return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 
 def cuda_sources() -> list[Path]:
@@ -98,6 +103,11 @@ def compiler() -> str:
     if sys.platform == "win32" or not found:
         raise SystemExit("cpo-kernels needs GCC or Clang: install g++, or set CXX to the compiler")
     return found
+
+
+def architecture_of(cxx: str) -> str:
+    """What the compiler compiles for, such as x86_64 or aarch64: for a cross compiler, not the machine it runs on."""
+    return subprocess.check_output([*cxx.split(), "-dumpmachine"], text=True).partition("-")[0]
 
 
 class NinjaFile:
@@ -172,13 +182,14 @@ class NinjaBuild(build_ext):
     def write_extension(self, ninja: NinjaFile, ext: Extension, includes: list[str]) -> None:
         common = [*CXX_FLAGS, *OPENMP_FLAGS, f"-I{ROOT / 'csrc'}", *includes, *os.environ.get("CXXFLAGS", "").split()]
         is_cuda = ext.name.endswith("_cuda")
+        architecture = architecture_of(compiler())
         objects: list[Path | str] = []
         for source in map(Path, ext.sources):
             output = f"{ext.name}/{source.stem}{source.suffix}.o"
             if source.suffix == ".cu":
                 objects.append(ninja.build(output, "nvcc", [ROOT / source], [*cuda_flags(), f"-I{ROOT / 'csrc'}"]))
-            else:
-                objects.append(ninja.build(output, "cxx", [ROOT / source], common + ISA_FLAGS.get(isa_of(source), [])))
+            elif (flags := isa_flags(source, architecture)) is not None:
+                objects.append(ninja.build(output, "cxx", [ROOT / source], common + flags))
         library = Path(self.get_ext_fullpath(ext.name)).name
         if is_cuda:
             ninja.build(library, "nvlink", objects, ["-shared", "-cudart=static"])
@@ -191,10 +202,11 @@ def extension(name: str, sources: list[Path]) -> Extension:
     return Extension(f"cpo_kernels.{name}", [str(s.relative_to(ROOT)) for s in sources])
 
 
-setup(
-    ext_modules=[
-        extension("_cpu", cpu_sources()),
-        *([extension("_cuda", cuda_sources())] if cuda_wanted() else []),
-    ],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            extension("_cpu", cpu_sources()),
+            *([extension("_cuda", cuda_sources())] if cuda_wanted() else []),
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )
