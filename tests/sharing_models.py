@@ -59,7 +59,7 @@ def model_class(family: str) -> type[PreTrainedModel]:
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
 
 
-# What transformers itself has attention for, which depends on its version: newer ones have no sdpa for scores with a cap.
+# What transformers has attention for, which depends on its version: newer ones have no sdpa for scores with a cap.
 SDPA = [name for name in FAMILIES if model_class(name)._supports_sdpa]
 FLEX = [name for name in FAMILIES if model_class(name)._supports_flex_attn]
 DENSE = [(name, "sdpa") for name in SDPA] + [(name, "eager") for name in FAMILIES]
