@@ -47,7 +47,7 @@ def flatten_head(head: Head) -> tuple[Any, ...]:
 
 
 def flatten_objective(objective: Objective) -> tuple[Any, ...]:
-    """The options of an objective in the order of its fields. ``dataclasses.astuple`` copies, which breaks the graph."""
+    """The options of an objective in the order of its fields; ``dataclasses.astuple`` copies and breaks the graph."""
     return tuple(getattr(objective, name) for name in OBJECTIVE_NAMES)
 
 
