@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_tools/*.py csrc/*/*)
 ARGS ?=
 # Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
 TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
@@ -13,7 +13,7 @@ GPU_PYTHON ?= python3
 PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
 OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench bench-docs bench-compare gpu-check info clean
+.PHONY: demo test lint types check bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -46,6 +46,11 @@ bench-compare: $(VENV)/.dev
 # that the package can adopt, tuning.json and selection.json, stay there.
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
+
+# Wheels and source distribution in dist/, each wheel tried in a clean environment without a compiler. Makes its own
+# environments. ARGS="--pythons 3.11 3.12 --smoke 3.12 --no-cuda" does part of it.
+wheels:
+	$(PYTHON) build_tools/wheels.py $(ARGS)
 
 info: $(VENV)/.trainer
 	$(BIN)/python -m cpo_kernels info
