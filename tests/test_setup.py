@@ -80,7 +80,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 def prepare(tmp_path: Path, python: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["sh", str(ROOT / ".ci" / "prepare.sh"), str(python), str(tmp_path / "environment"), "dev"]
+    command = ["sh", str(ROOT / "build_tools" / "prepare.sh"), str(python), str(tmp_path / "environment"), "dev"]
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | variables
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 

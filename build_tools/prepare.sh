@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes a virtual environment that holds this checkout and what an extra of pyproject.toml needs:
-#     .ci/prepare.sh PYTHON ENVIRONMENT EXTRA [options of pip]
+#     build_tools/prepare.sh PYTHON ENVIRONMENT EXTRA [options of pip]
 # It says what is happening while pip is silent, and ends with one sentence where something is missing.
 set -u
 python=$1 environment=$2 extra=$3
