@@ -52,13 +52,17 @@ class Target:
     cache_bytes: int
 
 
+# What each card has, by its vendor's figures: the largest block of shared memory, multiprocessors, L2 cache.
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108, 40 * MIB),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132, 50 * MIB),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148, 126 * MIB),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304, 4 * MIB),
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108, 40 * MIB),  # A100
+        Target("sm_86", GPUTarget("cuda", 86, 32), 99 * KIB, 82, 6 * MIB),  # GeForce RTX 3090
+        Target("sm_89", GPUTarget("cuda", 89, 32), 99 * KIB, 128, 72 * MIB),  # GeForce RTX 4090
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132, 50 * MIB),  # H100 SXM
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148, 126 * MIB),  # B200
+        Target("sm_120", GPUTarget("cuda", 120, 32), 99 * KIB, 170, 96 * MIB),  # GeForce RTX 5090
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304, 4 * MIB),  # MI300X
     )
 }
 
