@@ -19,15 +19,11 @@ from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
 from benchmarks.measure import ContestantError
 from benchmarks.peers import BUILDERS, Peer
-from cpo_kernels.backends import triton_support
 
 pytestmark = pytest.mark.cpu  # dry runs
 CPU = torch.device("cpu")
 FOREVER = float("inf")
-# On a GPU, gpu-check runs the benchmarks themselves.
-dry_run = pytest.mark.skipif(
-    not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
-)
+dry_run = pytest.mark.interpreter  # on a GPU, gpu-check runs the benchmarks themselves
 ROOT = Path(__file__).parent.parent
 
 
