@@ -10,9 +10,11 @@ version that is supported.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -204,45 +206,79 @@ def compile_case(case: Case, target: Target) -> list[Kernel]:
     return kernels
 
 
-def send_case(case: str, target: str, to: Connection, stderr: str) -> None:
-    """:func:`compile_case` in a process of its own; a compilation that raises is a kernel with a ``failure``."""
-    os.dup2(os.open(stderr, os.O_WRONLY), 2)
-    try:
-        kernels = compile_case(CASES[case], TARGETS[target])
-    except Exception as error:  # whatever a compiler raises
-        kernels = [Kernel(case, target, CASES[case].kernel, failure=f"{type(error).__name__}: {error}".strip())]
-    to.send(kernels)
-
-
-def compile_apart(case: str, target: str) -> list[Kernel]:
-    """What a process of its own makes of a case: a compiler that finds itself in the wrong ends its process."""
-    context = multiprocessing.get_context("forkserver")
-    with tempfile.NamedTemporaryFile("r", errors="replace") as stderr:
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=send_case, args=(case, target, sender, stderr.name))
-        process.start()
-        sender.close()
+def serve(jobs: Connection, stderr: str) -> None:
+    """Compile (case, target) after (case, target) until there are none; what the compilers say goes to a file."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
+    for case, target in iter(jobs.recv, None):
         try:
-            kernels: list[Kernel] = receiver.recv()
+            kernels = compile_case(CASES[case], TARGETS[target])
+        except Exception as error:  # whatever a compiler raises
+            kernels = [Kernel(case, target, CASES[case].kernel, failure=f"{type(error).__name__}: {error}".strip())]
+        jobs.send(kernels)
+
+
+class Compiler:
+    """A process that compiles, and the next one where it ends: compilers stop at what they find impossible."""
+
+    def __init__(self) -> None:
+        self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 - closed by end()
+        self.start()
+
+    def start(self) -> None:
+        """Start the process."""
+        context = multiprocessing.get_context("spawn")
+        self.jobs, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.stderr.name))
+        self.process.start()
+        theirs.close()
+
+    def run(self, case: str, target: str) -> list[Kernel]:
+        """The kernels of a case, or one that says why there are none."""
+        self.stderr.seek(0, os.SEEK_END)
+        self.jobs.send((case, target))
+        try:
+            kernels: list[Kernel] = self.jobs.recv()
         except EOFError:
-            kernels = []
-        process.join()
-        if not kernels:
-            status = process.exitcode or 0
+            self.process.join()
+            status = self.process.exitcode or 0
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             kernels = [Kernel(case, target, CASES[case].kernel, failure=f"the compiler ended with {how}")]
-        said = re.search(r"error: (.+)", stderr.read())
-    # The compilers' own words, which exceptions do not carry.
-    return [replace(k, failure=f"{k.failure} ({said.group(1)})") if k.failure and said else k for k in kernels]
+            self.start()
+        said = re.search(r"error: (.+)", self.stderr.read())
+        # The compilers' own words, which exceptions do not carry.
+        return [replace(k, failure=f"{k.failure} ({said.group(1)})") if k.failure and said else k for k in kernels]
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.jobs.send(None)
+        self.process.join()
+        self.stderr.close()
 
 
 def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
-    """Every case for every target, in order, as many at a time as there are cores."""
-    targets = list(targets)
-    jobs = [(case, target) for case in cases for target in targets]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.aot_cases"])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return [kernel for kernels in pool.map(lambda job: compile_apart(*job), jobs) for kernel in kernels]
+    """Every case for every target, in order, as many at a time as there are cores; problems are told as they come."""
+    jobs = list(itertools.product(cases, targets))
+    free: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
+
+    def run(job: tuple[str, str]) -> list[Kernel]:
+        compiler = free.get()
+        try:
+            kernels = compiler.run(*job)
+        finally:
+            free.put(compiler)
+        for problem in itertools.chain.from_iterable(map(problems, kernels)):
+            log(problem)
+        return kernels
+
+    compilers = [Compiler() for _ in range(min(len(os.sched_getaffinity(0)), len(jobs)))]
+    for compiler in compilers:
+        free.put(compiler)
+    try:
+        with ThreadPoolExecutor(len(compilers)) as pool:
+            return [kernel for kernels in pool.map(run, jobs) for kernel in kernels]
+    finally:
+        for compiler in compilers:
+            compiler.end()
 
 
 @dataclass(frozen=True)
@@ -318,8 +354,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.write(options.out)
     found, seconds = report.problems(), time.perf_counter() - started
     log(f"{len(report.kernels)} kernels of {len(cases)} cases in {seconds:.0f} s, {len(found)} problems")
-    for problem in found:
-        log(problem)
     return 1 if found else 0
 
 

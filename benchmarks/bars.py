@@ -315,20 +315,33 @@ CASES_OF: dict[Callable[[Parts], Iterable[Bar]], tuple[str, ...]] = {
 }
 
 
-def on_a_gpu(figures: Mapping[str, Sequence[Measured]], parts: Parts) -> list[Bar]:
+def on_a_gpu(
+    figures: Mapping[str, Sequence[Measured]],
+    expected: Mapping[str, Mapping[tuple[str, str], float]],
+    parts: Parts,
+) -> list[Bar]:
     """Every bar that a GPU decides, in the order of the contract: met, missed or not measured.
 
     Args:
         figures: of benchmarks.gpu_cases, by case.
+        expected: bars by name and unit of the figures that a case must have.
         parts: of the suite, measured on the same device.
     """
     found = []
     for of in BARS:
-        measured = [as_bar(f) for case in CASES_OF.get(of, ()) for f in figures.get(case, ()) if f.bar is not None]
-        told = list(of(parts))
-        found += measured + [bar for bar in told if bar.met is not None]
-        if not measured and all(bar.met is None for bar in told):
-            found.append(missing(summary_of(of), "", NOT_MEASURED))
+        cases, told = CASES_OF.get(of, ()), list(of(parts))
+        measured = [figure for case in cases for figure in figures.get(case, ()) if figure.bar is not None]
+        found += [as_bar(figure) for figure in measured] + [bar for bar in told if bar.met is not None]
+        named = {(figure.name, figure.unit) for figure in measured}
+        lacking = [
+            missing(f"{name}, {unit}", f"<= {bar:g} {unit}", NOT_MEASURED)
+            for case in cases
+            for (name, unit), bar in expected.get(case, {}).items()
+            if (name, unit) not in named
+        ]
+        if not measured and not lacking and all(bar.met is None for bar in told):
+            lacking = told or [missing(summary_of(of), "", NOT_MEASURED)]
+        found += lacking
     return found
 
 

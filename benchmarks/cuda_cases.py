@@ -199,7 +199,7 @@ def loss(setting: Setting, shape: Shape, peers: Sequence[Peer], bar_of: Sequence
     rows, errors = time_entries(setting, problem, entries, FLOOR)
     result = CaseResult(shape, tuple(rows), plan_of(problem, None))
     seconds = {row.contestant: row.timing.median for row in rows}
-    yield from loss_figures(result, bar=None)
+    yield from loss_figures(result)
     if able := [name for name in bar_of if name in seconds]:
         best = min(able, key=seconds.__getitem__)
         name = f"the fastest by the CUDA kernels, {shape.name}"

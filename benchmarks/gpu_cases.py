@@ -23,7 +23,7 @@ from benchmarks.measure import CaseResult, Row, free_memory, measure_those_that_
 from benchmarks.memory import meter_for
 from benchmarks.peers import BUILDERS, does, installed, ours
 from benchmarks.problem import IGNORE, draw
-from benchmarks.shapes import FROZEN, TRAINED, Shape
+from benchmarks.shapes import FROZEN, Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels import linear_cpo_loss, plan, reference
 from cpo_kernels.backends import triton_support
@@ -32,6 +32,7 @@ HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
 COPY, PRODUCT = "torch copy_", "torch.mm"
 FOREVER = float("inf")
 MIB = 2**20
+BEYOND = "GiB beyond gradients"
 
 
 @dataclass(frozen=True)
@@ -178,20 +179,28 @@ def sized(shape: Shape, setting: Setting) -> Shape:
     return replace(shape, **TINY) if setting.quick else shape
 
 
+FROZEN_HEADS = {shape: replace(shape, name=f"{shape.name}, frozen", mode=FROZEN) for shape in (LLAMA3, QWEN)}
+# What the case "loss" must say, by (name, unit): the bar of each.
+LOSS_BARS = {
+    (f"{OURS}, {SHORT.name}", "ms"): bars.H200_SHORT_MS,
+    (f"{OURS}, {SHORT.name}", "x floor"): bars.H200_SHORT_LOSS,
+    **{(f"{OURS}, {head.name}", "x floor"): bars.H200_LOSS for pair in FROZEN_HEADS.items() for head in pair},
+    **{(f"{OURS}, {trained.name}", BEYOND): bars.H200_TRAINED_GIB for trained in FROZEN_HEADS},
+    **{(f"{OURS}, {frozen.name}", BEYOND): bars.H200_FROZEN_GIB for frozen in FROZEN_HEADS.values()},
+}
+
+
 def loss_against_floor(setting: Setting) -> Iterator[Figure]:
-    """Loss and gradients at the bars' shapes against the bare products, and the peaks of trained and frozen heads."""
-    short = measure_loss(setting, SHORT, [])[0]
-    yield from loss_figures(short, bar=bars.H200_SHORT_LOSS)
-    milliseconds = next(row.timing.median for row in short.rows if row.contestant == OURS) * 1e3
-    yield Figure(f"{OURS}, {SHORT.name}", milliseconds, "ms", bars.H200_SHORT_MS)
-    for shape in (LLAMA3, QWEN):
-        for mode, gib in ((TRAINED, bars.H200_TRAINED_GIB), (FROZEN, bars.H200_FROZEN_GIB)):
-            named = shape if mode == TRAINED else replace(shape, name=f"{shape.name}, frozen", mode=mode)
-            result = measure_loss(setting, named, [])[0]
-            yield from loss_figures(result, bar=bars.H200_LOSS)
-            peak = next(row.peak for row in result.rows if row.contestant == OURS)
-            if peak is not None:
-                yield Figure(f"{OURS}, {named.name}, peak beyond gradients", peak / 2**30, "GiB", gib)
+    """Loss and gradients at the bars' shapes: time over the bare products, milliseconds, and peak memory."""
+    for shape in (SHORT, *itertools.chain.from_iterable(FROZEN_HEADS.items())):
+        result = measure_loss(setting, shape, [])[0]
+        yield from loss_figures(result, LOSS_BARS)
+        own = next(row for row in result.rows if row.contestant == OURS)
+        values = {"ms": own.timing.median * 1e3, BEYOND: None if own.peak is None else own.peak / 2**30}
+        for unit, found in values.items():
+            bar = LOSS_BARS.get((f"{OURS}, {shape.name}", unit))
+            if bar is not None and found is not None:
+                yield Figure(f"{OURS}, {shape.name}", found, unit, bar)
 
 
 def loss_against_peers(setting: Setting) -> Iterator[Figure]:
@@ -199,7 +208,7 @@ def loss_against_peers(setting: Setting) -> Iterator[Figure]:
     names, missing = installed()
     for shape in (QWEN, replace(QWEN, name=f"{QWEN.name}, half prompt", prompt_share=0.5)):
         result, failed = measure_loss(setting, shape, [name for name in names if does(name, shape)])
-        yield from loss_figures(result, bar=None)
+        yield from loss_figures(result)
         yield from against_fastest(result)
         yield from not_measured(shape.name, "x floor", missing | failed)
 
@@ -250,16 +259,15 @@ def failure(name: str, setting: Setting) -> str:
     return ""
 
 
-def loss_figures(result: CaseResult, bar: float | None) -> Iterator[Figure]:
-    """Times over the floor and peaks of everyone."""
+def loss_figures(result: CaseResult, bar_of: Mapping[tuple[str, str], float] | None = None) -> Iterator[Figure]:
+    """Times over the floor and peaks of everyone, some with a bar."""
     shape, floor = result.shape, next(r.timing.median for r in result.rows if r.contestant == FLOOR)
     for row in result.rows:
         seconds, name = row.timing.median, f"{row.contestant}, {shape.name}"
         detail = f"{seconds * 1e3:.2f} ms" + ("" if row.peak is None else f", peak {row.peak / MIB:.0f} MiB")
         if row.errors is not None:
             detail += f", error {row.errors.worst():.1e}"
-        is_bar = row.contestant == OURS and bar is not None
-        yield Figure(name, seconds / floor, "x floor", bar if is_bar else None, detail=detail)
+        yield Figure(name, seconds / floor, "x floor", (bar_of or {}).get((name, "x floor")), detail=detail)
 
 
 def logps_without_gradients(setting: Setting) -> Iterator[Figure]:

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks import bars, environment, gpu_bench, records
+from benchmarks import bars, environment, gpu_bench, gpu_cases, records
 from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.records import Parts
 from benchmarks.suite import PARTS as SUITE_PARTS
@@ -76,6 +76,7 @@ UNKNOWN_TEST = 15
 QUICK_TESTS = ("test_layout.py", "test_planning.py", "test_objective.py")  # of each shard of a dry run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NO_KERNELS = "no CUDA kernels in this build (cpo_kernels/_cuda is absent)"
+NO_GPU = "needs a GPU"
 FOUND = 99  # exit status of compute-sanitizer when it found something
 
 
@@ -108,11 +109,13 @@ class Settings:
     def environment(self) -> dict[str, str]:
         """That of the parts: this checkout first, the device of the tests, and one place for what is compiled."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # A dry run builds what a CPU runs.
+        usual = {"CPO_KERNELS_CUDA": "0"} if self.device == "cpu" else {}
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.device == "cpu":
             chosen["TRITON_INTERPRET"] = "1"
         caches = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
-        return caches | os.environ | chosen
+        return usual | caches | os.environ | chosen
 
 
 @dataclass(frozen=True)
@@ -242,8 +245,8 @@ def count_tests(output: str) -> list[str]:
 def sanitizer(settings: Settings) -> Outcome:
     """compute-sanitizer's four tools over a small run of every kernel of the compiled CUDA extension."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if extension("_cuda") is None:
-        return Outcome("sanitizer", "nothing to do", notes=[NO_KERNELS])
+    if extension("_cuda") is None or settings.device == "cpu":
+        return Outcome("sanitizer", "nothing to do", notes=[NO_KERNELS if extension("_cuda") is None else NO_GPU])
     if tool is None:
         return Outcome("sanitizer", "failed", notes=["compute-sanitizer was not found"])
     started, notes, bad = time.monotonic(), [], []
@@ -369,7 +372,7 @@ def decided(folder: Path, described: dict[str, object]) -> list[bars.Bar]:
     for name in SUITE_PARTS:
         parts |= records.load(folder / f"{name}.json")
     of_this = {name: part for name, part in parts.items() if alike(part.environment, described)}
-    return bars.on_a_gpu(figures if alike(measured_in, described) else {}, of_this)
+    return bars.on_a_gpu(figures if alike(measured_in, described) else {}, {"loss": gpu_cases.LOSS_BARS}, of_this)
 
 
 def write(outcomes: list[Outcome], described: dict[str, object], folder: Path) -> None:

@@ -189,7 +189,8 @@ def test_what_the_sanitizer_finds_fails_the_part(settings, monkeypatch, tmp_path
     tool.chmod(0o755)
     monkeypatch.setattr(gpu_check, "extension", lambda name: Path(name))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
-    result = gpu_check.sanitizer(settings)
+    assert gpu_check.sanitizer(settings).notes == [gpu_check.NO_GPU]
+    result = gpu_check.sanitizer(dataclasses.replace(settings, device="cuda"))
     assert result.notes == [f"{name}: {verdict}" for name in gpu_check.TOOLS]
     assert result.good == (status == 0)
 
@@ -287,8 +288,11 @@ def test_the_page_says_of_every_bar_whether_it_was_met_missed_or_not_measured(tm
     (cut,) = (met for what, met in said.items() if "truncation" in what)
     (written,) = (met for what, met in said.items() if "autoregressive" in what)
     assert (cut, written) == (True, False)
-    assert {bars.summary_of(of) for of in (bars.sharing, bars.natural_lengths)} <= said.keys()
-    assert not [what for what in said if said[what] is None and what == bars.summary_of(bars.exact_loss)]
+    for of in (bars.sharing, bars.natural_lengths, bars.steps):
+        (bar,) = of({})
+        assert said[bar.what] is None
+    lacking = {(f"{name}, {unit}") for name, unit in gpu_cases.LOSS_BARS}
+    assert lacking <= said.keys() and not any(said[name] for name in lacking)
     outcomes = [Outcome("bench", "timed out", 450.0, ["bench.md"], "the end of the output")]
     page = gpu_check.page(outcomes, gpu_check.decided(tmp_path, ENVIRONMENT), ENVIRONMENT)
     assert page.index("2 met, 3 missed") < page.index("ours, 4k") < page.index("timed out") < page.index("the end of")
@@ -301,7 +305,7 @@ def test_bars_of_other_code_or_another_device_are_not_measured(tmp_path):
     records.save({"negatives": other}, tmp_path / "negatives.json")
     said = verdicts(tmp_path)
     assert set(said.values()) == {None}
-    assert len(said) == len(bars.BARS)
+    assert len(said) == len(gpu_cases.LOSS_BARS) + len(bars.BARS) - 1
 
 
 def test_figures_come_back_from_their_file(tmp_path):
@@ -354,7 +358,7 @@ def test_cases_run_and_are_written(tmp_path):
     assert [case["name"] for case in content["cases"]] == CASES
     figures = {figure["name"]: figure for case in content["cases"] for figure in case["figures"]}
     bars = {name for name, figure in figures.items() if figure["bar"] is not None}
-    shapes = ("cpo-kernels, llama3 4k", "cpo-kernels, llama3 8k", "8k bf16, frozen, peak", "cpo-kernels, qwen 8k")
+    shapes = ("cpo-kernels, llama3 4k", "cpo-kernels, llama3 8k", "llama3 8k bf16, frozen", "cpo-kernels, qwen 8k")
     for part in ("row forward", "row backward in place", "bf16 over fp32", *shapes, "peak, N="):
         assert any(part in name for name in bars), part
     page = (tmp_path / "bench.md").read_text()
