@@ -7,13 +7,13 @@ ARGS ?=
 # Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
 TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
 TOKENIZER ?= $(wildcard ../shared/data/gpt2-bpe)
-# For gpu-check: a Python whose torch has CUDA, what to run, and the folder of the results.
+# For gpu-check: a Python whose torch has CUDA, what to run (nothing: every part), and the folder of the results.
 GPU_PYTHON ?= python3
-PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
+PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-resolution constraints bench bench-docs \
-	bench-compare gpu-check wheels time-install lint-workflows info clean
+.PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-triton check-resolution constraints \
+	bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -49,11 +49,16 @@ bench-docs: $(VENV)/.dev
 bench-compare: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compare $(filter-out $@,$(MAKECMDGOALS))
 
-# Makes no virtual environment and needs no network; each part takes less than 8 minutes. `tests` is the parts tests-1,
-# tests-2 and tests-3, `suite` is suite-heads and so on, which may also be run one by one into the same folder. Results
-# that the package can adopt, tuning.json and selection.json, stay there.
+# Makes no virtual environment and needs no network; each part takes less than 8 minutes, and what tells most in a
+# minute comes first. PARTS names some (`python -m benchmarks.gpu_check --help`), which may be run one by one into the
+# same folder; gpu-check.md there has every bar. Results that the package can adopt, tuning.json and selection.json,
+# stay there.
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check --parts $(PARTS) --out $(OUT) $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(PARTS),--parts $(PARTS)) --out $(OUT) $(ARGS)
+
+# Compiles Triton's kernels for every architecture with every supported version of Triton; needs no GPU.
+check-triton: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.aot_versions $(ARGS)
 
 # Wheels and source distribution in dist/, each wheel tried in a clean environment without a compiler. Makes its own
 # environments. ARGS="--pythons 3.11 3.12 --smoke 3.12 --no-cuda" does part of it.

@@ -1,25 +1,31 @@
-"""Compiles every Triton kernel for four architectures without a GPU, and says what the compilers made of it.
+"""Compiles every Triton kernel for seven architectures without a GPU, and says what the compilers made of it.
 
-`python -m benchmarks.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a register spill, on more
-shared memory than a program can have, and where the machine code lacks an instruction that a case asks for. `--cases`
-and `--targets` choose, by a part of a case's name; `--out FOLDER` writes elsewhere.
+`python -m benchmarks.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not compile,
+on a register spill, on more shared memory than a program can have, and where the machine code lacks an instruction that
+a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes elsewhere;
+`--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.aot_versions runs it with each
+version that is supported.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +43,7 @@ from cpo_kernels.backends.triton import linear, tuning
 
 RESULTS = Path(__file__).parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-PROCESSES = 2
+REPORT = "triton-aot"
 KIB, MIB = 2**10, 2**20
 
 
@@ -52,13 +58,17 @@ class Target:
     cache_bytes: int
 
 
+# What each card has, by its vendor's figures: the largest block of shared memory, multiprocessors, L2 cache.
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108, 40 * MIB),
-        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132, 50 * MIB),
-        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148, 126 * MIB),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304, 4 * MIB),
+        Target("sm_80", GPUTarget("cuda", 80, 32), 163 * KIB, 108, 40 * MIB),  # A100
+        Target("sm_86", GPUTarget("cuda", 86, 32), 99 * KIB, 82, 6 * MIB),  # GeForce RTX 3090
+        Target("sm_89", GPUTarget("cuda", 89, 32), 99 * KIB, 128, 72 * MIB),  # GeForce RTX 4090
+        Target("sm_90", GPUTarget("cuda", 90, 32), 227 * KIB, 132, 50 * MIB),  # H100 SXM
+        Target("sm_100", GPUTarget("cuda", 100, 32), 227 * KIB, 148, 126 * MIB),  # B200
+        Target("sm_120", GPUTarget("cuda", 120, 32), 99 * KIB, 170, 96 * MIB),  # GeForce RTX 5090
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), 64 * KIB, 304, 4 * MIB),  # MI300X
     )
 }
 
@@ -67,6 +77,8 @@ TARGETS = {
 class Kernel:
     """A compiled kernel. ``registers`` are per thread (of vectors on AMD); ``spill_bytes`` lie in local memory.
 
+    ``failure`` says why there is none, and there is nothing else to say then.
+
     ``scalar_spills``: scalar registers that AMD's compiler keeps in lanes of vector registers. They cost an instruction
     to move and no memory; those for which lanes do not suffice count in ``spill_bytes``.
     """
@@ -74,19 +86,21 @@ class Kernel:
     case: str
     target: str
     kernel: str
-    warps: int
-    stages: int
-    registers: int
-    spill_bytes: int
-    scalar_spills: int
-    shared_bytes: int
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spill_bytes: int = 0
+    scalar_spills: int = 0
+    shared_bytes: int = 0
     missing: tuple[str, ...] = ()
+    failure: str = ""
 
 
 def problems(kernel: Kernel) -> list[str]:
     """What a kernel must not do, if it does."""
     limit = TARGETS[kernel.target].shared_limit
-    found = [f"no instruction matches {pattern}" for pattern in kernel.missing]
+    found = [f"does not compile: {kernel.failure}"] if kernel.failure else []
+    found += [f"no instruction matches {pattern}" for pattern in kernel.missing]
     if kernel.spill_bytes:
         found.append(f"spills {kernel.spill_bytes} bytes a thread")
     if kernel.shared_bytes > limit:
@@ -192,33 +206,121 @@ def compile_case(case: Case, target: Target) -> list[Kernel]:
     return kernels
 
 
-def compile_by_name(names: tuple[str, str]) -> list[Kernel]:
-    """:func:`compile_case` for another process."""
-    case, target = names
-    return compile_case(CASES[case], TARGETS[target])
+def serve(jobs: Connection, stderr: str) -> None:
+    """Compile (case, target) after (case, target) until there are none; what the compilers say goes to a file."""
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
+    for case, target in iter(jobs.recv, None):
+        try:
+            kernels = compile_case(CASES[case], TARGETS[target])
+        except Exception as error:  # whatever a compiler raises
+            kernels = [Kernel(case, target, CASES[case].kernel, failure=f"{type(error).__name__}: {error}".strip())]
+        jobs.send(kernels)
+
+
+class Compiler:
+    """A process that compiles, and the next one where it ends: compilers stop at what they find impossible."""
+
+    def __init__(self) -> None:
+        self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 - closed by end()
+        self.start()
+
+    def start(self) -> None:
+        """Start the process."""
+        context = multiprocessing.get_context("spawn")
+        self.jobs, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, self.stderr.name))
+        self.process.start()
+        theirs.close()
+
+    def run(self, case: str, target: str) -> list[Kernel]:
+        """The kernels of a case, or one that says why there are none."""
+        self.stderr.seek(0, os.SEEK_END)
+        self.jobs.send((case, target))
+        try:
+            kernels: list[Kernel] = self.jobs.recv()
+        except EOFError:
+            self.process.join()
+            status = self.process.exitcode or 0
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            kernels = [Kernel(case, target, CASES[case].kernel, failure=f"the compiler ended with {how}")]
+            self.start()
+        said = re.search(r"error: (.+)", self.stderr.read())
+        # The compilers' own words, which exceptions do not carry.
+        return [replace(k, failure=f"{k.failure} ({said.group(1)})") if k.failure and said else k for k in kernels]
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.jobs.send(None)
+        self.process.join()
+        self.stderr.close()
 
 
 def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
-    """Every case for every target, in order, in two processes."""
-    targets = list(targets)
-    jobs = [(case, target) for case in cases for target in targets]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
-        return [kernel for kernels in pool.map(compile_by_name, jobs) for kernel in kernels]
+    """Every case for every target, in order, as many at a time as there are cores; problems are told as they come."""
+    jobs = list(itertools.product(cases, targets))
+    free: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
+
+    def run(job: tuple[str, str]) -> list[Kernel]:
+        compiler = free.get()
+        try:
+            kernels = compiler.run(*job)
+        finally:
+            free.put(compiler)
+        for problem in itertools.chain.from_iterable(map(problems, kernels)):
+            log(problem)
+        return kernels
+
+    compilers = [Compiler() for _ in range(min(len(os.sched_getaffinity(0)), len(jobs)))]
+    for compiler in compilers:
+        free.put(compiler)
+    try:
+        with ThreadPoolExecutor(len(compilers)) as pool:
+            return [kernel for kernels in pool.map(run, jobs) for kernel in kernels]
+    finally:
+        for compiler in compilers:
+            compiler.end()
 
 
-def markdown(kernels: Sequence[Kernel]) -> str:
-    """The report: one table an architecture."""
+@dataclass(frozen=True)
+class Report:
+    """What one version of Triton made of the kernels, and what other versions (``beside``) had as problems."""
+
+    triton: str
+    kernels: list[Kernel]
+    beside: dict[str, list[str]] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        """Those of all kernels, and of the other versions."""
+        own = [problem for kernel in self.kernels for problem in problems(kernel)]
+        return own + [f"triton {version}: {problem}" for version, found in self.beside.items() for problem in found]
+
+    @staticmethod
+    def load(folder: Path) -> Report:
+        """The report in a folder."""
+        content = json.loads((folder / f"{REPORT}.json").read_text())
+        kernels = [Kernel(**kernel | {"missing": tuple(kernel["missing"])}) for kernel in content["kernels"]]
+        return Report(content["triton"], kernels, content["beside"])
+
+    def write(self, folder: Path) -> None:
+        """Both files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{REPORT}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / f"{REPORT}.md").write_text(markdown(self))
+
+
+def markdown(report: Report) -> str:
+    """One table an architecture."""
+    checked = f", and checked with {' and '.join(report.beside)} too" if report.beside else ""
     lines = [
         "# Triton kernels compiled ahead of time",
         "",
-        f"Made by `python -m benchmarks.aot` with triton {triton.__version__}, without a GPU, with",
+        f"Made by `python -m benchmarks.aot` with triton {report.triton}{checked}; without a GPU, with",
         "the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local",
         "memory per thread, shared memory bytes per program. Moved scalars, on AMD: scalar registers kept in lanes of",
         "vector registers, which costs an instruction and no memory.",
     ]
     for target in TARGETS.values():
-        rows = [kernel for kernel in kernels if kernel.target == target.name]
+        rows = [kernel for kernel in report.kernels if kernel.target == target.name]
         if rows:
             lines += ["", f"## {target.name} ({target.shared_limit // KIB} KiB of shared memory)", ""]
             lines += [
@@ -230,17 +332,8 @@ def markdown(kernels: Sequence[Kernel]) -> str:
                 f"| {k.shared_bytes} | {k.scalar_spills} |"
                 for k in rows
             ]
-    found = [problem for kernel in kernels for problem in problems(kernel)]
-    lines += ["", "## Problems", "", *([f"- {problem}" for problem in found] or ["None."])]
+    lines += ["", "## Problems", "", *([f"- {problem}" for problem in report.problems()] or ["None."])]
     return "\n".join(lines) + "\n"
-
-
-def write(kernels: Sequence[Kernel], folder: Path) -> None:
-    """Both files of the report."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"triton": triton.__version__, "kernels": [asdict(k) for k in kernels]}
-    (folder / "triton-aot.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "triton-aot.md").write_text(markdown(kernels))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,17 +342,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="folders of other versions' reports")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     started = time.perf_counter()
     cases = [name for name in CASES if any(part in name for part in options.cases)]
-    kernels = compile_all(cases, options.targets)
-    write(kernels, options.out)
-    found = [problem for kernel in kernels for problem in problems(kernel)]
-    log(f"{len(kernels)} kernels of {len(cases)} cases in {time.perf_counter() - started:.0f} s, {len(found)} problems")
-    for problem in found:
-        log(problem)
+    others = [Report.load(folder) for folder in options.beside]
+    beside = {other.triton: other.problems() for other in others}
+    report = Report(triton.__version__, compile_all(cases, options.targets), beside)
+    report.write(options.out)
+    found, seconds = report.problems(), time.perf_counter() - started
+    log(f"{len(report.kernels)} kernels of {len(cases)} cases in {seconds:.0f} s, {len(found)} problems")
     return 1 if found else 0
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.contestants import contestant
-from benchmarks.environment import log
+from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.gpu_cases import LLAMA3, LOGITS_BYTES, Setting
 from benchmarks.kernel_calls import (
     CONTRASTS,
@@ -48,7 +48,7 @@ from benchmarks.shapes import NO_GRAD, TRAINED
 from benchmarks.timing import Call
 from benchmarks.tune import describe_source
 from cpo_kernels import backends
-from cpo_kernels.backends import native_cuda, selection
+from cpo_kernels.backends import native_cuda, selection, triton_support
 from cpo_kernels.backends.selection import AUTO, Choice
 
 TABLE = Path(str(resources.files("cpo_kernels").joinpath("backends/selection.json")))
@@ -378,6 +378,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick and args.out == TABLE:
         parser.error("a dry run must not rewrite the committed table; give --out")
+    if args.device.type == "cpu" and (reason := triton_support.unavailable_reason()):
+        log(reason)
+        return NOTHING_TO_DO
     deadline, setting = time.monotonic() + args.seconds, Setting(args.device, args.quick, args.rounds)
     arch, source = arch_of(args.device), describe_source(args.device)
     tasks, table, found = selected(args.operations, args.device), json.loads(TABLE.read_text()), []

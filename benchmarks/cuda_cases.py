@@ -12,6 +12,7 @@ from functools import partial
 
 import torch
 
+from benchmarks import bars
 from benchmarks.contestants import FLOOR, Contestant, contestant, floor
 from benchmarks.floor import plan_of
 from benchmarks.gpu_cases import (
@@ -59,7 +60,6 @@ from cpo_kernels.backends.selection import Choice, Sizes
 Figures = Iterator[Figure]
 SMALL = {"vocab": 257, "hidden": 16, "groups": 2, "tokens": 2}  # a dry run's: every GPU thread is emulated
 L2_BYTES = 24 * MIB  # what stays in an L2 of 50 MiB beside the gradient
-OF_COPY = 0.90
 OURS_CUDA, OURS_TRITON = "cpo-kernels cuda", "cpo-kernels triton"
 OURS_FP32, OURS_KEPT = f"{OURS_CUDA}, fp32 logits", f"{OURS_CUDA}, exponentials kept"
 OURS_ONE_PASS = f"{OURS_CUDA}, row_gradient_"
@@ -114,7 +114,7 @@ def row_kernels_of(setting: Setting, problem: RowProblem) -> Figures:
     def of_copy(name: str, nbytes: int, seconds: float) -> Figure:
         speed = nbytes / seconds / 1e9
         detail = f"{speed:.0f} of {copy:.0f} GB/s, R={rows}"
-        return Figure(name, speed / copy, "of copy", OF_COPY, at_least=True, detail=detail)
+        return Figure(name, speed / copy, "of copy", bars.H200_ROWS, at_least=True, detail=detail)
 
     where = f"{NAMES[dtype]}, V={vocab}"
     for name in made:
@@ -189,9 +189,6 @@ def chosen(setting: Setting, operation: str) -> Choice:
     return Choice(operation, arch_of(setting.device), CUDA)
 
 
-FLOOR_BAR = 1.08
-
-
 def loss(setting: Setting, shape: Shape, peers: Sequence[Peer], bar_of: Sequence[str] = ()) -> Figures:
     """Loss and gradients over the bare products of the same chunks; the bar is for the fastest of some of the peers.
 
@@ -202,11 +199,11 @@ def loss(setting: Setting, shape: Shape, peers: Sequence[Peer], bar_of: Sequence
     rows, errors = time_entries(setting, problem, entries, FLOOR)
     result = CaseResult(shape, tuple(rows), plan_of(problem, None))
     seconds = {row.contestant: row.timing.median for row in rows}
-    yield from loss_figures(result, bar=None)
+    yield from loss_figures(result)
     if able := [name for name in bar_of if name in seconds]:
         best = min(able, key=seconds.__getitem__)
         name = f"the fastest by the CUDA kernels, {shape.name}"
-        yield Figure(name, seconds[best] / seconds[FLOOR], "x floor", FLOOR_BAR, detail=best)
+        yield Figure(name, seconds[best] / seconds[FLOOR], "x floor", bars.H200_LOSS, detail=best)
     if errors:
         raise errors[0]
 
@@ -270,7 +267,7 @@ def logps_of(setting: Setting, shape: Shape, name: str) -> Figures:
     timings = setting.time({PRODUCT: product, **logps}, PRODUCT)
     for call, timing in timings.items():
         ratio, detail = timing.median / timings[PRODUCT].median, f"{timing.median * 1e3:.2f} ms"
-        bar = 1.05 if call == HOPPER else None
+        bar = bars.NO_GRAD if call == HOPPER else None
         yield Figure(f"no_grad, {call}, {name}", ratio, "x one product", bar, detail=detail)
     yield from not_measured(name, "x one product", {f"no_grad, {HOPPER}": reason} if reason else {})
 

@@ -18,6 +18,7 @@ import cpo_kernels
 
 PACKAGES = ("torch", "triton", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 SOURCE_SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu", ".cuh")
+NOTHING_TO_DO = 77  # exit status of what lacks something here; the last line of its output says what
 _ROOT = Path(__file__).parent.parent
 
 

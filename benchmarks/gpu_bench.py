@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import cuda_cases, environment, gpu_cases
 from benchmarks.environment import log
-from benchmarks.gpu_cases import Figure, Setting
+from benchmarks.gpu_cases import Figure, NotHereError, Setting
 from benchmarks.tables import markdown
 
 
@@ -42,12 +43,13 @@ SUITES = {
 
 @dataclass
 class Case:
-    """Figures of one case; ``error`` says why there are no more."""
+    """Figures of one case; ``error`` says why there are no more, ``note`` why none were asked for."""
 
     name: str
     seconds: float = 0.0
     figures: list[Figure] = field(default_factory=list)
     error: str = ""
+    note: str = ""
 
 
 def run_case(suite: Suite, case: Case, setting: Setting, save: Callable[[], None]) -> None:
@@ -60,6 +62,9 @@ def run_case(suite: Suite, case: Case, setting: Setting, save: Callable[[], None
             log(f"  {figure.name}: {figure.value:.4g} {figure.unit} {figure.verdict} ({figure.detail})")
             save()
         case.error = ""
+    except NotHereError as error:
+        case.error, case.note = "", str(error)
+        log(f"  {error}")
     except Exception as error:  # the other cases still have something to say
         case.error = f"{type(error).__name__}: {error}"
         log(traceback.format_exc())
@@ -95,7 +100,22 @@ def as_json(case: Case) -> dict[str, object]:
     figures = [asdict(figure) | {"verdict": figure.verdict} for figure in case.figures]
     for figure in figures:
         figure["value"] = None if figure["value"] != figure["value"] else figure["value"]
-    return {"name": case.name, "seconds": case.seconds, "figures": figures, "error": case.error}
+    return {"name": case.name, "seconds": case.seconds, "figures": figures, "error": case.error, "note": case.note}
+
+
+def load(path: Path) -> tuple[dict[str, list[Figure]], dict[str, object]]:
+    """The figures of a result file by case, and the environment they were measured in; nothing without a file."""
+    if not path.exists():
+        return {}, {}
+    content = json.loads(path.read_text())
+    figures = {case["name"]: [from_json(figure) for figure in case["figures"]] for case in content["cases"]}
+    return figures, content["environment"]
+
+
+def from_json(figure: dict[str, Any]) -> Figure:
+    """The figure that :func:`as_json` wrote."""
+    value = float("nan") if figure["value"] is None else figure["value"]
+    return Figure(**{name: found for name, found in figure.items() if name != "verdict"} | {"value": value})
 
 
 def page(suite: Suite, cases: list[Case], described: dict[str, object]) -> str:
@@ -109,6 +129,8 @@ def page(suite: Suite, cases: list[Case], described: dict[str, object]) -> str:
             parts.append(table(case.figures))
         if case.error:
             parts.append(f"Failed: {case.error}")
+        if case.note:
+            parts.append(case.note)
     return "\n\n".join(parts) + "\n"
 
 

@@ -16,21 +16,23 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks import accuracy
-from benchmarks.contestants import FLOOR, OURS, OURS_FP32_LOGITS
+from benchmarks import accuracy, bars
+from benchmarks.contestants import FLOOR, OURS, OURS_FP32_LOGITS, OURS_ON
 from benchmarks.floor import plan_of
-from benchmarks.measure import CaseResult, free_memory, measure_those_that_run, run_to_the_end, summary
+from benchmarks.measure import CaseResult, Row, free_memory, measure_those_that_run, run_to_the_end, summary
 from benchmarks.memory import meter_for
 from benchmarks.peers import BUILDERS, does, installed, ours
 from benchmarks.problem import IGNORE, draw
-from benchmarks.shapes import Shape
+from benchmarks.shapes import FROZEN, Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels import linear_cpo_loss, plan, reference
+from cpo_kernels.backends import triton_support
 
 HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
 COPY, PRODUCT = "torch copy_", "torch.mm"
 FOREVER = float("inf")
 MIB = 2**20
+BEYOND = "GiB beyond gradients"
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,23 @@ class Figure:
         return "met" if (self.value >= self.bar if self.at_least else self.value <= self.bar) else "missed"
 
 
+class NotHereError(Exception):
+    """What a case measures is not here, so that it has nothing to say."""
+
+
 class WrongResultError(Exception):
     """A kernel's result is not that of the reference, so its time would mean nothing."""
 
 
 def triton_kernels(module: str) -> ModuleType:
-    """A module of the Triton backend."""
+    """A module of the Triton backend.
+
+    Raises:
+        NotHereError: the backend cannot be used, and there is no GPU that it would be expected of.
+    """
+    reason = triton_support.unavailable_reason()
+    if reason is not None and not torch.cuda.is_available():
+        raise NotHereError(reason)
     return import_module(f"cpo_kernels.backends.triton.{module}")
 
 
@@ -96,7 +109,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def row_kernels(setting: Setting, dtype: torch.dtype) -> Iterator[Figure]:
-    """Row kernels against a copy of the same logits: at least 85 % of its bandwidth."""
+    """Row kernels against a copy of the same logits: a share of its bandwidth."""
     for vocab in (509,) if setting.quick else VOCABULARIES:
         rows = 8 if setting.quick else LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
         yield from row_kernels_of(setting, rows, vocab, dtype)
@@ -127,7 +140,9 @@ def row_kernels_of(setting: Setting, rows: int, vocab: int, dtype: torch.dtype) 
     speed = {name: touched[name] / timings[name].median / 1e9 for name in calls}
     for name in list(calls)[1:]:
         share, detail = speed[name] / speed[COPY], f"{speed[name]:.0f} of {speed[COPY]:.0f} GB/s, R={rows}"
-        yield Figure(f"row {name}, {NAMES[dtype]}, V={vocab}", share, "of copy", 0.85, at_least=True, detail=detail)
+        yield Figure(
+            f"row {name}, {NAMES[dtype]}, V={vocab}", share, "of copy", bars.H200_ROWS, at_least=True, detail=detail
+        )
 
 
 def check_rows(
@@ -152,6 +167,7 @@ def compare(name: str, result: Tensor, expected: Tensor, allowed: float) -> None
 
 
 LLAMA3 = Shape("llama3 8k bf16", 128256, 4096, 16, 128, torch.bfloat16, "the bar's shape")
+SHORT = replace(LLAMA3, name="llama3 4k bf16", groups=8, reason="published for plain cross-entropy on this chip")
 QWEN = replace(LLAMA3, name="qwen 8k bf16", vocab=151936, reason="the shape of TRL's issue 7244")
 NARROW = replace(LLAMA3, name="llama3 8k bf16, H=1024", hidden=1024, reason="little work a logit: the rows weigh most")
 ACCURACY = replace(LLAMA3, name="accuracy", groups=1, tokens=1024, reason="1024 log-probabilities summed")
@@ -163,17 +179,54 @@ def sized(shape: Shape, setting: Setting) -> Shape:
     return replace(shape, **TINY) if setting.quick else shape
 
 
+FROZEN_HEADS = {shape: replace(shape, name=f"{shape.name}, frozen", mode=FROZEN) for shape in (LLAMA3, QWEN)}
+# What the case "loss" must say, by (name, unit): the bar of each.
+LOSS_BARS = {
+    (f"{OURS}, {SHORT.name}", "ms"): bars.H200_SHORT_MS,
+    (f"{OURS}, {SHORT.name}", "x floor"): bars.H200_SHORT_LOSS,
+    **{(f"{OURS}, {head.name}", "x floor"): bars.H200_LOSS for pair in FROZEN_HEADS.items() for head in pair},
+    **{(f"{OURS}, {trained.name}", BEYOND): bars.H200_TRAINED_GIB for trained in FROZEN_HEADS},
+    **{(f"{OURS}, {frozen.name}", BEYOND): bars.H200_FROZEN_GIB for frozen in FROZEN_HEADS.values()},
+}
+
+
 def loss_against_floor(setting: Setting) -> Iterator[Figure]:
-    """Loss and gradients at the bar's shape: at most 1.12x the three bare products."""
-    yield from loss_figures(measure_loss(setting, LLAMA3, [])[0], bar=1.12)
+    """Loss and gradients at the bars' shapes: time over the bare products, milliseconds, and peak memory."""
+    for shape in (SHORT, *itertools.chain.from_iterable(FROZEN_HEADS.items())):
+        result = measure_loss(setting, shape, [])[0]
+        yield from loss_figures(result, LOSS_BARS)
+        own = next(row for row in result.rows if row.contestant == OURS)
+        values = {"ms": own.timing.median * 1e3, BEYOND: None if own.peak is None else own.peak / 2**30}
+        for unit, found in values.items():
+            bar = LOSS_BARS.get((f"{OURS}, {shape.name}", unit))
+            if bar is not None and found is not None:
+                yield Figure(f"{OURS}, {shape.name}", found, unit, bar)
 
 
 def loss_against_peers(setting: Setting) -> Iterator[Figure]:
-    """Loss and gradients beside every peer that is installed: time and peak memory."""
+    """Loss and gradients beside every peer that is installed, without a prompt and with half of it: time and peak."""
     names, missing = installed()
-    result, failed = measure_loss(setting, QWEN, [name for name in names if does(name, QWEN)])
-    yield from loss_figures(result, bar=None)
-    yield from not_measured(QWEN.name, "x floor", missing | failed)
+    for shape in (QWEN, replace(QWEN, name=f"{QWEN.name}, half prompt", prompt_share=0.5)):
+        result, failed = measure_loss(setting, shape, [name for name in names if does(name, shape)])
+        yield from loss_figures(result)
+        yield from against_fastest(result)
+        yield from not_measured(shape.name, "x floor", missing | failed)
+
+
+def against_fastest(result: CaseResult) -> Iterator[Figure]:
+    """The peer that comes closest to ours on the same work, by medians; nothing where there are no peers."""
+    median = {row.contestant: row.timing.median for row in result.rows}
+    ours_on = {row.work: row.timing.median for row in result.rows if row.contestant in OURS_ON.values()}
+    rivals = {row.contestant: median[row.contestant] / ours_on[row.work] for row in result.rows if is_peer(row)}
+    if rivals:
+        nearest = min(rivals, key=rivals.__getitem__)
+        detail = f"{nearest}; slower: {', '.join(name for name in rivals if name != nearest) or 'none'}"
+        yield Figure(f"fastest peer, {result.shape.name}", rivals[nearest], "x ours", 1.0, at_least=True, detail=detail)
+
+
+def is_peer(row: Row) -> bool:
+    """Neither ours nor a floor."""
+    return row.contestant in BUILDERS
 
 
 def not_measured(what: str, unit: str, reasons: Mapping[str, str]) -> Iterator[Figure]:
@@ -206,20 +259,19 @@ def failure(name: str, setting: Setting) -> str:
     return ""
 
 
-def loss_figures(result: CaseResult, bar: float | None) -> Iterator[Figure]:
-    """Times over the floor and peaks of everyone."""
+def loss_figures(result: CaseResult, bar_of: Mapping[tuple[str, str], float] | None = None) -> Iterator[Figure]:
+    """Times over the floor and peaks of everyone, some with a bar."""
     shape, floor = result.shape, next(r.timing.median for r in result.rows if r.contestant == FLOOR)
     for row in result.rows:
         seconds, name = row.timing.median, f"{row.contestant}, {shape.name}"
         detail = f"{seconds * 1e3:.2f} ms" + ("" if row.peak is None else f", peak {row.peak / MIB:.0f} MiB")
         if row.errors is not None:
             detail += f", error {row.errors.worst():.1e}"
-        is_bar = row.contestant == OURS and bar is not None
-        yield Figure(name, seconds / floor, "x floor", bar if is_bar else None, detail=detail)
+        yield Figure(name, seconds / floor, "x floor", (bar_of or {}).get((name, "x floor")), detail=detail)
 
 
 def logps_without_gradients(setting: Setting) -> Iterator[Figure]:
-    """Log-likelihoods against one product, and the two ways to them: at most 1.05x."""
+    """Log-likelihoods against one product, and the two ways to them."""
     for shape in (LLAMA3,) if setting.quick else (LLAMA3, QWEN, NARROW):
         yield from logps_of(setting, sized(shape, setting), shape.name)
 
@@ -252,7 +304,8 @@ def logps_of(setting: Setting, shape: Shape, name: str) -> Iterator[Figure]:
     timings = setting.time(calls, PRODUCT)
     for call, timing in timings.items():
         ratio, detail = timing.median / timings[PRODUCT].median, f"{timing.median * 1e3:.2f} ms"
-        yield Figure(f"no_grad, {call}, {name}", ratio, "x one product", 1.05 if call == OURS else None, detail=detail)
+        bar = bars.NO_GRAD if call == OURS else None
+        yield Figure(f"no_grad, {call}, {name}", ratio, "x one product", bar, detail=detail)
 
 
 def token_logps_in_float64(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -262,7 +315,7 @@ def token_logps_in_float64(hidden: Tensor, weight: Tensor, targets: Tensor) -> T
 
 
 def accuracy_of_sums(setting: Setting) -> Iterator[Figure]:
-    """Sequence log-likelihoods of 1,024 bf16 tokens against float64: at most 2e-3 nats with fp32 logits."""
+    """Sequence log-likelihoods of 1,024 bf16 tokens against float64; the bar is for fp32 logits."""
     shape, (names, missing) = sized(ACCURACY, setting), installed()
     names = [name for name in names if does(name, shape)]
     failed = missing | failures(names, setting)
@@ -281,7 +334,7 @@ def accuracy_of_sums(setting: Setting) -> Iterator[Figure]:
 
 def error_of(error: accuracy.LogpError) -> Figure:
     """The largest of the sequences; the bar is for ours with fp32 logits."""
-    bar = 2e-3 if error.contestant == OURS_FP32_LOGITS else None
+    bar = bars.ACCURACY if error.contestant == OURS_FP32_LOGITS else None
     return Figure(f"{error.contestant}, log-likelihood", error.largest, "nats", bar, detail=f"mean {error.mean:.1e}")
 
 
@@ -314,8 +367,8 @@ def peak_of(setting: Setting, shape: Shape, budget: int, *, padded: bool) -> Ite
     detail = f"{beyond / MIB:.1f} MiB, planned {planned.bytes / MIB:.1f}, budget {planned.budget_bytes / MIB:.1f} MiB"
     detail += f"; {planned.note}" if planned.note else ""
     name = f"peak, N={shape.num_tokens}, budget {budget / MIB:.3g} MiB" + ", half padding" * padded
-    yield Figure(name, beyond / planned.bytes, "of the plan", 1.02, detail=detail)
-    yield Figure(name, beyond / planned.budget_bytes, "of the budget", 1.02, detail=detail)
+    yield Figure(name, beyond / planned.bytes, "of the plan", bars.PEAK_MEMORY, detail=detail)
+    yield Figure(name, beyond / planned.budget_bytes, "of the budget", bars.PEAK_MEMORY, detail=detail)
 
 
 def chunks(setting: Setting) -> Iterator[Figure]:

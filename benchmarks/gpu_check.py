@@ -1,9 +1,12 @@
-"""One command for a machine with an NVIDIA GPU: build, tests, sanitizer, benchmarks, tuning, choices, with results.
+"""One command for a machine with an NVIDIA GPU: build, tests, benchmarks, sanitizer, tuning, choices, with results.
 
 `make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
-`tests` is the parts tests-1, tests-2 and so on, one after another, `suite` those of benchmarks.suite. Every part has a
-time limit, after which its processes are ended and it counts as failed; what it had found until then is kept, because
-results are written as they come: gpu-check.md (read this), gpu-check.json, gpu-check.log, bench.*, bench-cuda.*,
+Parts are run in the order of what they tell in a minute on a GPU: whether it builds and computes the right numbers
+there, the bars, races and wrong addresses, what is fastest, the suite, and last the tests that a CPU has run too.
+`tests` is the parts tests-1, tests-2 and so on, `suite` those of benchmarks.suite. Every part has a time limit, after
+which its processes are ended and it counts as failed; what it had found until then is kept, because results are
+written as they come: gpu-check.md (read this: every bar and every part), gpu-check.json, gpu-check.log, bench.*,
+bench-cuda.*,
 tests-*.xml, tuning.json, selection.json, and of the suite PART.json, which `python -m benchmarks.report --merge FOLDER`
 turns into a report. A later run into the same folder keeps what earlier ones found there for other parts, if code,
 device and versions are the same. Compiled kernels are kept in build/gpu-check from part to part. The exit status is 1
@@ -22,21 +25,22 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-from benchmarks import environment
-from benchmarks.environment import log
+from benchmarks import bars, environment, gpu_bench, gpu_cases, records
+from benchmarks.environment import NOTHING_TO_DO, log
+from benchmarks.records import Parts
 from benchmarks.suite import PARTS as SUITE_PARTS
 from benchmarks.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compiled
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
-TAIL = 60  # lines of a failed part's output that go into the page
-# In the order in which they are run: what is new on a GPU first, so that a limit costs what the CPU has tested too.
+TAIL = 30  # lines of a failed part's output that go into the page
+# What is new on a GPU: the first shard, in the order in which it is run. The others have what the CPU has tested too.
 FIRST_TESTS = (
     "test_cuda_*device.py",
     "test_triton_*.py",
@@ -72,6 +76,7 @@ UNKNOWN_TEST = 15
 QUICK_TESTS = ("test_layout.py", "test_planning.py", "test_objective.py")  # of each shard of a dry run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NO_KERNELS = "no CUDA kernels in this build (cpo_kernels/_cuda is absent)"
+NO_GPU = "needs a GPU"
 FOUND = 99  # exit status of compute-sanitizer when it found something
 
 
@@ -104,11 +109,13 @@ class Settings:
     def environment(self) -> dict[str, str]:
         """That of the parts: this checkout first, the device of the tests, and one place for what is compiled."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # A dry run builds what a CPU runs.
+        usual = {"CPO_KERNELS_CUDA": "0"} if self.device == "cpu" else {}
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self.device == "cpu":
             chosen["TRITON_INTERPRET"] = "1"
         caches = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
-        return caches | os.environ | chosen
+        return usual | caches | os.environ | chosen
 
 
 @dataclass(frozen=True)
@@ -158,9 +165,11 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 def outcome(part: str, run: Run, notes: list[str]) -> Outcome:
     """The part whose only command this was."""
+    lines = run.output.splitlines()
+    if run.status == NOTHING_TO_DO:
+        return Outcome(part, "nothing to do", notes=lines[-1:])
     status = "timed out" if run.status is None else "passed" if run.status == 0 else "failed"
-    tail = "" if status == "passed" else "\n".join(run.output.splitlines()[-TAIL:])
-    return Outcome(part, status, notes=notes, tail=tail)
+    return Outcome(part, status, notes=notes, tail="" if status == "passed" else "\n".join(lines[-TAIL:]))
 
 
 def extension(name: str) -> Path | None:
@@ -183,25 +192,23 @@ def build(settings: Settings) -> Outcome:
     return outcome("build", run, [*notes, f"extensions: {', '.join(built) or 'none'}"])
 
 
-def test_files() -> list[str]:
-    """Every test file, those of FIRST_TESTS first."""
-    folder = ROOT / "tests"
-    first = [path for pattern in FIRST_TESTS for path in sorted(folder.glob(pattern))]
-    files = dict.fromkeys([*first, *sorted(folder.glob("test_*.py"))])
-    return [str(path.relative_to(ROOT)) for path in files]
-
-
 def seconds_of(file: str) -> float:
     """What SLOW_TESTS says of a test file."""
     return SLOW_TESTS.get(Path(file).name, UNKNOWN_TEST)
 
 
 def shards() -> list[list[str]]:
-    """The test files in SHARDS parts of about the same time: the longest first, each to the part that has least."""
-    files, chosen = test_files(), [[] for _ in range(SHARDS)]  # type: tuple[list[str], list[list[str]]]
-    for file in sorted(files, key=lambda name: (-seconds_of(name), name)):
-        min(chosen, key=lambda part: sum(map(seconds_of, part))).append(file)
-    return [sorted(part, key=files.index) for part in chosen]
+    """The test files in SHARDS parts: FIRST_TESTS, then the others in parts of about the same time.
+
+    Of those the longest first, each to the part that has least.
+    """
+    folder = ROOT / "tests"
+    first = dict.fromkeys(path for pattern in FIRST_TESTS for path in sorted(folder.glob(pattern)))
+    rest = [str(path.relative_to(ROOT)) for path in sorted(folder.glob("test_*.py")) if path not in first]
+    others: list[list[str]] = [[] for _ in range(SHARDS - 1)]
+    for file in sorted(rest, key=lambda name: (-seconds_of(name), name)):
+        min(others, key=lambda part: sum(map(seconds_of, part))).append(file)
+    return [[str(path.relative_to(ROOT)) for path in first], *map(sorted, others)]
 
 
 def tests(settings: Settings, shard: int) -> Outcome:
@@ -238,8 +245,8 @@ def count_tests(output: str) -> list[str]:
 def sanitizer(settings: Settings) -> Outcome:
     """compute-sanitizer's four tools over a small run of every kernel of the compiled CUDA extension."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if extension("_cuda") is None:
-        return Outcome("sanitizer", "nothing to do", notes=[NO_KERNELS])
+    if extension("_cuda") is None or settings.device == "cpu":
+        return Outcome("sanitizer", "nothing to do", notes=[NO_KERNELS if extension("_cuda") is None else NO_GPU])
     if tool is None:
         return Outcome("sanitizer", "failed", notes=["compute-sanitizer was not found"])
     started, notes, bad = time.monotonic(), [], []
@@ -293,20 +300,23 @@ def suite_part(settings: Settings, name: str) -> Outcome:
     return outcome(f"suite-{name}", run, [f"results: {name}.json"])
 
 
-SUITE = [f"suite-{name}" for name in SUITE_PARTS]
+# Those that decide bars first.
+SUITE_ORDER = ("heads", "lengths", "filters", "negatives", "sharing", "steps", "wide", "growth", "adapters", "liger")
+SUITE = [f"suite-{name}" for name in SUITE_ORDER]
 TESTS = [f"tests-{shard}" for shard in range(1, SHARDS + 1)]
 PARTS: dict[str, Callable[[Settings], Outcome]] = {
     "build": build,
-    **{name: partial(tests, shard=shard) for shard, name in enumerate(TESTS, 1)},
-    "sanitizer": sanitizer,
+    "tests-1": partial(tests, shard=1),
     "bench": bench,
+    "sanitizer": sanitizer,
     "bench-cuda": bench_cuda,
     "tune": tune,
     "choose": choose,
-    **{f"suite-{name}": partial(suite_part, name=name) for name in SUITE_PARTS},
+    **{f"suite-{name}": partial(suite_part, name=name) for name in SUITE_ORDER},
+    **{f"tests-{shard}": partial(tests, shard=shard) for shard in range(2, SHARDS + 1)},
 }
 GROUPS = {"tests": TESTS, "suite": SUITE}
-NAMES = ("build", "tests", *TESTS, "sanitizer", "bench", "bench-cuda", "tune", "choose", "suite", *SUITE)
+NAMES = (*GROUPS, *PARTS)
 
 
 def expand(names: Sequence[str]) -> list[str]:
@@ -338,35 +348,58 @@ def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list
     return outcomes
 
 
+def alike(found: Mapping[str, object], described: Mapping[str, object]) -> bool:
+    """Whether results come from the same code, device and versions as this run's."""
+    same = ("commit", "sources", "device", "gpu", "python", "versions")
+    return all(found.get(key) == described.get(key) for key in same)
+
+
 def earlier(folder: Path, described: dict[str, object], names: Sequence[str]) -> list[Outcome]:
     """Outcomes in the folder of other parts than these, found with the same code on the same device."""
     path = folder / "gpu-check.json"
     if not path.exists():
         return []
     content = json.loads(path.read_text())
-    same = ("commit", "sources", "device", "gpu", "python", "versions")
-    if any(content["environment"].get(key) != described.get(key) for key in same):
+    if not alike(content["environment"], described):
         return []
     return [Outcome(**part) for part in content["parts"] if part["part"] not in names]
+
+
+def decided(folder: Path, described: dict[str, object]) -> list[bars.Bar]:
+    """Every bar that a GPU decides, by what is in the folder from the same code and device."""
+    figures, measured_in = gpu_bench.load(folder / "bench.json")
+    parts: Parts = {}
+    for name in SUITE_PARTS:
+        parts |= records.load(folder / f"{name}.json")
+    of_this = {name: part for name, part in parts.items() if alike(part.environment, described)}
+    return bars.on_a_gpu(figures if alike(measured_in, described) else {}, {"loss": gpu_cases.LOSS_BARS}, of_this)
 
 
 def write(outcomes: list[Outcome], described: dict[str, object], folder: Path) -> None:
     """gpu-check.json and gpu-check.md."""
     content = {"environment": described, "parts": [asdict(result) for result in outcomes]}
     (folder / "gpu-check.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "gpu-check.md").write_text(page(outcomes, described))
+    (folder / "gpu-check.md").write_text(page(outcomes, decided(folder, described), described))
 
 
-def page(outcomes: list[Outcome], described: dict[str, object]) -> str:
-    """The summary as Markdown, with the end of the output of what failed."""
+def page(outcomes: list[Outcome], found: list[bars.Bar], described: dict[str, object]) -> str:
+    """Every bar and every part as Markdown, then the end of the output of what failed."""
     rows = [[r.part, r.status, f"{r.seconds:.0f}", r.notes[0] if r.notes else ""] for r in outcomes]
-    parts = ["# GPU check", markdown(["part", "status", "seconds", ""], rows), environment.as_markdown(described)]
+    dry = [] if "gpu" in described else ["A dry run on the CPU, at sizes whose times mean nothing."]
+    parts = ["# GPU check", *dry, "## Bars", counts(found), bars.table(found)]
+    parts += ["## Parts", markdown(["part", "status", "seconds", ""], rows), environment.as_markdown(described)]
     for result in outcomes:
         if result.notes[1:] or result.tail:
             parts += [f"## {result.part}", *("- " + note for note in result.notes)]
         if result.tail:
             parts += [f"```\n{result.tail}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def counts(found: list[bars.Bar]) -> str:
+    """How many bars were met, missed and not measured."""
+    verdicts = [bar.met for bar in found]
+    return f"{verdicts.count(True)} met, {verdicts.count(False)} missed, {verdicts.count(None)} not measured"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from benchmarks.timing import Call, clock_for, round_robin
 from cpo_kernels import CPOOutput, backends, cpo_loss, reference
 from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection
 from cpo_kernels.backends.selection import Choice
+from cpo_kernels.backends.triton import tuning
 
 TRITON, CUDA = "triton", "cuda"
 CANDIDATES = 4
@@ -35,8 +36,7 @@ COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
 
 def arch_of(device: torch.device) -> str:
     """As choices name it."""
-    found: str = triton_kernels("tuning").architecture(device)
-    return found
+    return tuning.architecture(device)
 
 
 def missing(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from liger_kernel import chunked_loss
 from torch import Tensor
 
 from benchmarks.contestants import OURS
@@ -64,8 +65,6 @@ def make_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, refer
 
 def contestants(name: str, inputs: list[Tensor | None], *, compiled: bool) -> dict[str, Call]:
     """Calls that return the loss and the gradients of weight and input."""
-    from liger_kernel import chunked_loss
-
     modules = {OURS: getattr(liger, LOSSES[name])(), EAGER: getattr(chunked_loss, LOSSES[name])(compiled=False)}
     if compiled:
         modules[COMPILED] = getattr(chunked_loss, LOSSES[name])()

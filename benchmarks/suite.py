@@ -1,7 +1,8 @@
 """The parts of the suite, and one of them run in this process.
 
 `python -m benchmarks.suite heads --out FOLDER` measures one part; benchmarks.report runs each in a process of its own,
-so that no part meets what another compiled, cached or left in memory.
+so that no part meets what another compiled, cached or left in memory. A part whose package is not installed has
+nothing to do.
 """
 
 from __future__ import annotations
@@ -62,14 +63,28 @@ def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
     return part
 
 
+def missing_package(name: str) -> str | None:
+    """What a part imports that is not installed, or None."""
+    try:
+        import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(("benchmarks", "cpo_kernels")):
+            raise
+        return error.name
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure one part; 1 if it failed."""
+    """Measure one part; 1 if it failed, or that there is nothing to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of PART.json")
     add_options(parser)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if package := missing_package(args.part):
+        log(f"{args.part} needs {package}, which is not installed")
+        return environment.NOTHING_TO_DO
     return 1 if measure(args.part, Setting.of(args), args.out, argv).error else 0
 
 

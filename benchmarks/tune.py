@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import environment
-from benchmarks.environment import log
+from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.timing import Clock, clock_for
 from cpo_kernels import reference
+from cpo_kernels.backends import triton_support
 
 PACKAGE = "cpo_kernels.backends.triton"
 TABLE = Path(str(resources.files("cpo_kernels").joinpath("backends/triton/tuning.json")))
@@ -347,6 +348,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.quick and args.out == TABLE:
         parser.error("a dry run must not rewrite the committed table; give --out")
+    if args.device.type == "cpu" and (reason := triton_support.unavailable_reason()):
+        log(reason)
+        return NOTHING_TO_DO
     arch, source = kernels("tuning").architecture(args.device), describe_source(args.device)
     selected = [kernel for kernel in KERNELS if kernel.name in args.kernels]
     expected = sum(len(kernel.vocabularies) * len(kernel.dtypes) for kernel in selected)

@@ -44,12 +44,23 @@ def poisoned(allocate):
     return allocate_poisoned
 
 
+def reasons_to_skip() -> dict[str, str | None]:
+    """By marker, why its tests cannot run here; None where they can."""
+    unavailable = triton_support.unavailable_reason()
+    dry_run = "a dry run on the CPU, which Triton's interpreter makes possible"
+    return {
+        "cuda": None if DEVICE.type == "cuda" else f"needs an NVIDIA GPU; the tests run on {DEVICE}",
+        "interpreter": unavailable if triton_support.interpreted() else dry_run,
+        "triton": unavailable,
+    }
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of CUDA itself are skipped where the tests run on another device."""
-    missing = pytest.mark.skip(reason=f"needs an NVIDIA GPU; the tests run on {DEVICE}")
-    for item in items:
-        if item.get_closest_marker("cuda") and DEVICE.type != "cuda":
-            item.add_marker(missing)
+    """Tests that need what is not here are skipped, and say what that is."""
+    for marker, reason in reasons_to_skip().items():
+        for item in items:
+            if reason is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

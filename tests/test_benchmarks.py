@@ -18,10 +18,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-pytest.importorskip("cut_cross_entropy")
-pytest.importorskip("liger_kernel")
-pytest.importorskip("trl")
-
 from benchmarks import accuracy, contestants, heads, measure, memory, oracle, peers, shapes, tables
 from benchmarks.ceilings import Ceilings
 from benchmarks.floor import Floor, allocate, gemms, plan_of, product_rows
@@ -37,6 +33,14 @@ QUICK = {shape.name: shape for shape in shapes.QUICK}
 # Peers that compile take seconds each, so they are run once, by the slow test
 COMPILING = ("torch.compile", "Liger CPO", "Liger DPO", "Cut Cross-Entropy")
 PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
+
+
+@pytest.fixture
+def every_peer():
+    """For tests of all peers. Development installs them but QuACK, so these tests are skipped only by users."""
+    missing = {name: why for name, why in peers.installed()[1].items() if name != "QuACK"}
+    if missing:
+        pytest.skip(f"without {', '.join(missing)}: {'; '.join(dict.fromkeys(missing.values()))}")
 
 
 def test_oracle_is_autograd_in_double(monkeypatch):
@@ -228,7 +232,7 @@ SOME = ("quick half prompt bf16", "quick frozen fp32", "quick no_grad bf16", "qu
 MEASURED = {"seconds", "median", "rounds", "floor", "gemms", "tflops", "of_tflops", "gbs", "of_gbs", "of_ours"}
 
 
-def test_work_that_a_peer_cannot_do():
+def test_work_that_a_peer_cannot_do(every_peer):
     works = {name: peers.BUILDERS[name]().work_on for name in ("eager", "Liger CPO", "Liger DPO", "TRL fused head")}
     trained, cross_entropy = QUICK["quick fp32"], QUICK["quick cross-entropy fp32"]
     assert {name: work(trained) for name, work in works.items()} == {
@@ -245,7 +249,7 @@ def test_work_that_a_peer_cannot_do():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["quick half prompt fp32", "quick cross-entropy bf16"])
-def test_every_compiling_peer_computes_the_same_loss(shape):
+def test_every_compiling_peer_computes_the_same_loss(every_peer, shape):
     names = [name for name in COMPILING if peers.does(name, QUICK[shape])]
     result = measure.measure_case(QUICK[shape], names, Effort(rounds=1))
     assert set(names) <= {row.contestant for row in result.rows if row.errors is not None}
@@ -253,7 +257,7 @@ def test_every_compiling_peer_computes_the_same_loss(shape):
 
 
 @pytest.mark.parametrize("shape", ["quick fp32", "quick bf16", "quick half prompt fp32", "quick cross-entropy bf16"])
-def test_every_plain_contestant_computes_the_same_loss(shape):
+def test_every_plain_contestant_computes_the_same_loss(every_peer, shape):
     names = [name for name in PLAIN if peers.does(name, QUICK[shape])]
     result = measure.measure_case(QUICK[shape], names, Effort(rounds=1))
     checked = {row.contestant for row in result.rows if row.errors is not None}
@@ -437,6 +441,7 @@ def test_shapes_are_those_of_the_bars():
 @pytest.mark.slow
 def test_every_round_of_pytest_benchmark_has_a_floor_before_it(tmp_path):
     pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("liger_kernel")  # beside whose DPO ours is measured
     path = tmp_path / "benchmark.json"
     some = "quick-half-prompt-fp32 and (eager or DPO) and not Liger"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_loss.py", "--benchmark-only", "-p", "no:cacheprovider"]

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from benchmarks import choose
 from benchmarks.choose import Measured, Size, Task
 from benchmarks.gpu_cases import Setting
-from cpo_kernels.backends import native_cuda, selection, triton_support
+from cpo_kernels.backends import native_cuda, selection
 from cpo_kernels.backends.selection import Choice, Sizes
 
 pytestmark = pytest.mark.cpu
@@ -22,10 +22,7 @@ CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
 FOREVER = float("inf")
 ALL = ("triton", "torch", "cuda")
-# On a GPU, gpu-check measures.
-dry_run = pytest.mark.skipif(
-    not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
-)
+dry_run = pytest.mark.interpreter  # on a GPU, gpu-check measures
 
 
 @pytest.fixture
@@ -229,6 +226,7 @@ def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeyp
     assert "1 of 1 sizes measured" in log and "cuda" not in {c["backend"] for c in table["choices"]}
 
 
+@pytest.mark.triton
 def test_without_hopper_its_ways_do_not_take_part(gpu, monkeypatch):
     monkeypatch.setattr(native_cuda, "capability", lambda device: (8, 0))
     names = {name: choose.contestants_of(name, CPU)[0] for name in selection.OPERATIONS}

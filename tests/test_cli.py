@@ -15,7 +15,6 @@ import tiny_models
 import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
-from datasets import Dataset, DatasetDict
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -152,10 +151,10 @@ def test_adapters_are_trained_and_evaluated(shared, tmp_path, capsys):
 
 
 def test_splits_of_a_saved_data_set(shared, tmp_path):
+    datasets = pytest.importorskip("datasets")
     rows = tiny_models.examples(24)
-    DatasetDict({"train": Dataset.from_list(rows[:20]), "test": Dataset.from_list(rows[20:])}).save_to_disk(
-        str(tmp_path / "saved")
-    )
+    splits = {"train": datasets.Dataset.from_list(rows[:20]), "test": datasets.Dataset.from_list(rows[20:])}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
     values = {"model": shared["model"], "data": str(tmp_path / "saved"), "eval_split": "test"}
     inputs = Inputs(parse([write_config(tmp_path / "run.yaml", **values)]))
     assert list(inputs.train_examples()) == rows[:20]

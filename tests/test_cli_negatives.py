@@ -6,6 +6,9 @@ import json
 from typing import ClassVar
 
 import pytest
+
+pytest.importorskip("datasets")  # writes the files of negatives
+
 import tiny_models
 import torch
 from cli_models import save_model, write_config, write_examples

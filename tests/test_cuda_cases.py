@@ -17,16 +17,10 @@ from benchmarks.gpu_cases import Setting, WrongResultError
 from benchmarks.measure import AnotherLossError, ContestantError
 from benchmarks.peers import ours
 from benchmarks.problem import draw
-from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection, triton_support
+from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection
 from cpo_kernels.backends.selection import Choice
 
-# On a GPU, gpu-check runs the benchmark itself.
-pytestmark = [
-    pytest.mark.cpu,
-    pytest.mark.skipif(
-        not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
-    ),
-]
+pytestmark = [pytest.mark.cpu, pytest.mark.interpreter]  # on a GPU, gpu-check runs the benchmark itself
 CPU = torch.device("cpu")
 SETTING = Setting(CPU, quick=True)
 

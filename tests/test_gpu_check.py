@@ -14,20 +14,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import contestants, gpu_bench, gpu_cases, gpu_check, suite, tune
+from benchmarks import bars, contestants, gpu_bench, gpu_cases, gpu_check, records, suite, tune
+from benchmarks.contestants import FLOOR, OURS, OURS_DPO
+from benchmarks.environment import NOTHING_TO_DO
 from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
-from benchmarks.measure import ContestantError
+from benchmarks.measure import CaseResult, ContestantError, Row
 from benchmarks.peers import BUILDERS, Peer
-from cpo_kernels.backends import triton_support
+from benchmarks.records import Part, Record
+from benchmarks.timing import Timing
 
 pytestmark = pytest.mark.cpu  # dry runs
 CPU = torch.device("cpu")
 FOREVER = float("inf")
-# On a GPU, gpu-check runs the benchmarks themselves.
-dry_run = pytest.mark.skipif(
-    not triton_support.interpreted(), reason="a dry run on the CPU, which Triton's interpreter makes possible"
-)
+dry_run = pytest.mark.interpreter  # on a GPU, gpu-check runs the benchmarks themselves
 ROOT = Path(__file__).parent.parent
 
 
@@ -109,13 +109,17 @@ def test_without_a_built_extension_the_build_comes_first(settings, monkeypatch):
 def test_tests_stand_for_every_shard_and_no_part_runs_twice():
     assert gpu_check.expand(["build", "tests"]) == ["build", "tests-1", "tests-2", "tests-3"]
     assert gpu_check.expand(["tests-2", "tests", "tests-2"]) == ["tests-2", "tests-1", "tests-3"]
-    assert gpu_check.expand(["suite"]) == [f"suite-{name}" for name in suite.PARTS]
+    assert sorted(gpu_check.expand(["suite"])) == sorted(f"suite-{name}" for name in suite.PARTS)
     assert gpu_check.expand(n for n in gpu_check.NAMES if n not in gpu_check.GROUPS) == list(gpu_check.PARTS)
 
 
-def test_the_makefile_runs_every_part_in_order():
-    (line,) = (line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("PARTS ?="))
-    assert gpu_check.expand(line.split()[2:]) == list(gpu_check.PARTS)
+def test_what_only_a_gpu_can_tell_comes_before_what_a_cpu_has_tested():
+    names = list(gpu_check.PARTS)
+    assert names[:3] == ["build", "tests-1", "bench"]
+    assert names[-2:] == ["tests-2", "tests-3"]
+    measured = [name for name in names if name in gpu_check.SUITE]
+    decide = [f"suite-{name}" for name in ("heads", "lengths", "filters", "negatives", "sharing", "steps", "wide")]
+    assert measured[: len(decide)] == decide
 
 
 def test_a_later_run_keeps_the_parts_of_an_earlier_one(settings, monkeypatch):
@@ -185,23 +189,25 @@ def test_what_the_sanitizer_finds_fails_the_part(settings, monkeypatch, tmp_path
     tool.chmod(0o755)
     monkeypatch.setattr(gpu_check, "extension", lambda name: Path(name))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: str(tool))
-    result = gpu_check.sanitizer(settings)
+    assert gpu_check.sanitizer(settings).notes == [gpu_check.NO_GPU]
+    result = gpu_check.sanitizer(dataclasses.replace(settings, device="cuda"))
     assert result.notes == [f"{name}: {verdict}" for name in gpu_check.TOOLS]
     assert result.good == (status == 0)
 
 
-def test_every_test_file_is_in_one_shard_and_those_for_a_gpu_are_first():
+def test_every_test_file_is_in_one_shard_and_those_for_a_gpu_are_the_first():
     shards = gpu_check.shards()
     files = [file for shard in shards for file in shard]
     assert len(shards) == gpu_check.SHARDS
     assert sorted(files) == sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*.py"))
-    for shard in shards:
+    for number, shard in enumerate(shards):
         first = [any(Path(file).match(pattern) for pattern in gpu_check.FIRST_TESTS) for file in shard]
-        assert first == sorted(first, reverse=True)
+        assert set(first) == {number == 0}
+    assert "device" in shards[0][0]
 
 
-def test_shards_take_about_as_long_and_name_files_that_exist():
-    seconds = [sum(map(gpu_check.seconds_of, shard)) for shard in gpu_check.shards()]
+def test_the_other_shards_take_about_as_long_and_name_files_that_exist():
+    seconds = [sum(map(gpu_check.seconds_of, shard)) for shard in gpu_check.shards()[1:]]
     assert max(seconds) < 1.1 * min(seconds)
     names = (*gpu_check.SLOW_TESTS, *gpu_check.QUICK_TESTS)
     assert not [name for name in names if not (ROOT / "tests" / name).exists()]
@@ -236,27 +242,98 @@ FAILED tests/test_a.py::test_two - AssertionError
     ]
 
 
-def test_the_target_of_the_makefile_passes_parts_and_folder():
-    made = [
-        "make",
-        "--no-print-directory",
-        "--dry-run",
-        "gpu-check",
-        "GPU_PYTHON=python9",
-        "PARTS=tests bench",
-        "OUT=there",
-    ]
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        (["PARTS=tests bench", "OUT=there"], "--parts tests bench --out there"),
+        ([], "--out gpu-results"),
+    ],
+)
+def test_the_target_of_the_makefile_passes_parts_and_folder(given, passed):
+    made = ["make", "--no-print-directory", "--dry-run", "gpu-check", "GPU_PYTHON=python9", *given]
     done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [
-        "python9",
-        "-m",
-        "benchmarks.gpu_check",
-        "--parts",
-        "tests",
-        "bench",
-        "--out",
-        "there",
+    assert done.stdout.split() == ["python9", "-m", "benchmarks.gpu_check", *passed.split()]
+
+
+# The page
+
+
+ENVIRONMENT = {"commit": "c", "sources": "s", "device": "d", "gpu": {"name": "g"}, "python": "p", "versions": {}}
+
+
+def bench_results(folder: Path, figures: dict[str, list[Figure]], environment: dict[str, object]) -> None:
+    suite = gpu_bench.SUITES["triton"]
+    cases = [gpu_bench.Case(name, figures=found) for name, found in figures.items()]
+    gpu_bench.write(suite, cases, environment, folder)
+
+
+def verdicts(folder: Path) -> dict[str, bool | None]:
+    return {bar.what: bar.met for bar in gpu_check.decided(folder, ENVIRONMENT)}
+
+
+def test_the_page_says_of_every_bar_whether_it_was_met_missed_or_not_measured(tmp_path):
+    loss = [
+        Figure("ours, 8k", 1.04, "x floor", 1.05),
+        Figure("ours, 4k", 1.041, "x floor", 1.04),
+        Figure("peer", 2.0, "x floor"),
     ]
+    rows = [Figure("row forward", float("nan"), "of copy", 0.9, at_least=True)]
+    bench_results(tmp_path, {"loss": loss, "row kernels bf16": rows}, ENVIRONMENT)
+    step = {"truncation 1": {"of_base": 1.02}, "autoregressive 1": {"of_mle": 3.5}}
+    found = [Record("kinds", name, values) for name, values in step.items()]
+    records.save({"negatives": Part("negatives", ENVIRONMENT, found)}, tmp_path / "negatives.json")
+    said = verdicts(tmp_path)
+    assert (said["ours, 8k"], said["ours, 4k"], said["row forward"]) == (True, False, False)
+    assert "peer" not in said
+    (cut,) = (met for what, met in said.items() if "truncation" in what)
+    (written,) = (met for what, met in said.items() if "autoregressive" in what)
+    assert (cut, written) == (True, False)
+    for of in (bars.sharing, bars.natural_lengths, bars.steps):
+        (bar,) = of({})
+        assert said[bar.what] is None
+    lacking = {(f"{name}, {unit}") for name, unit in gpu_cases.LOSS_BARS}
+    assert lacking <= said.keys() and not any(said[name] for name in lacking)
+    outcomes = [Outcome("bench", "timed out", 450.0, ["bench.md"], "the end of the output")]
+    page = gpu_check.page(outcomes, gpu_check.decided(tmp_path, ENVIRONMENT), ENVIRONMENT)
+    assert page.index("2 met, 3 missed") < page.index("ours, 4k") < page.index("timed out") < page.index("the end of")
+    assert "dry run" not in page
+
+
+def test_bars_of_other_code_or_another_device_are_not_measured(tmp_path):
+    bench_results(tmp_path, {"loss": [Figure("ours, 8k", 1.04, "x floor", 1.05)]}, ENVIRONMENT | {"sources": "t"})
+    other = Part("negatives", ENVIRONMENT | {"gpu": {"name": "h"}}, [Record("k", "truncation 1", {"of_base": 1.0})])
+    records.save({"negatives": other}, tmp_path / "negatives.json")
+    said = verdicts(tmp_path)
+    assert set(said.values()) == {None}
+    assert len(said) == len(gpu_cases.LOSS_BARS) + len(bars.BARS) - 1
+
+
+def test_figures_come_back_from_their_file(tmp_path):
+    figures = [Figure("a", 1.0, "s", 2.0, detail="d"), Figure("b", float("nan"), "of copy", at_least=True)]
+    bench_results(tmp_path, {"loss": figures}, ENVIRONMENT)
+    found, environment = gpu_bench.load(tmp_path / "bench.json")
+    assert environment == ENVIRONMENT
+    assert [repr(figure) for figure in found["loss"]] == [repr(figure) for figure in figures]
+    assert gpu_bench.load(tmp_path / "nothing.json") == ({}, {})
+
+
+def test_a_part_that_lacks_something_has_nothing_to_do(settings):
+    code = f"print('working'); print('it needs a package'); raise SystemExit({NOTHING_TO_DO})"
+    result = gpu_check.outcome("steps", gpu_check.run_command(python(code), settings, 30), ["results: steps.json"])
+    assert (result.status, result.good, result.notes) == ("nothing to do", True, ["it needs a package"])
+
+
+def test_a_part_of_the_suite_whose_package_is_not_installed_says_so(tmp_path, monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {absent!r}", name=absent)
+
+    monkeypatch.setattr(suite, "import_module", missing)
+    absent = "trl"
+    assert suite.main(["steps", "--out", str(tmp_path)]) == NOTHING_TO_DO
+    assert capsys.readouterr().err.splitlines()[-1] == "steps needs trl, which is not installed"
+    absent = "benchmarks.gone"
+    with pytest.raises(ModuleNotFoundError):
+        suite.main(["steps", "--out", str(tmp_path)])
 
 
 # The benchmarks
@@ -281,7 +358,8 @@ def test_cases_run_and_are_written(tmp_path):
     assert [case["name"] for case in content["cases"]] == CASES
     figures = {figure["name"]: figure for case in content["cases"] for figure in case["figures"]}
     bars = {name for name, figure in figures.items() if figure["bar"] is not None}
-    for part in ("row forward", "row backward in place", "bf16 over fp32", "cpo-kernels, llama3", "peak, N="):
+    shapes = ("cpo-kernels, llama3 4k", "cpo-kernels, llama3 8k", "llama3 8k bf16, frozen", "cpo-kernels, qwen 8k")
+    for part in ("row forward", "row backward in place", "bf16 over fp32", *shapes, "peak, N="):
         assert any(part in name for name in bars), part
     page = (tmp_path / "bench.md").read_text()
     assert all(name in page for name in figures)
@@ -352,6 +430,26 @@ def test_accuracy_goes_on_without_a_peer_that_fails(monkeypatch):
     assert [f.name.split(",")[0] for f in figures.values() if f.value == f.value][-1] == "eager"
     assert figures["failing, log-likelihood"].detail == "RuntimeError: no such kernel"
     assert [f.verdict for f in figures.values() if f.bar is not None] == ["met"]
+
+
+def test_the_fastest_peer_is_held_against_ours_on_its_own_work():
+    rows = {OURS: ("cpo", 2.0), OURS_DPO: ("dpo", 4.0), FLOOR: ("cpo", 1.0), "eager": ("cpo", 5.0)}
+    rows |= {"Liger DPO": ("dpo", 6.0)}
+    timed = tuple(Row(name, work, Timing((seconds,)), None, None) for name, (work, seconds) in rows.items())
+    (figure,) = gpu_cases.against_fastest(CaseResult(gpu_cases.QWEN, timed, plan=None))
+    assert (figure.value, figure.verdict, figure.detail) == (1.5, "met", "Liger DPO; slower: eager")
+    assert not list(gpu_cases.against_fastest(CaseResult(gpu_cases.QWEN, timed[:3], plan=None)))
+
+
+def test_a_case_for_which_there_is_nothing_is_no_failure(tmp_path):
+    def absent(setting):
+        raise gpu_cases.NotHereError("no interpreter")
+        yield
+
+    suite = gpu_bench.Suite("bench", "title", {"absent": absent})
+    (case,) = gpu_bench.run(suite, ["absent"], Setting(CPU, quick=True), 60, tmp_path, [])
+    assert (case.error, case.note) == ("", "no interpreter")
+    assert "no interpreter" in (tmp_path / "bench.md").read_text()
 
 
 def test_a_case_that_fails_is_reported_and_the_next_one_runs(tmp_path):

@@ -12,13 +12,15 @@ from tolerance import assert_accurate, relative_error
 from torch import Tensor
 from torch.testing import assert_close
 
+# A development dependency, which constraints.txt pins and CI installs.
+pytest.importorskip("liger_kernel")
+
+from liger_kernel import chunked_loss as theirs
+
 from benchmarks import liger as bench_liger
 from benchmarks.setting import Setting
 from cpo_kernels.integrations import liger as ours
 from cpo_kernels.integrations.pair_losses import PAIR_LOSSES
-
-# A development dependency, which constraints.txt pins and CI installs.
-theirs = pytest.importorskip("liger_kernel.chunked_loss")
 
 B, T, V, H = 5, 7, 23, 6
 NAMES = ("LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss", "LigerFusedLinearDPOLoss")

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from devices import DEVICE
-from test_peers import FixedHead, chosen_first, gradients, make_pairs, trl_dpo_loss, unaligned
+from pairs import FixedHead, chosen_first, gradients, make_pairs, trl_dpo_loss, unaligned
 from tolerance import assert_accurate
 from torch import Tensor
 from torch.testing import assert_close
@@ -246,6 +246,7 @@ def test_orpo_is_trls():
 
 
 def test_nca_of_one_good_candidate_is_trls_nca_pair():
+    pytest.importorskip("trl")
     hidden, weight, targets = make_pairs(torch.float64)
     ref_logps = -3 * torch.rand(len(targets), 2).double() * T
     expected = trl_dpo_loss("nca_pair", hidden, weight, targets, ref_logps)

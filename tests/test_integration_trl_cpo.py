@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import peft
 import pytest
-import tiny_models
 import torch
+
+pytest.importorskip("trl")
+
+import tiny_models
 from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
 from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration

@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import peft
 import pytest
-import tiny_models
 import torch
+
+pytest.importorskip("trl")
+
+import tiny_models
 import trl
 from datasets import Dataset, IterableDataset
 from tolerance import assert_accurate

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 
 import peft
 import pytest
-import tiny_models
 import torch
+
+pytest.importorskip("trl")
+
+import tiny_models
 import trl
 from datasets import Dataset
 from test_attach import biased, softcapped

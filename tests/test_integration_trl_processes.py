@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("trl")
+
 from trl_runs import preferences
 
 pytestmark = pytest.mark.cpu

@@ -8,9 +8,10 @@ import re
 
 import pytest
 import tiny_models
-from datasets import Dataset, DatasetDict
 
 from cpo_kernels.trainer.loading import load_examples
+
+datasets = pytest.importorskip("datasets")
 
 pytestmark = pytest.mark.cpu
 
@@ -25,7 +26,7 @@ def write(path, rows):
 def table(rows):
     """Every field of every row: a data set takes its columns from the first."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
 
 
 # Files
@@ -58,14 +59,15 @@ def test_parquet(tmp_path):
     (row, other) = load_examples(str(tmp_path / "a.parquet"))
     assert row == PAIRS[0] | {"negatives": None}
     assert other == PAIRS[1]
-    Dataset.from_list(PAIRS[1:]).to_parquet(str(tmp_path / "b.parquet"))
+    datasets.Dataset.from_list(PAIRS[1:]).to_parquet(str(tmp_path / "b.parquet"))
     assert [row["prompt"] for row in load_examples(str(tmp_path / "*.parquet"))] == ["a", "c", "c"]
 
 
 def test_saved_data_set(tmp_path):
     table(PAIRS).save_to_disk(str(tmp_path / "one"))
     assert load_examples(str(tmp_path / "one"))[1] == PAIRS[1]
-    splits = DatasetDict({"train": Dataset.from_list(PAIRS[:1]), "test": Dataset.from_list(PAIRS[1:])})
+    parts = {"train": datasets.Dataset.from_list(PAIRS[:1]), "test": datasets.Dataset.from_list(PAIRS[1:])}
+    splits = datasets.DatasetDict(parts)
     splits.save_to_disk(str(tmp_path / "splits"))
     assert list(load_examples(str(tmp_path / "splits"), split="test")) == PAIRS[1:]
     with pytest.raises(ValueError, match=r"has no split 'dev', only \['test', 'train'\]"):
@@ -74,7 +76,7 @@ def test_saved_data_set(tmp_path):
 
 def test_the_first_examples_only(tmp_path):
     assert load_examples(write(tmp_path / "a.jsonl", PAIRS), max_examples=1) == PAIRS[:1]
-    Dataset.from_list(PAIRS).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.Dataset.from_list(PAIRS).to_parquet(str(tmp_path / "a.parquet"))
     assert len(load_examples(str(tmp_path / "a.parquet"), max_examples=1)) == 1
 
 
@@ -180,8 +182,8 @@ def test_a_bad_line_of_the_second_file_is_found(tmp_path):
 
 
 def test_a_bad_row_of_a_table_names_file_and_row(tmp_path):
-    Dataset.from_list(PAIRS[:1]).to_parquet(str(tmp_path / "a.parquet"))
-    Dataset.from_list([*PAIRS[:1], {"prompt": "c"}]).to_parquet(str(tmp_path / "b.parquet"))
+    datasets.Dataset.from_list(PAIRS[:1]).to_parquet(str(tmp_path / "a.parquet"))
+    datasets.Dataset.from_list([*PAIRS[:1], {"prompt": "c"}]).to_parquet(str(tmp_path / "b.parquet"))
     with pytest.raises(ValueError, match=r"b.parquet, row 1: example 2 has no 'completion'"):
         load_examples(str(tmp_path / "*.parquet"))
 
@@ -231,8 +233,6 @@ def test_files_of_unknown_kinds(tmp_path):
 
 
 def test_a_name_on_the_hub_without_a_network_says_what_was_asked_for(monkeypatch):
-    import datasets
-
     def refuse(*args, **kwargs):
         assert (args, kwargs) == (("someone/some-data", "en"), {"split": "train[:5]"})
         raise ConnectionError("Couldn't reach the Hub")
@@ -244,7 +244,5 @@ def test_a_name_on_the_hub_without_a_network_says_what_was_asked_for(monkeypatch
 
 
 def test_a_name_on_the_hub(monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Dataset.from_list(PAIRS))
-    assert isinstance(load_examples("someone/some-data"), Dataset)  # as it came: nothing had to be changed
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: datasets.Dataset.from_list(PAIRS))
+    assert isinstance(load_examples("someone/some-data"), datasets.Dataset)  # as it came: nothing had to be changed

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from devices import DEVICE
-from torch import Tensor
+from pairs import BETA, G, T, V, chosen_first, gradients, make_pairs, trl_dpo_loss, unaligned
 from torch.testing import assert_close
 
 import cpo_kernels
@@ -18,36 +17,7 @@ from cpo_kernels import contrastive_loss, cpo_loss, linear_cpo_loss
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # Development dependencies: constraints.txt pins them and CI installs them, so these tests are skipped only by users.
 cpo_trainer = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
-dpo_trainer = pytest.importorskip("trl.trainer.dpo_trainer")
 liger = pytest.importorskip("liger_kernel.chunked_loss")
-
-G, T, V, H = 5, 7, 23, 6
-BETA = 0.3
-ALLOWED_PROMPT = 3  # leading tokens of a completion that may be prompt
-
-
-def make_pairs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (G, 2, T, H), weight (V, H), targets (G, 2, T) of different lengths."""
-    hidden = torch.randn(G, 2, T, H, dtype=dtype, requires_grad=True)
-    weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
-    targets = torch.randint(V, (G, 2, T))
-    prompt = torch.randint(ALLOWED_PROMPT + 1, (G, 2, 1))
-    return hidden, weight, targets.masked_fill(torch.arange(T) < prompt, -100)
-
-
-def chosen_first(x: Tensor) -> Tensor:
-    """(G, 2, ...) -> (2G, ...): all chosen, then all rejected sequences, as TRL and Liger take them."""
-    return x.transpose(0, 1).flatten(0, 1)
-
-
-def unaligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Add the position that TRL's shift removes: its `logits[:, t]` predicts `labels[:, t + 1]`."""
-    return torch.cat([logits, logits[:, :1]], 1), torch.cat([torch.full_like(targets[:, :1], -100), targets], 1)
-
-
-def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a loss that may be per group: the upstream gradient then differs from group to group."""
-    return torch.autograd.grad(loss, inputs, torch.arange(1.0, loss.numel() + 1, dtype=loss.dtype).view_as(loss))
 
 
 def trl_cpo(loss_type: str, *, label_smoothing: float = 0.0, simpo_gamma: float = 0.0) -> SimpleNamespace:
@@ -108,51 +78,6 @@ def test_cpo_loss_is_trl_cpo_trainer(loss_type, theirs, ours, materialised):
     assert_close(out.rewards, torch.stack(rewards, 1))
     assert_close(out.accuracy.double(), (rewards[0] > rewards[1]).double().mean())
     assert_close(out.margin, (rewards[0] - rewards[1]).mean())
-
-
-class FixedHead:
-    """A model whose hidden states are given: what `DPOTrainer` sees of a model with TRL's fused head."""
-
-    training = True
-
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden, self.weight = hidden, weight
-
-    def __call__(self, *, labels: Tensor, **_: object) -> SimpleNamespace:
-        logits, targets = self.hidden @ self.weight.T, labels[:, 1:]
-        logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        zeros = torch.zeros_like(logps)
-        logged = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
-        return SimpleNamespace(log_probs=logps.masked_fill(targets == -100, 0.0), **logged)
-
-
-def trl_dpo_loss(loss_type: str, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor) -> Tensor:
-    """`DPOTrainer._compute_loss` with precomputed reference log-likelihoods."""
-    trainer = SimpleNamespace(
-        model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=DEVICE, gather=lambda x: x, gather_for_metrics=lambda x: x),
-        aux_loss_enabled=False,
-        ld_alpha=None,
-        precompute_ref_logps=True,
-        f_divergence_type="reverse_kl",
-        loss_types=[loss_type],
-        loss_weights=[1.0],
-        beta=BETA,
-        use_weighting=False,
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    _, labels = unaligned(chosen_first(hidden), chosen_first(targets))
-    inputs = {
-        "input_ids": labels.clamp(min=0),
-        "attention_mask": torch.ones_like(labels),
-        "completion_mask": (labels != -100).long(),
-        "ref_chosen_logps": ref_logps[:, 0],
-        "ref_rejected_logps": ref_logps[:, 1],
-    }
-    model = FixedHead(chosen_first(hidden), weight)
-    return dpo_trainer.DPOTrainer._compute_loss(trainer, model, inputs, return_outputs=False)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "sigmoid_norm"])

@@ -31,6 +31,7 @@ from cpo_kernels.backends.triton.contrast import MAX_CANDIDATES, contrast
 from cpo_kernels.objective import Objective
 
 # Small enough that groups of a few candidates with a few tokens cross several blocks.
+pytestmark = pytest.mark.triton
 CONFIG = {"TILE": 16, "num_warps": 4, "num_stages": 1}
 
 

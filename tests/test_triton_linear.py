@@ -19,6 +19,7 @@ from cpo_kernels.backends.triton import linear, tuning
 from cpo_kernels.backends.triton.linear import linear_forward
 from cpo_kernels.backends.triton.splits import LinearForward
 
+pytestmark = pytest.mark.triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_R, BLOCK_V, BLOCK_H = 16, 32, 16
 CONFIG = {"BLOCK_R": BLOCK_R, "BLOCK_V": BLOCK_V, "BLOCK_H": BLOCK_H, "num_warps": 4, "num_stages": 2}

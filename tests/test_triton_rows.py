@@ -11,10 +11,13 @@ from devices import DEVICE
 from tolerance import assert_accurate
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from cpo_kernels import reference
 from cpo_kernels.backends.transform import fold_transform
 from cpo_kernels.backends.triton import gradients, rows, tuning
 
+pytestmark = pytest.mark.triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 64
 CONFIG = {"BLOCK": BLOCK, "TOKENS": 4, "num_warps": 1, "num_stages": 1}

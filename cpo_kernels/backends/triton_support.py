@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -35,6 +36,22 @@ def unavailable_reason() -> str | None:
         import_module("cpo_kernels.backends.triton.linear")
     except Exception as error:  # whatever a triton that does not fit raises
         return f"its kernels cannot be imported ({type(error).__name__}: {error}); install triton 3.4 or newer"
+    return interpreter_failure() if interpreted() else None
+
+
+def interpreter_failure() -> str | None:
+    """Why Triton's interpreter cannot run a kernel, or None if it can.
+
+    The interpreter computes with NumPy and not every pair of versions fits: from 2.4 on, NumPy no longer takes the
+    array of one element, which the interpreter of triton 3.6 has for a scalar, as the bound of a loop.
+    """
+    gradients = import_module("cpo_kernels.backends.triton.gradients")
+    try:
+        gradients.scale_(torch.ones(1, device="cpu"), torch.zeros(1, device="cpu"))
+    except Exception as error:  # whatever NumPy raises
+        versions = f"triton {version('triton')} with NumPy {version('numpy')}"
+        fitting = "install triton 3.7 or newer, or NumPy below 2.4"
+        return f"the interpreter of {versions} cannot run its kernels ({error}); {fitting}"
     return None
 
 
@@ -52,5 +69,5 @@ def refusal(backend: str, device: torch.device) -> str | None:
 
 def description() -> str:
     """What runs the kernels."""
-    version = import_module("triton").__version__
-    return f"triton {version}, in the interpreter" if interpreted() else f"triton {version}"
+    found = import_module("triton").__version__
+    return f"triton {found}, in the interpreter" if interpreted() else f"triton {found}"

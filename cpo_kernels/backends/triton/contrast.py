@@ -270,6 +270,7 @@ def contrast(
     tokens_on_device = num_target_tokens if isinstance(num_target_tokens, Tensor) else None
     mle_scale = gain * mle_weight / (1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens)
     config = config or tuning.config("contrast", logps.device, max_candidates, logps.dtype)
+    sizes = block_sizes(config, max_candidates)
     with tuning.on_device_of(logps):
         contrast_kernel[(groups,)](
             logps,
@@ -289,8 +290,8 @@ def contrast(
             max_candidates,
             LOSS=loss_type,
             LENGTH_NORMALIZED=length_normalized,
-            **block_sizes(config, max_candidates),
-            **tuning.LAUNCH,
+            **sizes,
+            **tuning.sharing_registers(logps.device, sizes["num_warps"]),
         )
     return sums, coef
 

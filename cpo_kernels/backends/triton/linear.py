@@ -239,9 +239,10 @@ def linear_forward_kernel(
             tile_key = tile_top + tl.log(tile_mass) - tl.log(exponential_variable(u))
             won = tile_key > key
             key = tl.where(won, tile_key, key)
-            if tl.max(won.to(tl.int32), axis=0) > 0:
-                chosen = descend(left, right, left_mass, right_mass, threshold * tile_mass)
-                sample = tl.where(won, first_column + chosen, sample)
+            # For every tile: to ask whether any row needs it saves 0.3 % of the product's time, and triton 3.6 finds no
+            # layout on sm_100 for a condition that depends on the product.
+            chosen = descend(left, right, left_mass, right_mass, threshold * tile_mass)
+            sample = tl.where(won, first_column + chosen, sample)
 
         new_top = tl.maximum(top, tile_top)
         shift, tile_shift = top - finite_centre(new_top), tile_top - finite_centre(new_top)
@@ -354,7 +355,7 @@ def linear_forward(
             ROW_SEEDS=seed is not None and seed.numel() > 1,  # of one row, both are the same
             **head.flags,
             **config,
-            **tuning.LAUNCH,
+            **tuning.sharing_registers(hidden.device, config["num_warps"]),
         )
         combine_splits(result, partials, targets, row_starts, V)
     return result

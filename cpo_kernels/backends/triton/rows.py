@@ -32,6 +32,7 @@ from .transform import exp, transform, transform_slope
 
 # Tensors of a number a row or a token: slices of them begin anywhere, which is not worth a kernel of its own.
 SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]
+PROGRAMS = 4  # on a multiprocessor: enough loads under way to keep its memory busy
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
 
 
@@ -399,6 +400,9 @@ def row_backward_into(
     shifted = source.shifted and not narrow
     shared = row_starts is not None
     scratch = torch.empty(coef.shape, dtype=torch.float32, device=logits.device) if shared else None
+    sizes = config or tuning.config("row_backward", logits.device, V, logits.dtype)
+    # Of rows that several tokens share, the passes over the tokens take registers that the pass over the row lacks.
+    launch = tuning.sharing_registers(logits.device, sizes["num_warps"], PROGRAMS) if shared else tuning.LAUNCH
     with tuning.on_device_of(logits):
         row_backward_kernel[(R,)](
             to.base if shifted and alike else out, source.base if shifted else logits,
@@ -406,8 +410,7 @@ def row_backward_into(
             stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
             V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=shared, SHIFTED=shifted, ALIKE=alike, NARROW=narrow, K=K,
-            **folded.flags, **tuning.LAUNCH,
-            **(config or tuning.config("row_backward", logits.device, V, logits.dtype)),
+            **folded.flags, **launch, **sizes,
         )  # fmt: skip
 
 

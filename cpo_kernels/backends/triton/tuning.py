@@ -20,6 +20,8 @@ import torch
 DEFAULT = "default"
 # Options of every launch: the kernels count on multiply-adds, which are no longer the default from triton 3.10 on.
 LAUNCH = {"enable_fp_fusion": True}
+# Of an NVIDIA multiprocessor, and the most that a thread can address.
+REGISTERS, THREAD_REGISTERS = 65536, 255
 
 
 @cache
@@ -83,6 +85,16 @@ def config(
     """
     name = str(dtype).removeprefix("torch.")
     return dict(_lookup(kernel, architecture(device), vocab, name, hidden_size, descriptors))
+
+
+def sharing_registers(device: torch.device, num_warps: int, programs: int = 1) -> dict[str, Any]:
+    """Options of a launch of which so many programs are on a multiprocessor, and share out all of its registers.
+
+    Left to itself, NVIDIA's assembler makes room for as many programs as it likes, and saves values to memory for that.
+    """
+    if not architecture(device).startswith("sm_"):
+        return LAUNCH
+    return LAUNCH | {"maxnreg": min(REGISTERS // (32 * num_warps * programs), THREAD_REGISTERS)}
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
