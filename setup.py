@@ -1,17 +1,18 @@
-"""Builds cpo_kernels._cpu always, and cpo_kernels._cuda where csrc/cuda has sources and nvcc is found.
+"""Builds cpo_kernels._cpu always, and cpo_kernels._cuda for the NVIDIA GPUs that are visible or asked for.
 
 The C++ needs neither torch nor a CPU of the kind it will run on: a file named `*_<isa>.cpp` is compiled for that
-instruction set only, and the module picks one at run time. Objects and build.ninja stay in build/ninja-*, so that a
-rebuild is incremental.
+instruction set only, where the compiler's architecture has it, and the module picks one at run time. Objects and
+build.ninja stay in build/ninja-*, so that a rebuild is incremental; all but the bindings serve every Python.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; CPO_KERNELS_CUDA=0 (never) or 1 (fail if CUDA cannot be built);
-CUDA_HOME; CPO_KERNELS_CUDA_ARCHS (default "80 90a 100+PTX").
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME; CPO_KERNELS_CUDA=0 (never) or 1 (required, for the
+architectures of a release where no GPU is visible); CPO_KERNELS_CUDA_ARCHS (such as "80 90a 100+PTX").
 """
 
 from __future__ import annotations
 
+import json
 import os
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,73 +24,55 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+sys.path.append(str(ROOT / "build_tools"))
+
+from cuda_choice import CudaChoice, choose  # noqa: E402
+from readme_links import with_absolute_links  # noqa: E402
+
 MACOS = sys.platform == "darwin"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+ARM_ISAS: dict[str, list[str]] = {"neon": []}  # part of every 64-bit ARM processor
+# Instruction sets and their flags by architecture, as `-dumpmachine` spells it: Linux says aarch64, macOS arm64.
+ISA_FLAGS = {"x86_64": X86_ISAS, "aarch64": ARM_ISAS, "arm64": ARM_ISAS}
 
 # No -ffast-math: NaN and infinity must propagate. Contraction is off so that every fused multiply-add is one we wrote.
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     # The row kernels write 16-bit gradients over the float32 logits that they were computed from.
     "-fno-strict-aliasing",
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
-    # GCC 12 warns about its own AVX-512 headers.
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    *("-Wall", "-Wextra"),
 ]
-OPENMP_FLAGS = [] if MACOS else ["-fopenmp"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
 LINK_FLAGS = ["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared", "-Wl,--as-needed"]
 
 
 def isa_of(source: Path) -> str | None:
     """The instruction set that a file is compiled for, from its name; None for baseline code."""
     suffix = source.stem.rpartition("_")[2]
-    return suffix if suffix in ISA_FLAGS else None
+    return suffix if any(suffix in isas for isas in ISA_FLAGS.values()) else None
+
+
+def isa_flags(source: Path, architecture: str) -> list[str] | None:
+    """What compiles a file for its instruction set; None where the architecture has no such set."""
+    isa = isa_of(source)
+    return [] if isa is None else ISA_FLAGS.get(architecture, {}).get(isa)
 
 
 def cpu_sources() -> list[Path]:
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    return [s for s in sources if X86 or isa_of(s) is None]
+    return sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
 
 
 def cuda_sources() -> list[Path]:
     cuda = ROOT / "csrc" / "cuda"
-    kernels = sorted(cuda.glob("*.cu"))
-    return kernels + sorted(cuda.glob("*.cpp")) if kernels else []
+    return sorted(cuda.glob("*.cu")) + sorted(cuda.glob("*.cpp"))
 
 
-def find_nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME")
-    if home:
-        candidate = Path(home) / "bin" / "nvcc"
-        return str(candidate) if candidate.exists() else None
-    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def cuda_wanted() -> bool:
-    """Whether to build _cuda; raises where it is demanded and cannot be built."""
-    demand = os.environ.get("CPO_KERNELS_CUDA", "")
-    if demand not in ("", "0", "1"):
-        raise SystemExit(f"CPO_KERNELS_CUDA is {demand!r}; expected 0 (never), 1 (required) or unset (when possible)")
-    missing = [] if cuda_sources() else ["csrc/cuda holds no .cu sources"]
-    if find_nvcc() is None:
-        missing.append("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME to it)")
-    if demand == "1" and missing:
-        raise SystemExit("CPO_KERNELS_CUDA=1, but " + " and ".join(missing))
-    return demand != "0" and not missing
-
-
-def cuda_flags() -> list[str]:
-    """-gencode for each architecture; `+PTX` adds PTX, which newer GPUs compile when the module is loaded."""
-    flags = ["-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler=-fPIC,-fvisibility=hidden", "--threads=0"]
-    for arch in os.environ.get("CPO_KERNELS_CUDA_ARCHS", "80 90a 100+PTX").split():
-        number, _, ptx = arch.partition("+")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+def is_binding(source: Path) -> bool:
+    """Whether a file includes Python.h: its object serves one version of Python, the others serve all."""
+    return source.stem.startswith("bind")
 
 
 def compiler() -> str:
@@ -98,6 +81,11 @@ def compiler() -> str:
     if sys.platform == "win32" or not found:
         raise SystemExit("cpo-kernels needs GCC or Clang: install g++, or set CXX to the compiler")
     return found
+
+
+def architecture_of(cxx: str) -> str:
+    """What the compiler compiles for, such as x86_64 or aarch64: for a cross compiler, not the machine it runs on."""
+    return subprocess.check_output([*cxx.split(), "-dumpmachine"], text=True).partition("-")[0]
 
 
 class NinjaFile:
@@ -133,13 +121,35 @@ class NinjaFile:
 class NinjaBuild(build_ext):
     """Compiles all extensions with one ninja run."""
 
+    cuda: CudaChoice
+
+    def run(self) -> None:
+        self.cuda = choose()
+        if not self.cuda.architectures:
+            self.leave_out("cpo_kernels._cuda")
+        super().run()
+
+    def leave_out(self, name: str) -> None:
+        """Drops an extension, and what an earlier build left of it, which would be imported or go into the wheel."""
+        self.extensions = [ext for ext in self.extensions if ext.name != name]
+        file = self.get_ext_filename(name)
+        for folder in (Path(self.build_lib), *([ROOT] if self.inplace else [])):
+            (folder / file).unlink(missing_ok=True)
+
     def build_extensions(self) -> None:
-        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        cxx = compiler()
+        architecture = architecture_of(cxx)
+        compiled = [source for source in cpu_sources() if isa_flags(source, architecture) is not None]
+        isas = ", ".join(dict.fromkeys(isa_of(source) or "scalar" for source in compiled))
+        print(f"cpo-kernels: _cpu is compiled for {architecture} ({isas}); _cuda is {self.cuda.summary}", flush=True)
+
+        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}"
         work.mkdir(parents=True, exist_ok=True)
+        self.write_summary(work / "cuda_summary.h")
         ninja = NinjaFile(work)
-        self.write_rules(ninja)
+        self.write_rules(ninja, cxx)
         for ext in self.extensions:
-            self.write_extension(ninja, ext, self.include_flags(work))
+            self.write_extension(ninja, ext, architecture)
         ninja.run()
         for ext in self.extensions:
             target = Path(self.get_ext_fullpath(ext.name))
@@ -149,16 +159,20 @@ class NinjaBuild(build_ext):
             shutil.copy2(work / target.name, fresh)
             os.replace(fresh, target)
 
-    def write_rules(self, ninja: NinjaFile) -> None:
-        cxx = compiler()
+    def write_summary(self, header: Path) -> None:
+        """What became of _cuda, for _cpu to tell. A header that stays the same keeps its time, and its object."""
+        text = f"#define CPO_CUDA_SUMMARY {json.dumps(self.cuda.summary)}\n"
+        if not header.exists() or header.read_text() != text:
+            header.write_text(text)
+
+    def write_rules(self, ninja: NinjaFile, cxx: str) -> None:
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} $in -o $out $flags", depfile=False)
-        nvcc = find_nvcc()
-        if nvcc:
-            ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
-            ninja.rule("nvlink", f"{nvcc} $in -o $out $flags", depfile=False)
+        if self.cuda.nvcc:
+            ninja.rule("nvcc", f"{self.cuda.nvcc} -MMD -MF $out.d $flags -c $in -o $out", depfile=True)
+            ninja.rule("nvlink", f"{self.cuda.nvcc} $in -o $out $flags", depfile=False)
 
-    def include_flags(self, work: Path) -> list[str]:
+    def binding_flags(self, work: Path) -> list[str]:
         """Python's and pybind11's headers, as system headers.
 
         pip's isolated environment lies in another folder each time. The link keeps its path, and so the command line,
@@ -167,34 +181,46 @@ class NinjaBuild(build_ext):
         link = work / f"pybind11-{pybind11.__version__}"
         link.unlink(missing_ok=True)
         link.symlink_to(pybind11.get_include(), target_is_directory=True)
-        return [f"-isystem {NinjaFile.escape(p)}" for p in (link, sysconfig.get_path("include"))]
+        includes = [f"-isystem {NinjaFile.escape(p)}" for p in (link, sysconfig.get_path("include"))]
+        return [*includes, f"-I{NinjaFile.escape(work)}"]
 
-    def write_extension(self, ninja: NinjaFile, ext: Extension, includes: list[str]) -> None:
-        common = [*CXX_FLAGS, *OPENMP_FLAGS, f"-I{ROOT / 'csrc'}", *includes, *os.environ.get("CXXFLAGS", "").split()]
-        is_cuda = ext.name.endswith("_cuda")
+    def write_extension(self, ninja: NinjaFile, ext: Extension, architecture: str) -> None:
+        include = f"-I{ROOT / 'csrc'}"
+        common = [*CXX_FLAGS, include, *os.environ.get("CXXFLAGS", "").split()]
+        bindings = self.binding_flags(ninja.directory)
         objects: list[Path | str] = []
         for source in map(Path, ext.sources):
             output = f"{ext.name}/{source.stem}{source.suffix}.o"
             if source.suffix == ".cu":
-                objects.append(ninja.build(output, "nvcc", [ROOT / source], [*cuda_flags(), f"-I{ROOT / 'csrc'}"]))
-            else:
-                objects.append(ninja.build(output, "cxx", [ROOT / source], common + ISA_FLAGS.get(isa_of(source), [])))
+                objects.append(ninja.build(output, "nvcc", [ROOT / source], [*NVCC_FLAGS, *self.cuda.flags(), include]))
+            elif is_binding(source):
+                output = f"{ext.name}/{sys.implementation.cache_tag}/{source.stem}{source.suffix}.o"
+                objects.append(ninja.build(output, "cxx", [ROOT / source], common + bindings))
+            elif (flags := isa_flags(source, architecture)) is not None:
+                objects.append(ninja.build(output, "cxx", [ROOT / source], common + flags))
         library = Path(self.get_ext_fullpath(ext.name)).name
-        if is_cuda:
+        if ext.name.endswith("_cuda"):
             ninja.build(library, "nvlink", objects, ["-shared", "-cudart=static"])
         else:
-            extra = os.environ.get("LDFLAGS", "").split()
-            ninja.build(library, "link", objects, [*LINK_FLAGS, *OPENMP_FLAGS, *extra])
+            ninja.build(library, "link", objects, [*LINK_FLAGS, *os.environ.get("LDFLAGS", "").split()])
 
 
 def extension(name: str, sources: list[Path]) -> Extension:
     return Extension(f"cpo_kernels.{name}", [str(s.relative_to(ROOT)) for s in sources])
 
 
-setup(
-    ext_modules=[
-        extension("_cpu", cpu_sources()),
-        *([extension("_cuda", cuda_sources())] if cuda_wanted() else []),
-    ],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def long_description() -> str:
+    """README, with links that work where no files lie beside it."""
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (source,) = re.findall(r'^Source = "(.+)"$', settings, re.MULTILINE)
+    (version,) = re.findall(r'^version = "(.+)"$', settings, re.MULTILINE)
+    return with_absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), source, version)
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[extension("_cpu", cpu_sources()), extension("_cuda", cuda_sources())],
+        cmdclass={"build_ext": NinjaBuild},
+        long_description=long_description(),
+        long_description_content_type="text/markdown",
+    )

@@ -31,7 +31,7 @@ def _extension_lines() -> list[tuple[str, str]]:
     build = native.build_info()
     if build is None:
         return [("extension", native.unavailable_reason() or "")]
-    openmp = "with OpenMP" if build.openmp else "without OpenMP: one thread"
+    openmp = "threads of torch's OpenMP runtime" if build.openmp else "one thread: torch has no OpenMP runtime here"
     forced = f" (forced by {native.ISA_VARIABLE})" if os.environ.get(native.ISA_VARIABLE) else ""
     return [
         ("extension", f"compiled by {build.compiler}, {openmp}"),
@@ -50,6 +50,7 @@ def report() -> str:
         ("triton", _installed("triton")),
         ("transformers", _installed("transformers")),
         *_extension_lines(),
+        ("cuda extension", native.cuda_summary()),
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"),
         ("cuda", _cuda()),
         ("", ""),

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +52,14 @@ class Kernel:
 def dump(option: str, module: Path, arch: str) -> str:
     command = [cuobjdump() or "cuobjdump", option, "-arch", arch, str(module)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def architectures(module: Path) -> list[str]:
+    """Those that the module has machine code for, among them the one nvcc links for, which may have no kernel."""
+    command = [cuobjdump() or "cuobjdump", "-lelf", str(module)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sorted({line.split(".")[-2] for line in listed.splitlines() if ".cubin" in line})
 
 
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")

@@ -1,23 +1,38 @@
-"""The build: what a source distribution holds, that it builds without torch, and who may take addresses."""
+"""The build: what a source distribution holds, that it builds without torch, what info says, who takes addresses."""
 
 from __future__ import annotations
 
 import ast
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from build_tools.readme_links import with_absolute_links
+
 pytestmark = pytest.mark.cpu  # files and compilers, no device
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cpo_kernels"
-BUILD_INPUTS = ["setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "csrc", "cpo_kernels"]
+
+
+def repository_files() -> list[str]:
+    """What git knows, or has not been told to ignore; in an unpacked source distribution, every file."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0:
+        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    made = {"build", "dist", "__pycache__", ".venv"}
+    files = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file() and path.suffix != ".so")
+    return [str(path) for path in files if not made & set(path.parts)]
 
 
 def run(arguments: list[str], where: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,15 +42,11 @@ def run(arguments: list[str], where: Path, **environment: str) -> subprocess.Com
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A copy of what the build reads, so that building it leaves the checkout alone."""
+    """A copy of the repository's files, so that building them leaves the checkout alone."""
     tree = tmp_path / "source"
-    tree.mkdir()
-    for name in BUILD_INPUTS:
-        path = ROOT / name
-        if path.is_dir():
-            shutil.copytree(path, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(path, tree)
+    for name in repository_files():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
     return tree
 
 
@@ -52,7 +63,7 @@ def back_end(hook: str, tree: Path, output: Path, **environment: str) -> Path:
     output.mkdir()
     result = run(["-c", BACK_END.format(hook=hook), str(output)], tree, **environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    (made,) = output.iterdir()
+    (made,) = output.glob("cpo_kernels-*")
     return made
 
 
@@ -66,8 +77,16 @@ def test_source_distribution_builds_without_torch_and_rebuilds_only_what_changed
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    for source in (source_tree / "csrc").rglob("*.*"):
-        assert (unpacked / source.relative_to(source_tree)).is_file(), f"{source.name} is missing from the sdist"
+    missing = [name for name in repository_files() if not (unpacked / name).is_file()]
+    assert not missing, f"missing from the sdist: {missing}"
+
+    # Left by an earlier build with CUDA.
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    platform = f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = [unpacked / "build" / platform / "cpo_kernels" / name, unpacked / "cpo_kernels" / name]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
     wheel = back_end("build_wheel", unpacked, tmp_path / "wheel", CPO_KERNELS_CUDA="0")
     installed = tmp_path / "installed"
@@ -82,24 +101,62 @@ def test_source_distribution_builds_without_torch_and_rebuilds_only_what_changed
     where = run(["-c", "from cpo_kernels import _cpu; print(_cpu.__file__)"], tmp_path, PYTHONPATH=str(installed))
     assert Path(where.stdout.strip()).is_relative_to(installed)
 
+    assert (
+        "cuda extension   left out because CPO_KERNELS_CUDA=0 (to change it: unset it, or CPO_KERNELS_CUDA=1)\n"
+        in info.stdout
+    )
+
     assert "no work to do" in build_extensions(unpacked, CPO_KERNELS_CUDA="0").stdout
     (unpacked / "csrc" / "cpu" / "isa.cpp").touch()
+    assert not [path for path in stale if path.exists()]
     rebuild = build_extensions(unpacked, CPO_KERNELS_CUDA="0").stdout
     assert rebuild.count(" cxx ") == 1 and "isa.cpp.o" in rebuild
 
 
-def test_cuda_demanded_without_nvcc_or_sources_fails_with_the_reason(source_tree):
-    for source in (source_tree / "csrc" / "cuda").glob("*.cu"):
-        source.unlink()
+def test_the_build_says_in_one_line_what_it_compiles(source_tree):
+    for source in (source_tree / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("#error nothing is compiled in this test")
+    result = build_extensions(source_tree, CPO_KERNELS_CUDA="0")
+    assert "nothing is compiled in this test" in result.stdout
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("cpo-kernels: ")]
+    assert "_cpu is compiled for " in line and "(scalar, " in line
+    assert "_cuda is left out because CPO_KERNELS_CUDA=0 (to change it: " in line
+
+
+def test_cuda_demanded_without_nvcc_fails_with_the_reason(source_tree):
     result = build_extensions(source_tree, CPO_KERNELS_CUDA="1", CUDA_HOME=str(source_tree))
     assert result.returncode != 0
-    assert "CPO_KERNELS_CUDA=1, but csrc/cuda holds no .cu sources and nvcc was not found" in result.stderr
+    assert "CPO_KERNELS_CUDA=1, but nvcc was not found" in result.stderr
 
 
-def test_unknown_value_of_the_cuda_switch_is_an_error(source_tree):
-    result = build_extensions(source_tree, CPO_KERNELS_CUDA="yes")
-    assert result.returncode != 0
-    assert "CPO_KERNELS_CUDA is 'yes'; expected 0 (never), 1 (required)" in result.stderr
+def test_links_of_the_readme_are_complete_in_the_metadata(source_tree, tmp_path):
+    folder = back_end("prepare_metadata_for_build_wheel", source_tree, tmp_path / "metadata")
+    message = email.message_from_string((folder / "METADATA").read_text(encoding="utf-8"))
+    assert message["Description-Content-Type"] == "text/markdown"
+    source = dict(url.split(", ") for url in message.get_all("Project-URL"))["Source"]
+    readme, text = (ROOT / "README.md").read_text(encoding="utf-8"), message.get_payload()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    local = [target for target in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in target and target[0] != "#"]
+    assert local and all((ROOT / target.partition("#")[0]).exists() for target in local)
+    prefix = f"{source}/blob/v{message['Version']}/"
+    assert {target for target in targets if target.startswith(prefix)} == {prefix + target for target in local}
+    assert not [target for target in targets if "://" not in target and target[0] != "#"]
+
+
+def test_links_that_are_complete_stay_and_pictures_lead_to_their_bytes():
+    text = "[a](docs/a.md#b) ![p](docs/p.png) [web](https://x.org/y) [here](#part) [mail](mailto:a@b.c)"
+    expected = (
+        "[a](S/blob/v1/docs/a.md#b) ![p](S/raw/v1/docs/p.png) [web](https://x.org/y) [here](#part) [mail](mailto:a@b.c)"
+    )
+    assert with_absolute_links(text, "S", "1") == expected
+
+
+def test_the_smoke_test_of_wheels_runs_the_loss_example_of_the_readme():
+    from build_tools.smoke_test import example_of
+
+    example = example_of(ROOT / "README.md")
+    assert "cpo_kernels.linear_cpo_loss(" in example and "out.loss.backward()" in example
+    compile(example, "README.md", "exec")
 
 
 def uses_of(name: str) -> set[str]:
@@ -130,7 +187,7 @@ def test_info_names_versions_backends_and_instruction_sets():
     result = run(["-m", "cpo_kernels", "info"], ROOT)
     assert result.returncode == 0, result.stderr
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line)
-    assert {"cpo-kernels", "python", "torch", "triton", "extension", "threads"} <= lines.keys()
+    assert {"cpo-kernels", "python", "torch", "triton", "extension", "cuda", "threads"} <= lines.keys()
     assert f"instruction set  {native.isa()}" in result.stdout
     for status in describe():
         assert lines[status.name] == ("available: " if status.available else "not available: ") + status.reason

@@ -25,16 +25,8 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 
 
 @cache
-def architectures() -> list[str]:
-    """Those of the kernels in the module, apart from the one nvcc links for."""
-    command = [sass.cuobjdump() or "", "-lelf", str(MODULE)]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return sorted({line.split(".")[-2] for line in listed.splitlines() if ".cubin" in line})
-
-
-@cache
 def kernels() -> list[tuple[str, sass.Kernel]]:
-    return [(arch, kernel) for arch in architectures() for kernel in sass.kernels(MODULE, arch).values()]
+    return [(arch, kernel) for arch in sass.architectures(MODULE) for kernel in sass.kernels(MODULE, arch).values()]
 
 
 @needs_module

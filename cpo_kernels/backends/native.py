@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
-import torch  # noqa: F401  # before _cpu: it loads the OpenMP runtime, and the extension then shares torch's threads
+import torch
 
 ISA_VARIABLE = "CPO_KERNELS_CPU_ISA"
+
+
+OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+@cache
+def _openmp() -> dict[str, int] | None:
+    """Addresses of functions of the OpenMP runtime whose threads torch uses; None where torch has no such runtime.
+
+    They are looked up as torch's own calls are: first where the whole process finds names, which is where a runtime
+    named by LD_PRELOAD stands, then in torch's libraries and those that they need.
+    """
+    for library in (None, torch._C.__file__):
+        names = ctypes.CDLL(library)
+        if all(hasattr(names, function) for function in OPENMP_FUNCTIONS):
+            addresses = [ctypes.cast(getattr(names, function), ctypes.c_void_p).value for function in OPENMP_FUNCTIONS]
+            return dict(zip(OPENMP_FUNCTIONS, map(int, filter(None, addresses)), strict=True))
+    return None
 
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
     """The extension, or None and why it cannot be used."""
     try:
-        from cpo_kernels import _cpu
+        module = import_module("cpo_kernels._cpu")
     except ImportError as error:
         return None, f"the compiled extension cannot be loaded ({error}); run `pip install .` where g++ is installed"
-    return _cpu, None
+    openmp = _openmp()
+    if openmp is not None:
+        module.use_openmp(**openmp)
+    return module, None
 
 
 def available() -> bool:
@@ -67,7 +90,7 @@ class BuildInfo:
     """How the extension was compiled, and what of it this machine runs; instruction sets from slowest to fastest."""
 
     compiler: str
-    openmp: bool
+    openmp: bool  # whether torch has a runtime whose threads it can use
     compiled_isas: list[str]
     supported_isas: list[str]
 
@@ -77,7 +100,13 @@ def build_info() -> BuildInfo | None:
     module = _load()[0]
     if module is None:
         return None
-    return BuildInfo(module.compiler, module.openmp, module.compiled_isas(), module.supported_isas())
+    return BuildInfo(module.compiler, _openmp() is not None, module.compiled_isas(), module.supported_isas())
+
+
+def cuda_summary() -> str:
+    """What this installation's build did with the CUDA extension, why, and how to change it."""
+    module = _load()[0]
+    return "not compiled, or the record of it cannot be read" if module is None else module.cuda_summary
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .native_checks import BIAS_DTYPES, DTYPE_CODES, check, front_halves
 from .transform import fold_transform
 
@@ -29,8 +30,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return import_module("cpo_kernels._cuda"), None
     except ModuleNotFoundError:
         return None, (
-            "this installation has no CUDA extension; reinstall it where nvcc is found (CPO_KERNELS_CUDA=1 demands "
-            "it), or use backend='triton'"
+            f"this installation has no CUDA extension: it was {native.cuda_summary()}; backend='triton' runs on "
+            f"NVIDIA GPUs without it"
         )
     except ImportError as error:
         return None, f"the CUDA extension cannot be loaded ({error}); backend='triton' runs on NVIDIA GPUs"

@@ -7,7 +7,9 @@
 
 #include "cpu/bind_gemm.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "cpu/row_dispatch.h"
+#include "cuda_summary.h"  // written by setup.py
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -69,6 +71,12 @@ void take_columns(const std::string& isa, int dtype, Address grad, Size rows, Si
   cpo::take_columns(chosen, type, args, threads);
 }
 
+void use_openmp(Address parallel, Address thread_num, Address num_threads) {
+  cpo::use_openmp({reinterpret_cast<decltype(cpo::OpenMp::GOMP_parallel)>(parallel),
+                   reinterpret_cast<decltype(cpo::OpenMp::omp_get_thread_num)>(thread_num),
+                   reinterpret_cast<decltype(cpo::OpenMp::omp_get_num_threads)>(num_threads)});
+}
+
 std::string compiler() {
 #if defined(__clang__)
   return "Clang " __clang_version__;
@@ -82,11 +90,9 @@ std::string compiler() {
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "Row kernels on the CPU; addresses and sizes in, results written through the addresses.";
   m.attr("compiler") = compiler();
-#if defined(_OPENMP)
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
+  m.attr("cuda_summary") = CPO_CUDA_SUMMARY;
+  m.def("use_openmp", &use_openmp, "Takes threads from the OpenMP runtime whose functions lie at these addresses.", "GOMP_parallel"_a,
+        "omp_get_thread_num"_a, "omp_get_num_threads"_a);
   m.def("compiled_isas", &cpo::compiled_isas, "Instruction sets compiled in, slowest first.");
   m.def("supported_isas", &cpo::supported_isas, "Those of them that this machine runs, slowest first.");
   cpo::bind_gemm(m);

@@ -9,7 +9,8 @@ namespace cpo {
 #if defined(__x86_64__)
 const GemmKernel* gemm_kernel(Isa isa, DType a, DType b) {
   switch (isa) {
-    case Isa::kScalar: return nullptr;
+    case Isa::kScalar:
+    case Isa::kNeon: return nullptr;
     case Isa::kAvx2: return &kGemmAvx2;
     case Isa::kAvx512: return &kGemmAvx512;
     case Isa::kAvx512Bf16: return a == DType::kBF16 && b == DType::kBF16 ? &kGemmAvx512Bf16 : &kGemmAvx512;

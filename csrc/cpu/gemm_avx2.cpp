@@ -1,10 +1,9 @@
 // setup.py compiles this file for the instruction set in its name. Products in fp32, in tiles of 6 rows x 16 columns; half
 // precision, for which torch has no vectorised product without AVX-512, is widened when packed.
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "cpu/gemm_driver.h"
+#include "cpu/x86_intrinsics.h"
 
 namespace {
 

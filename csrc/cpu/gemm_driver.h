@@ -8,6 +8,7 @@
 
 #include "cpu/gemm_args.h"
 #include "cpu/gemm_panel.h"
+#include "cpu/parallel.h"
 
 namespace {
 
@@ -206,19 +207,31 @@ Size workspace_bytes(const GemmArgs& args) {
   return grid.size() * round_up(Blocking<Kernel>(args, grid).bytes(), kWorkspaceAlignment) + kWorkspaceAlignment;
 }
 
+// The rectangles of C, each with a workspace of its own.
+template <class Kernel>
+struct Rectangles {
+  const GemmArgs& args;
+  const Grid& grid;
+  const Blocking<Kernel>& blocking;
+  char* workspace;
+  Size bytes;  // of each workspace
+
+  static void compute(const void* rectangles, Size index) {
+    const auto& [args, grid, blocking, workspace, bytes] = *static_cast<const Rectangles*>(rectangles);
+    Worker<Kernel> worker(args, blocking, reinterpret_cast<float*>(workspace + index * bytes));
+    worker.run(part(args.m, grid.rows, index / grid.cols, Kernel::kRows), part(args.n, grid.cols, index % grid.cols, Kernel::kColStep));
+  }
+};
+
 template <class Kernel>
 void run(const GemmArgs& args, void* workspace) {
   if (args.m == 0 || args.n == 0 || (args.k == 0 && args.accumulate)) return;
   const Grid grid = choose_grid<Kernel>(args);
   const Blocking<Kernel> blocking(args, grid);
-  const Size bytes = round_up(blocking.bytes(), kWorkspaceAlignment), threads = grid.size();
+  const Size bytes = round_up(blocking.bytes(), kWorkspaceAlignment);
   char* const base = static_cast<char*>(workspace) + (-reinterpret_cast<std::uintptr_t>(workspace)) % kWorkspaceAlignment;
-  // A loop, and not one rectangle for each member of the team: OpenMP may give fewer threads than asked for.
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads))
-  for (Size t = 0; t < threads; ++t) {
-    Worker<Kernel> worker(args, blocking, reinterpret_cast<float*>(base + t * bytes));
-    worker.run(part(args.m, grid.rows, t / grid.cols, Kernel::kRows), part(args.n, grid.cols, t % grid.cols, Kernel::kColStep));
-  }
+  const Rectangles<Kernel> rectangles{args, grid, blocking, base, bytes};
+  cpo::parallel_for(grid.size(), static_cast<int>(grid.size()), Rectangles<Kernel>::compute, &rectangles);
 }
 
 }  // namespace

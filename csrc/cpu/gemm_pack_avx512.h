@@ -3,11 +3,10 @@
 // A Source reads one dtype as units of 32 bits: one number widened to fp32, or two of half precision, neighbours in k.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "cpu/gemm_panel.h"
+#include "cpu/x86_intrinsics.h"
 
 namespace {
 

@@ -1,12 +1,11 @@
 // A register tile of C for AVX-512: 8 rows x 48 columns are 24 of the 32 registers, and need 11 loads for 24 multiply-adds.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
 #include "cpu/gemm_pack_avx512.h"
+#include "cpu/x86_intrinsics.h"
 
 namespace {
 

@@ -21,6 +21,8 @@ const Entry kEntries[] = {
     {Isa::kAvx2, "avx2", &kRowKernelsAvx2},
     {Isa::kAvx512, "avx512", &kRowKernelsAvx512},
     {Isa::kAvx512Bf16, "avx512bf16", &kRowKernelsAvx512Bf16},
+#elif defined(__aarch64__)
+    {Isa::kNeon, "neon", &kRowKernelsNeon},
 #endif
 };
 
@@ -45,11 +47,13 @@ bool machine_runs(Isa isa) {
     case Isa::kAvx2: return avx2;
     case Isa::kAvx512: return avx512;
     case Isa::kAvx512Bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::kNeon: return false;
   }
   return false;
 }
 #else
-bool machine_runs(Isa isa) { return isa == Isa::kScalar; }
+// NEON is part of every 64-bit ARM processor.
+bool machine_runs(Isa) { return true; }
 #endif
 
 std::string join(const std::vector<std::string>& names) {

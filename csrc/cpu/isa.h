@@ -8,7 +8,7 @@
 
 namespace cpo {
 
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kNeon };
 
 std::vector<std::string> compiled_isas();   // slowest first
 std::vector<std::string> supported_isas();  // those of them that this machine runs, slowest first

@@ -88,6 +88,8 @@ extern const RowKernels kRowKernelsScalar;
 extern const RowKernels kRowKernelsAvx2;
 extern const RowKernels kRowKernelsAvx512;
 extern const RowKernels kRowKernelsAvx512Bf16;
+#elif defined(__aarch64__)
+extern const RowKernels kRowKernelsNeon;
 #endif
 
 }  // namespace cpo

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/parallel.h"
 #include "cpu/row_tokens.h"
 
 namespace cpo {
@@ -16,6 +17,12 @@ constexpr std::int64_t kSharesPerThread = 8;
 
 int team_for(std::int64_t logits, std::int64_t shares, int threads) {
   return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>({threads, logits / kMinLogitsPerThread, shares})));
+}
+
+template <class Work>
+void for_shares(std::int64_t count, int team, const Work& work) {
+  const auto task = [](const void* context, std::int64_t i) { (*static_cast<const Work*>(context))(i); };
+  parallel_for(count, team, task, &work);
 }
 
 void check_indices(const char* what, const std::int64_t* indices, std::int64_t count, std::int64_t size) {
@@ -33,8 +40,7 @@ void for_rows(void (*kernel)(const Args&, std::int64_t, std::int64_t), const Arg
   if (team == 1) return kernel(args, 0, rows);
   const std::int64_t share = std::max<std::int64_t>(1, rows / (team * kSharesPerThread));
   const std::int64_t shares = (rows + share - 1) / share;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
-  for (std::int64_t i = 0; i < shares; ++i) kernel(args, i * share, std::min(rows, (i + 1) * share));
+  for_shares(shares, team, [&](std::int64_t i) { kernel(args, i * share, std::min(rows, (i + 1) * share)); });
 }
 
 }  // namespace
@@ -59,10 +65,9 @@ void column_stats(Isa isa, DType dtype, const ColumnArgs& args, int threads) {
   const auto kernel = row_kernels(isa).column_stats[static_cast<int>(dtype)];
   const std::int64_t shares = (args.vocab + kColumnsAtOnce - 1) / kColumnsAtOnce;
   const int team = team_for(args.rows * args.vocab, shares, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-  for (std::int64_t i = 0; i < shares; ++i) {
+  for_shares(shares, team, [&](std::int64_t i) {
     kernel(args, i * kColumnsAtOnce, std::min(args.vocab, (i + 1) * kColumnsAtOnce));
-  }
+  });
 }
 
 void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads) {
@@ -70,8 +75,7 @@ void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads) {
   check_indices("column", args.columns, args.count, args.vocab);
   const auto kernel = row_kernels(isa).take_columns[static_cast<int>(dtype)];
   const int team = team_for(args.num_rows * args.vocab, args.num_rows, threads);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team) if (team > 1)
-  for (std::int64_t i = 0; i < args.num_rows; ++i) kernel(args, i, i + 1);
+  for_shares(args.num_rows, team, [&](std::int64_t i) { kernel(args, i, i + 1); });
 }
 
 }  // namespace cpo

@@ -70,9 +70,9 @@ inline void load_for(const T* x, Vec& a, Vec& b) {
   }
 }
 
-// y of kPair columns, in the lane order of Order.
+// y of kPair columns, in the lane order of Order. Always inlined: a call would pass vectors through memory.
 template <class Order, class T, class P>
-inline void load_y(const T* x, const float* bias, const P& p, Vec& a, Vec& b) {
+[[gnu::always_inline]] inline void load_y(const T* x, const float* bias, const P& p, Vec& a, Vec& b) {
   load_for<Order>(x, a, b);
   Vec bias_a = set1(0.0f), bias_b = set1(0.0f);
   if (P::kBias && bias) match2(bias, bias_a, bias_b, Order{});

@@ -1,12 +1,11 @@
 // Vec: 8 floats in AVX2 with FMA and F16C.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "common/dtype.h"
 #include "cpu/exp_constants.h"
+#include "cpu/x86_intrinsics.h"
 
 namespace {
 

@@ -1,12 +1,11 @@
 // Vec: 16 floats in AVX-512 (F, BW, DQ, VL); AVX512_BF16 where the file is compiled for it.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 
 #include "common/dtype.h"
 #include "cpu/exp_constants.h"
+#include "cpu/x86_intrinsics.h"
 
 namespace {
 

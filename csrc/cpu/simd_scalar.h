@@ -95,7 +95,7 @@ inline float reduce_max(const Vec& a) {
 inline Vec exp(const Vec& d) {
   return lanes([&](int i) {
     constexpr float magic = round_magic(1);
-    const float z = d.v[i] * kLog2E + magic;
+    const float z = multiply_add(d.v[i], kLog2E, magic);
     const float n = z - magic;
     const float r = multiply_add(n, -kLn2Low, multiply_add(n, -kLn2High, d.v[i]));
     float q = multiply_add(0x1.6dcf16p-10f, r, 0x1.126ed2p-7f);
