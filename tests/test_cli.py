@@ -387,6 +387,7 @@ def test_there_is_a_recipe_for_each_of_the_papers_settings():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipes_run_dry(recipe, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", None)  # whoever asks the hub fails
     assert main(["train", str(recipe), "--tiny", "--disable_tqdm", "true"]) == 0
@@ -402,6 +403,7 @@ def test_recipes_run_dry(recipe, tmp_path, capsys, monkeypatch):
 
 def test_conversations_run_dry(tmp_path, monkeypatch, capsys):
     """Preferences among several answers; the tokenizer of a dry run has a chat template."""
+    pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     rows = [
         {
@@ -422,6 +424,7 @@ def test_conversations_run_dry(tmp_path, monkeypatch, capsys):
 
 
 def test_a_file_stands_in_for_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.load_dataset", None)
     values = {"data": "some/data", "tiny_data": write_examples(tmp_path / "data.jsonl"), "tiny": True}
     config = write_config(tmp_path / "run.yaml", model="some/name", tiny_model={"model_type": "qwen3"}, **values)
@@ -431,6 +434,7 @@ def test_a_file_stands_in_for_the_hub(tmp_path, monkeypatch):
 
 def test_a_recipe_runs_dry_with_negatives_ahead_of_time(tmp_path, monkeypatch, capsys):
     """The two commands that the recipe's comment names."""
+    pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     recipe = str(RECIPES[0])
     arguments = ["--tiny", "--disable_tqdm", "true", "--negatives_file", "runs/negatives.parquet"]

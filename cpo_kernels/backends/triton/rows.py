@@ -32,7 +32,7 @@ from .transform import exp, transform, transform_slope
 
 # Tensors of a number a row or a token: slices of them begin anywhere, which is not worth a kernel of its own.
 SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]
-PROGRAMS = 4  # on a multiprocessor: enough loads under way to keep its memory busy
+PROGRAMS = 3  # on a multiprocessor: enough loads under way to keep its memory busy
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
 
 
