@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_tools/*.py csrc/*/*)
 ARGS ?=
 # Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
@@ -13,7 +12,8 @@ GPU_PYTHON ?= python3
 PARTS ?= build tests sanitizer bench bench-cuda tune choose suite
 OUT ?= gpu-results
 
-.PHONY: demo test lint types check bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
+.PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-resolution constraints bench bench-docs \
+	bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -29,6 +29,14 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint types test
+
+# Compiles csrc/cpu for x86-64 and ARM with every compiler found; a warning is an error.
+warnings: $(VENV)/.dev
+	$(BIN)/python .ci/cpu_checks.py warnings
+
+# ARM's row kernels in an emulator against vectors of the scalar ones; says which packages it needs where they are missing.
+check-arm: $(VENV)/.dev
+	$(BIN)/python .ci/cpu_checks.py arm
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report $(if $(TEXTS),--texts $(TEXTS)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(ARGS)
@@ -67,16 +75,37 @@ $(ACTIONLINT):
 info: $(VENV)/.trainer
 	$(BIN)/python -m cpo_kernels info
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/.trainer: $(BUILD_INPUTS) | $(VENV)/bin/python
-	$(PIP) --editable '.[trainer]'
+$(VENV)/.trainer: $(BUILD_INPUTS)
+	.ci/prepare.sh $(PYTHON) $(VENV) trainer --constraint constraints.txt
 	@touch $@
 
-$(VENV)/.dev: $(BUILD_INPUTS) | $(VENV)/bin/python
-	$(PIP) --editable '.[dev]'
+$(VENV)/.dev: $(BUILD_INPUTS)
+	.ci/prepare.sh $(PYTHON) $(VENV) dev --constraint constraints.txt
 	@touch $@ $(VENV)/.trainer
+
+# The suite on the lower bounds of pyproject.toml and nothing newer; they are to be had for Python 3.10 to 3.12.
+test-oldest:
+	mkdir -p build
+	$(PYTHON) .ci/oldest.py > build/oldest.txt
+	.ci/prepare.sh $(PYTHON) build/oldest dev --constraint build/oldest.txt
+	build/oldest/bin/python -m pytest -n 2 $(ARGS)
+
+# The suite on the newest release of everything.
+test-newest:
+	.ci/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
+	build/newest/bin/python -m pytest -n 2 $(ARGS)
+
+# Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.
+check-resolution: $(VENV)/.dev
+	$(BIN)/python .ci/resolve.py $(ARGS)
+
+# Writes constraints.txt anew: what stands there stays where it still resolves. Torch pins triton and CUDA's libraries.
+constraints: $(VENV)/.dev
+	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --only-binary :all: --no-config \
+		--no-python-downloads --quiet --no-annotate --no-header --output-file constraints.txt
+	sed -i -E '/^(triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+|sympy|mpmath|colorama)==/d' constraints.txt
+	sed -i '1i # Versions this project is developed and tested with, by `make constraints`; users may ignore this file.' \
+		constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info cpo_kernels/*.so

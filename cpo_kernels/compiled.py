@@ -6,6 +6,7 @@ Outside of a compiled region the autograd functions are used, which hand gradien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def flatten_head(head: Head) -> tuple[Any, ...]:
     return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype, *filters, head.skip_absent_rows)
 
 
+def flatten_objective(objective: Objective) -> tuple[Any, ...]:
+    """The options of an objective in the order of its fields; ``dataclasses.astuple`` copies and breaks the graph."""
+    return tuple(getattr(objective, name) for name in OBJECTIVE_NAMES)
+
+
+OBJECTIVE_NAMES = tuple(field.name for field in fields(Objective))
 # Position of logits_dtype among the options of a head.
 LOGITS_DTYPE = -4
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -330,7 +329,7 @@ def linear_cpo_loss(
         loss, sums, lengths, dropped, *_ = compiled.linear_cpo(
             *tensors,
             *(call.targets, call.rows, ref, flat_ranks, call.cu_tokens, call.cu_groups, needs),
-            *astuple(objective),
+            *compiled.flatten_objective(objective),
             *compiled.flatten_head(head),
         )
     else:

@@ -31,8 +31,10 @@ def poison_(tensor: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or tensor.is_meta:
         return tensor
     if tensor.is_floating_point():
-        return tensor.fill_(torch.nan)
-    return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+        tensor.detach().fill_(torch.nan)  # detached, since torch itself asks for leaves that require a gradient
+    elif tensor.dtype != torch.bool:
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
+    return tensor
 
 
 def poisoned(allocate):

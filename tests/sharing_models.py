@@ -6,7 +6,13 @@ import random
 
 import torch
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from cpo_kernels.models.sharing import pack_groups, tree_inputs
 
@@ -46,9 +52,16 @@ FAMILIES = {
     "smollm3": MIXED | {"use_sliding_window": True, "no_rope_layer_interval": 2},
     "granite": {},
 }
-# What transformers itself has no attention for: scores with a cap in sdpa, and GPT-2 in flex attention.
-SDPA = [name for name in FAMILIES if name != "gemma2"]
-FLEX = [name for name in FAMILIES if name != "gpt2"]
+
+
+def model_class(family: str) -> type[PreTrainedModel]:
+    """The class of a family's causal language models."""
+    return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
+
+
+# What transformers has attention for, which depends on its version: newer ones have no sdpa for scores with a cap.
+SDPA = [name for name in FAMILIES if model_class(name)._supports_sdpa]
+FLEX = [name for name in FAMILIES if model_class(name)._supports_flex_attn]
 DENSE = [(name, "sdpa") for name in SDPA] + [(name, "eager") for name in FAMILIES]
 SLIDING = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3"]
 

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 import torch
 from devices import DEVICE
+from tolerance import assert_accurate
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -140,11 +141,19 @@ def test_boundaries_of_packed_tokens_compile_twice():
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
 def test_with_activation_checkpointing_and_autocast():
+    """As close to float64 as eager autocast: torch's own compiled bodies round elsewhere than its eager ones."""
     model = attach_linear_loss(FAMILIES["llama"]()).train()
+    exact = attach_linear_loss(FAMILIES["llama"]()).double().train()
+    exact.load_state_dict(model.state_dict())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         rows = make_rows(12)
+        request = cpo(*padded(next_tokens(rows)))
+        oracle = step(exact, list(exact.parameters()), rows, request)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            assert_compiled_equals_eager(model, compiled, rows, cpo(*padded(next_tokens(rows))))
+            eager, other = (step(call, list(model.parameters()), rows, request) for call in (model, compiled))
+        assert any(grad.any() for grad in eager[1:])
+        for index, results in enumerate(zip(other, eager, oracle, strict=True)):
+            assert_accurate(*results, name=f"result {index}")
     assert graphs() == 1

@@ -19,7 +19,7 @@ BUILD = native.build_info()
 assert BUILD is not None, native.unavailable_reason()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_PRODUCT = ["scalar"]
+NO_PRODUCT = ["scalar", "neon"]
 
 SIZES = {  # (M, K, N); tiles are 8 x 48 (AVX-512) and 6 x 16 (AVX2), a block of k 768 units
     "one number": (1, 1, 1),

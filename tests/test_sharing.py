@@ -53,10 +53,9 @@ def test_flex_attention_gives_the_logits_of_separate_rows(family):
         assert_same(shared_logits(model, batch), separate_logits(model, prompts, completions))
 
 
-def test_what_transformers_supports_is_tested():
-    classes = {name: type(tiny(name, "eager")) for name in FAMILIES}
-    assert [name for name, kind in classes.items() if kind._supports_sdpa] == SDPA
-    assert [name for name, kind in classes.items() if kind._supports_flex_attn] == FLEX
+def test_families_without_an_implementation_are_few():
+    assert {name for name in FAMILIES if name not in SDPA} <= {"gemma2"}
+    assert {name for name in FAMILIES if name not in FLEX} <= {"gpt2"}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -94,7 +94,7 @@ REFUSED = {
     "rwkv": ({"attention_hidden_size": 16}, "carry a state"),
     "jamba": (HYBRID, "carry a state"),
     "falcon_h1": ({}, "carry a state"),
-    "recurrent_gemma": ({}, "carry a state"),
+    "recurrent_gemma": ({}, "(carry a state|layers of type recurrent)"),
     "qwen3_next": ({}, "carry a state"),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
     "bloom": ({"n_head": 2, "n_layer": 2}, "takes no position_ids"),
