@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -235,10 +235,10 @@ class Compiler:
     def run(self, case: str, target: str) -> list[Kernel]:
         """The kernels of a case, or one that says why there are none."""
         self.stderr.seek(0, os.SEEK_END)
-        self.jobs.send((case, target))
         try:
+            self.jobs.send((case, target))
             kernels: list[Kernel] = self.jobs.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
             status = self.process.exitcode or 0
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
@@ -250,7 +250,8 @@ class Compiler:
 
     def end(self) -> None:
         """Let the process end."""
-        self.jobs.send(None)
+        with suppress(ConnectionError):
+            self.jobs.send(None)
         self.process.join()
         self.stderr.close()
 
