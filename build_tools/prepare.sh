@@ -40,8 +40,9 @@ news() {
 
 echo "set-up: installing what [$extra] needs into $environment; the log is $log"
 echo "set-up: the ordinary PyTorch brings CUDA's libraries, 3 GB to download and 6 GB on disk; README names a smaller build"
-"$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" --editable "$root[$extra]" \
-    >"$log" 2>&1 &
+# Python compiles what is imported when it is imported: a small part of what is installed.
+"$environment/bin/python" -m pip install --disable-pip-version-check --progress-bar off --no-compile "$@" \
+    --editable "$root[$extra]" >"$log" 2>&1 &
 pip=$!
 trap 'kill $pip 2>/dev/null' INT TERM
 seconds=0 before=

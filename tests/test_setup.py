@@ -72,6 +72,13 @@ def test_constraints_are_within_the_bounds_and_pin_each_requirement_for_each_pyt
             assert Requirement(f"{name}>={bound.version}").specifier.contains(pinned.version), (python, name)
 
 
+def test_the_workflow_of_the_tests_runs_every_supported_python():
+    pythons = script("resolve").supported_pythons()
+    assert pythons[0] == "3.10" and f">={pythons[0]}" in (ROOT / "pyproject.toml").read_text()
+    matrix = re.search(r"python: \[(.+)\]", (ROOT / ".github" / "workflows" / "tests.yml").read_text())
+    assert re.findall(r'"(.+?)"', matrix[1]) == pythons
+
+
 def executable(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
