@@ -15,7 +15,8 @@ REQUIREMENT = re.compile(r"([A-Za-z][\w.-]*)(\[[\w,-]+\])?\s*(?:>=\s*([\w.]+))?\
 
 
 def requirements(text: str) -> list[str]:
-    """The strings of all lists of requirements; the file's own format is simple enough to need no parser of TOML."""
+    """The strings of all lists of requirements. Python 3.10 has no parser of TOML, and the file's format is simple."""
+    text = re.sub(r"\s+#.*$", "", text, flags=re.MULTILINE)
     tables = dict(re.findall(r"^\[([\w.-]+)\]\n(.*?)(?=^\[|\Z)", text, re.MULTILINE | re.DOTALL))
     lists = [
         body
