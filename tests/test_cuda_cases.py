@@ -123,7 +123,7 @@ def test_the_bar_is_for_the_faster_way_with_and_without_exponentials(gpu, monkey
     for shape in ("llama3 8k bf16", "qwen 8k bf16"):
         plain, kept = (figures[f"{name}, {shape}", "x floor"] for name in (OURS_CUDA, OURS_KEPT))
         best = figures[f"the fastest by the CUDA kernels, {shape}", "x floor"]
-        assert (best.value, best.bar) == (min(plain.value, kept.value), 1.08)
+        assert (best.value, best.bar) == (min(plain.value, kept.value), 1.05)
         assert best.detail in (OURS_CUDA, OURS_KEPT)
 
 
@@ -132,7 +132,7 @@ def test_log_likelihoods_are_held_against_one_product(gpu):
     for shape in ("llama3 8k bf16", "llama3 8k bf16, H=1024"):
         ways = ("torch.mm", "torch.mm and row kernel, cuda", "fused linear, triton", "fused linear, cuda")
         bars = [figures[f"no_grad, {way}, {shape}", "x one product"].bar for way in ways]
-        assert bars == [None, None, None, 1.05]
+        assert bars == [None, None, None, 1.03]
 
 
 def test_without_hopper_the_other_ways_are_measured(gpu, monkeypatch):
