@@ -243,6 +243,7 @@ def test_files_hold_texts_or_tokens(tmp_path, suffix, as_dataset):
 
 def test_files_are_extended(tmp_path):
     """By another kind, with ranks; TRL's preference data keeps its form."""
+    pytest.importorskip("datasets")
     path = tmp_path / "negatives.jsonl"
     write_negatives(path, EXAMPLES, [["a"], ["b", "c"]], kind="given", ranks=[[1], [2, 1]])
     write_negatives(path, read_back(path), [["d"], ["e"]])
@@ -284,6 +285,7 @@ def test_a_file_that_cannot_be_written_is_left_alone(tmp_path):
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_training_reads_them_back(tmp_path, suffix):
     """The form that training brings examples to has the negatives, of their kind."""
+    pytest.importorskip("datasets")
     from cpo_kernels.trainer.formats import normalize_example
 
     path = tmp_path / f"negatives{suffix}"

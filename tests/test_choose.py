@@ -292,6 +292,7 @@ def test_what_was_measured_when_the_time_was_up_is_written(gpu, tmp_path, monkey
     assert [c.get("vocab_at_most") for c in table.get("choices", [])] == [10, 20, None][:measured]
 
 
+@pytest.mark.triton
 def test_where_something_fails_the_default_stays_and_the_others_are_measured(gpu, tmp_path, monkeypatch, capsys):
     """A wider choice must not cover the size at which it failed."""
     monkeypatch.setattr(choose, "TASKS", [task(0.5, vocab_at_most=10), task(0.0, vocab_at_most=20), task(0.5)])

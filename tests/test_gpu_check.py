@@ -577,6 +577,7 @@ def test_a_configuration_that_does_not_launch_is_passed_over():
     assert found is not None and (found.config, found.tried) == ({"BLOCK": 2}, 2)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("tried", [0, 1, 2, 3])
 def test_a_search_that_the_time_cuts_short_keeps_the_best_until_then(monkeypatch, tmp_path, tried):
     """Each configuration takes one second of a clock of its own, and is faster than the one before."""
