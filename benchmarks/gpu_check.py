@@ -112,6 +112,7 @@ class Settings:
         # A dry run builds what a CPU runs.
         usual = {"CPO_KERNELS_CUDA": "0"} if self.device == "cpu" else {}
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        chosen["PYTHONFAULTHANDLER"] = "1"  # a crash says where
         if self.device == "cpu":
             chosen["TRITON_INTERPRET"] = "1"
         caches = {"TRITON_CACHE_DIR": str(CACHES / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor")}
@@ -169,6 +170,8 @@ def outcome(part: str, run: Run, notes: list[str]) -> Outcome:
     if run.status == NOTHING_TO_DO:
         return Outcome(part, "nothing to do", notes=lines[-1:])
     status = "timed out" if run.status is None else "passed" if run.status == 0 else "failed"
+    if run.status is not None and run.status < 0:
+        notes = [*notes, f"ended by {signal.Signals(-run.status).name}"]
     return Outcome(part, status, notes=notes, tail="" if status == "passed" else "\n".join(lines[-TAIL:]))
 
 

@@ -129,7 +129,7 @@ def test_a_peer_that_fails_is_left_out_and_the_others_go_on(monkeypatch):
         raise MemoryError("too large\nfor this")
 
     eager = BUILDERS["eager"]()
-    other = "F.linear_cross_entropy"  # by name: torch has it only from 2.13 on
+    other = "F.linear_cross_entropy"  # by name, which not every torch has
     builders = {"eager": lambda: replace(eager, loss=fail), other: lambda: replace(eager, name=other)}
     monkeypatch.setattr(growth, "builders", lambda: builders)
     records = run_points(monkeypatch, peers=("eager", other))

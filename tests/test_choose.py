@@ -279,6 +279,7 @@ def test_a_measurement_alone_builds_upon_the_committed_choices(gpu, table):
     assert seen == [[("row_forward", "cuda", 7), ("row_backward", "cuda", None)]]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("measured", [0, 1, 2, 3])
 def test_what_was_measured_when_the_time_was_up_is_written(gpu, tmp_path, monkeypatch, measured):
     """Each measurement takes one second of a clock of its own."""

@@ -78,6 +78,13 @@ def test_the_status_of_a_part_is_that_of_its_command(settings, code, status):
     assert result.good == (status == "passed")
 
 
+def test_a_command_that_crashes_says_how_and_where(settings):
+    run = gpu_check.run_command(python("import os; os.abort()"), settings, 30)
+    result = gpu_check.outcome("bench", run, ["a note"])
+    assert (result.status, result.notes) == ("failed", ["a note", "ended by SIGABRT"])
+    assert 'File "<string>", line 1' in result.tail
+
+
 def test_a_failed_part_does_not_stop_the_others_and_is_named(settings, monkeypatch, capsys):
     parts = {
         "build": lambda _: Outcome("build", "passed"),

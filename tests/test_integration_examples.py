@@ -116,6 +116,7 @@ def test_the_example_of_ligers_losses_learns():
 
 
 def test_the_example_of_trls_cpo_learns(monkeypatch, capsys):
+    pytest.importorskip("trl")
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / "trl_cpo.py"), run_name="__main__")
     shares = [int(share) for share in re.findall(r"preferred in (\d+)%", capsys.readouterr().out)]

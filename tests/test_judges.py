@@ -173,6 +173,7 @@ def test_a_judge_without_a_name_cannot_be_cached(tmp_path):
 
 
 def chat(url: str, **options) -> ChatJudge:
+    pytest.importorskip("openai")
     return ChatJudge(url, "stub", **({"timeout": 10.0, "max_retries": 2} | options))
 
 
@@ -310,6 +311,7 @@ def test_what_was_answered_before_an_error_is_not_asked_again(tmp_path):
 
 
 def test_the_identity_of_a_chat_judge_is_what_it_asks():
+    pytest.importorskip("openai")
     judge = ChatJudge("http://localhost:1/v1", "m")
     same = ChatJudge("http://localhost:1/v1", "m", api_key="k", workers=1, timeout=1.0)
     others = [
