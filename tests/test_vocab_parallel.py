@@ -156,7 +156,7 @@ def test_what_cannot_take_shards_says_so():
     with pytest.raises(ValueError, match="cannot take vocab_shard"):
         cpo_loss(torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, dtype=torch.int64), vocab_shard=shard)
     compiled = torch.compile(linear_cpo_loss, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compile cannot take vocab_shard"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot take vocab_shard"):
         compiled(torch.zeros(1, 2, 1, 3), torch.zeros(5, 3), torch.zeros(1, 2, 1, dtype=torch.int64), vocab_shard=shard)
 
 
