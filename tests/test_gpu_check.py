@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -247,19 +246,6 @@ FAILED tests/test_a.py::test_two - AssertionError
         "2 passed, 1 failed, 0 error, 1 skipped",
         "skipped 2: tests/test_b.py:9: needs a second GPU",
     ]
-
-
-@pytest.mark.parametrize(
-    ("given", "passed"),
-    [
-        (["PARTS=tests bench", "OUT=there"], "--parts tests bench --out there"),
-        ([], "--out gpu-results"),
-    ],
-)
-def test_the_target_of_the_makefile_passes_parts_and_folder(given, passed):
-    made = ["make", "--no-print-directory", "--dry-run", "gpu-check", "GPU_PYTHON=python9", *given]
-    done = subprocess.run(made, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["python9", "-m", "benchmarks.gpu_check", *passed.split()]
 
 
 # The page

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
-from sharded_cases import CASES, RANKS, run_alone, tensor_parallel
+from sharded_cases import CASES, GLOO_AVERAGES, RANKS, run_alone, tensor_parallel
 from test_adapters import CASES as ADAPTERS
 from test_attach import contrast_inputs, request_for
 from torch.utils._pytree import tree_leaves
@@ -56,6 +56,7 @@ def test_a_loss_around_the_forward_of_ddp_leaves_gradients_unreduced(distributed
     torch.testing.assert_close(torch.stack(around).mean(0), inside[0], rtol=1e-4, atol=1e-6)
 
 
+@GLOO_AVERAGES
 def test_a_weight_of_fsdp_that_the_caller_gathers_gets_the_mean_gradient(distributed_runs):
     """As the message for a DTensor says; full_tensor() alone leaves every process its own gradient."""
     want = distributed_runs["gradients inside forward"][0]

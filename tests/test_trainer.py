@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from sharded_cases import GLOO_AVERAGES
 
 from cpo_kernels import CPOConfig, CPOTrainer
 
@@ -188,7 +189,7 @@ def held_out() -> list[dict]:
     return [example | ({"negatives": ["ran on", "sat"]} if i % 4 < 2 else {}) for i, example in enumerate(examples)]
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=GLOO_AVERAGES)])
 def test_two_processes_equal_one(tmp_path, how):
     """Over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""
     worker = Path(__file__).parent / "distributed_worker.py"

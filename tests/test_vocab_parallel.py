@@ -156,7 +156,8 @@ def test_what_cannot_take_shards_says_so():
     with pytest.raises(ValueError, match="cannot take vocab_shard"):
         cpo_loss(torch.zeros(1, 2, 1, 5), torch.zeros(1, 2, 1, dtype=torch.int64), vocab_shard=shard)
     compiled = torch.compile(linear_cpo_loss, backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="cannot take vocab_shard"):
+    # Torch 2.8 names the kind of error only.
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"cannot take vocab_shard|ValueError"):
         compiled(torch.zeros(1, 2, 1, 3), torch.zeros(5, 3), torch.zeros(1, 2, 1, dtype=torch.int64), vocab_shard=shard)
 
 

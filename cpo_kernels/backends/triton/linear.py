@@ -25,7 +25,7 @@ from cpo_kernels.backends.transform import fold_transform
 
 from . import tuning
 from .blocks import contiguous
-from .sampling import descend, exponential_variable, find_seed, halves, uniforms
+from .sampling import MAX_HALVINGS, descend, exponential_variable, find_seed, halves, uniforms
 from .splits import (
     LinearForward,
     combine_splits,
@@ -107,15 +107,14 @@ def head_logits(x, first_column, bias, V, mult, cap, EVEN_V: tl.constexpr, SOFTC
 @triton.jit
 def pick(x, column):
     """x[:, column] for a column (BLOCK_R,) within: by halves as far as they lie in a thread's registers."""
-    if x.shape[1] <= PICKED_TOGETHER:
-        at = tl.arange(0, x.shape[1])[None, :] == column[:, None]
-        picked = tl.sum(tl.where(at, x, 0.0), axis=1)
-    else:
-        left, right = halves(x)
-        right_taken = column >= left.shape[1]
-        column = tl.where(right_taken, column - left.shape[1], column)
-        picked = pick(tl.where(right_taken[:, None], right, left), column)
-    return picked
+    for _ in tl.static_range(MAX_HALVINGS):
+        if x.shape[1] > PICKED_TOGETHER:
+            left, right = halves(x)
+            right_taken = column >= left.shape[1]
+            column = tl.where(right_taken, column - left.shape[1], column)
+            x = tl.where(right_taken[:, None], right, left)
+    at = tl.arange(0, x.shape[1])[None, :] == column[:, None]
+    return tl.sum(tl.where(at, x, 0.0), axis=1)
 
 
 @triton.jit
