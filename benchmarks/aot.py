@@ -39,7 +39,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.aot_cases import CASES, Case
 from benchmarks.environment import log
-from cpo_kernels.backends.triton import linear, tuning
+from cpo_kernels.kernels.triton import linear, tuning
 
 RESULTS = Path(__file__).parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

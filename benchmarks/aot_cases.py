@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cpo_kernels.backends.triton import contrast, gradients, linear, rows
+from cpo_kernels.kernels.triton import contrast, gradients, linear, rows
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}

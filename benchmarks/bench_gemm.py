@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import environment
 from benchmarks.timing import Effort, round_robin
-from cpo_kernels.backends import native, native_gemm
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 SHAPES = ((50257, 768), (128256, 1024))  # (V, H): GPT-2; the vocabulary of Llama 3
 ROWS = (128, 512, 1024, 4096)
@@ -51,17 +52,17 @@ def fp32_cases(hidden, weight, logits, grad_weight) -> Iterator[Case]:
     yield Case(
         "G1",
         {"torch.mm": lambda: torch.mm(hidden, weight.t(), out=out), **onednn_linear(hidden, weight)},
-        lambda: native_gemm.gemm(hidden, weight.t(), out),
+        lambda: cpu_gemm.gemm(hidden, weight.t(), out),
     )
     yield Case(
         "G2",
         {"torch.mm": lambda: torch.mm(logits, weight, out=grad_hidden)},
-        lambda: native_gemm.gemm(logits, weight, grad_hidden),
+        lambda: cpu_gemm.gemm(logits, weight, grad_hidden),
     )
     yield Case(
         "G3",
         {"torch.mm": lambda: grad_weight.addmm_(logits.t(), hidden)},
-        lambda: native_gemm.gemm(logits.t(), hidden, grad_weight, accumulate=True),
+        lambda: cpu_gemm.gemm(logits.t(), hidden, grad_weight, accumulate=True),
     )
 
 
@@ -69,16 +70,16 @@ def bf16_cases(hidden, weight, logits, grad_weight) -> Iterator[Case]:
     grad_hidden, out, half_grad = torch.empty_like(hidden), torch.empty_like(logits), torch.empty_like(weight)
     g1 = {"torch.mm": lambda: torch.mm(hidden, weight.t(), out=out)}
     g3 = {"torch.mm": lambda: torch.mm(logits.t(), hidden, out=half_grad)}
-    yield Case("G1", g1, lambda: native_gemm.gemm(hidden, weight.t(), out))
+    yield Case("G1", g1, lambda: cpu_gemm.gemm(hidden, weight.t(), out))
     yield Case(
         "G2",
         {"torch.mm": lambda: torch.mm(logits, weight, out=grad_hidden)},
-        lambda: native_gemm.gemm(logits, weight, grad_hidden),
+        lambda: cpu_gemm.gemm(logits, weight, grad_hidden),
     )
-    yield Case("G3", g3, lambda: native_gemm.gemm(logits.t(), hidden, grad_weight, accumulate=True))
-    yield Case("G3, bf16 out", g3, lambda: native_gemm.gemm(logits.t(), hidden, half_grad), in_sum=False)
+    yield Case("G3", g3, lambda: cpu_gemm.gemm(logits.t(), hidden, grad_weight, accumulate=True))
+    yield Case("G3, bf16 out", g3, lambda: cpu_gemm.gemm(logits.t(), hidden, half_grad), in_sum=False)
     wide_logits = torch.empty(logits.shape)
-    yield Case("G1, fp32 out", g1, lambda: native_gemm.gemm(hidden, weight.t(), wide_logits), in_sum=False)
+    yield Case("G1, fp32 out", g1, lambda: cpu_gemm.gemm(hidden, weight.t(), wide_logits), in_sum=False)
 
 
 def operand_bytes(rows: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     effort = Effort(rounds=options.rounds, seconds=1e9)
-    print(f"{environment.device()}, {options.threads} threads, {native.isa()}, commit {environment.commit()}")
+    print(f"{environment.device()}, {options.threads} threads, {cpu_extension.isa()}, commit {environment.commit()}")
     print("GFLOP/s, best of", options.rounds, "\n")
     print("| V x H | dtype | R | product | torch.mm | oneDNN | ours | torch.mm / ours |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from benchmarks.timing import Effort, round_robin
-from cpo_kernels.backends import native, native_rows
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 
 VOCABULARIES = (50257, 128256)  # GPT-2, Llama 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,12 +26,12 @@ def calls(logits: torch.Tensor, isas: list[str]) -> dict[str, Callable[[], objec
     """The two bandwidth measurements, and per instruction set forward and backward."""
     rows, vocab = logits.shape
     targets, coef, out = torch.randint(0, vocab, (rows,)), torch.rand(rows) + 0.5, torch.empty_like(logits)
-    stats, _ = native_rows.row_forward(logits, targets, None, *HEAD)
+    stats, _ = cpu_rows.row_forward(logits, targets, None, *HEAD)
     made: dict[str, Callable[[], object]] = {READ: lambda: logits.sum(1), COPY: lambda: out.copy_(logits)}
     for isa in isas:
-        made[f"forward {isa}"] = partial(native_rows.row_forward, logits, targets, None, *HEAD, isa=isa)
+        made[f"forward {isa}"] = partial(cpu_rows.row_forward, logits, targets, None, *HEAD, isa=isa)
         # Over a buffer of its own: what earlier calls left in it does not matter to the time.
-        made[f"backward {isa}"] = partial(native_rows.row_backward_, out, targets, None, stats, coef, *HEAD, isa=isa)
+        made[f"backward {isa}"] = partial(cpu_rows.row_backward_, out, targets, None, stats, coef, *HEAD, isa=isa)
     return made
 
 
@@ -48,9 +49,9 @@ def measure(
 
 def main() -> None:
     """Prints one table."""
-    build = native.build_info()
+    build = cpu_extension.build_info()
     if build is None:
-        raise SystemExit(native.unavailable_reason())
+        raise SystemExit(cpu_extension.unavailable_reason())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])

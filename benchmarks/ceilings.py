@@ -10,7 +10,7 @@ import torch
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.timing import Call, Effort, clock_for, round_robin
-from cpo_kernels.backends import native_gemm
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 CASE, COPY = "ceilings", "copy"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -45,8 +45,8 @@ def _products(setting: Setting, dtype: torch.dtype, size: int) -> dict[str, floa
     a, b = (torch.randn(size, size, device=setting.device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     calls: dict[str, Call] = {"torch.mm": lambda: torch.mm(a, b, out=out)}
-    if not setting.on_gpu and native_gemm.gemm_supported(dtype, dtype):
-        calls["our product"] = lambda: native_gemm.gemm(a, b, out)
+    if not setting.on_gpu and cpu_gemm.gemm_supported(dtype, dtype):
+        calls["our product"] = lambda: cpu_gemm.gemm(a, b, out)
     return _seconds(setting, calls)
 
 

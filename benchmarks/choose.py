@@ -1,6 +1,6 @@
 """The developer's command that measures backends against each other on the GPU at hand and rewrites their choices.
 
-`python -m benchmarks.choose` rewrites cpo_kernels/backends/selection.json; `--out FILE` leaves that alone and writes
+`python -m benchmarks.choose` rewrites cpo_kernels/kernels/selection.json; `--out FILE` leaves that alone and writes
 the new table elsewhere. Operation by operation and size by size it times every backend that has the operation, holds
 each result against float64 first, and writes a choice for this architecture where another than the default is faster by
 more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs. Where a
@@ -47,11 +47,12 @@ from benchmarks.problem import draw
 from benchmarks.shapes import NO_GRAD, TRAINED
 from benchmarks.timing import Call
 from benchmarks.tune import describe_source
-from cpo_kernels import backends
-from cpo_kernels.backends import native_cuda, selection, triton_support
-from cpo_kernels.backends.selection import AUTO, Choice
+from cpo_kernels.kernels import registry, selection
+from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.selection import AUTO, Choice
+from cpo_kernels.kernels.triton import support as triton_support
 
-TABLE = Path(str(resources.files("cpo_kernels").joinpath("backends/selection.json")))
+TABLE = Path(str(resources.files("cpo_kernels").joinpath("kernels/selection.json")))
 FASTER = 1.02  # what another than the default must be more than
 BUILT_UPON = ("row_forward", "row_backward", "contrast")  # by the whole calls that are measured after them
 NAMES_OF_NONE = {
@@ -125,7 +126,7 @@ def contestants_of(operation: str, device: torch.device) -> tuple[list[str | Non
     """The default and the other backends that have an operation here, and why one of them cannot take part."""
     reason = (missing_hopper if operation.startswith("linear_") else missing)(device)
     others = [CUDA] if not reason else []
-    if operation == "linear_forward" and TRITON in backends.AVAILABLE:
+    if operation == "linear_forward" and TRITON in registry.AVAILABLE:
         others.append(TRITON)
     return [default_of(operation), *others], reason
 
@@ -158,12 +159,12 @@ def row_gradient(
 ) -> Iterator[tuple[str, Times]]:
     """One kernel for known coefficients against the two that are chosen for these rows."""
     problem = row_problem(setting, size)
-    if not native_cuda.row_gradient_takes(problem.logits):
+    if not cuda_rows.row_gradient_takes(problem.logits):
         return
     assert size.dtype is not None
     sizes = selection.Sizes(size.vocab, size.dtype)
     with selection.overridden(*chosen):
-        picked = selection.choices_for(AUTO, arch_of(setting.device), sizes, backends.AVAILABLE)
+        picked = selection.choices_for(AUTO, arch_of(setting.device), sizes, registry.AVAILABLE)
     forward, backward_ = (str(picked.get(name, default_of(name))) for name in ("row_forward", "row_backward"))
     two = problem.forward(forward), problem.backward_(backward_)
     yield str(size), medians(setting, {None: lambda: [call() for call in two], CUDA: problem.gradient_()})
@@ -288,7 +289,7 @@ def bounds(size: Size) -> tuple[float, float]:
 
 
 def entry(measured: Measured, arch: str, dtype: str) -> Entry:
-    """As :class:`cpo_kernels.backends.selection.Choice` takes it."""
+    """As :class:`cpo_kernels.kernels.selection.Choice` takes it."""
     size = measured.size
     limits = {"vocab_at_most": size.vocab_at_most, "hidden_at_most": size.hidden_at_most}
     return {

@@ -53,9 +53,10 @@ from benchmarks.peers import Peer, ours
 from benchmarks.problem import draw
 from benchmarks.shapes import NLL, Shape
 from benchmarks.timing import Call
-from cpo_kernels import backends
-from cpo_kernels.backends import native_cuda, native_hopper, selection
-from cpo_kernels.backends.selection import Choice, Sizes
+from cpo_kernels.kernels import registry, selection
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.selection import Choice, Sizes
 
 Figures = Iterator[Figure]
 SMALL = {"vocab": 257, "hidden": 16, "groups": 2, "tokens": 2}  # a dry run's: every GPU thread is emulated
@@ -85,7 +86,7 @@ def where_there_are_kernels(case: Callable[[Setting], Figures]) -> Callable[[Set
 def picked(operation: str, vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the table picks the CUDA kernel for it."""
     sizes = Sizes(vocab, dtype)
-    return selection.choices_for(selection.AUTO, arch_of(device), sizes, backends.AVAILABLE).get(operation) == CUDA
+    return selection.choices_for(selection.AUTO, arch_of(device), sizes, registry.AVAILABLE).get(operation) == CUDA
 
 
 def row_kernels(setting: Setting, dtype: torch.dtype) -> Figures:
@@ -106,7 +107,7 @@ def row_kernels_of(setting: Setting, problem: RowProblem) -> Figures:
         made["backward, bf16 over fp32"] = partial(problem.backward_, grad_dtype=torch.bfloat16)
     calls: dict[str, Call] = {COPY: lambda: problem.buffer.copy_(logits)}
     calls |= {f"{name}, {backend}": make(backend) for name, make in made.items() for backend in (CUDA, TRITON)}
-    if fits := native_cuda.row_gradient_takes(logits):
+    if fits := cuda_rows.row_gradient_takes(logits):
         calls["row_gradient_"] = problem.gradient_()
     timings = {name: timing.median for name, timing in setting.time(calls, COPY).items()}
     copy = 2 * logits.nbytes / timings[COPY] / 1e9
@@ -253,12 +254,12 @@ def logps_of(setting: Setting, shape: Shape, name: str) -> Figures:
         return torch.mm(hidden, weight.T, out=buffer)
 
     logps: dict[str, Callable[[], torch.Tensor]] = {
-        "torch.mm and row kernel, cuda": lambda: native_cuda.row_forward(product(), targets, None, *HEAD)[1],
+        "torch.mm and row kernel, cuda": lambda: cuda_rows.row_forward(product(), targets, None, *HEAD)[1],
         "fused linear, triton": lambda: fused(*given).logps,
     }
     reason = missing_hopper(setting.device)
     if not reason:
-        logps[HOPPER] = lambda: native_hopper.linear_forward(*given)[1]
+        logps[HOPPER] = lambda: cuda_hopper.linear_forward(*given)[1]
     expected = token_logps_in_float64(hidden[:256], weight, targets[:256])
     for call, run in logps.items():
         # A product alone leaves logits in the dtype of hidden.

@@ -16,7 +16,7 @@ from torch import Tensor
 import cpo_kernels
 from benchmarks.problem import BETA, IGNORE, Problem
 from benchmarks.shapes import DPO, FROZEN, NO_GRAD, TRAINED, Shape
-from cpo_kernels.planning import Plan
+from cpo_kernels.engine.plan import Plan
 
 PRODUCTS = {TRAINED: 3, FROZEN: 2, NO_GRAD: 1}
 

@@ -25,8 +25,9 @@ from benchmarks.peers import BUILDERS, does, installed, ours
 from benchmarks.problem import IGNORE, draw
 from benchmarks.shapes import FROZEN, Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
-from cpo_kernels import linear_cpo_loss, plan, reference
-from cpo_kernels.backends import triton_support
+from cpo_kernels import linear_cpo_loss, plan
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.triton import support as triton_support
 
 HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
 COPY, PRODUCT = "torch copy_", "torch.mm"
@@ -90,7 +91,7 @@ def triton_kernels(module: str) -> ModuleType:
     reason = triton_support.unavailable_reason()
     if reason is not None and not torch.cuda.is_available():
         raise NotHereError(reason)
-    return import_module(f"cpo_kernels.backends.triton.{module}")
+    return import_module(f"cpo_kernels.kernels.triton.{module}")
 
 
 def ceilings(setting: Setting) -> Iterator[Figure]:

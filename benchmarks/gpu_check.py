@@ -279,13 +279,13 @@ def bench_cuda(settings: Settings) -> Outcome:
 
 def tune(settings: Settings) -> Outcome:
     """Measure block sizes into tuning.json in the results' folder; the committed table stays as it is."""
-    note = "tuning.json; to adopt it, copy it over cpo_kernels/backends/triton/tuning.json"
+    note = "tuning.json; to adopt it, copy it over cpo_kernels/kernels/triton/tuning.json"
     return measured("tune", settings, "tune", settings.out / "tuning.json", note)
 
 
 def choose(settings: Settings) -> Outcome:
     """Measure backends into selection.json in the results' folder, with the committed block sizes."""
-    note = "selection.json; to adopt it, after tuning.json, copy it over cpo_kernels/backends/selection.json"
+    note = "selection.json; to adopt it, after tuning.json, copy it over cpo_kernels/kernels/selection.json"
     return measured("choose", settings, "choose", settings.out / "selection.json", note)
 
 

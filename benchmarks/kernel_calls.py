@@ -21,10 +21,14 @@ from benchmarks.measure import ContestantError, Inspection, Row, free_memory, na
 from benchmarks.peers import Peer
 from benchmarks.problem import BETA, Problem, contrast
 from benchmarks.timing import Call, clock_for, round_robin
-from cpo_kernels import CPOOutput, backends, cpo_loss, reference
-from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection
-from cpo_kernels.backends.selection import Choice
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels import CPOOutput, cpo_loss
+from cpo_kernels.kernels import reference, registry, selection
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.cuda import groups as cuda_groups
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.selection import Choice
+from cpo_kernels.kernels.triton import tuning
 
 TRITON, CUDA = "triton", "cuda"
 CANDIDATES = 4
@@ -41,17 +45,17 @@ def arch_of(device: torch.device) -> str:
 
 def missing(device: torch.device) -> str:
     """Why the compiled CUDA kernels cannot be used on a device, or nothing."""
-    if CUDA in backends.AVAILABLE:
-        return backends.BACKENDS[CUDA].refuses(device, torch.float32) or ""
-    return next(status.reason for status in backends.describe() if status.name == CUDA)
+    if CUDA in registry.AVAILABLE:
+        return registry.BACKENDS[CUDA].refuses(device, torch.float32) or ""
+    return next(status.reason for status in registry.describe() if status.name == CUDA)
 
 
 def missing_hopper(device: torch.device) -> str:
     """Why their fused linear path cannot, or nothing."""
     if reason := missing(device):
         return reason
-    found = native_cuda.capability(device)
-    return "" if found == native_hopper.CAPABILITY else f"needs compute capability 9.0, {device} has {found}"
+    found = cuda_extension.capability(device)
+    return "" if found == cuda_hopper.CAPABILITY else f"needs compute capability 9.0, {device} has {found}"
 
 
 def gradient_error(dtype: torch.dtype) -> float:
@@ -61,7 +65,7 @@ def gradient_error(dtype: torch.dtype) -> float:
 
 def row_launchers(backend: str) -> ModuleType:
     """The row kernels of a backend, without the dispatcher before them."""
-    return native_cuda if backend == CUDA else triton_kernels("rows")
+    return cuda_rows if backend == CUDA else triton_kernels("rows")
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class RowProblem:
 
     def gradient_(self, grad_dtype: torch.dtype | None = None) -> Call:
         """Forward and backward in one read and one write, over the buffer: the compiled CUDA kernels alone have it."""
-        kernel, dtype = native_cuda.row_gradient_, grad_dtype or self.logits.dtype
+        kernel, dtype = cuda_rows.row_gradient_, grad_dtype or self.logits.dtype
         for part in self.ends():
             logps = kernel(part.logits, part.targets, None, part.coef, *HEAD, grad_dtype)[1]
             compare("row_gradient_, log-probabilities", logps, part.logps, FORWARD_ERROR)
@@ -153,7 +157,7 @@ class ContrastProblem:
 
     def call(self, backend: str) -> Call:
         """The sums of all segments and the coefficients of all tokens, in one launch."""
-        launch, (groups, candidates, _) = backends.BACKENDS[backend].contrast, self.shape
+        launch, (groups, candidates, _) = registry.BACKENDS[backend].contrast, self.shape
         assert launch is not None
         given = (self.logps, self.starts, None, self.lengths, self.ref, None)
         run = partial(launch, *given, **launch_options(groups, candidates))
@@ -202,7 +206,7 @@ class LogitsProblem:
         grad, lengths = torch.empty_like(logits), torch.full((segments,), tokens, device=logits.device)
         starts = torch.arange(segments + 1, device=logits.device) * tokens
         given = (logits, targets, grad, starts, None, lengths, self.ref.flatten(), None, *HEAD)
-        run = partial(native_groups.cpo_loss, *given, **launch_options(self.groups, CANDIDATES))
+        run = partial(cuda_groups.cpo_loss, *given, **launch_options(self.groups, CANDIDATES))
         sums, _ = run()
         self.check("cpo_loss, one launch", sums.view(self.ref.shape), grad.view(self.logits.shape))
         return run

@@ -28,7 +28,7 @@ from benchmarks.problem import BETA, IGNORE, Problem
 from benchmarks.shapes import DPO, PAIRS, Shape
 from benchmarks.timing import Call
 from benchmarks.varying import builders
-from cpo_kernels.files import write_whole
+from cpo_kernels.trainer.files import write_whole
 
 PACKED = "cpo-kernels, packed"
 OUTPUT = "output"  # file of what a process has printed

@@ -26,7 +26,7 @@ from benchmarks.oracle import Dense, Errors, Oracle
 from benchmarks.problem import Problem, draw
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
-from cpo_kernels.planning import Plan
+from cpo_kernels.engine.plan import Plan
 
 T = TypeVar("T")
 

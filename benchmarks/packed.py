@@ -15,7 +15,7 @@ import cpo_kernels
 from benchmarks.oracle import blocks, inside, relative
 from benchmarks.real_run import Looked
 from cpo_kernels import CandidateLayout, CPOOutput
-from cpo_kernels.planning import Plan
+from cpo_kernels.engine.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.files import write_whole
+from cpo_kernels.trainer.files import write_whole
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from benchmarks.environment import log
 from benchmarks.records import Part, Parts
 from benchmarks.setting import Setting, add_options
 from benchmarks.suite import ON_REQUEST, PARTS
-from cpo_kernels.files import write_whole
+from cpo_kernels.trainer.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from benchmarks.models import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_SMALL, LLAM
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.timing import Effort, clock_for, round_robin
-from cpo_kernels.models.sharing import SharedBatch, check_prefix_sharing, pack_groups, tree_inputs
+from cpo_kernels.models.prefix.probe import SharedBatch, check_prefix_sharing, pack_groups, tree_inputs
 
 SHARED, SEPARATE = "shared", "separate"
 DENSE = "sdpa-dense"  # sdpa with the whole mask, not branch by branch

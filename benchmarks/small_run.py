@@ -9,8 +9,11 @@ import argparse
 
 import torch
 
-from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, linear_sequence_logps, token_logps
-from cpo_kernels.backends import native_cuda, native_groups, native_hopper
+from cpo_kernels import CandidateLayout, linear_cpo_loss, linear_sequence_logps, token_logps
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.cuda import groups as cuda_groups
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.cuda import rows as cuda_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 V, H = 1009, 64
@@ -67,7 +70,7 @@ def objective_of(groups: int, head: tuple[float, float, float], device: torch.de
     objective |= {"contrast_weight": 1.0, "mle_weight": 0.5, "length_normalized": False, "max_candidates": 3}
     logits = torch.randn(rows, V, device=device).to(dtype)
     for grad in (None, torch.empty_like(logits), logits):
-        native_groups.cpo_loss(
+        cuda_groups.cpo_loss(
             *(logits, targets, grad, starts, None, lengths, None, None, None, *head),
             **objective,
             num_groups=groups,
@@ -84,7 +87,7 @@ def one_read(device: torch.device, dtype: torch.dtype) -> None:
         for grad_dtype in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
             logits, coef = torch.randn(4, V, device=device).to(dtype), torch.randn(7, device=device)
             head = (None, 1.0, 0.0, 1.0, grad_dtype)
-            native_cuda.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
+            cuda_rows.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
 
 
 # (R, H) of the fused linear path: less than a tile; two blocks a cluster, and more steps along H than stages.
@@ -99,16 +102,16 @@ def hopper_linear(device: torch.device, dtype: torch.dtype) -> None:
         starts = torch.arange(rows + 1, device=device)
         starts[1:] += 2  # three tokens in the first row
         for head in ((1.0, 0.0, 1.0), (0.7, 5.0, 1.2)):
-            native_hopper.linear_forward(hidden, weight, targets, starts, None, *head)
-            kept = native_hopper.new_kept(hidden, weight, targets)
-            stats, logps = native_hopper.linear_forward(hidden, weight, targets, starts, None, *head, kept)
-            native_hopper.linear_backward_(kept, targets, starts, stats, logps, torch.ones_like(logps), *head)
+            cuda_hopper.linear_forward(hidden, weight, targets, starts, None, *head)
+            kept = cuda_hopper.new_kept(hidden, weight, targets)
+            stats, logps = cuda_hopper.linear_forward(hidden, weight, targets, starts, None, *head, kept)
+            cuda_hopper.linear_backward_(kept, targets, starts, stats, logps, torch.ones_like(logps), *head)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run one backend on the device it is for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("backend", choices=backends.available())
+    parser.add_argument("backend", choices=registry.available())
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """The developer's command that measures block sizes on the GPU at hand and rewrites their table.
 
-`python -m benchmarks.tune` rewrites cpo_kernels/backends/triton/tuning.json; `--out FILE` leaves that alone and writes
+`python -m benchmarks.tune` rewrites cpo_kernels/kernels/triton/tuning.json; `--out FILE` leaves that alone and writes
 the new table elsewhere. For each kernel, vocabulary and dtype it times a small grid of sizes, holds each result against
 the reference first, and writes the fastest as entries of this architecture in place of those it had for that kernel and
 dtype; other architectures keep theirs. The table is written after every measurement, so that a time limit loses
@@ -28,11 +28,11 @@ from torch import Tensor
 from benchmarks import environment
 from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.timing import Clock, clock_for
-from cpo_kernels import reference
-from cpo_kernels.backends import triton_support
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.triton import support as triton_support
 
-PACKAGE = "cpo_kernels.backends.triton"
-TABLE = Path(str(resources.files("cpo_kernels").joinpath("backends/triton/tuning.json")))
+PACKAGE = "cpo_kernels.kernels.triton"
+TABLE = Path(str(resources.files("cpo_kernels").joinpath("kernels/triton/tuning.json")))
 HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
 ROUNDS = 15
 CHECKED_ROWS = 32

@@ -21,8 +21,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the package is imported
 import torch
 
 import cpo_kernels
-from cpo_kernels import backends
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.cuda import extension as cuda_extension
 
 COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc")
 TOLERANCE = 1e-5  # of float32 against float64, in the norm
@@ -121,7 +121,7 @@ def check_cuda(info: str, demanded: bool) -> None:
     if demanded:
         import_module("cpo_kernels._cuda")
         check("cuda extension   compiled for sm_" in info, "the command does not say what _cuda is compiled for")
-    reason = native_cuda.unavailable_reason()
+    reason = cuda_extension.unavailable_reason()
     if reason is not None:
         check(f"not available: {reason}" in info, f"the command does not say why there is no CUDA: {reason}")
 
@@ -147,7 +147,7 @@ def main() -> None:
     found = [name for name in COMPILERS if shutil.which(name)]
     check(not found, f"compilers are on the PATH: {', '.join(found)}")
     check(Path(cpo_kernels.__file__).is_relative_to(sys.prefix), f"{cpo_kernels.__file__} is not the installed package")
-    used = [name for name in ("torch", "cpu", "triton") if name in backends.available()]
+    used = [name for name in ("torch", "cpu", "triton") if name in registry.available()]
     check({"torch", "cpu"} <= set(used), f"backends available: {', '.join(used)}")
     for backend in used:
         check_backend(backend)

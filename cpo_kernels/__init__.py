@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import backends
+from .engine.plan import Plan
+from .engine.statistics import TokenStatistics, linear_token_statistics
+from .engine.vocab_parallel import VocabShard
 from .functional import (
     contrastive_loss,
     cpo_loss,
@@ -19,9 +22,6 @@ from .functional import (
 from .layout import CandidateLayout
 from .modules import CPOLoss, LinearCPOLoss
 from .objective import CPOOutput
-from .planning import Plan
-from .token_statistics import TokenStatistics, linear_token_statistics
-from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from .models import attach_linear_loss

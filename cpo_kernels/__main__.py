@@ -7,9 +7,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from cpo_kernels.cli import help as texts
-from cpo_kernels.cli.errors import InputError
-from cpo_kernels.cli.processes import leave_process_group
+from .cli import help as texts
+from .cli.errors import InputError
+from .cli.processes import leave_process_group
 
 # What the commands need beside the package itself: the extra "trainer".
 TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "yaml")
@@ -52,7 +52,7 @@ def _info(arguments: Sequence[str]) -> int:
     if arguments:
         print(f"usage: cpo-kernels info\n\n{texts.COMMANDS['info']}")
         return 0
-    from cpo_kernels.info import report
+    from .cli.info import report
 
     print(report())
     return 0

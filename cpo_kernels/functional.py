@@ -10,24 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, compiled
-from .autograd import FusedLoss, LinearTokenLogps, needs_grad
-from .backends.selection import Sizes
-from .fused_losses import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
-from .head import Head
-from .inputs import (
-    FLOAT_DTYPES,
-    Inputs,
-    check_targets,
-    merge_ranks,
-    per_segment,
-    prepare,
-    split_options,
-)
+from .engine import compiled
+from .engine.autograd import FusedLoss, LinearTokenLogps, needs_grad
+from .engine.inputs import FLOAT_DTYPES, Inputs, check_targets, merge_ranks, per_segment, prepare, split_options
+from .engine.losses import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
+from .engine.plan import Plan
+from .kernels import registry
+from .kernels.reference import IGNORE_INDEX, accumulate_dtype
+from .kernels.selection import Sizes
 from .layout import CandidateLayout, check_targets_in, to_device
 from .objective import CPOOutput, CPOProblem, Objective, check_problem, make_problem, summarize
-from .planning import Plan
-from .reference import IGNORE_INDEX, accumulate_dtype
+from .options import Head
 
 
 def contrastive_loss(
@@ -89,7 +82,7 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
         logits: (..., V), float32, bfloat16, float16 (or float64 on the torch backend).
         targets: (...) int64; -100 gives 0 and no gradient.
         bias: (V,) added to the logits, or None.
-        **head: see :class:`cpo_kernels.head.Head`.
+        **head: see :class:`cpo_kernels.options.Head`.
 
     Returns:
         (...) float32 (float64 for float64), in nats.
@@ -104,7 +97,7 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
 
 def flatten_logits(
     logits: Tensor, targets: Tensor, bias: Tensor | None, options: Head
-) -> tuple[backends.Backend, Tensor, Tensor]:
+) -> tuple[registry.Backend, Tensor, Tensor]:
     """The backend, logits (R, V) of unit column stride and targets (R,), checked."""
     options.check_exact("a loss of logits that already exist")
     options.check_whole("a loss of logits that already exist")
@@ -125,7 +118,7 @@ def flatten_logits(
         flat_targets = torch.ops.cpo_kernels.checked_targets(flat_targets, vocab)
     elif not flat.is_meta:
         check_targets_in(flat_targets, vocab)
-    backend = backends.select(options.backend, logits.device, logits.dtype, Sizes(vocab, logits.dtype))
+    backend = registry.select(options.backend, logits.device, logits.dtype, Sizes(vocab, logits.dtype))
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
     return backend, flat, flat_targets
@@ -158,7 +151,7 @@ def cpo_loss(
         ref_logps: (G, C) log-likelihoods under the reference model, or None.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
         bias: (V,) or None.
-        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.head.Head`.
+        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.options.Head`.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in logits and bias.
@@ -194,7 +187,7 @@ def cpo_loss(
     return summarize(problem, problem.loss(sums)[0], sums, shape)
 
 
-def runs_in_one_launch(backend: backends.Backend, dtype: torch.dtype, candidates: int) -> bool:
+def runs_in_one_launch(backend: registry.Backend, dtype: torch.dtype, candidates: int) -> bool:
     """Whether the backend's launch for given logits can be used: not for gradients of float16, which need a gain."""
     usable = backend.logits_loss is not None and candidates <= backend.contrast_candidates
     return usable and dtype != torch.float16 and not torch.compiler.is_compiling()
@@ -231,7 +224,7 @@ def linear_token_logps(
         weight: (V, H), same dtype; may be frozen or tied.
         targets: (...) int64; -100 gives 0 and no gradient, and its row enters no GEMM.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.head.Head`.
+        **head: see :class:`cpo_kernels.options.Head`.
 
     Returns:
         (...) float32 (float64 for float64), in nats; differentiable in hidden, weight and bias.
@@ -272,7 +265,7 @@ def linear_sequence_logps(
         targets: (..., T), or (N,) with a layout.
         layout: the packed form, or None.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.head.Head`.
+        **head: see :class:`cpo_kernels.options.Head`.
 
     Returns:
         (...), or (S,) with a layout; differentiable in hidden, weight and bias.
@@ -308,7 +301,7 @@ def linear_cpo_loss(
         ref_logps: (G, C) or (S,) log-likelihoods under the reference model, or None.
         ranks: (G, C) or (S,) integers, 0 is best; default: the first candidate of a group against the others.
         bias: (V,) or None.
-        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.head.Head`.
+        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.options.Head`.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in hidden, weight and bias.
@@ -365,7 +358,7 @@ def linear_sequence_loss(
             sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
         layout: the packed form, or None.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.head.Head`; the filters take ``1 / G`` for the largest coefficient.
+        **head: see :class:`cpo_kernels.options.Head`; the filters take ``1 / G`` for the largest coefficient.
 
     Returns:
         The sum over all groups, a scalar.

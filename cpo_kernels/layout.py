@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import ops
-from .reference import IGNORE_INDEX
+from .kernels import ops
+from .kernels.reference import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .engine.inputs import split_options
 from .functional import cpo_loss, linear_cpo_loss
-from .inputs import split_options
 from .layout import CandidateLayout
 from .objective import CPOOutput
 

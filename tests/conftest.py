@@ -20,8 +20,8 @@ else:
 
 from interpreter import interpreter, rounding
 
-from cpo_kernels import backends
-from cpo_kernels.backends import triton_support
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.triton import support as triton_support
 
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
@@ -76,7 +76,7 @@ def host_tensors_by_default(request: pytest.FixtureRequest):
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch):
     """Triton's interpreter rounds to bfloat16 as a GPU does."""
-    if "triton" in backends.AVAILABLE and triton_support.interpreted():
+    if "triton" in registry.AVAILABLE and triton_support.interpreted():
         monkeypatch.setattr(interpreter(), "_convert_float", rounding(interpreter()._convert_float))
 
 
@@ -107,12 +107,12 @@ def simt_library(tmp_path_factory):
 
 @pytest.fixture
 def emulator(simt_library, monkeypatch):
-    """The extension that native_cuda finds is an emulator, and the CPU is its device."""
-    from cpo_kernels.backends import native_cuda
+    """The CUDA extension is an emulator, and the CPU is its device."""
+    from cpo_kernels.kernels.cuda import extension as cuda_extension
 
     module = simt_host.HostModule(simt_library)
-    monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
-    monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda_extension, "_load", lambda: (module, None))
+    monkeypatch.setattr(cuda_extension, "queue", lambda device: {"device": 0, "stream": 0})
     return module
 
 
@@ -127,13 +127,13 @@ def hopper_library(tmp_path_factory):
 @pytest.fixture(scope="session")
 def cuda_operators():
     """The row operators of the cuda backend once more: its own exist only where there is a GPU."""
-    from cpo_kernels import ops
-    from cpo_kernels.backends import native_cuda
+    from cpo_kernels.kernels import ops
+    from cpo_kernels.kernels.cuda import rows as cuda_rows
 
     kernels = ops.RowKernels(
-        lambda *args: native_cuda.row_forward(*args),
-        lambda *args: native_cuda.row_backward(*args),
-        lambda *args: native_cuda.row_backward_(*args),
+        lambda *args: cuda_rows.row_forward(*args),
+        lambda *args: cuda_rows.row_backward(*args),
+        lambda *args: cuda_rows.row_backward_(*args),
     )
     return ops.declare_rows("emulated_cuda_", kernels)
 
@@ -141,14 +141,14 @@ def cuda_operators():
 @pytest.fixture
 def emulated_cuda(emulator, hopper_library, cuda_operators, monkeypatch):
     """The cuda backend as users name it, on the CPU: all kernels emulated, of a GPU of compute capability 9.0."""
-    from cpo_kernels.backends import native_cuda
+    from cpo_kernels.kernels.cuda import extension as cuda_extension
 
     hopper = hopper_host.HopperModule(hopper_library)
     for name in ("linear_workspace", "linear_tiles", "linear_forward", "linear_backward"):
         setattr(emulator, name, getattr(hopper, name))
-    monkeypatch.setattr(native_cuda, "capability", lambda device: hopper.capability)
-    base = backends.cuda_backend() if "cuda" not in backends.BACKENDS else backends.BACKENDS["cuda"]
+    monkeypatch.setattr(cuda_extension, "capability", lambda device: hopper.capability)
+    base = registry.cuda_backend() if "cuda" not in registry.BACKENDS else registry.BACKENDS["cuda"]
     emulated = replace(base, devices=("cpu",), rows=cuda_operators)
-    monkeypatch.setitem(backends.BACKENDS, "cuda", emulated)
-    monkeypatch.setattr(backends, "AVAILABLE", tuple(dict.fromkeys((*backends.AVAILABLE, "cuda"))))
+    monkeypatch.setitem(registry.BACKENDS, "cuda", emulated)
+    monkeypatch.setattr(registry, "AVAILABLE", tuple(dict.fromkeys((*registry.AVAILABLE, "cuda"))))
     return emulated

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpo_kernels.backends import native, native_rows
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 
-BUILD = native.build_info()
-assert BUILD is not None, native.unavailable_reason()
+BUILD = cpu_extension.build_info()
+assert BUILD is not None, cpu_extension.unavailable_reason()
 
 
 def _only_where_it_runs(isa: str) -> pytest.MarkDecorator:
@@ -78,4 +79,4 @@ def call(**changes):
         "softcap": 0.0,
         "temperature": 1.0,
     }
-    native_rows.row_backward_(**{**arguments, **changes})
+    cpu_rows.row_backward_(**{**arguments, **changes})

@@ -9,8 +9,8 @@ import torch
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels import reference
-from cpo_kernels.backends.native_hopper import Kept, linear_backward_, linear_forward, new_kept
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda.hopper import Kept, linear_backward_, linear_forward, new_kept
 
 DTYPES = [torch.bfloat16, torch.float16]
 PLAIN = (None, 1.0, 0.0, 1.0)

@@ -13,14 +13,15 @@ from tolerance import assert_accurate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpo_kernels import CandidateLayout, backends, linear_cpo_loss, reference
+from cpo_kernels import CandidateLayout, linear_cpo_loss
+from cpo_kernels.kernels import reference, registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backends_on(device: torch.device) -> list[str]:
     """The backends that take tensors of ``device``."""
-    return [name for name in backends.available() if not backends.BACKENDS[name].refuses(device, torch.float32)]
+    return [name for name in registry.available() if not registry.BACKENDS[name].refuses(device, torch.float32)]
 
 
 BACKENDS = backends_on(DEVICE)

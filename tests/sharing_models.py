@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from cpo_kernels.models.sharing import pack_groups, tree_inputs
+from cpo_kernels.models.prefix.probe import pack_groups, tree_inputs
 
 VOCAB = 61
 SIZES = {

@@ -24,7 +24,7 @@ from cpo_kernels import (
     sequence_logps,
     token_logps,
 )
-from cpo_kernels.backends import available
+from cpo_kernels.kernels.registry import available
 
 pytestmark = pytest.mark.cpu  # values are checked on the host there; test_cuda_device.py has the device's assertions
 

@@ -93,7 +93,7 @@ def test_source_distribution_builds_without_torch_and_rebuilds_only_what_changed
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
     assert (installed / "cpo_kernels" / "py.typed").is_file()
-    assert (installed / "cpo_kernels" / "backends" / "selection.json").is_file()
+    assert (installed / "cpo_kernels" / "kernels" / "selection.json").is_file()
     assert not list(installed.rglob("_cuda*"))
     info = run(["-m", "cpo_kernels", "info"], tmp_path, PYTHONPATH=str(installed))
     assert info.returncode == 0, info.stderr
@@ -170,8 +170,11 @@ def uses_of(name: str) -> set[str]:
 
 
 def test_only_native_modules_take_addresses():
-    native = {f"backends/{path.name}" for path in (PACKAGE / "backends").glob("native_*.py")}
-    assert set() < uses_of("data_ptr") <= native
+    compiled = {f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py") if path.name == "checks.py"}
+    compiled |= {
+        str(path.relative_to(PACKAGE)) for name in ("cpu", "cuda") for path in (PACKAGE / "kernels" / name).glob("*.py")
+    }
+    assert set() < uses_of("data_ptr") <= compiled
 
 
 def test_extension_does_not_link_torch():
@@ -182,12 +185,13 @@ def test_extension_does_not_link_torch():
 
 
 def test_info_names_versions_backends_and_instruction_sets():
-    from cpo_kernels.backends import describe, native
+    from cpo_kernels.kernels.cpu import extension as cpu_extension
+    from cpo_kernels.kernels.registry import describe
 
     result = run(["-m", "cpo_kernels", "info"], ROOT)
     assert result.returncode == 0, result.stderr
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line)
     assert {"cpo-kernels", "python", "torch", "triton", "extension", "cuda", "threads"} <= lines.keys()
-    assert f"instruction set  {native.isa()}" in result.stdout
+    assert f"instruction set  {cpu_extension.isa()}" in result.stdout
     for status in describe():
         assert lines[status.name] == ("available: " if status.available else "not available: ") + status.reason

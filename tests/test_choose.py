@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 from benchmarks import choose
 from benchmarks.choose import Measured, Size, Task
 from benchmarks.gpu_cases import Setting
-from cpo_kernels.backends import native_cuda, selection
-from cpo_kernels.backends.selection import Choice, Sizes
+from cpo_kernels.kernels import selection
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.selection import Choice, Sizes
 
 pytestmark = pytest.mark.cpu
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def test_every_operation_is_measured_once_a_size():
 
 @dry_run
 def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(cuda_extension, "_load", lambda: (None, "it was not built"))
     some = {each.operation: each for each in choose.TASKS}
     tasks = [some[operation] for operation in ("row_forward", "linear_forward", "linear_kept")]
     monkeypatch.setattr(choose, "TASKS", tasks)
@@ -228,7 +229,7 @@ def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeyp
 
 @pytest.mark.triton
 def test_without_hopper_its_ways_do_not_take_part(gpu, monkeypatch):
-    monkeypatch.setattr(native_cuda, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda_extension, "capability", lambda device: (8, 0))
     names = {name: choose.contestants_of(name, CPU)[0] for name in selection.OPERATIONS}
     assert names["linear_kept"] == [None] and names["linear_forward"] == [None, "triton"]
     assert names["row_forward"] == ["triton", "cuda"] and names["row_gradient_"] == [None, "cuda"]

@@ -11,8 +11,11 @@ from simt_host import EmulatorError
 from tolerance import assert_accurate
 
 from benchmarks import small_run
-from cpo_kernels import backends, cpo_loss, linear_cpo_loss, ops, token_logps
-from cpo_kernels.backends import native_cuda, selection, triton_support
+from cpo_kernels import cpo_loss, linear_cpo_loss, token_logps
+from cpo_kernels.kernels import ops, registry, selection
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.triton import support as triton_support
 from cpo_kernels.layout import dense_tokens
 
 pytestmark = pytest.mark.cpu
@@ -35,12 +38,12 @@ def module(driver: int, runtime: int = 13000) -> SimpleNamespace:
     ],
 )
 def test_what_makes_the_backend_unavailable(monkeypatch, found, gpu, reason):
-    monkeypatch.setattr(native_cuda, "_load", lambda: found)
+    monkeypatch.setattr(cuda_extension, "_load", lambda: found)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu is not None))
     monkeypatch.setattr(torch.version, "hip", None)
-    given = native_cuda.unavailable_reason()
+    given = cuda_extension.unavailable_reason()
     assert given is None if reason is None else given is not None and given.startswith(reason)
-    (status,) = (s for s in backends.describe() if s.name == "cuda")
+    (status,) = (s for s in registry.describe() if s.name == "cuda")
     assert status.available == (reason is None)
 
 
@@ -62,10 +65,10 @@ def test_auto_chooses_only_what_is_measured():
 
 
 def test_calls_without_the_extension_say_so(monkeypatch):
-    monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
-    monkeypatch.setattr(native_cuda, "_queue", lambda device: {})
+    monkeypatch.setattr(cuda_extension, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(cuda_extension, "queue", lambda device: {})
     with pytest.raises(RuntimeError, match="backend 'cuda' is not available: it was not built"):
-        native_cuda.row_forward(torch.randn(2, 5), torch.tensor([1, 2]), None, None, 1.0, 0.0, 1.0)
+        cuda_rows.row_forward(torch.randn(2, 5), torch.tensor([1, 2]), None, None, 1.0, 0.0, 1.0)
 
 
 def call(**changes):
@@ -81,7 +84,7 @@ def call(**changes):
         "softcap": 0.0,
         "temperature": 1.0,
     }
-    native_cuda.row_backward_(**{**arguments, **changes})
+    cuda_rows.row_backward_(**{**arguments, **changes})
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monk
     small_run.linear_form("cuda", torch.device("cpu"), torch.float32)
     small_run.one_launch(torch.device("cpu"), torch.float32)
     small_run.one_read(torch.device("cpu"), torch.float32)
-    native_cuda.check_targets(torch.tensor([0, -100, 4]), 5)
+    cuda_rows.check_targets(torch.tensor([0, -100, 4]), 5)
     with pytest.raises(RuntimeError, match="cudaGetDevice: "):
         getattr(extension, name)(**given)
 
@@ -222,9 +225,9 @@ def test_a_gradient_times_an_upstream_one(emulator, dtype, size):
     """Rounded once; by 1 nothing is written, so that a NaN pattern keeps its bits."""
     tensor, factor = torch.randn(size).to(dtype), torch.tensor(-0.37)
     expected = (tensor.float() * factor).to(dtype)
-    native_cuda.scale_(tensor, factor)
+    cuda_rows.scale_(tensor, factor)
     assert torch.equal(tensor, expected)
-    native_cuda.scale_(tensor, torch.ones((), dtype=torch.float64))
+    cuda_rows.scale_(tensor, torch.ones((), dtype=torch.float64))
     assert torch.equal(tensor, expected)
 
 
@@ -233,7 +236,7 @@ def test_gradients_that_no_vector_fits_are_scaled_by_torch(emulator, monkeypatch
     whole = torch.randn(5, 9)
     for tensor in (whole[:, :4], whole.view(-1)[1:]):
         expected = tensor * 2
-        native_cuda.scale_(tensor, torch.tensor(2.0))
+        cuda_rows.scale_(tensor, torch.tensor(2.0))
         assert torch.equal(tensor, expected)
 
 
@@ -254,17 +257,17 @@ def test_backward_scales_by_the_kernel(emulated_cuda, emulator, monkeypatch):
 def test_a_target_that_no_word_has_is_named(emulator, count, bad):
     targets = torch.randint(0, 50, (count,))
     targets[count // 3] = -100
-    native_cuda.check_targets(targets, 50)
+    cuda_rows.check_targets(targets, 50)
     targets[count // 2] = bad
     with pytest.raises(EmulatorError, match=rf"^target of token {count // 2} is {bad}, expected \[0, 50\) or -100$"):
-        native_cuda.check_targets(targets, 50)
+        cuda_rows.check_targets(targets, 50)
 
 
 def test_the_first_of_a_warp_is_named(emulator):
     targets = torch.full((32,), 50)
     targets[:7] = 3
     with pytest.raises(EmulatorError, match="target of token 7 is 50"):
-        native_cuda.check_targets(targets, 50)
+        cuda_rows.check_targets(targets, 50)
 
 
 @pytest.mark.parametrize("serves", [True, False])
@@ -281,7 +284,7 @@ def test_calls_ask_the_check_of_their_device(monkeypatch, serves):
 
 def test_a_gpu_that_is_too_old_gets_no_kernel(emulator, monkeypatch):
     targets = torch.tensor([1, 2])
-    assert backends.named_check(targets, 5)
+    assert registry.named_check(targets, 5)
     monkeypatch.setattr(triton_support, "refusal", lambda backend, device: "too old")
     monkeypatch.setattr(emulator, "check_targets", None)
-    assert not backends.named_check(targets, 5)
+    assert not registry.named_check(targets, 5)

@@ -17,8 +17,12 @@ from benchmarks.gpu_cases import Setting, WrongResultError
 from benchmarks.measure import AnotherLossError, ContestantError
 from benchmarks.peers import ours
 from benchmarks.problem import draw
-from cpo_kernels.backends import native_cuda, native_groups, native_hopper, selection
-from cpo_kernels.backends.selection import Choice
+from cpo_kernels.kernels import selection
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.cuda import groups as cuda_groups
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.selection import Choice
 
 pytestmark = [pytest.mark.cpu, pytest.mark.interpreter]  # on a GPU, gpu-check runs the benchmark itself
 CPU = torch.device("cpu")
@@ -136,7 +140,7 @@ def test_log_likelihoods_are_held_against_one_product(gpu):
 
 
 def test_without_hopper_the_other_ways_are_measured(gpu, monkeypatch):
-    monkeypatch.setattr(native_cuda, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(cuda_extension, "capability", lambda device: (8, 0))
     kept, logps = figures_of("loss, kept"), figures_of("no_grad")
     missing = [kept[f"{OURS_KEPT}, llama3 8k bf16", "x floor"]]
     missing.append(logps["no_grad, fused linear, cuda, llama3 8k bf16", "x one product"])
@@ -146,7 +150,7 @@ def test_without_hopper_the_other_ways_are_measured(gpu, monkeypatch):
 
 
 def test_without_kernels_every_case_says_why(monkeypatch):
-    monkeypatch.setattr(native_cuda, "_load", lambda: (None, "it was not built"))
+    monkeypatch.setattr(cuda_extension, "_load", lambda: (None, "it was not built"))
     for name in cuda_cases.CASES:
         (figure,) = cuda_cases.CASES[name](SETTING)
         assert figure.value != figure.value and figure.detail == "it was not built"
@@ -184,9 +188,9 @@ def off(function, factor: float):
 @pytest.mark.parametrize(
     ("module", "launcher", "case", "message"),
     [
-        (native_cuda, "row_forward", "row kernels bf16", "cuda row_forward"),
-        (native_cuda, "row_gradient_", "row kernels fp32", "row_gradient_, log-probabilities"),
-        (native_hopper, "linear_forward", "no_grad", "fused linear, cuda"),
+        (cuda_rows, "row_forward", "row kernels bf16", "cuda row_forward"),
+        (cuda_rows, "row_gradient_", "row kernels fp32", "row_gradient_, log-probabilities"),
+        (cuda_hopper, "linear_forward", "no_grad", "fused linear, cuda"),
     ],
 )
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -202,34 +206,34 @@ def test_a_wrong_launch_is_not_timed(gpu, monkeypatch, module, launcher, case, m
     [("row_backward_", lambda rows: rows.backward_("cuda")), ("row_gradient_", lambda r: r.gradient_())],
 )
 def test_a_wrong_gradient_of_one_row_is_not_timed(gpu, monkeypatch, launcher, make):
-    right = getattr(native_cuda, launcher)
+    right = getattr(cuda_rows, launcher)
 
     def wrong(logits, *args):
         result = right(logits, *args)
         logits[3] = 0
         return result
 
-    monkeypatch.setattr(native_cuda, launcher, wrong)
+    monkeypatch.setattr(cuda_rows, launcher, wrong)
     with pytest.raises(WrongResultError, match=launcher):
         make(kernel_calls.RowProblem(8, 257, torch.float32, CPU))
 
 
 def test_a_wrong_loss_of_logits_is_not_timed(gpu, monkeypatch):
-    right = native_groups.cpo_loss
+    right = cuda_groups.cpo_loss
 
     def wrong(logits, targets, grad, *args, **options):
         result = right(logits, targets, grad, *args, **options)
         grad *= 1.05
         return result
 
-    monkeypatch.setattr(native_groups, "cpo_loss", wrong)
+    monkeypatch.setattr(cuda_groups, "cpo_loss", wrong)
     with pytest.raises(WrongResultError, match="one launch"):
         kernel_calls.LogitsProblem(0, 2, 257, torch.bfloat16, CPU).launch()
 
 
 def test_a_wrong_contrast_is_not_timed(gpu, emulated_cuda, monkeypatch):
     wrong = replace(emulated_cuda, contrast=off(emulated_cuda.contrast, 1.01))
-    monkeypatch.setitem(kernel_calls.backends.BACKENDS, "cuda", wrong)
+    monkeypatch.setitem(kernel_calls.BACKENDS, "cuda", wrong)
     with pytest.raises(WrongResultError, match="cuda contrast"):
         list(cuda_cases.CASES["contrast"](SETTING))
 

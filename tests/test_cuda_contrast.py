@@ -25,7 +25,7 @@ from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels.backends.native_groups import MAX_CANDIDATES, contrast
+from cpo_kernels.kernels.cuda.groups import MAX_CANDIDATES, contrast
 from cpo_kernels.objective import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]

@@ -23,10 +23,13 @@ from problems import (
     random_problem,
 )
 
-from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, token_logps
-from cpo_kernels.backends import native_cuda, native_hopper, triton_support
-from cpo_kernels.backends.selection import OPTIONAL, Choice, overridden
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, token_logps
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.selection import OPTIONAL, Choice, overridden
+from cpo_kernels.kernels.triton import support as triton_support
+from cpo_kernels.kernels.triton import tuning
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,9 +52,9 @@ PATHS = {
 def path(request):
     """Options of the loss for one way through the engine."""
     backend, operation, options = PATHS[request.param]
-    if backend == "cuda" and native_cuda.unavailable_reason() is not None:
-        pytest.skip(str(native_cuda.unavailable_reason()))
-    if operation == "linear_kept" and native_cuda.capability(DEVICE) != native_hopper.CAPABILITY:
+    if backend == "cuda" and cuda_extension.unavailable_reason() is not None:
+        pytest.skip(str(cuda_extension.unavailable_reason()))
+    if operation == "linear_kept" and cuda_extension.capability(DEVICE) != cuda_hopper.CAPABILITY:
         pytest.skip("needs a Hopper GPU")
     chosen = [] if operation is None else [Choice(operation, tuning.architecture(DEVICE), backend)]
     assert {choice.operation for choice in chosen} <= set(OPTIONAL)
@@ -104,7 +107,7 @@ def test_importing_the_package_makes_no_cuda_context():
 
 
 def test_auto_is_a_backend_of_the_gpu():
-    assert backends.select("auto", torch.device(DEVICE), torch.bfloat16).name != "cpu"
+    assert registry.select("auto", torch.device(DEVICE), torch.bfloat16).name != "cpu"
 
 
 # CUDA graphs and synchronisation
@@ -254,7 +257,7 @@ def test_the_loss_gives_the_same_bits_again_and_again(path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_kernels_give_the_same_bits_a_thousand_times(dtype, shared):
     R, vocab = 96, 50257
-    rows = backends.BACKENDS["triton"].rows
+    rows = registry.BACKENDS["triton"].rows
     logits = (3 * torch.randn(R, vocab, device=DEVICE)).to(dtype)
     counts = torch.arange(R) % 4 if shared else torch.ones(R, dtype=torch.int64)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(DEVICE) if shared else None
@@ -274,7 +277,7 @@ def test_row_kernels_give_the_same_bits_a_thousand_times(dtype, shared):
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "sample_and_entropy"])
 def test_fused_linear_gives_the_same_bits_again(everything):
-    linear_forward = backends.BACKENDS["triton"].linear_statistics
+    linear_forward = registry.BACKENDS["triton"].linear_statistics
     hidden, weight = (torch.randn(n, 256, device=DEVICE).bfloat16() for n in (300, 50257))
     targets = torch.randint(0, 50257, (300,), device=DEVICE)
     extras = {"seed": torch.tensor(3, device=DEVICE), "entropy": True} if everything else {}
@@ -328,7 +331,7 @@ def test_target_out_of_range_is_an_error(call, bad):
     assert done.returncode != 0
     assert "no error" not in done.stdout
     assert "target" in done.stderr or "assert" in done.stderr, done.stderr
-    if native_cuda.unavailable_reason() is None or ("dense" not in call and call != "token_logps"):
+    if cuda_extension.unavailable_reason() is None or ("dense" not in call and call != "token_logps"):
         said = done.stdout + done.stderr
         assert f"target of token 2 is {bad}, expected [0, 31) or -100" in said, said
 
@@ -358,7 +361,7 @@ def test_row_offsets_beyond_32_bits():
         pytest.skip(f"needs {3 * needed / 2**30:.0f} GiB of free memory")
     logits = torch.randn(rows, vocab, device=DEVICE, dtype=torch.bfloat16)
     targets = torch.randint(0, vocab, (rows,), device=DEVICE)
-    triton_rows = backends.BACKENDS["triton"].rows
+    triton_rows = registry.BACKENDS["triton"].rows
     head = (None, 1.0, 0.0, 1.0)
     stats, logps = triton_rows.forward(logits, targets, None, *head)
     last = logits[-2:].clone()

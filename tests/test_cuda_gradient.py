@@ -8,8 +8,8 @@ from simt_host import EmulatorError
 from test_cuda_host import DTYPES, HEADS, NARROW, PLAIN, SHARED, Tokens, backward, forward, shared_rows, some_tokens
 from tolerance import assert_accurate
 
-from cpo_kernels import reference
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda import rows as cuda_rows
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
 
@@ -19,7 +19,7 @@ SLICES = {"one": 0, "two": 3000, "eight": 700, "eight at most": 64}
 
 def one_read_(logits, tokens, head=PLAIN, grad_dtype=None, threads=32, slice_bytes=0):
     options = {"threads": threads, "slice_bytes": slice_bytes}
-    return native_cuda.row_gradient_(logits, *tokens, *head, grad_dtype, **options)
+    return cuda_rows.row_gradient_(logits, *tokens, *head, grad_dtype, **options)
 
 
 def check(logits, tokens, head=PLAIN, grad_dtype=None, threads=32, slice_bytes=0):

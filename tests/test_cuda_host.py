@@ -14,8 +14,8 @@ import torch
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels import reference
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda import rows as cuda_rows
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
 
@@ -68,15 +68,15 @@ def some_tokens(V: int, shared: bool) -> Tokens:
 
 
 def forward(logits: Tensor, tokens: Tokens, head=PLAIN, threads: int = 32) -> tuple[Tensor, Tensor]:
-    return native_cuda.row_forward(logits, tokens.targets, tokens.row_starts, *head, threads=threads)
+    return cuda_rows.row_forward(logits, tokens.targets, tokens.row_starts, *head, threads=threads)
 
 
 def backward(logits: Tensor, tokens: Tokens, stats: Tensor, head=PLAIN, threads: int = 32) -> Tensor:
-    return native_cuda.row_backward(logits, *tokens[:2], stats, tokens.coef, *head, threads=threads)
+    return cuda_rows.row_backward(logits, *tokens[:2], stats, tokens.coef, *head, threads=threads)
 
 
 def backward_(logits: Tensor, tokens: Tokens, stats: Tensor, head=PLAIN, grad_dtype=None, threads: int = 32) -> None:
-    native_cuda.row_backward_(logits, *tokens[:2], stats, tokens.coef, *head, grad_dtype, threads=threads)
+    cuda_rows.row_backward_(logits, *tokens[:2], stats, tokens.coef, *head, grad_dtype, threads=threads)
 
 
 def check_against_reference(logits: Tensor, tokens: Tokens, head=PLAIN, threads: int = 32) -> None:
@@ -292,8 +292,8 @@ def test_narrow_gradient_over_its_logits(emulator, seed, grad_dtype, V, width, t
     tokens = some_tokens(V, shared)
     stats, _ = forward(logits, tokens, threads=threads)
     apart = torch.empty(3, V, dtype=grad_dtype)
-    rows = native_cuda._Rows(logits, *tokens[:2], *PLAIN)
-    native_cuda._backward_into(apart, logits, rows, stats, tokens.coef, threads)
+    rows = cuda_rows.Rows(logits, *tokens[:2], *PLAIN)
+    cuda_rows._backward_into(apart, logits, rows, stats, tokens.coef, threads)
     eager = reference.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
     oracle = reference.row_backward(logits.double(), *tokens[:2], stats.double(), tokens.coef.double(), *PLAIN)
     assert_accurate(apart, eager.to(grad_dtype), oracle, "gradient")
@@ -306,8 +306,8 @@ def test_gradient_into_rows_of_another_layout():
     logits, wide = torch.randn(3, V), torch.full((3, V + 4), 9.0)
     tokens = one_token_a_row(V, 3)
     stats, _ = forward(logits, tokens)
-    rows = native_cuda._Rows(logits, *tokens[:2], *PLAIN)
-    native_cuda._backward_into(wide[:, 3 : 3 + V], logits, rows, stats, tokens.coef, 32)
+    rows = cuda_rows.Rows(logits, *tokens[:2], *PLAIN)
+    cuda_rows._backward_into(wide[:, 3 : 3 + V], logits, rows, stats, tokens.coef, 32)
     assert torch.equal(wide[:, 3 : 3 + V], backward(logits, tokens, stats))
     assert (wide[:, :3] == 9).all() and (wide[:, 3 + V :] == 9).all()
 

@@ -7,12 +7,12 @@ import torch
 from devices import DEVICE
 from linear_cases import DTYPES, HEADS, case, check_gradient, coefs
 
-from cpo_kernels.backends import native_cuda
-from cpo_kernels.backends.native_hopper import CAPABILITY
+from cpo_kernels.kernels.cuda import extension as cuda_extension
+from cpo_kernels.kernels.cuda.hopper import CAPABILITY
 
 
 def available() -> bool:
-    found = DEVICE.type == "cuda" and native_cuda.unavailable_reason() is None
+    found = DEVICE.type == "cuda" and cuda_extension.unavailable_reason() is None
     return found and torch.cuda.get_device_capability(DEVICE) == CAPABILITY
 
 

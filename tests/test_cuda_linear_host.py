@@ -20,7 +20,7 @@ from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
 from tolerance import assert_accurate
 
 from benchmarks import small_run
-from cpo_kernels.backends import native_cuda
+from cpo_kernels.kernels.cuda import extension as cuda_extension
 
 pytestmark = [
     pytest.mark.cpu,
@@ -32,10 +32,10 @@ ROWS, COLUMNS, DEPTH, STAGES = 128, 256, 64, 4  # of a tile; tiles under way
 
 @pytest.fixture(autouse=True)
 def gpu(hopper_library, monkeypatch):
-    """The extension that native_cuda finds; tensors of the CPU are those of its device."""
+    """The CUDA extension that is found; tensors of the CPU are those of its device."""
     module = hopper_host.HopperModule(hopper_library)
-    monkeypatch.setattr(native_cuda, "_load", lambda: (module, None))
-    monkeypatch.setattr(native_cuda, "_queue", lambda device: {"device": 0, "stream": 0})
+    monkeypatch.setattr(cuda_extension, "_load", lambda: (module, None))
+    monkeypatch.setattr(cuda_extension, "queue", lambda device: {"device": 0, "stream": 0})
     return module
 
 

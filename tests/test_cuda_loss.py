@@ -11,8 +11,8 @@ from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels import reference
-from cpo_kernels.backends import native_groups
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda import groups as cuda_groups
 from cpo_kernels.objective import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
@@ -33,7 +33,7 @@ def make_chunk(groups: str, dtype: torch.dtype) -> tuple[Chunk, Tensor, Tensor]:
 def run(chunk: Chunk, logits: Tensor, targets: Tensor, grad: Tensor | None, objective: Objective, head, **changes: Any):
     options = arguments(chunk, objective) | {"threads": 32} | changes
     given = {name: options.pop(name) for name in ("token_starts", "segment_starts", "lengths", "ref_logps", "ranks")}
-    return native_groups.cpo_loss(logits, targets, grad, *given.values(), *head, **options)
+    return cuda_groups.cpo_loss(logits, targets, grad, *given.values(), *head, **options)
 
 
 def dense(chunk: Chunk, logits: Tensor, targets: Tensor, objective: Objective, head, dtype: torch.dtype):

@@ -21,9 +21,12 @@ from problems import (
 )
 from torch import Tensor
 
-from cpo_kernels import linear_cpo_loss, linear_sequence_loss, reference
-from cpo_kernels.backends import BACKENDS, native, native_rows
-from cpo_kernels.filtering import move_elements_, move_rows_
+from cpo_kernels import linear_cpo_loss, linear_sequence_loss
+from cpo_kernels.engine.filters import move_elements_, move_rows_
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import rows as cpu_rows
+from cpo_kernels.kernels.registry import BACKENDS
 
 EPS = (0.0, 1e-4, 1e-2, 0.1, 0.5)
 FILTERS = ("candidate_eps", "grad_filter_eps")
@@ -303,18 +306,18 @@ def test_rows_and_elements_move_to_the_front(rows, stride):
 
 
 @pytest.mark.cpu
-@pytest.mark.skipif(not native.available(), reason="no compiled extension")
-@pytest.mark.parametrize("isa", native.build_info().supported_isas if native.available() else [])
+@pytest.mark.skipif(not cpu_extension.available(), reason="no compiled extension")
+@pytest.mark.parametrize("isa", cpu_extension.build_info().supported_isas if cpu_extension.available() else [])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 97, 2048, 4111])
 def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
     grad = torch.randn(9, 2 * vocab).to(dtype)[:, :vocab]
     rows, columns = torch.tensor([0, 3, 8]), torch.randperm(vocab)[: vocab // 3].sort().values
     for threads in (1, 2):
-        largest, mass = native_rows.column_stats(grad, isa=isa, threads=threads)
+        largest, mass = cpu_rows.column_stats(grad, isa=isa, threads=threads)
         assert torch.equal(largest, grad.float().abs().amax(0))
         torch.testing.assert_close(mass, grad.float().abs().sum(0))
-        taken = native_rows.take_columns(grad, rows, columns, isa=isa, threads=threads)
+        taken = cpu_rows.take_columns(grad, rows, columns, isa=isa, threads=threads)
         expected = reference.take_columns(grad, rows, columns)
         assert torch.equal(taken[:, :-1], expected[:, :-1])
         rounding = torch.finfo(dtype).eps * expected[:, -1].abs() + 1e-5 * vocab**0.5
@@ -322,15 +325,15 @@ def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
 
 
 @pytest.mark.cpu
-@pytest.mark.skipif(not native.available(), reason="no compiled extension")
+@pytest.mark.skipif(not cpu_extension.available(), reason="no compiled extension")
 def test_compiled_columns_check_what_they_are_given():
     grad, some = torch.randn(4, 40), torch.tensor([1, 2])
     grad[2, 7] = torch.nan
-    assert native_rows.column_stats(grad)[1].isnan().nonzero().tolist() == [[7]]
+    assert cpu_rows.column_stats(grad)[1].isnan().nonzero().tolist() == [[7]]
     for rows, columns in ((torch.tensor([4]), some), (some, torch.tensor([-1])), (some, torch.tensor([40]))):
         with pytest.raises(ValueError, match="is not in"):
-            native_rows.take_columns(grad, rows, columns)
+            cpu_rows.take_columns(grad, rows, columns)
     with pytest.raises(ValueError, match="strides"):
-        native_rows.column_stats(grad.t())
+        cpu_rows.column_stats(grad.t())
     with pytest.raises(ValueError, match="dtype"):
-        native_rows.column_stats(grad.double())
+        cpu_rows.column_stats(grad.double())

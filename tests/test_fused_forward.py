@@ -7,11 +7,12 @@ import torch
 from problems import BACKENDS, PROBLEMS, GemmCounter, eager_loss, packed_problem, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
-from cpo_kernels.backends.selection import Choice, overridden
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.selection import Choice, overridden
+from cpo_kernels.kernels.triton import tuning
 
-FUSED = [name for name in BACKENDS if "linear_forward" in backends.BACKENDS[name].optional]
+FUSED = [name for name in BACKENDS if "linear_forward" in registry.BACKENDS[name].optional]
 
 
 @pytest.fixture

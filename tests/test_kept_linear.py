@@ -19,10 +19,11 @@ from problems import (
 )
 from tolerance import assert_accurate, relative_error
 
-from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan, reference
-from cpo_kernels.backends import native_hopper
-from cpo_kernels.backends.selection import Choice, overridden
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.selection import Choice, overridden
+from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 
@@ -129,7 +130,7 @@ def test_the_plan_counts_what_is_kept(launches):
     problem = PROBLEMS["several tiles"]().to(torch.bfloat16)
     result = plan(**problem.arguments(), backend="cuda", logits_dtype=torch.float32)
     assert result.logits_bytes == result.num_rows * (2 * 1016 + 4 * 4)
-    space = native_hopper.room(result.num_rows, problem.hidden, 1009)
+    space = cuda_hopper.room(result.num_rows, problem.hidden, 1009)
     held = space.exponentials.untyped_storage().nbytes() + space.tile_tops.untyped_storage().nbytes()
     assert held == result.logits_bytes
     with torch.no_grad():

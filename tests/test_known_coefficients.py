@@ -16,8 +16,8 @@ from problems import (
 )
 
 from cpo_kernels import linear_sequence_logps, plan
-from cpo_kernels.backends.selection import Choice, overridden
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels.kernels.selection import Choice, overridden
+from cpo_kernels.kernels.triton import tuning
 
 LIKELIHOOD = {"contrast_weight": 0.0, "mle_weight": 0.7}
 PROBLEMS = {

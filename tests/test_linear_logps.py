@@ -24,7 +24,8 @@ from tolerance import assert_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cpo_kernels import linear_sequence_logps, linear_token_logps, reference
+from cpo_kernels import linear_sequence_logps, linear_token_logps
+from cpo_kernels.kernels import reference
 
 BUDGETS = {"kept": None, "recomputed": 3}
 SHAPES = {

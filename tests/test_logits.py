@@ -9,7 +9,8 @@ import torch
 from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, PROBLEMS, dense, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import CPOLoss, cpo_loss, linear_cpo_loss, reference, sequence_logps, token_logps
+from cpo_kernels import CPOLoss, cpo_loss, linear_cpo_loss, sequence_logps, token_logps
+from cpo_kernels.kernels import reference
 
 PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from devices import DEVICE
 
-from cpo_kernels import backends, linear_cpo_loss, linear_sequence_logps, plan
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, plan
+from cpo_kernels.kernels import registry
 
 MIB = 2**20
 BUDGET = 64 * MIB
@@ -100,7 +101,7 @@ def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
 
 
 needs_the_kernels = pytest.mark.skipif(
-    BACKEND not in backends.available() or (DEVICE.type == "cpu" and not Path("/proc/self/clear_refs").exists()),
+    BACKEND not in registry.available() or (DEVICE.type == "cpu" and not Path("/proc/self/clear_refs").exists()),
     reason="needs the device's compiled backend and, on the CPU, Linux, to reset the high-water mark",
 )
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from tolerance import assert_accurate, relative_error
 
-from cpo_kernels.backends import native, native_gemm
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 pytestmark = pytest.mark.cpu  # the CPU extension
 
-BUILD = native.build_info()
-assert BUILD is not None, native.unavailable_reason()
+BUILD = cpu_extension.build_info()
+assert BUILD is not None, cpu_extension.unavailable_reason()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NO_PRODUCT = ["scalar", "neon"]
@@ -87,7 +88,7 @@ def check(a, b, out_dtype, isa, *, accumulate=False, threads=2):
     start = torch.randn(out.shape) if accumulate else torch.zeros(out.shape)
     if accumulate:
         out.copy_(start)
-    native_gemm.gemm(a, b, out, accumulate=accumulate, isa=isa, threads=threads)
+    cpu_gemm.gemm(a, b, out, accumulate=accumulate, isa=isa, threads=threads)
     oracle = a.double() @ b.double() + start.double()
     # Float32 products of the same numbers, rounded once: stricter than torch.mm in half precision.
     eager = (torch.mm(a.float(), b.float()) + start).to(out_dtype)
@@ -140,7 +141,7 @@ def test_long_sum(isa, dtype):
 def test_empty(isa, shape):
     m, k, n = shape
     out = torch.full((m, n), torch.nan)
-    native_gemm.gemm(torch.randn(m, k), torch.randn(k, n), out, isa=isa)
+    cpu_gemm.gemm(torch.randn(m, k), torch.randn(k, n), out, isa=isa)
     assert torch.equal(out, torch.zeros(m, n))
 
 
@@ -160,8 +161,8 @@ def test_an_a_that_is_packed_and_one_that_is_not_give_the_same_bits(isa, dtype, 
     scale = 1.0 if not subnormal else 1e-4 if dtype == torch.float16 else 1e-19  # of inputs, or of their products
     a, b = (scale * torch.randn(37, k)).to(dtype), (scale * torch.randn(k, 112)).to(dtype)
     in_place, packed = torch.empty(37, 112, dtype=out_dtype), torch.empty(37, 112, dtype=out_dtype)
-    native_gemm.gemm(a, b, in_place, isa=isa)
-    native_gemm.gemm(a.t().contiguous().t(), b, packed, isa=isa)
+    cpu_gemm.gemm(a, b, in_place, isa=isa)
+    cpu_gemm.gemm(a.t().contiguous().t(), b, packed, isa=isa)
     assert torch.equal(in_place, packed)
 
 
@@ -171,10 +172,10 @@ def test_a_narrow_result_is_the_wide_one_rounded(isa, dtype, k):
     a, b = torch.randn(19, k).to(dtype), torch.randn(k, 71).to(dtype)
     a[3, 5], a[4, 6], b[7, 8] = torch.nan, torch.inf, -torch.inf
     wide = torch.empty(19, 71)
-    native_gemm.gemm(a, b, wide, isa=isa)
+    cpu_gemm.gemm(a, b, wide, isa=isa)
     for narrow in (torch.bfloat16, torch.float16):
         out = torch.empty(19, 71, dtype=narrow)
-        native_gemm.gemm(a, b, out, isa=isa)
+        cpu_gemm.gemm(a, b, out, isa=isa)
         torch.testing.assert_close(out, wide.to(narrow), rtol=0, atol=0, equal_nan=True)
 
 
@@ -183,7 +184,7 @@ def test_nan_and_infinity_reach_their_row_and_column_only(isa, dtype):
     a, b = torch.randn(20, 31).to(dtype), torch.randn(31, 60).to(dtype)
     a[3, 30], b[30, 50] = torch.inf, torch.nan
     out = torch.empty(20, 60)
-    native_gemm.gemm(a, b, out, isa=isa)
+    cpu_gemm.gemm(a, b, out, isa=isa)
     expected = a.float() @ b.float()
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isinf(), expected.isinf())
@@ -194,7 +195,7 @@ def test_results_are_rounded_to_nearest_even(isa, out_dtype):
     values = torch.randn(64, 64) * torch.logspace(-44, 38, 64)  # subnormal to overflowing, in either format
     values[0, :6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, 1 + 2**-9, 1 + 3 * 2**-9])
     out = torch.empty(64, 64, dtype=out_dtype)
-    native_gemm.gemm(values, torch.eye(64), out, isa=isa)
+    cpu_gemm.gemm(values, torch.eye(64), out, isa=isa)
     finite = values.isfinite().all(1)  # infinity times 0 is NaN in the others
     assert torch.equal(out[finite], (values[finite] @ torch.eye(64)).to(out_dtype))
 
@@ -205,7 +206,7 @@ def test_workspace_is_bounded(isa, shape, threads):
     m, k, n = shape
     for dtype, out_dtype in itertools.product((0, 1), repeat=2):
         size = {"a_dtype": dtype, "b_dtype": dtype, "out_dtype": out_dtype, "threads": threads}
-        allocated = native.extension().gemm_workspace_bytes(isa=isa, m=m, n=n, k=k, **size)
+        allocated = cpu_extension.extension().gemm_workspace_bytes(isa=isa, m=m, n=n, k=k, **size)
         assert allocated <= threads * (4 if out_dtype == 0 else 8) * 2**20
 
 
@@ -234,20 +235,20 @@ A, B, OUT = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
 def test_wrong_tensors_are_refused(a, b, out, message):
     before = out.clone() if out.device.type == "cpu" else None
     with pytest.raises(ValueError, match=message):
-        native_gemm.gemm(a, b, out)
+        cpu_gemm.gemm(a, b, out)
     assert before is None or torch.equal(out, before)
 
 
 def test_an_input_that_is_the_output_is_refused():
     x = torch.zeros(4, 4)
     with pytest.raises(ValueError, match="a and out share memory"):
-        native_gemm.gemm(x, torch.zeros(4, 4), x)
+        cpu_gemm.gemm(x, torch.zeros(4, 4), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_sums_are_kept_in_float32_only(dtype):
     with pytest.raises(ValueError, match=f"out has dtype {dtype}; expected torch.float32"):
-        native_gemm.gemm(A, B, OUT.to(dtype), accumulate=True)
+        cpu_gemm.gemm(A, B, OUT.to(dtype), accumulate=True)
 
 
 @pytest.mark.parametrize("name", NO_PRODUCT)
@@ -255,33 +256,33 @@ def test_instruction_sets_without_a_product_say_so(name):
     if name not in BUILD.supported_isas:
         pytest.skip(f"this machine does not run {name}")
     with pytest.raises(ValueError, match=f"no matrix product for instruction set '{name}'"):
-        native_gemm.gemm(A, B, OUT, isa=name)
+        cpu_gemm.gemm(A, B, OUT, isa=name)
 
 
 @pytest.mark.parametrize("name", BUILD.supported_isas)
 def test_supported_follows_the_instruction_set(name):
     """In a process of its own, as the environment chooses the instruction set once."""
     code = (
-        "import torch; from cpo_kernels.backends.native_gemm import gemm_supported as s;"
+        "import torch; from cpo_kernels.kernels.cpu.gemm import gemm_supported as s;"
         "print(s(torch.float32, torch.float32), s(torch.float64, torch.float32), s(torch.float32, torch.int8))"
     )
-    environment = {**os.environ, native.ISA_VARIABLE: name}
+    environment = {**os.environ, cpu_extension.ISA_VARIABLE: name}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert run.stdout.split() == [str(name not in NO_PRODUCT), "False", "False"]
 
 
 @pytest.mark.parametrize("amx", [False, True])
 def test_half_precision_is_left_to_amx(monkeypatch, amx):
-    if native.isa() in NO_PRODUCT:
-        pytest.skip(f"{native.isa()} has no matrix product")
-    monkeypatch.setattr(native.extension(), "has_amx_bf16", lambda: amx)
-    native_gemm.gemm_supported.cache_clear()
+    if cpu_extension.isa() in NO_PRODUCT:
+        pytest.skip(f"{cpu_extension.isa()} has no matrix product")
+    monkeypatch.setattr(cpu_extension.extension(), "has_amx_bf16", lambda: amx)
+    cpu_gemm.gemm_supported.cache_clear()
     try:
-        assert native_gemm.gemm_supported(torch.float32, torch.float32)
-        assert native_gemm.gemm_supported(torch.bfloat16, torch.float32) != amx
-        assert native_gemm.gemm_supported(torch.float16, torch.float32) != amx
+        assert cpu_gemm.gemm_supported(torch.float32, torch.float32)
+        assert cpu_gemm.gemm_supported(torch.bfloat16, torch.float32) != amx
+        assert cpu_gemm.gemm_supported(torch.float16, torch.float32) != amx
     finally:
-        native_gemm.gemm_supported.cache_clear()
+        cpu_gemm.gemm_supported.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -293,8 +294,8 @@ def test_a_pair_keeps_sixteen_more_bits(isa, dtype, m, n, k):
     high, low = wide[0, :, :n], wide[1, :, :n]
     single = torch.empty(m, n)
     for index, (a, b) in enumerate(terms):
-        native_gemm.gemm(a, b, high, low=low, accumulate=index > 0, isa=isa)
-        native_gemm.gemm(a, b, single, accumulate=index > 0, isa=isa)
+        cpu_gemm.gemm(a, b, high, low=low, accumulate=index > 0, isa=isa)
+        cpu_gemm.gemm(a, b, single, accumulate=index > 0, isa=isa)
     exact = sum(a.double() @ b.double() for a, b in terms)
     pair = high.double() + low.double()
     limit = relative_error(single, exact) + len(terms) * 2.0**-16
@@ -309,7 +310,7 @@ def test_pairs_are_bitwise_the_same_for_any_number_of_threads(isa):
     results = []
     for threads in (1, 2, 3):
         high, low = torch.ones(300, 97).bfloat16(), torch.full((300, 97), 2.0**-12).bfloat16()
-        native_gemm.gemm(a, b, high, low=low, accumulate=True, isa=isa, threads=threads)
+        cpu_gemm.gemm(a, b, high, low=low, accumulate=True, isa=isa, threads=threads)
         results.append(torch.stack([high, low]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -317,15 +318,15 @@ def test_pairs_are_bitwise_the_same_for_any_number_of_threads(isa):
 def test_nan_and_inf_stay_in_a_pair(isa):
     high, low = torch.zeros(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16()
     a = torch.tensor([[torch.nan], [torch.inf]])
-    native_gemm.gemm(a, torch.ones(1, 3), high, low=low, accumulate=True, isa=isa)
+    cpu_gemm.gemm(a, torch.ones(1, 3), high, low=low, accumulate=True, isa=isa)
     assert high[0].isnan().all() and (high[1] == torch.inf).all()
 
 
 def test_a_pair_must_be_two_like_tensors():
     high = OUT.bfloat16()
     with pytest.raises(ValueError, match=r"low has strides .* expected those of out"):
-        native_gemm.gemm(A, B, high, low=high.clone().t().contiguous().t())
+        cpu_gemm.gemm(A, B, high, low=high.clone().t().contiguous().t())
     with pytest.raises(ValueError, match="out and low share memory"):
-        native_gemm.gemm(A, B, high, low=high)
+        cpu_gemm.gemm(A, B, high, low=high)
     with pytest.raises(ValueError, match=r"out has dtype torch\.float32; expected torch\.bfloat16"):
-        native_gemm.gemm(A, B, OUT, low=high)
+        cpu_gemm.gemm(A, B, OUT, low=high)

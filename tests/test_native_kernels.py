@@ -12,8 +12,8 @@ from cpu_rows import BLOCK, BUILD, DTYPES, HEADS, ISAS, Head, call, tokens_for
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels import ops
-from cpo_kernels.backends import native_rows
+from cpo_kernels.kernels import ops
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 
 pytestmark = pytest.mark.cpu  # the CPU extension
 
@@ -39,8 +39,8 @@ def dense_gradient(logits: Tensor, targets, row_starts, coef, head: Head) -> Ten
 
 def check_against_torch(logits: Tensor, targets, row_starts, coef, head: Head, isa: str) -> None:
     """Forward and backward by the rule of tolerance; eager torch computes in float32 and rounds the gradient once."""
-    stats, logps = native_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
 
     single, double = logits.float(), logits.double()
     oracle_y = head.transform(double)
@@ -76,22 +76,22 @@ def test_one_token_a_row_needs_no_row_starts(isa, dtype):
     logits = torch.randn(5, V).to(dtype)
     targets, row_starts, coef = tokens_for(V, [1] * 5)
     head = Head().args()
-    stats, logps = native_rows.row_forward(logits, targets, None, *head, isa=isa)
-    same_stats, same_logps = native_rows.row_forward(logits, targets, row_starts, *head, isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, None, *head, isa=isa)
+    same_stats, same_logps = cpu_rows.row_forward(logits, targets, row_starts, *head, isa=isa)
     assert torch.equal(stats, same_stats) and torch.equal(logps, same_logps)
-    grad = native_rows.row_backward(logits, targets, None, stats, coef, *head, isa=isa)
-    assert torch.equal(grad, native_rows.row_backward(logits, targets, row_starts, stats, coef, *head, isa=isa))
+    grad = cpu_rows.row_backward(logits, targets, None, stats, coef, *head, isa=isa)
+    assert torch.equal(grad, cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *head, isa=isa))
 
 
 def test_a_default_device_is_not_where_results_go():
     """Under torch.set_default_device("cuda") an address there would be taken for one here."""
     logits = torch.randn(5, 127)
     targets, row_starts, coef = tokens_for(127, [1] * 5)
-    wanted = [*native_rows.row_forward(logits, targets, row_starts, *Head().args())]
-    wanted.append(native_rows.row_backward(logits, targets, row_starts, wanted[0], coef, *Head().args()))
+    wanted = [*cpu_rows.row_forward(logits, targets, row_starts, *Head().args())]
+    wanted.append(cpu_rows.row_backward(logits, targets, row_starts, wanted[0], coef, *Head().args()))
     with torch.device("meta"):
-        got = [*native_rows.row_forward(logits, targets, row_starts, *Head().args())]
-        got.append(native_rows.row_backward(logits, targets, row_starts, got[0], coef, *Head().args()))
+        got = [*cpu_rows.row_forward(logits, targets, row_starts, *Head().args())]
+        got.append(cpu_rows.row_backward(logits, targets, row_starts, got[0], coef, *Head().args()))
     assert all(torch.equal(mine, right) for mine, right in zip(got, wanted, strict=True))
 
 
@@ -124,10 +124,10 @@ def test_minus_infinity_is_probability_zero(isa, dtype, V, stretch, leading):
     finite = V - 1 if leading else 0
     targets, row_starts, coef = torch.tensor([finite, finite]), torch.tensor([0, 1, 2]), torch.randn(2)
     check_against_torch(logits, targets, row_starts, coef, Head(), isa)
-    stats, _ = native_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    stats, _ = cpu_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert (grad[:, where] == 0).all()
-    _, logps = native_rows.row_forward(logits, torch.full((2,), where.start), row_starts, *Head().args(), isa=isa)
+    _, logps = cpu_rows.row_forward(logits, torch.full((2,), where.start), row_starts, *Head().args(), isa=isa)
     assert (logps == -torch.inf).all()
 
 
@@ -140,8 +140,8 @@ def test_nan_and_infinity_reach_their_row_and_no_other(isa, dtype, bad, column, 
     logits = torch.randn(3, V).to(dtype)
     logits[1, column] = bad
     targets, coef, head = torch.tensor([5, 6, 7]), torch.ones(3), HEADS[head](V)
-    stats, logps = native_rows.row_forward(logits, targets, None, *head.args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, None, stats, coef, *head.args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, None, *head.args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, None, stats, coef, *head.args(), isa=isa)
     expected = dense_logps(head.transform(logits.float()), targets, torch.arange(4)).isnan()
     assert torch.equal(logps.isnan(), expected)
     if expected[1]:
@@ -152,7 +152,7 @@ def test_nan_and_infinity_reach_their_row_and_no_other(isa, dtype, bad, column, 
 
 def test_row_of_minus_infinity_is_nan_as_in_log_softmax(isa):
     logits = torch.full((1, 127), -torch.inf)
-    _, logps = native_rows.row_forward(logits, torch.tensor([3]), None, *Head().args(), isa=isa)
+    _, logps = cpu_rows.row_forward(logits, torch.tensor([3]), None, *Head().args(), isa=isa)
     assert logps.isnan().all() and torch.log_softmax(logits, -1).isnan().all()
 
 
@@ -164,9 +164,9 @@ def test_rows_without_gradient_come_out_zero(isa, dtype):
     row_starts = torch.tensor([0, 2, 3, 3, 4])
     targets, coef = torch.tensor([1, 2, -100, 3]), torch.tensor([0.0, 0.0, 5.0, torch.nan])
     stats = torch.full((2, 4), torch.nan)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert (grad[:3] == 0).all() and grad[3].isnan().all()
-    native_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    cpu_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert (logits[:3] == 0).all() and logits[3].isnan().all()
 
 
@@ -179,13 +179,13 @@ def test_in_place_with_a_row_stride(isa, dtype, V, head):
     buffer = torch.randn(5, V + 9).to(dtype)
     before, logits = buffer.clone(), buffer[:, 4 : 4 + V]
     targets, row_starts, coef = tokens_for(V, [2, 1, 0, 1, 4])
-    stats, logps = native_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
     packed = logits.contiguous()
-    same_stats, same_logps = native_rows.row_forward(packed, targets, row_starts, *head.args(), isa=isa)
+    same_stats, same_logps = cpu_rows.row_forward(packed, targets, row_starts, *head.args(), isa=isa)
     assert torch.equal(stats, same_stats) and torch.equal(logps, same_logps)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
     assert torch.equal(buffer, before) and grad.is_contiguous()
-    native_rows.row_backward_(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
+    cpu_rows.row_backward_(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
     assert torch.equal(logits, grad)
     assert torch.equal(buffer[:, :4], before[:, :4]) and torch.equal(buffer[:, 4 + V :], before[:, 4 + V :])
 
@@ -193,8 +193,8 @@ def test_in_place_with_a_row_stride(isa, dtype, V, head):
 def test_expanded_logits_can_be_read(isa):
     logits = torch.randn(1, 127).expand(3, 127)
     targets, coef = torch.tensor([1, 1, 2]), torch.tensor([1.0, 1.0, 2.0])
-    stats, logps = native_rows.row_forward(logits, targets, None, *Head().args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, None, stats, coef, *Head().args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, None, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, None, stats, coef, *Head().args(), isa=isa)
     assert logps[0] == logps[1] and torch.equal(grad[0], grad[1]) and not torch.equal(grad[1], grad[2])
 
 
@@ -213,21 +213,21 @@ def test_half_precision_results_are_the_float32_results_rounded_once(isa, dtype)
     targets, row_starts, _ = tokens_for(V, [1, 2, 1, 1])
     coef = torch.tensor([1.0, 1e-3, 1.0, 1e6, 3e9])  # up to overflow in float16, and down to its subnormals
     targets[3] = 5
-    stats, logps = native_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
     single = logits.float()
-    stats_single, logps_single = native_rows.row_forward(single, targets, row_starts, *Head().args(), isa=isa)
+    stats_single, logps_single = cpu_rows.row_forward(single, targets, row_starts, *Head().args(), isa=isa)
     assert torch.equal(stats[0], stats_single[0])
     torch.testing.assert_close(stats[1], stats_single[1], rtol=0, atol=2e-6)  # summed in another order
     torch.testing.assert_close(logps, logps_single, rtol=0, atol=4e-6)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
-    grad_single = native_rows.row_backward(single, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    grad_single = cpu_rows.row_backward(single, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert torch.equal(grad, grad_single.to(dtype))
 
 
 def exponentials(x: Tensor, isa: str) -> Tensor:
     """e^x by the kernel: the gradient at other columns for max 0, log-sum 0 and a coef of -1."""
     logits = torch.cat([torch.zeros(1), x])[None]
-    grad = native_rows.row_backward(
+    grad = cpu_rows.row_backward(
         logits, torch.tensor([0]), None, torch.zeros(2, 1), torch.tensor([-1.0]), *Head().args(), isa=isa
     )
     return grad[0, 1:]
@@ -254,8 +254,8 @@ def test_bitwise_equal_for_any_number_of_threads(isa, dtype):
     args = Head().args()
     results = []
     for threads in (1, 2, 2, 5):
-        stats, logps = native_rows.row_forward(logits, targets, row_starts, *args, isa=isa, threads=threads)
-        grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *args, isa=isa, threads=threads)
+        stats, logps = cpu_rows.row_forward(logits, targets, row_starts, *args, isa=isa, threads=threads)
+        grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *args, isa=isa, threads=threads)
         results.append((stats, logps, grad))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
@@ -265,9 +265,9 @@ def test_bitwise_equal_for_any_number_of_threads(isa, dtype):
 def test_no_rows_and_no_tokens(isa, R, N):
     logits = torch.randn(R, 7)
     targets, row_starts, coef = torch.empty(N, dtype=torch.int64), torch.zeros(R + 1, dtype=torch.int64), torch.ones(N)
-    stats, logps = native_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
+    stats, logps = cpu_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
     assert stats.shape == (2, R) and logps.shape == (N,) and stats.isfinite().all()
-    native_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    cpu_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
     assert (logits == 0).all()
 
 
@@ -319,16 +319,16 @@ def test_bad_input_names_what_is_wrong_and_writes_nothing(changes, message):
 def test_operators_use_the_kernels_and_keep_their_schema():
     logits, coef, head = torch.randn(2, 127), torch.randn(2), Head().args()
     targets = torch.tensor([3, -100])
-    stats, logps = native_rows.row_forward(logits, targets, None, *head)
+    stats, logps = cpu_rows.row_forward(logits, targets, None, *head)
     op_stats, op_logps = torch.ops.cpo_kernels.row_forward(logits, targets, None, *head)
     assert torch.equal(stats, op_stats) and torch.equal(logps, op_logps)
     torch.library.opcheck(ops.row_forward, (logits, targets, None, *head))
     torch.library.opcheck(ops.row_backward, (logits, targets, None, stats, coef, *head))
     torch.library.opcheck(ops.row_backward_, (logits.clone(), targets, None, stats, coef, *head))
     rows, columns = torch.tensor([1]), torch.tensor([2, 90])
-    assert torch.equal(torch.ops.cpo_kernels.column_stats(logits), native_rows.column_stats(logits))
+    assert torch.equal(torch.ops.cpo_kernels.column_stats(logits), cpu_rows.column_stats(logits))
     assert torch.equal(
-        torch.ops.cpo_kernels.take_columns(logits, rows, columns), native_rows.take_columns(logits, rows, columns)
+        torch.ops.cpo_kernels.take_columns(logits, rows, columns), cpu_rows.take_columns(logits, rows, columns)
     )
     torch.library.opcheck(ops.column_stats, (logits,))
     torch.library.opcheck(ops.take_columns, (logits, rows, columns))
@@ -340,7 +340,9 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_environment_forces_the_instruction_set(isa):
-    result = run_python("from cpo_kernels.backends import native; print(native.isa())", CPO_KERNELS_CPU_ISA=isa)
+    result = run_python(
+        "from cpo_kernels.kernels.cpu import extension; print(extension.isa())", CPO_KERNELS_CPU_ISA=isa
+    )
     assert result.stdout.strip() == isa, result.stderr
 
 
@@ -352,17 +354,17 @@ def test_environment_with_an_unknown_instruction_set_is_an_error():
 
 COUNT_THREADS = """
 import os, torch
-from cpo_kernels.backends import native_rows
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 torch.set_num_threads(4)
 count = lambda: len(os.listdir("/proc/self/task"))
 logits, targets = torch.randn(64, 50257), torch.zeros(64, dtype=torch.int64)
 start = count()
-native_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0, threads=1)
+cpu_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0, threads=1)
 alone = count()
 logits.exp()
 torch_pool = count()
-stats, logps = native_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0)
-native_rows.row_backward_(logits, targets, None, stats, logps, None, 1.0, 0.0, 1.0)
+stats, logps = cpu_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0)
+cpu_rows.row_backward_(logits, targets, None, stats, logps, None, 1.0, 0.0, 1.0)
 print(alone - start, torch_pool - start, count() - start)
 """
 

@@ -7,7 +7,7 @@ import torch
 from cpu_rows import BLOCK, DTYPES, HEADS, ISAS, Head, call, tokens_for
 from torch import Tensor
 
-from cpo_kernels.backends import native_rows
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 
 pytestmark = pytest.mark.cpu  # the CPU extension
 
@@ -40,8 +40,8 @@ def narrow_problem(V: int, gap: int, head: Head, isa: str):
     coef[[0, 4, 5]] = torch.tensor([1e6, 1e-3, 2e4])
     logits[[2, 4]] = torch.nan
     logits[6, V // 2] = torch.nan
-    stats, _ = native_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
+    stats, _ = cpu_rows.row_forward(logits, targets, row_starts, *head.args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *head.args(), isa=isa)
     assert (grad[[2, 4]] == 0).all() and grad[6].isnan().all() and grad[[0, 1, 3, 5]].isfinite().all()
     return buffer, logits, (targets, row_starts, stats, coef, *head.args()), grad
 
@@ -66,7 +66,7 @@ def test_half_precision_gradient_over_float32_logits(isa, dtype, gap, V, head):
     """Bitwise the float32 gradient rounded once, in the front half of each row; nothing outside the rows changes."""
     buffer, logits, args, grad = narrow_problem(V, gap, HEADS[head](V), isa)
     before = buffer.view(torch.int32).clone()
-    native_rows.row_backward_(logits, *args, dtype, isa=isa)
+    cpu_rows.row_backward_(logits, *args, dtype, isa=isa)
     assert_same_bits(logits.view(dtype)[:, :V], grad.to(dtype))
     outside = torch.ones(buffer.shape, dtype=torch.bool)
     outside[1:-1, gap // 2 : gap // 2 + V] = False
@@ -79,9 +79,9 @@ def test_half_precision_gradient_over_float32_logits_for_any_number_of_threads(i
     R, V = 37, 5003
     logits = torch.randn(R, V)
     targets, row_starts, coef = tokens_for(V, [1, 0, 4] * 12 + [1])
-    stats, _ = native_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
-    native_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), dtype, isa=isa, threads=threads)
+    stats, _ = cpu_rows.row_forward(logits, targets, row_starts, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, row_starts, stats, coef, *Head().args(), isa=isa)
+    cpu_rows.row_backward_(logits, targets, row_starts, stats, coef, *Head().args(), dtype, isa=isa, threads=threads)
     assert_same_bits(logits.view(dtype)[:, :V], grad.to(dtype))
 
 
@@ -90,9 +90,9 @@ def test_half_precision_gradient_over_float32_logits_for_any_number_of_threads(i
 def test_gradient_of_the_dtype_of_the_logits_fills_the_rows(isa, dtype, named):
     V = 127
     logits, targets, coef = torch.randn(5, V).to(dtype), torch.randint(0, V, (5,)), torch.randn(5)
-    stats, _ = native_rows.row_forward(logits, targets, None, *Head().args(), isa=isa)
-    grad = native_rows.row_backward(logits, targets, None, stats, coef, *Head().args(), isa=isa)
-    native_rows.row_backward_(logits, targets, None, stats, coef, *Head().args(), dtype if named else None, isa=isa)
+    stats, _ = cpu_rows.row_forward(logits, targets, None, *Head().args(), isa=isa)
+    grad = cpu_rows.row_backward(logits, targets, None, stats, coef, *Head().args(), isa=isa)
+    cpu_rows.row_backward_(logits, targets, None, stats, coef, *Head().args(), dtype if named else None, isa=isa)
     assert torch.equal(logits, grad)
 
 
@@ -100,7 +100,7 @@ def test_gradient_of_the_dtype_of_the_logits_fills_the_rows(isa, dtype, named):
 def test_no_rows_and_no_tokens(isa, R, N):
     logits = torch.randn(R, 7)
     targets, row_starts, coef = torch.empty(N, dtype=torch.int64), torch.zeros(R + 1, dtype=torch.int64), torch.ones(N)
-    native_rows.row_backward_(
+    cpu_rows.row_backward_(
         logits, targets, row_starts, torch.zeros(2, R), coef, *Head().args(), torch.bfloat16, isa=isa
     )
     assert (logits.view(torch.bfloat16)[:, :7] == 0).all()
@@ -152,5 +152,5 @@ def test_the_extension_has_no_kernel_for_a_wider_gradient():
     wide, logits = torch.full((2, 5), 7.0), torch.ones(2, 5).bfloat16()
     targets, stats, coef = torch.tensor([1, 2]), torch.zeros(2, 2), torch.ones(2)
     with pytest.raises(ValueError, match="no gradient of dtype code 0 for logits of dtype code 1"):
-        native_rows._backward_into(wide, logits, targets, None, stats, coef, *Head().args(), isa=None, threads=None)
+        cpu_rows._backward_into(wide, logits, targets, None, stats, coef, *Head().args(), isa=None, threads=None)
     assert (wide == 7.0).all()

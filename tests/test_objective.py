@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cpo_kernels import contrastive_loss, reference
+from cpo_kernels import contrastive_loss
+from cpo_kernels.kernels import reference
 from cpo_kernels.objective import Objective, contrast, make_problem, summarize
 
 F64 = torch.float64

@@ -7,7 +7,7 @@ import torch
 from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS
 from tolerance import assert_accurate
 
-from cpo_kernels import backends, reference
+from cpo_kernels.kernels import reference, registry
 
 OPS = torch.ops.cpo_kernels
 ROW_STARTS = {"one_per_row": None, "shared": [0, 2, 2, 5, 6]}
@@ -103,7 +103,7 @@ def test_unwritten_memory_is_poisoned():
 @pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
 def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
     """Forward, backward and backward in place against a float64 log-softmax."""
-    kernels = backends.BACKENDS[backend].rows
+    kernels = registry.BACKENDS[backend].rows
     logits, targets, starts, bias = row_inputs(dtype, row_starts, V)
     rows, coef = reference.token_rows(targets, starts), torch.randn(targets.shape, dtype=torch.float64)
     names = dict(zip(("logit_scale", "softcap", "temperature"), transform, strict=True))
@@ -131,7 +131,7 @@ def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradient_of_several_tokens_a_row_counts_each_once(backend):
     """The same word twice, and a cancelling pair of coefficients."""
-    kernels = backends.BACKENDS[backend].rows
+    kernels = registry.BACKENDS[backend].rows
     logits, targets, starts = torch.randn(2, 5), torch.tensor([3, 3, 0, 1]), torch.tensor([0, 2, 4])
     coef = torch.tensor([1.0, 0.5, 2.0, -2.0])
     stats, _ = kernels.forward(logits, targets, starts, None, 1.0, 0.0, 1.0)

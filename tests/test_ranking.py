@@ -10,7 +10,8 @@ import tiny_models
 import torch
 from devices import DEVICE
 
-from cpo_kernels import CandidateLayout, contrastive_loss, linear_cpo_loss, linear_sequence_logps, reference
+from cpo_kernels import CandidateLayout, contrastive_loss, linear_cpo_loss, linear_sequence_logps
+from cpo_kernels.kernels import reference
 from cpo_kernels.negatives import SentenceEmbedder, mean_pool, similarity_ranks
 
 

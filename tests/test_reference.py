@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import PROBLEMS, dense, eager_loss, random_problem
 
-from cpo_kernels import reference
+from cpo_kernels.kernels import reference
 
 
 def logp_by_hand(logits: list[float], target: int, bias=None, logit_scale=1.0, softcap=None, temperature=1.0) -> float:

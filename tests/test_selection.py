@@ -8,10 +8,10 @@ import pytest
 import torch
 from problems import PROBLEMS, assert_problem_accurate, fused_loss, loss_and_grads, random_problem
 
-from cpo_kernels import backends, cpo_loss, linear_cpo_loss
-from cpo_kernels.backends import selection
-from cpo_kernels.backends.selection import Choice, Sizes, choices_for, overridden
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels import cpo_loss, linear_cpo_loss
+from cpo_kernels.kernels import registry, selection
+from cpo_kernels.kernels.selection import Choice, Sizes, choices_for, overridden
+from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 
@@ -88,46 +88,46 @@ def test_what_is_overridden_comes_back():
     assert before == selection.CHOICES
 
 
-@pytest.mark.parametrize("name", [name for name in ("auto", "torch", "cpu") if name in ("auto", *backends.AVAILABLE)])
+@pytest.mark.parametrize("name", [name for name in ("auto", "torch", "cpu") if name in ("auto", *registry.AVAILABLE)])
 def test_choices_of_another_architecture_change_nothing_here(name):
     measured = [Choice(operation, "sm_90", "cuda", measured="1.1x") for operation in selection.OPERATIONS]
     with overridden():
-        base = backends.select(name, CPU, torch.float32, SIZES)
+        base = registry.select(name, CPU, torch.float32, SIZES)
     with overridden(*measured):
-        assert backends.select(name, CPU, torch.float32, SIZES) is base
+        assert registry.select(name, CPU, torch.float32, SIZES) is base
 
 
 def test_a_call_gets_kernels_of_several_backends(emulated_cuda):
-    base = backends.select("auto", CPU, torch.float32, SIZES)
+    base = registry.select("auto", CPU, torch.float32, SIZES)
     choices = [Choice(operation, HERE, "cuda") for operation in ("row_forward", "contrast", "row_gradient_")]
     with overridden(*choices, Choice("linear_kept", HERE, None)):
-        mixed = backends.select("auto", CPU, torch.float32, SIZES)
-        assert backends.select("auto", CPU, torch.float32) is base  # of unknown sizes
-    assert mixed.name == base.name == ("cpu" if "cpu" in backends.AVAILABLE else "torch")
+        mixed = registry.select("auto", CPU, torch.float32, SIZES)
+        assert registry.select("auto", CPU, torch.float32) is base  # of unknown sizes
+    assert mixed.name == base.name == ("cpu" if "cpu" in registry.AVAILABLE else "torch")
     assert mixed.rows.forward is emulated_cuda.rows.forward
     assert mixed.rows.backward_ is base.rows.backward_
     assert mixed.contrast is emulated_cuda.contrast
     assert mixed.row_gradient_ is emulated_cuda.optional["row_gradient_"]
     assert mixed.linear_kept is None and mixed.linear_forward is None
-    assert backends.select("auto", CPU, torch.float32, SIZES) is base
+    assert registry.select("auto", CPU, torch.float32, SIZES) is base
 
 
 def test_compiled_code_takes_no_choice(emulated_cuda, monkeypatch):
     """The device cannot be asked while a graph is traced."""
-    base = backends.select("auto", CPU, torch.float32)
+    base = registry.select("auto", CPU, torch.float32)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with overridden(Choice("row_forward", HERE, "cuda")):
-        assert backends.select("auto", CPU, torch.float32, SIZES) is base
+        assert registry.select("auto", CPU, torch.float32, SIZES) is base
 
 
 def test_groups_are_as_large_as_each_launch_takes(emulated_cuda, monkeypatch):
     wider = replace(emulated_cuda, contrast_candidates=2048, logits_loss=None)
-    monkeypatch.setitem(backends.BACKENDS, "triton", wider)
-    monkeypatch.setattr(backends, "AVAILABLE", ("cuda", "triton"))
+    monkeypatch.setitem(registry.BACKENDS, "triton", wider)
+    monkeypatch.setattr(registry, "AVAILABLE", ("cuda", "triton"))
     for contrast, logits_loss, limit in (("cuda", None, 1024), ("triton", None, 2048), ("triton", "cuda", 1024)):
         with overridden(Choice("contrast", HERE, contrast), Choice("logits_loss", HERE, logits_loss)):
-            served = backends.select("auto", CPU, torch.float32, SIZES)
-            named = backends.select("cuda", CPU, torch.float32, SIZES)
+            served = registry.select("auto", CPU, torch.float32, SIZES)
+            named = registry.select("cuda", CPU, torch.float32, SIZES)
         assert served.contrast_candidates == limit
         assert (named.logits_loss is None) == (served.logits_loss is None) == (logits_loss is None)
 
@@ -136,10 +136,10 @@ def test_other_row_kernels_leave_no_way_around_them(emulated_cuda):
     """Those of a vocabulary-parallel head know of other processes, what goes around them does not."""
     choices = [Choice(operation, HERE, "cuda") for operation in selection.OPTIONAL]
     with overridden(*choices):
-        served = backends.select("cuda", CPU, torch.float32, SIZES)
+        served = registry.select("cuda", CPU, torch.float32, SIZES)
     assert None not in (served.row_gradient_, served.linear_forward, served.linear_kept)
-    other = served.with_rows(backends.ROWS)
-    assert other.rows is backends.ROWS
+    other = served.with_rows(registry.ROWS)
+    assert other.rows is registry.ROWS
     assert (other.row_gradient_, other.linear_forward, other.linear_kept, other.linear_statistics) == (None,) * 4
 
 
@@ -172,7 +172,7 @@ def test_the_loss_by_a_fused_forward_of_another_backend(emulated_cuda, emulator,
     launch = emulator.linear_forward
     monkeypatch.setattr(emulator, "linear_forward", lambda **arguments: launches.append(1) or launch(**arguments))
     with overridden(Choice("linear_forward", HERE, "cuda")), torch.no_grad():
-        assert backends.select("auto", CPU, torch.bfloat16, SIZES).linear_forward is not None
+        assert registry.select("auto", CPU, torch.bfloat16, SIZES).linear_forward is not None
         out = backends_loss(problem)
     assert launches
     torch.testing.assert_close(out, backends_loss(problem.to(torch.float64)).float(), rtol=1e-3, atol=1e-3)

@@ -24,7 +24,7 @@ from tiny_models import gpt2
 
 from cpo_kernels import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
-from cpo_kernels.models.sharing import check_prefix_sharing, pack_groups, tree_inputs
+from cpo_kernels.models.prefix.probe import check_prefix_sharing, pack_groups, tree_inputs
 
 pytestmark = pytest.mark.cpu
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sharing_models import all_rows, assert_shares, groups, tiny
 
-from cpo_kernels.models.sharing import check_prefix_sharing, pack_groups, tree_inputs
+from cpo_kernels.models.prefix.probe import check_prefix_sharing, pack_groups, tree_inputs
 
 pytestmark = pytest.mark.cuda
 

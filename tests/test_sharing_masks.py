@@ -12,8 +12,8 @@ from sharing_models import (
 from torch.nn import functional
 from torch.nn.attention.bias import CausalBias
 
-from cpo_kernels.models.sharing import PrefixTree, pack_groups, tree_inputs
-from cpo_kernels.models.sharing_attention import TreeMask
+from cpo_kernels.models.prefix.attention import TreeMask
+from cpo_kernels.models.prefix.probe import PrefixTree, pack_groups, tree_inputs
 
 pytestmark = pytest.mark.cpu
 

@@ -8,7 +8,7 @@ from sharing_models import (
     groups,
 )
 
-from cpo_kernels.models.sharing import pack_groups
+from cpo_kernels.models.prefix.probe import pack_groups
 
 pytestmark = pytest.mark.cpu
 

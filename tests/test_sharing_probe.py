@@ -18,8 +18,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from cpo_kernels.models import sharing, sharing_masks
-from cpo_kernels.models.sharing import PrefixTree, check_prefix_sharing, pack_groups, tree_inputs
+from cpo_kernels.models.prefix import masks, probe
+from cpo_kernels.models.prefix.probe import PrefixTree, check_prefix_sharing, pack_groups, tree_inputs
 
 pytestmark = pytest.mark.cpu
 
@@ -39,7 +39,7 @@ def by_index(tree: PrefixTree) -> PrefixTree:
 def test_the_probe_detects_one_mask_for_a_model_with_windows(family, window, monkeypatch):
     model = tiny(family, "eager", sliding_window=window)
     check_prefix_sharing(model)
-    monkeypatch.setattr(sharing_masks, "layer_windows", no_windows)
+    monkeypatch.setattr(masks, "layer_windows", no_windows)
     with pytest.raises(RuntimeError, match=r"hidden states differ .* expected at most 0.001 in torch.float32"):
         check_prefix_sharing(model)
     assert model.config.sliding_window == window
@@ -53,7 +53,7 @@ def test_the_probe_detects_windows_of_indices(family, window, monkeypatch):
     def wrong(model, tree):
         return tree_inputs(model, by_index(tree)) | {"position_ids": tree.positions}
 
-    monkeypatch.setattr(sharing, "tree_inputs", wrong)
+    monkeypatch.setattr(probe, "tree_inputs", wrong)
     with pytest.raises(RuntimeError, match="hidden states differ"):
         check_prefix_sharing(model)
 
@@ -65,7 +65,7 @@ def test_the_probe_detects_positions_that_are_not_restarted(family, monkeypatch)
     def wrong(model, tree):
         return tree_inputs(model, tree) | {"position_ids": by_index(tree).positions}
 
-    monkeypatch.setattr(sharing, "tree_inputs", wrong)
+    monkeypatch.setattr(probe, "tree_inputs", wrong)
     with pytest.raises(RuntimeError, match=r"hidden states differ|failed on packed rows"):
         check_prefix_sharing(model)
 

@@ -10,8 +10,9 @@ import pytest
 import simt_host
 import torch
 
-from cpo_kernels import reference
-from cpo_kernels.backends import native_cuda, native_groups
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.cuda import groups as cuda_groups
+from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.objective import Objective
 
 pytestmark = [
@@ -101,10 +102,10 @@ def small_loss() -> bool:
     objective = Objective()
     options = {name: getattr(objective, name) for name in OPTIONS} | {"num_groups": 5, "num_target_tokens": 10}
     options |= {"gain": 1.0, "max_candidates": 2, "threads": 64}
-    stats, logps = native_cuda.row_forward(logits, targets, None, *head, threads=64)
-    _, coef = native_groups.contrast(logps, *groups, **options)
-    apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
-    native_groups.cpo_loss(logits, targets, logits, *groups, *head, **options)
+    stats, logps = cuda_rows.row_forward(logits, targets, None, *head, threads=64)
+    _, coef = cuda_groups.contrast(logps, *groups, **options)
+    apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *head, threads=64)
+    cuda_groups.cpo_loss(logits, targets, logits, *groups, *head, **options)
     return torch.equal(logits, apart)
 
 
@@ -112,9 +113,9 @@ def small_gradient() -> bool:
     """Whether forward and gradient in one read are about what they are in two launches; clusters of two, in place."""
     logits, targets, coef = torch.randn(3, 1031), torch.tensor([1, 700, 1030]), torch.ones(3)
     head = (None, 1.0, 0.0, 1.0)
-    stats, _ = native_cuda.row_forward(logits, targets, None, *head, threads=64)
-    apart = native_cuda.row_backward(logits, targets, None, stats, coef, *head, threads=64)
-    native_cuda.row_gradient_(logits, targets, None, coef, *head, threads=64, slice_bytes=2500)
+    stats, _ = cuda_rows.row_forward(logits, targets, None, *head, threads=64)
+    apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *head, threads=64)
+    cuda_rows.row_gradient_(logits, targets, None, coef, *head, threads=64, slice_bytes=2500)
     return torch.allclose(logits, apart, rtol=1e-5, atol=1e-7)
 
 
@@ -123,10 +124,10 @@ def small_run() -> bool:
     V, threads = 4500, 128
     logits, targets, coef = torch.randn(3, V), torch.tensor([1, V, 2]), torch.randn(3)
     plain = (None, 1.0, 0.0, 1.0)
-    stats, logps = native_cuda.row_forward(logits, targets, None, *plain, threads=threads)
+    stats, logps = cuda_rows.row_forward(logits, targets, None, *plain, threads=threads)
     exact = reference.row_forward(logits.double(), targets.clamp(max=V - 1), None, *plain)[1].float()
-    apart = native_cuda.row_backward(logits, targets, None, stats, coef, *plain, threads=threads)
-    native_cuda.row_backward_(logits, targets, None, stats, coef, *plain, torch.bfloat16, threads=threads)
+    apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *plain, threads=threads)
+    cuda_rows.row_backward_(logits, targets, None, stats, coef, *plain, torch.bfloat16, threads=threads)
     narrow = reference.narrow_view(logits, torch.bfloat16)
     right = torch.allclose(logps[[0, 2]], exact[[0, 2]], rtol=1e-5)
     return right and bool(logps[1].isnan()) and torch.equal(narrow, apart.bfloat16())

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from cpo_kernels.backends import native, native_rows
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import rows as cpu_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(not native.available(), reason="needs the compiled CPU extension"),
+    pytest.mark.skipif(not cpu_extension.available(), reason="needs the compiled CPU extension"),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
@@ -29,7 +30,7 @@ ROWS, VOCAB = 64, 4096  # enough logits for several threads
 def log_probabilities(threads: int) -> torch.Tensor:
     logits = torch.randn(ROWS, VOCAB, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(ROWS)
-    return native_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0, threads=threads)[1]
+    return cpu_rows.row_forward(logits, targets, None, None, 1.0, 0.0, 1.0, threads=threads)[1]
 
 
 PROCESS = """
@@ -66,7 +67,7 @@ def test_one_openmp_runtime_and_no_threads_besides_those_of_torch():
 
 
 def test_the_extension_links_no_openmp_runtime():
-    library = Path(native.extension().__file__).read_bytes()
+    library = Path(cpu_extension.extension().__file__).read_bytes()
     assert b"libgomp" not in library and b"libomp" not in library and b"libiomp" not in library
 
 
@@ -88,10 +89,10 @@ def test_workers_that_are_forked_after_the_threads_were_used_compute_too():
 def test_without_a_runtime_one_thread_does_all_of_it(tmp_path, monkeypatch):
     expected = log_probabilities(2)
     copy = shutil.copy(
-        native.extension().__file__, tmp_path
+        cpu_extension.extension().__file__, tmp_path
     )  # the same file would be the same module, with its runtime
     spec = importlib.util.spec_from_file_location("cpo_kernels._cpu", copy)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(native_rows, "extension", lambda: module)
+    monkeypatch.setattr(cpu_rows, "extension", lambda: module)
     torch.testing.assert_close(log_probabilities(2), expected, rtol=0, atol=0)

@@ -9,8 +9,9 @@ import torch
 from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, GemmCounter, budget_of, random_problem
 from tolerance import assert_accurate
 
-from cpo_kernels import counter_random, linear_token_logps, linear_token_statistics, reference
-from cpo_kernels.reference import transform_logits
+from cpo_kernels import linear_token_logps, linear_token_statistics
+from cpo_kernels.kernels import counter_random, reference
+from cpo_kernels.kernels.reference import transform_logits
 
 # A correct sampler fails a chi-square test as rarely as this.
 SIGNIFICANCE_QUANTILE = 4.75  # of the standard normal: one in a million

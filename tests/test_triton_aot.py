@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from benchmarks import aot, aot_versions
 from benchmarks.aot_cases import CASES, WGMMA, WIDE_LOAD, WIDE_STORE
-from cpo_kernels.backends.triton import tuning
+from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpo_kernels.backends.triton.contrast import MAX_CANDIDATES, contrast
+from cpo_kernels.kernels.triton.contrast import MAX_CANDIDATES, contrast
 from cpo_kernels.objective import Objective
 
 # Small enough that groups of a few candidates with a few tokens cross several blocks.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpo_kernels import reference
-from cpo_kernels.backends.triton import linear, tuning
-from cpo_kernels.backends.triton.linear import linear_forward
-from cpo_kernels.backends.triton.splits import LinearForward
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.triton import linear, tuning
+from cpo_kernels.kernels.triton.linear import linear_forward
+from cpo_kernels.kernels.triton.splits import LinearForward
 
 pytestmark = pytest.mark.triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

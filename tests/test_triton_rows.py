@@ -13,9 +13,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpo_kernels import reference
-from cpo_kernels.backends.transform import fold_transform
-from cpo_kernels.backends.triton import gradients, rows, tuning
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.transform import fold_transform
+from cpo_kernels.kernels.triton import gradients, rows, tuning
 
 pytestmark = pytest.mark.triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

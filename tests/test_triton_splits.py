@@ -13,8 +13,8 @@ from devices import DEVICE
 
 pytest.importorskip("triton")
 
-from cpo_kernels.backends.triton import splits, tuning
-from cpo_kernels.backends.triton.splits import plan_grid
+from cpo_kernels.kernels.triton import splits, tuning
+from cpo_kernels.kernels.triton.splits import plan_grid
 
 
 @pytest.mark.cpu
@@ -70,7 +70,7 @@ def test_launches_without_descriptors_take_other_sizes(monkeypatch, arch, kernel
 COMPILED = """
 import torch
 from benchmarks import aot
-from cpo_kernels.backends.triton.linear import linear_forward
+from cpo_kernels.kernels.triton.linear import linear_forward
 
 if __name__ == "__main__":
     config = {"BLOCK_R": 16, "BLOCK_V": 32, "BLOCK_H": 16, "SPLITS": 2, "num_warps": 4, "num_stages": 2}

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from cpo_kernels.backends import triton_support
-from cpo_kernels.backends.triton import gradients
+from cpo_kernels.kernels.triton import gradients
+from cpo_kernels.kernels.triton import support as triton_support
 
 pytestmark = pytest.mark.cpu
 

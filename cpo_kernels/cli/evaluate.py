@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.files import write_whole
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
+from cpo_kernels.trainer.files import write_whole
 from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 
 from .errors import InputError, input_errors

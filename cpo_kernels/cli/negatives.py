@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cpo_kernels.files import write_whole
 from cpo_kernels.negatives.autoregressive import write_negatives
+from cpo_kernels.trainer.files import write_whole
 
 from .errors import InputError, input_errors
 from .parsing import Settings, parse

@@ -26,7 +26,7 @@ class FusedCPOTrainer(CPOTrainer):
     ``alpha != 0`` (AlphaPO, Gupta et al. 2025, arXiv 2501.03884) TRL's own formula of the log-likelihoods runs inside
     :func:`cpo_kernels.linear_sequence_loss`. ``logits/*`` are NaN for a model with a softcap.
 
-    ``head_options``, empty at first, takes options of :class:`cpo_kernels.head.Head`, such as ``max_logits_bytes``,
+    ``head_options``, empty at first, takes options of :class:`cpo_kernels.options.Head`, such as ``max_logits_bytes``,
     before training.
 
     Raises:

@@ -13,9 +13,9 @@ from torch.nn.functional import pad
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
-from cpo_kernels.head import HeadOptions
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
+from cpo_kernels.options import HeadOptions
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest

@@ -8,7 +8,7 @@ from .attach import (
     StatisticsRequest,
     attach_linear_loss,
 )
-from .sharing import PrefixTree, SharedBatch, check_prefix_sharing, pack_groups
+from .prefix.probe import PrefixTree, SharedBatch, check_prefix_sharing, pack_groups
 
 __all__ = [
     "CPORequest",

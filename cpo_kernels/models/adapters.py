@@ -20,7 +20,7 @@ class AppliedHead:
         weight: (V, F), the columns of the adapters behind those of the head. Of a tied head it is a node of its own:
             the gradient that comes for it is written to, so it must not be one that something else holds.
         bias: (V,) or None.
-        frozen_columns: leading columns of the weight that need no gradient, see :class:`cpo_kernels.head.Head`.
+        frozen_columns: leading columns of the weight that need no gradient, see :class:`cpo_kernels.options.Head`.
     """
 
     features: Tensor

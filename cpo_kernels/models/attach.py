@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head, head_options, verify_head
+from .prefix.masks import with_prefix_tree
+from .prefix.tree import PrefixTree
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRequest, StatisticsRequest
 from .sharded import may_be_sharded, run_inside
-from .sharing_masks import with_prefix_tree
-from .sharing_tree import PrefixTree
 from .tied import find_embedding, one_gradient
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
+from cpo_kernels.engine.statistics import linear_token_statistics
 from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps, linear_sequence_loss
+from cpo_kernels.kernels.reference import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
-from cpo_kernels.reference import IGNORE_INDEX
-from cpo_kernels.token_statistics import linear_token_statistics
 
 from .adapters import AppliedHead
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels import counter_random, reference
+from cpo_kernels.kernels import counter_random, reference
 
 from .mean_field import token_seeds
 

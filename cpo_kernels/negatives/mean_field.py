@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels import counter_random
-from cpo_kernels.token_statistics import linear_token_statistics
+from cpo_kernels.engine.statistics import linear_token_statistics
+from cpo_kernels.kernels import counter_random
 
 
 class MeanField(NamedTuple):

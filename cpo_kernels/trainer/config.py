@@ -110,10 +110,10 @@ class CPOConfig(TrainingArguments):
     )
     max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. Default: the backend's.")
     candidate_eps: float | None = _option(
-        None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.head."
+        None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.options."
     )
     grad_filter_eps: float | None = _option(
-        None, "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.head."
+        None, "Leave vocabulary columns without a gradient above this out of it: see cpo_kernels.options."
     )
     logits_dtype: str | None = _option(
         None, "float32: log-likelihoods of half-precision models without the rounding of their logits; or None."

@@ -18,12 +18,12 @@ from typing import Any
 
 from transformers import PrinterCallback
 
-from cpo_kernels.files import write_whole
 from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
 
 from .config import CPOConfig
 from .data import TokenizedExamples
+from .files import write_whole
 from .generations import GenerationStatistics, generation_statistics
 from .judges import Judge
 from .reference import fingerprint

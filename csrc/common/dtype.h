@@ -13,7 +13,7 @@ struct f16 {
   std::uint16_t bits;
 };
 
-// The codes are part of the bindings: cpo_kernels/backends/native_checks.py has them.
+// The codes are part of the bindings: cpo_kernels/kernels/checks.py has them.
 enum class DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };
 constexpr int kNumDTypes = 3;
 

@@ -8,7 +8,7 @@
 
 namespace cpo {
 
-// The codes are part of the bindings: cpo_kernels/backends/native_cuda.py passes them.
+// The codes are part of the bindings: cpo_kernels/kernels/cuda/groups.py passes them.
 enum class Loss : int { kPlackettLuce = 0, kHinge = 1, kIpo = 2 };
 constexpr int kNumLosses = 3;
 

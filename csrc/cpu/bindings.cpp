@@ -1,4 +1,4 @@
-// cpo_kernels._cpu: addresses and sizes in, nothing of torch. cpo_kernels/backends/native_*.py have checked them.
+// cpo_kernels._cpu: addresses and sizes in, nothing of torch. cpo_kernels/kernels/cpu/ has checked them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-// The fused linear forward in cpo_kernels._cuda; cpo_kernels/backends/native_hopper.py has checked the addresses.
+// The fused linear forward in cpo_kernels._cuda; cpo_kernels/kernels/cuda/hopper.py has checked the addresses.
 #include "cuda/bind_linear.h"
 
 #include <stdexcept>

@@ -1,4 +1,4 @@
-// cpo_kernels._cuda: addresses and sizes in, nothing of torch. cpo_kernels/backends/native_cuda.py has checked them.
+// cpo_kernels._cuda: addresses and sizes in, nothing of torch. cpo_kernels/kernels/cuda/ has checked them.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from cpo_kernels.integrations.liger import LigerFusedLinearDPOLoss  # was: from liger_kernel.chunked_loss import ...
+from cpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
 
 WORDS, SHOWN, LENGTH = 31, 3, 8
 

@@ -106,7 +106,7 @@ struct Head {
   bool bias;
 };
 
-// cap and mult as cpo_kernels/backends/native_rows.py makes them of logit_scale, softcap and temperature.
+// cap and mult as cpo_kernels/kernels/cpu/rows.py makes them of logit_scale, softcap and temperature.
 inline const Head kHeads[] = {
     {"plain", {1.0f, 0.0f, 1.0f}, false},
     {"scale 1.7, temperature 0.6", {1.7f / 0.6f, 0.0f, 1.7f / 0.6f}, false},

@@ -1,0 +1,213 @@
+"""Filtered gradients: easy candidates and quiet vocabulary columns left out of GEMMs 2 and 3, and what that leaves out.
+
+Both thresholds are in units of the largest coefficient that the loss gives a token, so that they do not depend on beta
+or on the size of the batch. The mass of a gradient is the sum of the absolute values of the gradient with respect to
+the logits, token by token: ``2 |coef| (1 - p)`` for a token of probability p. A row of ``dlogits`` moves the gradient
+of hidden by at most its mass times the largest norm of a row of the weight, and likewise for the weight, so the mass
+dropped bounds the error.
+
+The columns that are left out still enter the products, all of them as one: their rows of the gradient are close to
+multiples of one another, since what is far down in a softmax differs little between rows. That column is the sum of
+theirs, and stands for each by the share of it that the column has in the mass (the rank-one product of both). What is
+then missing is the difference, a small part of what the columns would be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels.reference import IGNORE_INDEX, long_slices, tile_elements
+from cpo_kernels.layout import Block, to_device
+
+from .products import REST_BLOCKS
+
+if TYPE_CHECKING:
+    from cpo_kernels.kernels.registry import Backend
+
+# Columns are compacted only if at most this share remains: a pass over the gradient must save more than it costs.
+WORTHWHILE_COLUMNS = 0.75
+# Lifts shares of a hundred thousand columns out of float16's subnormals, and no mean of weights to its largest number.
+SHARES_SCALE = 16.0
+# Float32 numbers held of a column: its largest and its mass, what is left out of that, and shares that wait, twice.
+STATISTICS = 4 + 2 * REST_BLOCKS
+
+
+class Kept(NamedTuple):
+    """What of a block's gradient enters GEMMs 2 and 3.
+
+    Attributes:
+        dlogits: (k, c), within the memory of the block's logits; (k, c + 1) with the sum of the others last where only
+            some columns are kept.
+        rows: (k,) or a slice, rows of ``hidden``.
+        columns: (c,) vocabulary entries, or None for all of them.
+        absent: (k,) bool, rows whose gradient is 0 and whose hidden states may be anything; None: there are none.
+        shares: (V,) of every column in the sum of those that are not kept, 0 for those that are; None for all columns.
+        spare: memory of the block's logits that ``dlogits`` does not need, for (c + 1, H) numbers; None likewise.
+    """
+
+    dlogits: Tensor
+    rows: Tensor | slice
+    columns: Tensor | None = None
+    shares: Tensor | None = None
+    spare: Tensor | None = None
+    absent: Tensor | None = None
+
+
+@dataclass
+class GradientFilter:
+    """The filters of one call and the mass that they have seen and dropped.
+
+    Attributes:
+        candidate_threshold: absolute coefficient up to which a candidate is dropped; None keeps all.
+        column_threshold: absolute gradient up to which a column is dropped; None keeps all.
+        slope: derivative of the transformed logit by the raw one, without a softcap.
+        hidden_size: H.
+        total: mass of the exact gradient.
+        dropped: mass left out.
+    """
+
+    candidate_threshold: float | Tensor | None
+    column_threshold: float | Tensor | None
+    slope: float
+    hidden_size: int
+    total: float | Tensor = 0.0
+    dropped: float | Tensor = 0.0
+
+    @property
+    def share(self) -> Tensor:
+        """Dropped mass over total mass, 0 without any gradient."""
+        if not isinstance(self.total, Tensor):  # no chunk had a gradient
+            return torch.zeros((), device="cpu")
+        return (self.dropped / self.total).where(self.total > 0, 0.0).clamp(max=1.0)
+
+    def drop_candidates(
+        self, contrast: Tensor, coef: Tensor, logps: Tensor, slots: Tensor, always: Tensor | None = None
+    ) -> Tensor:
+        """Coefficients (n,) of a chunk's slots, 0 for candidates that the contrast has settled.
+
+        Args:
+            contrast: (S,) coefficient of each candidate in the contrast.
+            coef: (S,) coefficient of each of its tokens.
+            logps: (n,) log-probabilities.
+            slots: (S,) slots of each candidate.
+            always: (S,) bool, candidates that count whatever the contrast says (those of an NLL), or None.
+        """
+
+        def of_slots(values: Tensor) -> Tensor:
+            return values.repeat_interleave(slots, output_size=logps.numel())
+
+        mass = of_slots(coef).abs() * (-2 * abs(self.slope) * torch.expm1(logps))
+        self.total = self.total + mass.sum(dtype=torch.float64)
+        if self.candidate_threshold is None:
+            return of_slots(coef)
+        settled = contrast.abs() <= self.candidate_threshold  # NaN is not settled
+        if always is not None:
+            settled &= ~always
+        self.dropped = self.dropped + mass.masked_fill(~of_slots(settled), 0.0).sum(dtype=torch.float64)
+        return of_slots(coef.masked_fill(settled, 0.0))
+
+    def compact(self, backend: Backend, block: Block, dlogits: Tensor, coef: Tensor) -> Kept | None:
+        """The rows and columns of ``dlogits`` (r, V) that are kept, moved to its front; None if nothing is.
+
+        Costs a GPU one synchronisation, after which the host knows the sizes.
+
+        Args:
+            backend: supplies the statistics of the columns.
+            block: the rows.
+            dlogits: (r, V), overwritten.
+            coef: (n,) coefficients of the block's slots.
+        """
+        device = dlogits.device
+        counts = (coef != 0) & (block.targets != IGNORE_INDEX)
+        if self.column_threshold is None:
+            rows, columns = active_rows(block, counts.cpu()), None
+        else:
+            largest, mass = backend.column_stats(dlogits)
+            quiet = (largest <= self.column_threshold) & ~mass.isnan()  # a maximum may pass over NaN, a sum does not
+            rows_flags, loud = torch.cat([counts, ~quiet]).cpu().split([counts.numel(), quiet.numel()])
+            rows, columns = active_rows(block, rows_flags), loud.nonzero().squeeze(1)
+        if rows.numel() == 0:
+            return None
+        if columns is None or not worth_compacting(dlogits, rows.numel(), columns.numel(), self.hidden_size):
+            if rows.numel() == block.num_rows:
+                return Kept(dlogits, block.rows)
+            moved, rows = move_rows_(dlogits, rows)
+            return Kept(moved, block.row_indices(device)[to_device(rows, device)])
+        left_out = mass.masked_fill(~quiet, 0.0)
+        self.dropped = self.dropped + left_out.sum(dtype=torch.float64)
+        if columns.numel() == 0:
+            return None
+        rows, columns = to_device(rows, device), to_device(columns, device)
+        kept, spare = move_elements_(backend, dlogits, rows, columns)
+        shares = left_out / left_out.sum().clamp(min=torch.finfo(mass.dtype).tiny)
+        return Kept(kept, block.row_indices(device)[rows], columns, shares, spare)
+
+
+def scratch_bytes(vocab: int, device: torch.device) -> int:
+    """Bytes that a filtered call holds besides logits and gathered rows: three float32 tiles, (V,) statistics."""
+    return 4 * (3 * tile_elements(device) + STATISTICS * vocab)
+
+
+def active_rows(block: Block, active: Tensor) -> Tensor:
+    """Rows of a block, as increasing host integers, any of whose slots is ``active`` (n,)."""
+    if block.host_row_starts is None:
+        return active.nonzero().squeeze(1)
+    counted = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
+    return counted[block.host_row_starts].diff().nonzero().squeeze(1)
+
+
+def worth_compacting(dlogits: Tensor, rows: int, columns: int, hidden_size: int) -> bool:
+    """Whether few enough columns remain, and leave room for their rows of the weight in the memory of the logits."""
+    room = (columns + 1) * (rows + hidden_size) <= flat_view(dlogits).numel()
+    return room and columns <= WORTHWHILE_COLUMNS * dlogits.shape[1]
+
+
+def flat_view(matrix: Tensor) -> Tensor:
+    """The memory from the first to the last element of a matrix of unit column stride, gaps between rows included."""
+    return matrix.as_strided(((matrix.shape[0] - 1) * matrix.stride(0) + matrix.shape[1],), (1,))
+
+
+def move_rows_(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The k given ``rows``, increasing host integers, in the first rows of ``matrix``; returns those, and their order.
+
+    Only rows beyond the first k move, into the places of rows that are not kept: at most half of the matrix.
+    """
+    order = torch.arange(rows.numel(), device="cpu")
+    stay = rows < rows.numel()
+    hole = torch.ones(rows.numel(), dtype=torch.bool, device="cpu")
+    hole[rows[stay]] = False
+    order[hole] = rows[~stay]
+    holes, movers = (to_device(t, matrix.device) for t in (hole.nonzero().squeeze(1), rows[~stay]))
+    for tile in moving_tiles(matrix, movers.numel()):
+        matrix.index_copy_(0, holes[tile], matrix.index_select(0, movers[tile]))
+    return matrix[: rows.numel()], order
+
+
+def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
+    """Slices of ``rows`` rows, a copy of which is small beside the matrix and large beside a launch."""
+    return long_slices(rows, matrix.shape[1], tile_elements(matrix.device))
+
+
+def move_elements_(backend: Backend, matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix[rows][:, columns]`` densely at the front of its memory, and the memory left; both index increasing.
+
+    What the other columns add up to is one more column behind them: from the rounded gradient and not from what it
+    should sum to, since the rounding of a target is large beside it. Element (i, j) of the result lies at or before the
+    start of its source row, which no later tile reads any more.
+    """
+    flat, width = flat_view(matrix), columns.numel() + 1
+    for tile in moving_tiles(matrix, rows.numel()):
+        part = backend.take_columns(matrix, rows[tile], columns)
+        flat[tile.start * width : tile.stop * width].view(-1, width).copy_(part)
+    size = rows.numel() * width
+    return flat[:size].view(-1, width), flat[size:]
+
+
+def mean_row(weight: Tensor, shares: Tensor) -> Tensor:
+    """(H,) mean of the rows of (V, H) by their ``shares`` (V,), which add up to 1, in the dtype of the weight."""
+    scale = SHARES_SCALE if weight.dtype == torch.float16 else 1.0
+    return torch.mm((shares * scale).to(weight.dtype)[None], weight)[0] / scale

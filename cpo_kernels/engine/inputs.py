@@ -1,0 +1,166 @@
+"""Checks and flattening of what users pass, before anything is computed. Nothing here looks at values of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.layout import CandidateLayout, to_device
+from cpo_kernels.objective import Objective, ObjectiveOptions
+from cpo_kernels.options import Head, HeadOptions
+
+from .call import LinearCall
+from .vocab_parallel import is_dtensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD_NAMES = frozenset(HeadOptions.__annotations__)
+OBJECTIVE_NAMES = frozenset(ObjectiveOptions.__annotations__)
+
+
+def split_options(function: str, options: dict[str, Any]) -> tuple[Objective, Head]:
+    """Keyword arguments as (objective, head); raises ``TypeError`` naming an unknown one."""
+    for name in options:
+        if name not in HEAD_NAMES and name not in OBJECTIVE_NAMES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    objective = {name: value for name, value in options.items() if name in OBJECTIVE_NAMES}
+    for name in ("num_groups", "num_target_tokens"):
+        if objective.get(name) is not None:
+            objective[name] = float(objective[name])
+    return Objective(**objective), Head(**{name: value for name, value in options.items() if name in HEAD_NAMES})
+
+
+class Inputs(NamedTuple):
+    """Checked inputs of a linear function, flattened: hidden (R, H), weight (V, H), bias (V,) and the call."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    call: LinearCall
+    shape: tuple[int, ...]
+    layout_ranks: Tensor | Sequence[int] | None
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
+    """Raise ``ValueError`` for dtypes, devices or shapes that do not fit; the message shows both sides."""
+    if not torch.compiler.is_compiling():
+        check_whole(hidden, weight, bias)
+    if hidden.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"hidden must be one of {FLOAT_DTYPES}, got {hidden.dtype}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}) with V >= 1, got {tuple(weight.shape)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in FLOAT_DTYPES):
+        raise ValueError(f"bias must be floating point ({weight.shape[0]},), got {bias.dtype} {tuple(bias.shape)}")
+    check_targets(targets)
+    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+
+
+def check_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ``ValueError`` for a DTensor, whose shards may be those of FSDP, with other data on every process."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and is_dtensor(tensor):
+            raise ValueError(
+                f"{name} is a DTensor placed {tuple(tensor.placements)}, expected a tensor. "  # type: ignore[attr-defined]
+                "Weights of FSDP2 are whole inside the model's forward, where attach_linear_loss computes the loss; "
+                "elsewhere full_tensor(grad_placements=[Partial('avg')]) gathers them and averages their gradient. A "
+                "head sharded along the vocabulary by tensor parallelism takes vocab_shard=VocabShard.of(weight)"
+            )
+
+
+def check_targets(targets: Tensor) -> None:
+    """Raise ``ValueError`` unless targets are int64."""
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+
+
+def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors in the autocast dtype if autocast is on for the device, as ``F.linear`` would take them."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    layout: CandidateLayout | None,
+    bias: Tensor | None,
+    head: Head,
+    *,
+    grouped: bool = True,
+) -> Inputs:
+    """Check and flatten; ``grouped`` asks for the (G, C, T, H) form when there is no layout."""
+    if hidden.dim() == 0:
+        raise ValueError("hidden must be (..., H), got a scalar of shape ()")
+    if targets.shape != hidden.shape[:-1] and layout is None:
+        raise ValueError(f"targets must have shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
+    if head.vocab_shard is not None:
+        weight = head.vocab_shard.local("weight", weight)
+        bias = None if bias is None else head.vocab_shard.local("bias", bias)
+    hidden, weight, bias = autocast(hidden.device, hidden, weight, bias)  # type: ignore[assignment]
+    check_head(hidden, weight, bias, targets)
+    if head.frozen_columns > weight.shape[1]:
+        raise ValueError(f"frozen_columns must be at most H = {weight.shape[1]}, got {head.frozen_columns}")
+    if head.logits_dtype is not None and hidden.dtype == torch.float64:
+        raise ValueError(f"logits_dtype={head.logits_dtype} is less exact than hidden, which is {hidden.dtype}")
+    if layout is not None:
+        if hidden.dim() != 2 or targets.shape != (layout.num_tokens,):
+            raise ValueError(
+                f"with a layout, hidden must be (R, H) and targets ({layout.num_tokens},), "
+                f"got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+            )
+        if layout.rows is None and hidden.shape[0] != layout.num_tokens:
+            raise ValueError(f"without rows, hidden must have {layout.num_tokens} rows, got {hidden.shape[0]}")
+        if layout.rows is not None and layout.rows.device != hidden.device:
+            raise ValueError(f"layout.rows must be on the device of hidden, {hidden.device}, got {layout.rows.device}")
+        call = LinearCall(targets, layout.rows, layout.cu_tokens, layout.cu_groups, head)
+        return Inputs(hidden, weight, bias, call, (layout.num_segments,), layout.ranks)
+    if grouped and hidden.dim() != 4:
+        raise ValueError(f"hidden must be (G, C, T, H), or (R, H) with a layout, got {tuple(hidden.shape)}")
+    *segments, length = targets.shape if targets.dim() else (1,)
+    num_segments = int(torch.Size(segments).numel())
+    per_group = segments[-1] if grouped else num_segments
+    if grouped and (num_segments == 0 or length == 0):
+        raise ValueError(f"group 0 is empty: targets have shape {tuple(targets.shape)}")
+    call = LinearCall(
+        targets.reshape(-1),
+        None,
+        [s * length for s in range(num_segments + 1)],
+        list(range(0, num_segments + 1, max(1, per_group))),
+        head,
+    )
+    return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call, tuple(segments), None)
+
+
+def per_segment(
+    name: str, values: Tensor | Sequence[int] | None, shape: tuple[int, ...], like: Tensor
+) -> Tensor | None:
+    """``ref_logps`` or ``ranks`` flattened to contiguous (S,), checked to have ``shape``."""
+    if values is None:
+        return None
+    if not isinstance(values, Tensor):
+        values = to_device(torch.tensor(values, device="cpu"), like.device)
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(values.shape)}")
+    if values.device != like.device:
+        raise ValueError(f"{name} must be on the device of the input, {like.device}, got {values.device}")
+    integer = not values.is_floating_point() and values.dtype != torch.bool
+    if integer != (name == "ranks"):
+        raise ValueError(f"{name} must be {'integers' if name == 'ranks' else 'floating point'}, got {values.dtype}")
+    return values.detach().reshape(-1).contiguous()
+
+
+def merge_ranks(ranks: Tensor | None, inputs: Inputs) -> Tensor | None:
+    """Ranks of the argument or of the layout, (S,); raises ``ValueError`` if both are given."""
+    if ranks is not None and inputs.layout_ranks is not None:
+        raise ValueError("ranks are given twice: as an argument and in the layout")
+    chosen = inputs.layout_ranks if ranks is None else ranks
+    return per_segment("ranks", chosen, inputs.shape, inputs.hidden)

@@ -1,0 +1,172 @@
+"""The engine: whole groups at a time, three GEMMs in one pass over the logits. Backends differ in the rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels.reference import accumulate_dtype
+from cpo_kernels.layout import Tokens, split_blocks
+
+from . import products
+from .filters import GradientFilter, Kept, mean_row
+from .head import LinearHead
+from .plan import Plan
+
+
+class ChunkTokens(NamedTuple):
+    """The slots of some whole groups: n of them in s segments.
+
+    Attributes:
+        groups: indices of the groups.
+        segments: their segments, among all.
+        starts: (s + 1,) prefix count of the slots of each segment, from anywhere.
+        slots_per_segment: slots of every segment, where they all have as many and the host knows it.
+        num_slots: n.
+    """
+
+    groups: range
+    segments: slice
+    starts: Tensor
+    slots_per_segment: int | None
+    num_slots: int
+
+    @property
+    def slots(self) -> Tensor:
+        """(s,) slots of each segment."""
+        return self.starts.diff()
+
+
+# Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
+# argument), dloss / dlogp (n,) of each slot.
+Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
+# The same coefficients of a loss for which they do not depend on the log-probabilities.
+Coefficients = Callable[[ChunkTokens], Tensor]
+
+
+class Gradients:
+    """Gradients of (hidden, weight, bias), summed over blocks; None where not needed.
+
+    ``rows_once``: no row is in two blocks. A row that predicts several tokens may serve several chunks.
+    """
+
+    def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], *, num_blocks: int, rows_once: bool) -> None:
+        self.linear = linear
+        self.rows_once = rows_once
+        self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        self.trained = slice(linear.head.frozen_columns, None)
+        self.weight = (
+            products.WeightGrad(linear.backend, linear.weight[:, self.trained], num_blocks) if needs[1] else None
+        )
+        self.bias = None
+        if needs[2] and linear.bias is not None:
+            self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
+
+    def add(self, kept: Kept) -> None:
+        """GEMMs 2 and 3 of one block."""
+        if kept.columns is not None:
+            self.add_columns(kept, kept.columns)
+            return
+        linear, dlogits, rows = self.linear, kept.dlogits, kept.rows
+        if self.hidden is not None:
+            products.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, rows, once=self.rows_once)
+        if self.weight is not None:
+            hidden = linear.hidden[rows]
+            if kept.absent is not None:
+                # 0 * NaN is NaN, and padding may hold it.
+                hidden = hidden.masked_fill(kept.absent[:, None], 0.0)
+            self.weight.add(dlogits, hidden[:, self.trained])
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+
+    def add_columns(self, kept: Kept, columns: Tensor) -> None:
+        """The same where only some ``columns`` (c,) of the vocabulary have a gradient, and the others their sum."""
+        linear, dlogits, rows, shares, spare = self.linear, kept.dlogits, kept.rows, kept.shares, kept.spare
+        assert spare is not None and shares is not None
+        if self.hidden is not None:
+            weight = spare[: dlogits.shape[1] * linear.weight.shape[1]].view(dlogits.shape[1], -1)
+            torch.index_select(linear.weight, 0, columns, out=weight[:-1])
+            weight[-1] = mean_row(linear.weight, shares)
+            products.hidden_grad(linear.backend, dlogits, weight, self.hidden, rows, once=self.rows_once)
+        if self.weight is not None:
+            self.weight.add_columns(dlogits, linear.hidden[rows, self.trained], columns, shares, spare)
+        if self.bias is not None:
+            sums = dlogits.sum(0, dtype=self.bias.dtype)
+            self.bias.index_add_(0, columns, sums[:-1])
+            self.bias += shares.to(self.bias.dtype) * sums[-1]
+
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(grad_hidden, grad_weight, grad_bias) in the dtypes of what they belong to."""
+        bias = None if self.bias is None or self.linear.bias is None else self.bias.to(self.linear.bias.dtype)
+        return self.hidden, self.weight_result(), bias
+
+    def weight_result(self) -> Tensor | None:
+        """The gradient (V, H) of the weight, 0 in its frozen columns; None where not needed."""
+        if self.weight is None or not self.trained.start:
+            return None if self.weight is None else self.weight.result()
+        whole = torch.zeros_like(self.linear.weight, memory_format=torch.contiguous_format)
+        whole[:, self.trained] = self.weight.result()
+        return whole
+
+
+def run(
+    linear: LinearHead,
+    tokens: Tokens,
+    plan: Plan,
+    needs: tuple[bool, bool, bool],
+    contrast: Contrast,
+    filters: GradientFilter | None = None,
+    known: Coefficients | None = None,
+) -> tuple[Tensor, Gradients]:
+    """One pass over all chunks: log-likelihood sums (S,) and the gradients that ``needs`` asks for."""
+    sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
+    num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
+    grads = Gradients(linear, needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
+    workspace = linear.workspace(0 if linear.fused_forward else plan.rows_held)
+    for chunk in plan.chunks:
+        first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
+        blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
+        logps, evaluated = sums.new_zeros(last - first), []
+        coef = None if known is None else known(part)
+        for block in blocks:
+            if linear.fused_forward:
+                logps[block.order] = linear.forward_without_logits(block)
+            elif coef is not None:
+                logps[block.order], dlogits = linear.evaluate_with_gradient(block, workspace, coef[block.order])
+                grads.add(Kept(dlogits, block.rows, absent=block.absent))
+            else:
+                done = linear.evaluate(block, workspace, keep=any(needs) and not chunk.recomputed)
+                logps[block.order] = done.logps
+                evaluated.append(done)
+        sums[part.segments], coef = contrast(logps, part, any(needs) and known is None)
+        if coef is None:
+            continue
+        for block, done in zip(blocks, evaluated, strict=True):
+            again = linear.evaluate_again(block, workspace, done) if chunk.recomputed else done
+            block_coef = coef[block.order]
+            dlogits = linear.gradient_(block, again, block_coef)
+            kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
+            if filters is not None:
+                kept = filters.compact(linear.backend, block, dlogits, block_coef)
+            if kept is not None:
+                grads.add(kept)
+    return sums, grads
+
+
+def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:
+    """The slots of some whole groups."""
+    segments = slice(tokens.segment_starts[groups.start], tokens.segment_starts[groups.stop])
+    starts = tokens.token_starts[segments.start : segments.stop + 1]
+    slots = tokens.group_starts[groups.stop] - tokens.group_starts[groups.start]
+    return ChunkTokens(groups, segments, starts, tokens.slots_per_segment, slots)
+
+
+def segment_sums(logps: Tensor, part: ChunkTokens) -> Tensor:
+    """Sums (s,) of consecutive slots, accumulated in float64: a thousand terms of -10 lose nothing."""
+    if part.slots_per_segment is not None:
+        return logps.view(-1, part.slots_per_segment).sum(-1, dtype=torch.float64).to(logps.dtype)
+    total = torch.segment_reduce(logps.double(), "sum", lengths=part.slots, unsafe=True, initial=0)
+    return total.to(logps.dtype)

@@ -1,0 +1,157 @@
+"""The three products of the engine, and how a gradient of the weight is summed over chunks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels.reference import accumulate_pair_, long_slices, tile_elements
+
+if TYPE_CHECKING:
+    from cpo_kernels.kernels.registry import Backend
+
+# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
+ROW_ALIGNMENT = 16
+# Below this V the padding would be a share of the budget that counts.
+SMALLEST_PADDED = 1024
+
+
+def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """GEMM 1: ``out[:] = hidden @ weight.T``; (r, H), (V, H) -> (r, V), in the dtype of ``out``."""
+    backend.gemm_(hidden, weight.t(), out, False)
+
+
+def hidden_grad(
+    backend: Backend, dlogits: Tensor, weight: Tensor, grad: Tensor, rows: Tensor | slice, *, once: bool
+) -> None:
+    """GEMM 2: ``grad[rows] += dlogits @ weight``; (r, V), (V, H) -> r rows of (R, H).
+
+    ``once`` says that no other block has these rows, which are still 0: a slice of them is then written in place.
+    """
+    if once and isinstance(rows, slice) and grad.dtype == dlogits.dtype:
+        backend.gemm_(dlogits, weight, grad[rows], False)
+        return
+    term = dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
+    backend.gemm_(dlogits, weight, term, False)
+    if once and isinstance(rows, Tensor):
+        grad.index_copy_(0, rows, term.to(grad.dtype))
+    else:
+        grad[rows] += term
+
+
+def row_width(vocab: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: on a GPU, rows begin at whole vectors, whatever V is."""
+    padded = device.type != "cpu" and vocab >= SMALLEST_PADDED
+    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
+
+
+def float32_sums(device: torch.device) -> bool:
+    """Whether a product of half precision can be added to float32 on ``device``: cuBLAS can."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def accumulator_bytes(weight: Tensor) -> int:
+    """What :class:`WeightGrad` holds besides the gradient when several blocks of half precision are summed."""
+    if weight.dtype.itemsize >= 4:
+        return 0
+    return weight.numel() * (4 if float32_sums(weight.device) else weight.dtype.itemsize)
+
+
+# Blocks whose left-out columns wait for one pass; each holds (V,) float32 until then.
+REST_BLOCKS = 4
+
+
+class WeightGrad:
+    """GEMM 3: the sum over blocks of ``dlogits.T @ hidden``, (V, H) in the weight's dtype.
+
+    Float32 sums in place. A half-precision sum over several blocks is accumulated in float32 where the product itself
+    can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the gradient being the
+    high one: float32-like accumulation for 2 more bytes an element instead of 4.
+    """
+
+    def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
+        self.backend = backend
+        self.dtype = weight.dtype
+        half_sum, wide = weight.dtype.itemsize < 4 and num_blocks > 1, float32_sums(weight.device)
+        sum_dtype = torch.float32 if half_sum and wide else weight.dtype
+        self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format)
+        self.low = torch.empty_like(self.value) if half_sum and not wide else None
+        self.empty = True
+        self.rest: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
+        """Add the product of one block: (r, V), (r, H)."""
+        if self.low is None:
+            self.backend.gemm_(dlogits.t(), hidden, self.value, not self.empty)
+        else:
+            self.backend.gemm_pair_(dlogits.t(), hidden, self.value, self.low, not self.empty)
+        self.empty = False
+
+    def add_columns(self, dlogits: Tensor, hidden: Tensor, columns: Tensor, shares: Tensor, spare: Tensor) -> None:
+        """Add the product of some columns, and by their shares in the last one that of the others.
+
+        Args:
+            dlogits: (r, c + 1).
+            hidden: (r, H).
+            columns: (c,), increasing.
+            shares: (V,) of every column in the last one of ``dlogits``.
+            spare: memory for (c + 1, H) numbers.
+        """
+        both = spare[: dlogits.shape[1] * hidden.shape[1]].view(dlogits.shape[1], -1)
+        self.backend.gemm_(dlogits.t(), hidden, both, False)
+        term = both[:-1]
+        self.add_rest(shares, both[-1].to(shares.dtype, copy=True))  # the memory is the next block's
+        for tile in long_slices(term.shape[0], term.shape[1], tile_elements(term.device)):
+            # No column is there twice, so that adding by index is deterministic.
+            if self.low is None:
+                self.value.index_add_(0, columns[tile], term[tile].to(self.value.dtype))
+            else:
+                high, low = self.value[columns[tile]], self.low[columns[tile]]
+                accumulate_pair_(high, low, term[tile])
+                self.value[columns[tile]], self.low[columns[tile]] = high, low
+
+    def add_rest(self, shares: Tensor, total: Tensor) -> None:
+        """Columns that were left out, each as its share (V,) of their sum (H,): at once if first, or a few together."""
+        if not self.empty:
+            self.rest.append((shares, total))
+            if len(self.rest) == REST_BLOCKS:
+                self.add_rest_()
+            return
+        for tile in self.tiles():
+            torch.mul(shares[tile, None], total, out=self.value[tile])
+        if self.low is not None:
+            self.low.zero_()
+        self.empty = False
+
+    def add_rest_(self) -> None:
+        """Those of later blocks, in one pass over the gradient."""
+        if not self.rest:
+            return
+        shares, sums = (torch.stack(part) for part in zip(*self.rest, strict=True))
+        for tile in self.tiles():
+            total = shares[:, tile].t() @ sums
+            if self.low is None:
+                self.value[tile] = total.add_(self.value[tile])
+            else:
+                accumulate_pair_(self.value[tile], self.low[tile], total)
+        self.rest.clear()
+
+    def tiles(self) -> list[slice]:
+        """Rows of the gradient that stay in the cache."""
+        return long_slices(self.value.shape[0], self.value.shape[1], tile_elements(self.value.device))
+
+    def zero_if_empty(self) -> None:
+        """Zeros, unless a block was added."""
+        if self.empty:
+            self.value.zero_()
+            if self.low is not None:
+                self.low.zero_()
+        self.empty = False
+
+    def result(self) -> Tensor:
+        """The sum; zero when no block was added."""
+        self.zero_if_empty()
+        self.add_rest_()
+        return self.value.to(self.dtype)

@@ -1,0 +1,215 @@
+"""Log-probabilities with entropies and samples of the same forward pass: evaluation, and mean-field negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels import counter_random, reference
+from cpo_kernels.layout import Block, Tokens
+from cpo_kernels.options import Head
+
+from .call import LinearCall
+from .head import LinearHead
+from .inputs import Inputs, prepare
+from .logps import token_blocks
+
+# Odd multiplier of Weyl sequences: blocks of one seed and neighbouring seeds do not share random numbers.
+SEED_STRIDE = -7046029254386353131
+
+
+class TokenStatistics(NamedTuple):
+    """What a forward pass knows of each token; not differentiable.
+
+    Attributes:
+        logps: log-probabilities (...) of the targets in nats, 0 where the target is -100.
+        entropy: entropies (...) of the next-token distributions in nats, 0 where the target is -100; None if not asked.
+        samples: words (...), or (..., num_samples), drawn from these distributions, int64, -100 where the target is;
+            None if not asked.
+    """
+
+    logps: Tensor
+    entropy: Tensor | None
+    samples: Tensor | None
+
+
+@torch.no_grad()
+def linear_token_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    entropy: bool = False,
+    seed: int | Tensor | None = None,
+    num_samples: int | None = None,
+    bias: Tensor | None = None,
+    **head: Any,
+) -> TokenStatistics:
+    """Log-probabilities under the head ``hidden @ weight.T`` and, on request, entropies and samples of each token.
+
+    Every sample is drawn independently of the others and of the target: a whole sequence of them is a mean-field
+    negative (Feng et al. 2025). Triton's fused kernel writes no logits, and is launched once for each of
+    ``num_samples``; elsewhere the logits fill one buffer at a time, and all samples come from one product.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 (or float64 on the torch backend).
+        weight: (V, H), same dtype.
+        targets: (...) int64; rows of targets -100 enter no GEMM.
+        entropy: whether to compute entropies.
+        seed: of the samples; None: no samples. They repeat for the same seed, backend, sizes and library version.
+            An integer, or an int64 tensor of one element on the device (a captured CUDA graph draws anew when it is
+            overwritten): one seed for the call. An int64 tensor (...) of the shape of ``targets``: one for each token,
+            whose samples then depend on its seed, its hidden state and the head alone, whichever other tokens share
+            the call (but for the rounding of the product, which may depend on its number of rows).
+        num_samples: None for one sample (...), or how many (..., num_samples).
+        bias: (V,) or None.
+        **head: see :class:`cpo_kernels.options.Head`; samples and entropies are of the distribution at ``temperature``.
+
+    Raises:
+        ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed; the
+            message names the offending one.
+        RuntimeError: a backend that is not available.
+    """
+    check_num_samples(num_samples, seed)
+    if seed is not None:
+        Head(**head).check_whole("a sample of words")
+    inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
+    inputs.call.head.check_exact("a call without gradients")
+    seeds = None if seed is None else Seeds.of(seed, targets)
+    with torch.autocast(hidden.device.type, enabled=False):
+        out = statistics(inputs, seeds, num_samples or 1, entropy, targets.shape)
+    if num_samples is None and out.samples is not None:
+        out = out._replace(samples=out.samples.squeeze(-1))
+    return out
+
+
+def check_num_samples(num_samples: int | None, seed: int | Tensor | None) -> None:
+    """Raise ``ValueError`` for a number of samples that cannot be drawn."""
+    if num_samples is None:
+        return
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1 or None, got {num_samples}")
+    if seed is None:
+        raise ValueError(f"num_samples={num_samples} needs a seed, got None")
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seed of a call, a scalar, or those of its tokens, (N,); int64 on the device."""
+
+    values: Tensor
+
+    @classmethod
+    def of(cls, seed: int | Tensor, targets: Tensor) -> Seeds:
+        """From what users pass; an integer comes to the device without a copy that waits."""
+        if not isinstance(seed, Tensor):
+            return cls(torch.full((), seed, dtype=torch.int64, device=targets.device))
+        per_token = seed.shape == targets.shape
+        if seed.is_floating_point() or seed.is_complex() or not (per_token or seed.numel() == 1):
+            raise ValueError(
+                f"seed must be an integer, or int64 of one element or of the shape of targets, {tuple(targets.shape)}, "
+                f"got {seed.dtype} {tuple(seed.shape)}"
+            )
+        return cls(seed.to(device=targets.device, dtype=torch.int64).reshape(-1 if per_token else ()))
+
+    def of_slots(self, tokens: Tokens) -> Seeds:
+        """Those of the tokens that count, (n,), or the scalar."""
+        return self if self.values.dim() == 0 else Seeds(tokens.of_slots(self.values))
+
+    def of_block(self, index: int, block: Block) -> Seeds:
+        """Those of a block's rows, (r,), or the block's own scalar."""
+        return Seeds(self.values * SEED_STRIDE + index if self.values.dim() == 0 else self.values[block.order])
+
+    def of_sample(self, index: int) -> Tensor:
+        """What to give a launch that draws one sample a row."""
+        return counter_random.counted(self.values, self.values.new_tensor(index)) if index else self.values
+
+    def uniforms(self, rows: int, count: int) -> Tensor:
+        """Uniforms (rows, count) in [0, 1), float64."""
+        device = self.values.device
+        if self.values.dim():
+            return counter_random.uniforms(self.values[:, None], torch.arange(count, device=device))
+        generator = torch.Generator(device=device).manual_seed(int(self.values))
+        return torch.rand((rows, count), dtype=torch.float64, generator=generator, device=device)
+
+
+def statistics(
+    inputs: Inputs, seeds: Seeds | None, num_samples: int, entropy: bool, shape: torch.Size
+) -> TokenStatistics:
+    """:func:`linear_token_statistics` of checked inputs; samples (..., num_samples)."""
+    needs = (False, False, False)
+    linear = inputs.call.linear(inputs.hidden, inputs.weight, inputs.bias, needs)
+    tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
+    blocks, plan = token_blocks(inputs.call, tokens, inputs.hidden, inputs.weight, needs)
+    plain = seeds is None and not entropy
+    fused = linear.fused_forward if plain else linear.backend.linear_statistics is not None
+    buffer = linear.workspace(0 if fused else plan.rows_held)
+    seeds = None if seeds is None else seeds.of_slots(tokens)
+    parts = [] if blocks else [no_tokens(linear, num_samples if seeds else 0, entropy)]
+    for index, block in enumerate(blocks):
+        mine = None if seeds is None else seeds.of_block(index, block)
+        if fused and plain:
+            parts.append(TokenStatistics(linear.forward_without_logits(block), None, None))
+        elif fused:
+            parts.append(fused_block(linear, block, mine, num_samples, entropy))
+        else:
+            parts.append(block_of(linear, block, buffer, mine, num_samples, entropy))
+    return gather(inputs.call, tokens, parts, tuple(shape))
+
+
+def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStatistics:
+    """The statistics of no rows; no samples for ``num_samples`` of 0."""
+    nothing = linear.hidden.new_zeros(0, dtype=reference.accumulate_dtype(linear.logits_dtype))
+    samples = nothing.new_zeros((0, num_samples), dtype=torch.int64) if num_samples else None
+    return TokenStatistics(nothing, nothing if entropy else None, samples)
+
+
+def fused_block(
+    linear: LinearHead, block: Block, seeds: Seeds | None, num_samples: int, entropy: bool
+) -> TokenStatistics:
+    """The statistics of a block's rows by the backend's fused linear path."""
+    launch = linear.backend.linear_statistics
+    assert launch is not None
+    arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, *linear.transform)
+    result = launch(*arguments, seed=None if seeds is None else seeds.of_sample(0), entropy=entropy)
+    samples = None
+    if seeds is not None:
+        others = [launch(*arguments, seed=seeds.of_sample(index)).samples for index in range(1, num_samples)]
+        samples = torch.stack([result.samples, *others], dim=1)
+    return TokenStatistics(result.logps, result.entropy, samples)
+
+
+def block_of(
+    linear: LinearHead, block: Block, buffer: Tensor, seeds: Seeds | None, num_samples: int, entropy: bool
+) -> TokenStatistics:
+    """The same from logits."""
+    logits = linear.compute_logits(block, buffer)
+    stats, logps = linear.forward(block, logits)
+    head, samples = linear.transform, None
+    if seeds is not None:
+        samples = reference.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
+    entropies = reference.row_entropy(logits, stats, *head) if entropy else None
+    shard = linear.head.vocab_shard
+    if entropies is not None and shard is not None:
+        entropies = shard.sum_(entropies)
+    return TokenStatistics(logps, entropies, samples)
+
+
+def gather(call: LinearCall, tokens: Tokens, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
+    """The statistics of all tokens from those of the blocks; every row has one token."""
+    absent = call.targets == reference.IGNORE_INDEX
+
+    def whole(values: tuple[Tensor, ...], absent_value: float) -> Tensor:
+        together = tokens.among_all(torch.cat(values), call.targets.numel())
+        mask = absent.view(-1, *[1] * (together.dim() - 1))
+        return together.masked_fill(mask, absent_value).reshape(*shape, *together.shape[1:])
+
+    logps, entropies, samples = zip(*parts, strict=True)
+    return TokenStatistics(
+        whole(logps, 0.0),
+        None if entropies[0] is None else whole(entropies, 0.0),
+        None if samples[0] is None else whole(samples, reference.IGNORE_INDEX),
+    )

@@ -1,0 +1,122 @@
+"""What a backend is made of: the kernels it must have, and those that go around something."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, reference
+
+
+def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """Torch's products do not tell."""
+    return 0
+
+
+class FusedForward(NamedTuple):
+    """Log-probabilities of a linear head without logits in memory.
+
+    Attributes:
+        takes: ``(hidden, weight)``, whether it takes these matrices.
+        run: ``(hidden, weight, targets, row_starts, *transform)`` to log-probabilities (N,).
+    """
+
+    takes: Callable[[Tensor, Tensor], bool]
+    run: Callable[..., Tensor]
+
+
+class KeptLinear(NamedTuple):
+    """A fused linear path that leaves what the gradient needs instead of logits, in the dtype of hidden.
+
+    Attributes:
+        takes: ``(hidden, weight)``, whether it takes these matrices.
+        row_elements: V to the elements of the inputs' dtype that a row takes.
+        room: ``(R, hidden, V)`` to memory for blocks of up to R rows.
+        forward: ``(room or None, hidden, weight, targets, row_starts, bias, *transform)`` to stats (2, R), logps (N,),
+            and what was kept: None without room.
+        backward_: ``(kept, targets, row_starts, stats, logps, coef, *transform)`` to the gradient (R, V), over it.
+    """
+
+    takes: Callable[[Tensor, Tensor], bool]
+    row_elements: Callable[[int], int]
+    room: Callable[[int, Tensor, int], Any]
+    forward: Callable[..., tuple[Tensor, Tensor, Any]]
+    backward_: Callable[..., Tensor]
+
+
+class RowGradient(NamedTuple):
+    """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand.
+
+    Attributes:
+        takes: logits, whether their rows fit.
+        run_: ``(logits, targets, row_starts, coef, *head, grad_dtype)`` to stats (2, R) and logps (N,).
+    """
+
+    takes: Callable[[Tensor], bool]
+    run_: Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The kernels of one backend, or what serves one call, which may be of several.
+
+    Attributes:
+        name: as users write it.
+        devices: device types it runs on; None for all.
+        dtypes: dtypes of logits it takes.
+        rows: row kernels; signatures as in :mod:`cpo_kernels.kernels.ops`. ``forward`` is differentiable.
+        gemm_: ``(a, b, out, accumulate)``, the matrix product.
+        gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
+        gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
+        column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
+        take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and the sum of the others.
+        scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
+        contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
+        contrast_candidates: largest group that ``contrast`` takes.
+        logits_loss: loss and gradient of logits that exist, in one launch, or None; for ``contrast_candidates`` too.
+        linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
+        too_old: why a device is too old for the kernels, or None.
+        optional: kernels that a call gets only where they measured faster than what they go around, by operation.
+        row_gradient_: one of them, in a backend that serves a call; else None, like the two after it.
+        linear_forward: another.
+        linear_kept: another.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+    rows: ops.RowKernels | ops.RowOperators
+    gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
+    gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
+    gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
+    column_stats: Callable[[Tensor], Tensor] = reference.column_stats
+    take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.take_columns
+    scale_: Callable[[Tensor, Tensor], None] = reference.scale_
+    contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
+    contrast_candidates: int = 0
+    logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
+    linear_statistics: Callable[..., Any] | None = None
+    too_old: Callable[[torch.device], str | None] | None = None
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    row_gradient_: RowGradient | None = None
+    linear_forward: FusedForward | None = None
+    linear_kept: KeptLinear | None = None
+
+    def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
+        if self.devices is not None and device.type not in self.devices:
+            return f"backend {self.name!r} runs on {'/'.join(self.devices)} tensors, got {device}"
+        if dtype not in self.dtypes:
+            return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
+        # The driver's answer cannot be traced: in compiled code, Triton's own compiler refuses.
+        return None if self.too_old is None or torch.compiler.is_compiling() else self.too_old(device)
+
+    def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
+        """Other row kernels, and no path around them: they do what the others do not."""
+        return replace(
+            self, rows=rows, linear_statistics=None, row_gradient_=None, linear_forward=None, linear_kept=None
+        )

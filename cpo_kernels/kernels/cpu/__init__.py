@@ -1,0 +1,1 @@
+"""The compiled CPU kernels of csrc/cpu: rows of logits, and matrix products."""

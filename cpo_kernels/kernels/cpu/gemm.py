@@ -1,0 +1,162 @@
+"""Matrix products of the compiled CPU backend, and where they are the better choice over torch's.
+
+Checks and addresses as in :mod:`cpo_kernels.kernels.cpu.rows`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from functools import cache, lru_cache
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels import reference
+from cpo_kernels.kernels.checks import DTYPE_CODES, check, share_memory
+
+from . import extension as cpu_extension
+from .extension import extension, isa_or_default
+
+
+@cache  # asking the processor takes longer than a small product
+def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
+    """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
+
+    It is with AVX2 and AVX-512, except for half precision where the machine has AMX: torch uses its tile registers.
+    """
+    if not cpu_extension.available() or dtype not in DTYPE_CODES or out_dtype not in DTYPE_CODES:
+        return False
+    module = extension()
+    in_tiles = dtype != torch.float32 and module.has_amx_bf16()
+    return module.gemm_available(cpu_extension.isa()) and not in_tiles
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    low: Tensor | None = None,
+    accumulate: bool = False,
+    isa: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """``out[:] = a @ b``, or ``out += a @ b``, with float32 accumulators whatever the dtypes.
+
+    Where both inputs are bfloat16 and the machine has AVX512_BF16, products are of bfloat16 pairs (subnormal inputs
+    count as zero); otherwise half precision is widened to float32 first. The result is bitwise the same for any number
+    of threads. The workspace is at most 4 MiB a thread, and 8 MiB where half-precision results are summed over blocks
+    of k.
+
+    Args:
+        a: (M, K) float32, bfloat16 or float16, with any strides; a row-major one is read where it
+            lies, any other is packed.
+        b: (K, N) likewise, not necessarily of the dtype of ``a``.
+        out: (M, N) float32, bfloat16 or float16 with unit column stride, sharing no memory with ``a`` and ``b``.
+        low: like ``out``, both bfloat16 with the same strides, or None. What rounding to ``out`` leaves over: the sum
+            is ``out + low``, 16 bits more than ``out`` alone.
+        accumulate: add to ``out``, which must be float32, or to ``out + low``, instead of overwriting it.
+        isa: instruction set, by default that of :func:`cpo_kernels.kernels.cpu.extension.isa`.
+        threads: by default ``torch.get_num_threads()``.
+
+    Raises:
+        ValueError: a tensor that does not fit this description, or an instruction set without a matrix product.
+    """
+    dtypes = tuple(DTYPE_CODES)
+    check("a", a, (None, None), dtypes)
+    (m, k), n = a.shape, b.shape[-1] if b.dim() else 0
+    check("b", b, (k, None), dtypes)
+    if low is None:
+        check("out", out, (m, n), (torch.float32,) if accumulate else dtypes)
+    else:
+        check("out", out, (m, n), (torch.bfloat16,))
+        check("low", low, (m, n), (torch.bfloat16,))
+        if low.stride() != out.stride():
+            raise ValueError(f"low has strides {low.stride()}; expected those of out, {out.stride()}")
+    if (n > 1 and out.stride(1) != 1) or (m > 1 and out.stride(0) < n):
+        raise ValueError(f"out has strides {out.stride()}; expected a column stride of 1 and rows that do not overlap")
+    for name, operand in (("a", a), ("b", b)):
+        if share_memory(operand, out) or (low is not None and share_memory(operand, low)):
+            raise ValueError(f"{name} and out share memory; expected an out of its own")
+    if low is not None and share_memory(out, low):
+        raise ValueError("out and low share memory; expected two tensors")
+    size: dict[str, str | int] = {
+        "isa": isa_or_default(isa),
+        "m": m,
+        "n": n,
+        "k": k,
+        "a_dtype": DTYPE_CODES[a.dtype],
+        "b_dtype": DTYPE_CODES[b.dtype],
+        "out_dtype": DTYPE_CODES[out.dtype],
+        "threads": torch.get_num_threads() if threads is None else threads,
+    }
+    workspace = _workspace(_workspace_bytes(**size))
+    extension().gemm(
+        **size,
+        a=a.data_ptr(),
+        a_row_stride=a.stride(0),
+        a_col_stride=a.stride(1),
+        b=b.data_ptr(),
+        b_row_stride=b.stride(0),
+        b_col_stride=b.stride(1),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+        low=0 if low is None else low.data_ptr(),
+        accumulate=accumulate,
+        workspace=workspace.data_ptr(),
+    )
+
+
+@lru_cache(maxsize=256)
+def _workspace_bytes(**size: str | int) -> int:
+    size_in_bytes: int = extension().gemm_workspace_bytes(**size)
+    return size_in_bytes
+
+
+_kept = threading.local()
+
+
+def _workspace(size: int) -> Tensor:
+    """At least ``size`` bytes, kept for the next product of this thread: fresh pages would cost each call a fault."""
+    if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < size:
+        _kept.workspace = None
+        # Pages of its own, so that one that has become too small leaves nothing in the heap.
+        _kept.workspace = torch.frombuffer(private_pages(size), dtype=torch.uint8)
+    workspace: Tensor = _kept.workspace
+    return workspace
+
+
+def private_pages(size: int) -> mmap.mmap | bytearray:
+    """Zeros that a forked process writes to a copy of."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return bytearray(size)
+
+
+def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept afterwards."""
+    if not gemm_supported(dtype, dtype):
+        return 0
+    code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
+    dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
+    products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
+    return max(
+        _workspace_bytes(isa=cpu_extension.isa(), m=m, n=n, k=k, **dtypes, threads=threads) for m, n, k in products
+    )
+
+
+def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """The CPU kernel of ``cpo_kernels::gemm_``: :func:`gemm` where it measured faster than torch's product."""
+    if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
+        gemm(a, b, out, accumulate=accumulate)
+    else:
+        reference.gemm_(a, b, out, accumulate)
+
+
+def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
+    """The CPU kernel of ``cpo_kernels::gemm_pair_``: :func:`gemm` for bfloat16 pairs where it is the faster product."""
+    if high.dtype == torch.bfloat16 and gemm_supported(a.dtype, high.dtype) and gemm_supported(b.dtype, high.dtype):
+        gemm(a, b, high, low=low, accumulate=accumulate)
+    else:
+        reference.gemm_pair_(a, b, high, low, accumulate)

@@ -1,0 +1,73 @@
+"""The compiled CUDA extension: whether it can be used here, and where it launches."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and why it cannot be used."""
+    try:
+        return import_module("cpo_kernels._cuda"), None
+    except ModuleNotFoundError:
+        return None, (
+            f"this installation has no CUDA extension: it was {cpu_extension.cuda_summary()}; backend='triton' runs on "
+            f"NVIDIA GPUs without it"
+        )
+    except ImportError as error:
+        return None, f"the CUDA extension cannot be loaded ({error}); backend='triton' runs on NVIDIA GPUs"
+
+
+def unavailable_reason() -> str | None:
+    """Why the CUDA kernels cannot be used here, or None if they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver supports CUDA {_version(driver)}, the extension was compiled with CUDA {_version(runtime)}; "
+            f"update the driver, rebuild with an older toolkit, or use backend='triton'"
+        )
+    # Counting makes no CUDA context, which an import must not.
+    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
+        return "torch finds no NVIDIA GPU"
+    return None
+
+
+def description() -> str:
+    """How the extension was compiled."""
+    return f"compiled extension, CUDA {_version(load().runtime_version())}"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def load() -> ModuleType:
+    """The extension, or a RuntimeError that says why it cannot be used."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(f"backend 'cuda' is not available: {reason}")
+    return module
+
+
+def queue(device: torch.device) -> dict[str, int]:
+    """Where to launch: on the current stream of the tensors' device."""
+    if device.type != "cuda":
+        raise ValueError(f"logits are on {device}; expected a CUDA tensor")
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)

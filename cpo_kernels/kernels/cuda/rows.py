@@ -1,0 +1,313 @@
+"""Row kernels of the compiled CUDA backend: softmax statistics, log-probabilities, gradients of logits.
+
+Every function here checks device, dtype, shape and strides before it takes an address. Values stay on the device and
+are not checked: a target outside [0, V) is never read at, its log-probability is NaN, and it has no column to write to.
+Nothing waits for the device, and all of it can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels.checks import BIAS_DTYPES, DTYPE_CODES, check, front_halves
+from cpo_kernels.kernels.transform import fold_transform
+
+from . import extension
+
+VECTOR_BYTES = 16
+MAX_VOCAB = 2**31 - 2**16  # columns are counted in 32 bits, in tiles
+
+
+def row_forward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`cpo_kernels.kernels.ops.row_forward` in one read of the logits, which rows without a token are spared.
+
+    Args:
+        logits: (R, V) float32, bfloat16 or float16 on a GPU, of unit column stride and any row stride.
+        targets: (N,) int64; one outside [0, V) other than -100 is not read and has log-probability NaN.
+        row_starts: (R + 1,) int64 prefix count of the tokens of each row, or None for one token a row.
+        bias: (V,) floating-point, or None.
+        logit_scale: factor of the logits and the bias.
+        softcap: bound of the scaled logits, 0.0 for none.
+        temperature: divisor of the capped logits.
+        threads: of a block, a multiple of 32; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) float32, maximum and log-sum-exp minus maximum, 0 for rows without a token; logps (N,) float32.
+
+    Raises:
+        ValueError: a tensor or number that does not fit this description; the message has the offending value.
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    extension.load().row_forward(
+        **extension.queue(logits.device),
+        **rows.arguments,
+        threads=threads,
+        stats=stats.data_ptr(),
+        logps=logps.data_ptr(),
+    )
+    return stats, logps
+
+
+def row_backward(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    *,
+    threads: int = 0,
+) -> Tensor:
+    """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype.
+
+    Rows whose tokens all have a coef of 0, and tokens of target -100 whatever their coef, give exact zeros and cost no
+    read of the logits.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here.
+        targets: see above.
+        row_starts: see above.
+        stats: (2, R) float32, from :func:`row_forward`.
+        coef: (N,) float32, the derivative of the loss with respect to each log-probability.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        threads: see above.
+
+    Raises:
+        ValueError: as :func:`row_forward`.
+        RuntimeError: as :func:`row_forward`.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    _backward_into(out, logits, rows, stats, coef, threads)
+    return out
+
+
+def row_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+) -> None:
+    """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+
+    Raises:
+        ValueError: as :func:`row_backward`, and for rows that overlap in memory, or another ``grad_dtype`` than that of
+            the logits, or bfloat16 or float16 for float32 logits.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
+
+
+def row_gradient_takes(logits: Tensor) -> bool:
+    """Whether :func:`row_gradient_` takes rows of this length: the shared memory of a cluster holds one."""
+    row_bytes = logits.shape[1] * logits.element_size()
+    return row_bytes <= extension.load().row_gradient_bytes(device=extension.queue(logits.device)["device"])
+
+
+def row_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+    slice_bytes: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`row_forward` and :func:`row_backward_` in one read and one write, where ``coef`` is known beforehand.
+
+    A row lies in the shared memory of a cluster of up to 8 thread blocks between the two (sm_90 and later), or of one.
+
+    Args:
+        logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
+        targets: see above.
+        row_starts: see above.
+        coef: (N,) float32.
+        bias: see above.
+        logit_scale: see above.
+        softcap: see above.
+        temperature: see above.
+        grad_dtype: as in :func:`row_backward_`.
+        threads: see above.
+        slice_bytes: what a block holds of a row at most, so long as a cluster has blocks; 0: the kernel's choice.
+
+    Returns:
+        stats (2, R) and logps (N,), as :func:`row_forward`.
+
+    Raises:
+        ValueError: as :func:`row_backward_`, and for rows that do not fit the shared memory of a cluster.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    out = _overwritten(logits, grad_dtype)
+    check("coef", coef, (targets.shape[0],), (torch.float32,), logits.device)
+    coef = coef.contiguous()
+    stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
+    logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    extension.load().row_gradient(
+        **extension.queue(logits.device),
+        **rows.arguments,
+        threads=threads,
+        slice_bytes=slice_bytes,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        logps=logps.data_ptr(),
+        coef=coef.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+    return stats, logps
+
+
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """An error on the device, for what follows, that names a target outside [0, V) other than -100.
+
+    Args:
+        targets: (N,) int64 on a GPU.
+        vocab: V.
+
+    Raises:
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    check("targets", targets, (None,), (torch.int64,), targets.device)
+    targets = targets.contiguous()
+    extension.load().check_targets(
+        **extension.queue(targets.device), targets=targets.data_ptr(), count=targets.shape[0], vocab=vocab
+    )
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """``tensor *= factor`` in place, in float32 and rounded once; no traffic where the factor is 1.
+
+    Args:
+        tensor: on a GPU; float32, bfloat16 or float16, contiguous and at a multiple of 16 bytes, or PyTorch does it.
+        factor: one element of any floating-point dtype, on the same device; the host does not read it.
+
+    Raises:
+        RuntimeError: what CUDA says where a launch fails.
+    """
+    vectors = tensor.is_contiguous() and tensor.data_ptr() % VECTOR_BYTES == 0
+    if tensor.dtype not in DTYPE_CODES or not vectors or factor.device != tensor.device:
+        tensor.mul_(factor)
+        return
+    factor = factor.to(torch.float32)
+    extension.load().scale(
+        **extension.queue(tensor.device),
+        dtype=DTYPE_CODES[tensor.dtype],
+        numbers=tensor.data_ptr(),
+        count=tensor.numel(),
+        factor=factor.data_ptr(),
+    )
+
+
+def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:
+    """Where a gradient of ``grad_dtype`` lies over the logits."""
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
+            f"overwritten; expected a row stride of at least {logits.shape[1]}"
+        )
+    return logits if grad_dtype is None or grad_dtype == logits.dtype else front_halves(logits, grad_dtype)
+
+
+def _backward_into(out: Tensor, logits: Tensor, rows: Rows, stats: Tensor, coef: Tensor, threads: int) -> None:
+    R, device = logits.shape[0], logits.device
+    check("stats", stats, (2, R), (torch.float32,), device)
+    check("coef", coef, (rows.arguments["tokens"],), (torch.float32,), device)
+    stats, coef = stats.contiguous(), coef.contiguous()
+    shared = rows.arguments["row_starts"] != 0
+    token_grad = torch.empty(coef.shape, dtype=torch.float32, device=device) if shared else None
+    extension.load().row_backward(
+        **extension.queue(device),
+        **rows.arguments,
+        threads=threads,
+        out_dtype=DTYPE_CODES[out.dtype],
+        stats=stats.data_ptr(),
+        coef=coef.data_ptr(),
+        token_grad=0 if token_grad is None else token_grad.data_ptr(),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+
+
+class Rows:
+    """The checked arguments that forward and backward share, and the tensors whose addresses are among them.
+
+    Memory that is released after the launch is used again no earlier than by what follows on the same stream.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> None:
+        check("logits", logits, (None, None), tuple(DTYPE_CODES), logits.device)
+        (R, V), device = logits.shape, logits.device
+        if not 0 < V <= MAX_VOCAB:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; expected 1 to {MAX_VOCAB} columns")
+        if V > 1 and logits.stride(1) != 1:
+            raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
+        check("targets", targets, (R if row_starts is None else None,), (torch.int64,), device)
+        targets = targets.contiguous()
+        if row_starts is not None:
+            check("row_starts", row_starts, (R + 1,), (torch.int64,), device)
+            row_starts = row_starts.contiguous()
+        if bias is not None:
+            check("bias", bias, (V,), BIAS_DTYPES, device)
+            bias = bias.detach().to(torch.float32).contiguous()
+        mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
+        self.tensors = (logits, targets, row_starts, bias)
+        self.arguments: dict[str, Any] = {
+            "dtype": DTYPE_CODES[logits.dtype],
+            "logits": logits.data_ptr(),
+            "rows": R,
+            "vocab": V,
+            "row_stride": logits.stride(0),
+            "targets": targets.data_ptr(),
+            "row_starts": 0 if row_starts is None else row_starts.data_ptr(),
+            "tokens": targets.shape[0],
+            "bias": 0 if bias is None else bias.data_ptr(),
+            "mult": mult,
+            "cap": cap,
+            "slope": slope,
+        }

@@ -1,0 +1,178 @@
+"""The operators between the engine and its backends: schema, fake kernel and reference body, in one place.
+
+The row operators exist once per backend that can serve several devices: ``cpo_kernels::row_forward`` has the reference
+as its body and the compiled extension as its kernel for CPU tensors, ``cpo_kernels::triton_row_forward`` is Triton's
+wherever that runs. Tokens are grouped by row: those of row r are ``targets[row_starts[r]:row_starts[r + 1]]``;
+``row_starts=None`` means one token a row. ``softcap=0.0`` means none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op
+
+from . import reference
+from .reference import accumulate_dtype
+
+# Checks of targets (N,) against V by the type of their device: an error for what follows, which names the token.
+# Backends enter theirs, which return False where they cannot serve a device.
+TARGET_CHECKS: dict[str, Callable[[Tensor, int], bool]] = {}
+
+
+class RowKernels(NamedTuple):
+    """The row functions of a backend; arguments as in :func:`declare_rows`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., Tensor]
+    backward_: Callable[..., None]
+
+
+class RowOperators(NamedTuple):
+    """The same as operators, the first differentiable."""
+
+    forward: CustomOpDef
+    backward: CustomOpDef
+    backward_: CustomOpDef
+
+
+def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
+    """The operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
+
+    @custom_op(f"cpo_kernels::{prefix}row_forward", mutates_args=())
+    def row_forward(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(R, V), (N,) -> stats (2, R): max, log-sum-exp minus max; log-probabilities (N,), 0 where target is -100."""
+        return body.forward(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+
+    @custom_op(f"cpo_kernels::{prefix}row_backward", mutates_args=())
+    def row_backward(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        stats: Tensor,
+        coef: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+    ) -> Tensor:
+        """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype."""
+        return body.backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
+
+    @custom_op(f"cpo_kernels::{prefix}row_backward_", mutates_args=("logits",))
+    def row_backward_(
+        logits: Tensor,
+        targets: Tensor,
+        row_starts: Tensor | None,
+        stats: Tensor,
+        coef: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float,
+        temperature: float,
+        grad_dtype: torch.dtype | None = None,
+    ) -> None:
+        """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+
+        The gradient is then ``logits.view(grad_dtype)[:, :V]``, see :func:`cpo_kernels.kernels.reference.narrow_view`.
+        """
+        head = (bias, logit_scale, softcap, temperature)
+        body.backward_(logits, targets, row_starts, stats, coef, *head, grad_dtype)
+
+    operators = RowOperators(row_forward, row_backward, row_backward_)
+    _register_fakes(operators)
+    _register_autograd(operators)
+    return operators
+
+
+def _register_fakes(operators: RowOperators) -> None:
+    @operators.forward.register_fake
+    def _(logits, targets, row_starts, bias, logit_scale, softcap, temperature):
+        dtype = accumulate_dtype(logits.dtype)
+        return logits.new_empty((2, logits.shape[0]), dtype=dtype), logits.new_empty(targets.shape, dtype=dtype)
+
+    @operators.backward.register_fake
+    def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature):
+        return logits.new_empty(logits.shape)
+
+    @operators.backward_.register_fake
+    def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature, grad_dtype=None):
+        return None
+
+
+def _register_autograd(operators: RowOperators) -> None:
+    def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, targets, row_starts, bias, *ctx.transform = inputs
+        stats, _ = output
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(logits, targets, row_starts, bias, stats)
+
+    def backward(ctx: Any, _grad_stats: Tensor, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, row_starts, bias, stats = ctx.saved_tensors
+        coef = grad_logps.to(stats.dtype).contiguous()
+        grad = operators.backward(logits, targets, row_starts, stats, coef, bias, *ctx.transform)
+        needs_logits, _, _, needs_bias, *_ = ctx.needs_input_grad
+        grad_bias = grad.sum(0, dtype=stats.dtype).to(bias.dtype) if needs_bias else None
+        return (grad if needs_logits else None), None, None, grad_bias, None, None, None
+
+    operators.forward.register_autograd(backward, setup_context=save_for_backward)
+
+
+row_forward, row_backward, row_backward_ = declare_rows(
+    "", RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
+)
+
+
+@custom_op("cpo_kernels::gemm_", mutates_args=("out",))
+def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """``out[:] = a @ b``, or ``out += a @ b`` if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
+    reference.gemm_(a, b, out, accumulate)
+
+
+@gemm_.register_fake
+def _(a, b, out, accumulate):
+    return None
+
+
+@custom_op("cpo_kernels::gemm_pair_", mutates_args=("high", "low"))
+def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
+    """:func:`gemm_` into the sum ``high + low``, two tensors of one half-precision dtype; ``high`` is its rounding."""
+    reference.gemm_pair_(a, b, high, low, accumulate)
+
+
+@gemm_pair_.register_fake
+def _(a, b, high, low, accumulate):
+    return None
+
+
+@custom_op("cpo_kernels::column_stats", mutates_args=())
+def column_stats(grad: Tensor) -> Tensor:
+    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
+    return reference.column_stats(grad)
+
+
+@column_stats.register_fake
+def _(grad):
+    return grad.new_empty((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
+
+
+@custom_op("cpo_kernels::take_columns", mutates_args=())
+def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
+    return reference.take_columns(grad, rows, columns)
+
+
+@take_columns.register_fake
+def _(grad, rows, columns):
+    return grad.new_empty((rows.shape[0], columns.shape[0] + 1))

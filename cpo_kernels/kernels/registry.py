@@ -1,0 +1,233 @@
+"""Which backends exist, which are available here, and which one a call uses.
+
+A backend supplies the row kernels and may supply the contrast in one launch and a fused linear path; the engine exists
+once. :mod:`cpo_kernels.kernels.selection` says which backend a call uses for what, by measured speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, selection
+from .backend import Backend, FusedForward, KeptLinear, RowGradient, no_workspace
+from .cpu import extension as cpu_extension
+from .cpu import gemm as cpu_gemm
+from .cpu import rows as cpu_rows
+from .cuda import extension as cuda_extension
+from .cuda import groups as cuda_groups
+from .cuda import hopper as cuda_hopper
+from .cuda import rows as cuda_rows
+from .selection import Sizes
+from .triton import support as triton_support
+from .triton import tuning
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+ROWS = ops.RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
+
+
+def takes_all(hidden: Tensor, weight: Tensor) -> bool:
+    """Any matrices that a call may have."""
+    return True
+
+
+def triton_backend() -> Backend:
+    """Triton's kernels, with the device's own matrix products; importing them imports triton."""
+    rows = import_module("cpo_kernels.kernels.triton.rows")
+    contrast = import_module("cpo_kernels.kernels.triton.contrast")
+    gradients = import_module("cpo_kernels.kernels.triton.gradients")
+    linear = import_module("cpo_kernels.kernels.triton.linear")
+    return Backend(
+        name="triton",
+        devices=("cpu", "cuda") if triton_support.interpreted() else ("cuda",),
+        dtypes=HALF_AND_SINGLE,
+        rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
+        gemm_=ops.gemm_,
+        gemm_pair_=ops.gemm_pair_,
+        gemm_workspace=cpu_gemm.gemm_workspace if triton_support.interpreted() else no_workspace,
+        column_stats=gradients.column_stats,
+        scale_=gradients.scale_,
+        contrast=contrast.contrast,
+        contrast_candidates=contrast.MAX_CANDIDATES,
+        linear_statistics=linear.linear_forward,
+        too_old=partial(triton_support.refusal, "triton"),
+        optional={"linear_forward": FusedForward(takes_all, lambda *args: linear.linear_forward(*args).logps)},
+    )
+
+
+def cuda_backend() -> Backend:
+    """The compiled CUDA kernels, with the device's own matrix products."""
+    kernels = ops.RowKernels(cuda_rows.row_forward, cuda_rows.row_backward, cuda_rows.row_backward_)
+    return Backend(
+        name="cuda",
+        devices=("cuda",),
+        dtypes=HALF_AND_SINGLE,
+        rows=ops.declare_rows("cuda_", kernels),
+        gemm_=ops.gemm_,
+        gemm_pair_=ops.gemm_pair_,
+        scale_=cuda_rows.scale_,
+        contrast=cuda_groups.contrast,
+        logits_loss=cuda_groups.cpo_loss,
+        contrast_candidates=cuda_groups.MAX_CANDIDATES,
+        too_old=partial(triton_support.refusal, "cuda"),
+        optional={
+            "row_gradient_": RowGradient(cuda_rows.row_gradient_takes, cuda_rows.row_gradient_),
+            "linear_forward": FusedForward(cuda_hopper.takes, lambda *args: cuda_hopper.linear_forward(*args)[1]),
+            "linear_kept": KeptLinear(
+                cuda_hopper.takes,
+                cuda_hopper.row_elements,
+                cuda_hopper.room,
+                cuda_hopper.forward,
+                cuda_hopper.linear_backward_,
+            ),
+        },
+    )
+
+
+def named_check(targets: Tensor, vocab: int) -> bool:
+    """The compiled CUDA check of targets, whichever backend runs the call; False where the GPU is too old for it."""
+    if triton_support.refusal("cuda", targets.device) is not None:
+        return False
+    cuda_rows.check_targets(targets, vocab)
+    return True
+
+
+def register_cpu_kernels() -> None:
+    """Make the compiled kernels those of the operators for CPU tensors."""
+    cpu_extension.isa()  # a wrong CPO_KERNELS_CPU_ISA is an error now, not in the first training step
+    ops.row_forward.register_kernel("cpu")(cpu_rows.row_forward)
+    ops.row_backward.register_kernel("cpu")(cpu_rows.row_backward)
+    ops.row_backward_.register_kernel("cpu")(cpu_rows.row_backward_)
+    ops.gemm_.register_kernel("cpu")(cpu_gemm.fastest_gemm_)
+    ops.gemm_pair_.register_kernel("cpu")(cpu_gemm.fastest_gemm_pair_)
+    ops.column_stats.register_kernel("cpu")(cpu_rows.column_stats)
+    ops.take_columns.register_kernel("cpu")(cpu_rows.take_columns)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a backend can be used here, and if not, why and what to install."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+BACKENDS = {
+    "torch": Backend(
+        name="torch",
+        devices=None,
+        dtypes=(*HALF_AND_SINGLE, torch.float64),
+        rows=ROWS,
+        gemm_=reference.gemm_,
+        gemm_pair_=reference.gemm_pair_,
+    ),
+    "cpu": Backend(
+        name="cpu",
+        devices=("cpu",),
+        dtypes=HALF_AND_SINGLE,
+        rows=ops.RowOperators(ops.row_forward, ops.row_backward, ops.row_backward_),
+        gemm_=ops.gemm_,
+        gemm_pair_=ops.gemm_pair_,
+        gemm_workspace=cpu_gemm.gemm_workspace,
+        column_stats=ops.column_stats,
+        take_columns=ops.take_columns,
+    ),
+}
+
+if cpu_extension.available():
+    register_cpu_kernels()
+if triton_support.unavailable_reason() is None:
+    BACKENDS["triton"] = triton_backend()
+if cuda_extension.unavailable_reason() is None:
+    BACKENDS["cuda"] = cuda_backend()
+    ops.TARGET_CHECKS["cuda"] = named_check
+
+
+def describe() -> list[Status]:
+    """The state of every backend of the project, in the order of the documentation."""
+    cpu_reason, triton_reason = cpu_extension.unavailable_reason(), triton_support.unavailable_reason()
+    cuda_reason = cuda_extension.unavailable_reason()
+    return [
+        Status("torch", True, "plain PyTorch, any device"),
+        Status("cpu", cpu_reason is None, cpu_reason or f"compiled extension, instruction set {cpu_extension.isa()}"),
+        Status("triton", triton_reason is None, triton_reason or triton_support.description()),
+        Status("cuda", cuda_reason is None, cuda_reason or cuda_extension.description()),
+    ]
+
+
+def available() -> list[str]:
+    """Names of the backends that can be used here."""
+    return [status.name for status in describe() if status.available]
+
+
+# Read once, at import: `select` is traced by torch.compile, which cannot call _cpu.
+AVAILABLE = tuple(available())
+
+
+def select(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Backend:
+    """The backend of a call.
+
+    Args:
+        name: ``"auto"`` or a backend's name.
+        device: device of the tensors.
+        dtype: dtype of the logits.
+        sizes: of the call; None leaves the choices of ``selection.json`` out.
+
+    Raises:
+        RuntimeError: a backend that exists but is not available; the message says why and what to install.
+        ValueError: an unknown name, or a backend that does not take this device or dtype.
+    """
+    if name == selection.AUTO:
+        names = [n for n in selection.PREFERRED.get(device.type, ["torch"]) if n in AVAILABLE]
+        usable = [BACKENDS[n] for n in names if BACKENDS[n].refuses(device, dtype) is None]
+        return with_choices(usable[0] if usable else BACKENDS["torch"], name, device, sizes)
+    if name not in AVAILABLE:
+        reasons = {status.name: status.reason for status in describe()}
+        if name in reasons:
+            raise RuntimeError(f"backend {name!r} is not available: {reasons[name]}")
+        raise ValueError(f"unknown backend {name!r}, expected 'auto' or one of {list(reasons)}")
+    refusal = BACKENDS[name].refuses(device, dtype)
+    if refusal:
+        raise ValueError(refusal)
+    return with_choices(BACKENDS[name], name, device, sizes)
+
+
+def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | None) -> Backend:
+    """What serves a call: ``base``, with the kernels of other backends and the ways around that measured faster.
+
+    Args:
+        base: what serves it without a choice.
+        name: as the call names it.
+        device: of the tensors.
+        sizes: of the call, or None.
+    """
+    if sizes is None or not selection.CHOICES or torch.compiler.is_compiling():
+        return base
+    usable = tuple(n for n in AVAILABLE if BACKENDS[n].refuses(device, sizes.logits_dtype) is None)
+    chosen = selection.choices_for(name, tuning.architecture(device), sizes, usable)
+    if not chosen:
+        return base
+    served: dict[str, Any] = {
+        operation: BACKENDS[other].optional[operation]
+        for operation, other in chosen.items()
+        if operation in selection.OPTIONAL and other is not None
+    }
+    of = {operation: base if other is None else BACKENDS[other] for operation, other in chosen.items()}
+    forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
+    groups, whole = of.get("contrast", base), of.get("logits_loss", base)
+    whole_launch = None if chosen.get("logits_loss", base.name) is None else whole.logits_loss
+    launches = ((groups, groups.contrast), (whole, whole_launch))
+    return replace(
+        base,
+        rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
+        contrast=groups.contrast,
+        logits_loss=whole_launch,
+        contrast_candidates=min((b.contrast_candidates for b, launch in launches if launch is not None), default=0),
+        **served,
+    )

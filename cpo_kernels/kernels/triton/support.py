@@ -1,0 +1,73 @@
+"""Whether the Triton backend can be used here, found out without importing triton, which takes a second.
+
+Nothing here creates a CUDA context: importing the package must not, or processes could not be forked after it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+
+import torch
+
+# Triton's own rule for its switches.
+TRUE_VALUES = ("1", "true", "yes", "on", "y")
+# Products of bfloat16 and asynchronous copies need it, in Triton and in CUDA C++.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in TRUE_VALUES
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why the backend cannot be used and what to do about it, or None if it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed; run `pip install triton`"
+    # Counted through the driver's management library, where there is one.
+    if not interpreted() and torch.cuda.device_count() == 0:
+        return "no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
+    try:
+        import_module("cpo_kernels.kernels.triton.linear")
+    except Exception as error:  # whatever a triton that does not fit raises
+        return f"its kernels cannot be imported ({type(error).__name__}: {error}); install triton 3.4 or newer"
+    return interpreter_failure() if interpreted() else None
+
+
+def interpreter_failure() -> str | None:
+    """Why Triton's interpreter cannot run a kernel, or None if it can.
+
+    The interpreter computes with NumPy and not every pair of versions fits: from 2.4 on, NumPy no longer takes the
+    array of one element, which the interpreter of triton 3.6 has for a scalar, as the bound of a loop.
+    """
+    gradients = import_module("cpo_kernels.kernels.triton.gradients")
+    try:
+        gradients.scale_(torch.ones(1, device="cpu"), torch.zeros(1, device="cpu"))
+    except Exception as error:  # whatever NumPy raises
+        versions = f"triton {version('triton')} with NumPy {version('numpy')}"
+        fitting = "install triton 3.7 or newer, or NumPy below 2.4"
+        return f"the interpreter of {versions} cannot run its kernels ({error}); {fitting}"
+    return None
+
+
+@cache
+def refusal(backend: str, device: torch.device) -> str | None:
+    """Why a GPU is too old for a backend, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    found, needed = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"backend {backend!r} needs compute capability {needed}, {device} has {found}"
+
+
+def description() -> str:
+    """What runs the kernels."""
+    found = import_module("triton").__version__
+    return f"triton {found}, in the interpreter" if interpreted() else f"triton {found}"
