@@ -73,7 +73,7 @@ SLOW_TESTS = {
     "test_choose.py": 50,
 }
 UNKNOWN_TEST = 15
-QUICK_TESTS = ("test_layout.py", "test_planning.py", "test_objective.py")  # of each shard of a dry run
+QUICK_TESTS = ("engine/test_layout.py", "engine/test_planning.py", "engine/test_objective.py")  # of each shard of a dry run
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NO_KERNELS = "no CUDA kernels in this build (cpo_kernels/_cuda is absent)"
 NO_GPU = "needs a GPU"
@@ -206,8 +206,8 @@ def shards() -> list[list[str]]:
     Of those the longest first, each to the part that has least.
     """
     folder = ROOT / "tests"
-    first = dict.fromkeys(path for pattern in FIRST_TESTS for path in sorted(folder.glob(pattern)))
-    rest = [str(path.relative_to(ROOT)) for path in sorted(folder.glob("test_*.py")) if path not in first]
+    first = dict.fromkeys(path for pattern in FIRST_TESTS for path in sorted(folder.rglob(pattern)))
+    rest = [str(path.relative_to(ROOT)) for path in sorted(folder.rglob("test_*.py")) if path not in first]
     others: list[list[str]] = [[] for _ in range(SHARDS - 1)]
     for file in sorted(rest, key=lambda name: (-seconds_of(name), name)):
         min(others, key=lambda part: sum(map(seconds_of, part))).append(file)

@@ -1,4 +1,4 @@
-// When a result counts as right: the rule of tests/tolerance.py, and equality where arithmetic leaves no choice.
+// When a result counts as right: the rule of tests/support/tolerance.py, and equality where arithmetic leaves no choice.
 #pragma once
 
 #include <algorithm>

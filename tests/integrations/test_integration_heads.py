@@ -1,0 +1,44 @@
+"""The example of a vocabulary-parallel head and the bench of heads, as their users run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from project import ROOT
+
+from benchmarks import adapters
+from benchmarks.setting import Setting
+
+pytestmark = pytest.mark.cpu
+
+
+def run(*command: str) -> str:
+    """Standard output of a Python command in the root of the repository."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, *command]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_trains_as_one_process_does():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    out = run(*launcher, "examples/plugging_in/vocab_parallel.py")
+    assert "holds entries 0 to 504 of 1009" in out and "holds entries 505 to 1008 of 1009" in out
+    first, last = (float(out.split("loss ")[1].split()[i]) for i in (0, 2))
+    assert last < 0.8 * first
+    assert float(out.rsplit(" ", 1)[1]) < 1e-5
+
+
+def test_the_benchmark_of_heads(monkeypatch):
+    found = list(adapters.run(Setting(quick=True)))
+    heads = [record for record in found if record.contestant in adapters.CASES]
+    products = {(record.contestant, f"{record.values['products']:.2f}") for record in heads}
+    assert products == {("trained", "3.00"), ("frozen", "2.00"), ("LoRA, rank 16", "2.33"), ("tied", "3.00")}
+    assert all(r.values["error_worst"] < 1e-5 for r in heads if r.conditions["dtype"] == "float32")
+    monkeypatch.setattr(adapters.Case, "fused", lambda case: (0 * case.hidden().sum(), [0 * x for x in case.leaves]))
+    with pytest.raises(adapters.WrongHeadError, match="trained"):
+        list(adapters.run(Setting(quick=True)))

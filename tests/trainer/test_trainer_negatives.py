@@ -1,0 +1,216 @@
+"""Negatives in training: who draws, writes and ranks them, and when."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from trainer_runs import parameters, steps, trainer
+from trainer_steps import GIVEN, NONE, candidates, micro_batch
+
+from cpo_kernels import contrastive_loss
+from cpo_kernels.negatives import Completion
+from cpo_kernels.trainer.along_truth import Reading
+
+pytestmark = pytest.mark.cpu
+
+
+@pytest.mark.parametrize("source", ["model", "reference"])
+def test_mean_field_negatives_come_from_who_was_asked(tmp_path, source):
+    """One of the two is sure of a single word after anything: its negatives are that word over and over."""
+    sure, other = tiny_models.llama(), tiny_models.llama(seed=1)
+    word = tiny_models.tokenizer()("river")["input_ids"][0]
+    with torch.no_grad():
+        sure.model.norm.weight.zero_()
+        sure.model.norm.weight[0] = 1.0
+        sure.lm_head.weight.zero_()
+        sure.model.embed_tokens.weight[:, 0] = 100.0
+        for layer in sure.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        sure.lm_head.weight[word, 0] = 100.0
+    model, reference = (sure, other) if source == "model" else (other, sure)
+    options = {"num_mean_field_negatives": 2, "mean_field_source": source, **NONE}
+    run = trainer(tmp_path, model, ref_model=reference, **options)
+    for truth, *drawn in candidates(run, micro_batch(run, [0, 1, 2])):
+        assert drawn == [[word] * len(truth)] * 2
+
+
+def test_mean_field_negatives_are_a_function_of_step_and_example(tmp_path):
+    run = trainer(tmp_path, num_mean_field_negatives=2, **NONE)
+    alone = candidates(run, micro_batch(run, [5]))[0]
+    assert candidates(run, micro_batch(run, [1, 5, 2]))[1] == alone
+    run.state.global_step = 1
+    assert candidates(run, micro_batch(run, [5]))[0] != alone
+
+
+def test_drawing_leaves_generators_and_modes_alone(tmp_path):
+    model = tiny_models.gpt2(resid_pdrop=0.5)
+    run = trainer(
+        tmp_path, model, num_mean_field_negatives=1, num_autoregressive_negatives=1, mean_field_source="model"
+    )
+    run.model.train()
+    before = torch.random.get_rng_state()
+    first = candidates(run, micro_batch(run, [0, 1]))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(module.training for module in run.model.modules())
+    run._negatives.store.negatives.clear()
+    assert candidates(run, micro_batch(run, [0, 1])) == first, "dropout takes no part"
+
+
+def test_a_draw_equal_to_the_truth_alone_has_no_gradient(tmp_path, monkeypatch):
+    run = trainer(tmp_path, num_mean_field_negatives=2, alpha=1.0, **NONE)
+    truth = run.train_dataset.completions[0]
+    reading = Reading(torch.tensor([truth, truth]), logp=0.0, cut_logps=[])
+    monkeypatch.setattr(run._negatives, "_read", lambda *_: [reading])
+    monkeypatch.setattr(type(run._negatives), "_reads_with_reference", False)
+    inputs = micro_batch(run, [0])
+    assert candidates(run, inputs) == [[truth, truth]]
+    run._forward(run.model, inputs).loss.backward()
+    assert max(p.grad.abs().max() for p in run.model.parameters()) < 1e-6
+
+
+@pytest.mark.parametrize("sharing", ["off", "required"])
+def test_the_reference_reads_no_ground_truth_twice(tmp_path, sharing):
+    """The pass that draws gives the log-likelihoods of ground truths and truncations, which are those of a full one."""
+    options = {"num_mean_field_negatives": 2, "num_batch_negatives": 1, "num_truncation_negatives": 2}
+    options |= {"prefix_sharing": sharing, "ref_model": tiny_models.llama(seed=1)}
+    run = trainer(tmp_path, mean_field_source="reference", **options)
+    rows = []
+    run.ref_model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    inputs = micro_batch(run, [0, 3, 5])
+    got = run._reference_logps(inputs)
+    drawn, rest = rows
+    assert drawn.shape[0] == 3
+    assert rest.shape[0] == 3 * 3 or sharing == "required"
+    without = {name: value for name, value in inputs.items() if name not in ("ref_logps", "unknown", "unread")}
+    torch.testing.assert_close(got, run._reference_logps(without), rtol=1e-5, atol=1e-5)
+    assert rows[-1].numel() > rest.numel()
+
+
+# Autoregressive
+
+
+def test_autoregressive_negatives_are_written_for_several_steps_at_once(tmp_path, monkeypatch):
+    run = trainer(
+        tmp_path,
+        num_autoregressive_negatives=2,
+        autoregressive_every=3,
+        max_steps=5,
+        gradient_accumulation_steps=2,
+        **NONE,
+    )
+    calls = []
+    write = run._negatives._write
+    monkeypatch.setattr(run._negatives, "_write", lambda e, i, s: calls.append((s, len(i))) or write(e, i, s))
+    run.train()
+    # 16 examples are 2 steps of 8 an epoch: the window of 3 steps ends with the epoch.
+    assert [step for step, _ in calls] == [0, 2, 3, 4]
+    assert calls[0] == (0, 16)
+    assert len(steps(run)) == 5
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_resumed_within_a_window_has_the_negatives_of_the_uninterrupted_one(tmp_path, stop):
+    kwargs = {
+        "num_autoregressive_negatives": 1,
+        "autoregressive_every": 3,
+        "num_mean_field_negatives": 1,
+        "max_steps": 5,
+    }
+    kwargs |= {"save_strategy": "steps", "save_steps": stop, "per_device_train_batch_size": 2, **NONE}
+    kwargs |= {"mean_field_source": "model"}
+    whole = trainer(tmp_path, **kwargs)
+    whole.train()
+    resumed = trainer(tmp_path, **kwargs)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stop}"))
+    for name, value in parameters(whole).items():
+        assert torch.equal(parameters(resumed)[name], value), name
+    assert steps(resumed) == steps(whole)
+
+
+def test_negatives_that_are_not_resampled_are_written_once(tmp_path, monkeypatch):
+    run = trainer(
+        tmp_path, num_autoregressive_negatives=1, num_batch_negatives=1, resample_negatives=False, max_steps=6
+    )
+    seen: dict[int, list] = {}
+    build = run._batches.build
+
+    def record(examples, indices, step, contrast):
+        batch = build(examples, indices, step, contrast)
+        for index, (start, end) in zip(indices, zip(batch.groups, batch.groups[1:], strict=False), strict=True):
+            own = [list(segment.tokens) for segment in batch.segments[start:end]]
+            assert seen.setdefault(index, own) == own
+        return batch
+
+    monkeypatch.setattr(run._batches, "build", record)
+    run.train()
+    assert len(seen) == 16
+
+
+def test_a_server_writes_in_place_of_the_model(tmp_path, monkeypatch):
+    asked = []
+
+    class Endpoint:
+        def __init__(self, url, model, api_key=None):
+            asked.append((url, model, api_key))
+
+        def negatives(self, prompts, count, sampling):
+            asked.append(list(prompts))
+            return [[Completion("river tree", ended=True), Completion("mat", ended=False)] for _ in prompts]
+
+    monkeypatch.setattr("cpo_kernels.trainer.writing.CompletionsEndpoint", Endpoint)
+    monkeypatch.setenv("CPO_KERNELS_COMPLETIONS_KEY", "secret")
+    options = {"autoregressive_url": "http://localhost/v1", "autoregressive_model": "writer"}
+    run = trainer(tmp_path, num_autoregressive_negatives=2, **options, **NONE)
+    words = tiny_models.tokenizer()
+    for truth, *written in candidates(run, micro_batch(run, [0, 1])):
+        assert truth not in written
+        assert written == [[*words("river tree")["input_ids"], words.eos_token_id], words("mat")["input_ids"]]
+    assert asked[0] == ("http://localhost/v1", "writer", "secret")
+    assert asked[1] == [example["prompt"] for example in tiny_models.examples(2)]
+
+
+# Ranking
+
+
+@pytest.mark.parametrize("sharing", ["off", "required"])
+def test_negatives_ranked_by_mean_hidden_states_of_the_reference(tmp_path, sharing):
+    reference = tiny_models.llama(seed=1)
+    run = trainer(tmp_path, examples=GIVEN, ref_model=reference, ranking="similarity", prefix_sharing=sharing, **NONE)
+    inputs = micro_batch(run, [0, 1])
+    out = run._forward(run.model, inputs)
+    ranks = []
+    for index, group in enumerate(candidates(run, inputs)):
+        prompt = run.train_dataset.prompts[index]
+        embeddings = []
+        for completion in group:
+            hidden = reference.model(torch.tensor([[*prompt, *completion[:-1]]])).last_hidden_state[0]
+            embeddings.append(hidden[len(prompt) - 1 :].mean(0))
+        similarity = torch.cosine_similarity(embeddings[0], torch.stack(embeddings[1:]), dim=-1)
+        ranks += [0, *(1 + similarity.argsort(descending=True).argsort()).tolist()]
+    assert inputs["ranks"] == ranks
+    scores = out.rewards.reshape(2, 4) / 0.1
+    want = contrastive_loss(scores, ranks=torch.tensor(ranks).reshape(2, 4), beta=0.1)
+    torch.testing.assert_close(out.contrastive_loss, want, rtol=1e-5, atol=1e-6)
+
+
+def test_similarity_orders_only_what_the_data_ranks_equal(tmp_path):
+    examples = [example | {"ranks": [0, 2, 1]} for example in GIVEN]
+    run = trainer(tmp_path, examples=examples, ranking="similarity", **NONE)
+    inputs = micro_batch(run, [0, 1])
+    run._forward(run.model, inputs)
+    assert inputs["ranks"] == [0, 0, 2, 1] * 2
+
+
+# Logs
+
+
+def test_logs_of_negatives_are_plain_json(tmp_path):
+    run = trainer(tmp_path, num_mean_field_negatives=1, num_autoregressive_negatives=1, max_steps=2)
+    run.train()
+    assert json.loads(json.dumps(steps(run))) == steps(run)

@@ -1,0 +1,105 @@
+"""Precomputed references, and inputs sampled from the model."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import tiny_models
+import torch
+from trainer_runs import steps, trainer
+from trainer_steps import NONE, micro_batch
+
+pytestmark = pytest.mark.cpu
+
+
+def test_precomputed_scores_train_as_the_frozen_reference_does(tmp_path):
+    runs = []
+    for reference in ("frozen", "precomputed"):
+        options = {"reference": reference, "resample_negatives": False, "eval_dataset": tiny_models.examples(5, seed=9)}
+        runs.append(trainer(tmp_path / reference, tiny_models.llama(), **options))
+        runs[-1].train()
+        runs[-1].evaluate()
+    assert runs[1].ref_model is None and runs[1].reference is None
+    for whole, kept in zip(runs[0].state.log_history[:-1], runs[1].state.log_history[:-1], strict=True):
+        for name in ("contrastive_loss", "nll_loss", "accuracy", "eval_contrastive_loss", "eval_accuracy/batch"):
+            assert (name in whole) == (name in kept)
+            if name in whole:
+                assert kept[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
+
+
+def test_precomputed_scores_are_of_the_examples_and_of_their_negatives(tmp_path):
+    """The same data as a list, and as training and evaluation set at once; other data has no scores."""
+    data = tiny_models.examples(6)
+    options = {"resample_negatives": False, "eval_dataset": data}
+    frozen = trainer(tmp_path, examples=data, ref_model=tiny_models.llama(seed=1), **options)
+    kept = trainer(tmp_path, examples=data, ref_model=tiny_models.llama(seed=1), reference="precomputed", **options)
+    want, got = frozen.evaluate(), kept.evaluate(data)
+    for name in ("eval_loss", "eval_rewards/chosen", "eval_accuracy/truncation"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5), name
+    with pytest.raises(ValueError, match="has no scores of these examples"):
+        kept.evaluate(tiny_models.examples(6, seed=1))
+
+
+def test_a_precomputed_reference_is_let_go(tmp_path):
+    reference = tiny_models.llama(seed=1)
+    gone = weakref.ref(reference)
+    run = trainer(tmp_path, ref_model=reference, reference="precomputed", resample_negatives=False)
+    del reference
+    gc.collect()
+    assert gone() is None
+    run.train()
+
+
+def test_precomputed_scores_are_kept_by_model_and_data(tmp_path, monkeypatch):
+    from cpo_kernels.trainer.reference import Reference
+
+    asked = []
+    score = Reference.score
+    monkeypatch.setattr(
+        Reference, "score", lambda self, *args, **kwargs: asked.append(1) or score(self, *args, **kwargs)
+    )
+    options = {"reference": "precomputed", "resample_negatives": False, "reference_cache": str(tmp_path / "cache")}
+
+    def scored(model, examples, **changed) -> bool:
+        asked.clear()
+        trainer(tmp_path, model, examples, **(options | changed))
+        return bool(asked)
+
+    data = tiny_models.examples(6)
+    assert scored(tiny_models.llama(), data)
+    assert not scored(tiny_models.llama(), data)
+    assert scored(tiny_models.llama(seed=1), data)
+    assert scored(tiny_models.llama(), tiny_models.examples(6, seed=1))
+    assert scored(tiny_models.llama(), data, num_batch_negatives=1)
+    assert scored(tiny_models.llama(), data, data_seed=5)
+
+
+# Scheduled sampling
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+def test_scheduled_sampling_conditions_on_the_models_own_tokens(tmp_path, probability):
+    model = tiny_models.llama()
+    options = {"objective": "scheduled_sampling", "scheduled_sampling_probability": probability, **NONE}
+    run = trainer(tmp_path, model, alpha=None, **options)
+    inputs = micro_batch(run, [3, 1])
+    replaced = total = 0
+    nll = 0.0
+    for b, index in enumerate((3, 1)):
+        prompt, completion = run.train_dataset.prompts[index], run.train_dataset.completions[index]
+        seen = inputs["input_ids"][b][inputs["attention_mask"][b].bool()].tolist()
+        assert seen[: len(prompt)] == list(prompt)
+        own = seen[len(prompt) :]
+        replaced += sum(a != b for a, b in zip(own, completion, strict=False))
+        total += len(completion)
+        logps = model(torch.tensor([seen])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+        nll = nll - logps.gather(-1, torch.tensor(completion)[:, None]).sum()
+    torch.testing.assert_close(run._forward(run.model, inputs).loss, nll / total, rtol=1e-5, atol=1e-6)
+    assert (replaced > 0) == (probability > 0)
+    run.train()
+    assert len(steps(run)) == 3
+    evaluated = trainer(tmp_path, model, alpha=None, eval_dataset=tiny_models.examples(4, 5), **options).evaluate()
+    plain = trainer(tmp_path, model, alpha=0.0, eval_dataset=tiny_models.examples(4, 5), **NONE).evaluate()
+    assert evaluated["eval_nll_loss"] == pytest.approx(plain["eval_nll_loss"], rel=1e-6)
