@@ -73,7 +73,8 @@ SLOW_TESTS = {
     "test_choose.py": 50,
 }
 UNKNOWN_TEST = 15
-QUICK_TESTS = ("engine/test_layout.py", "engine/test_planning.py", "engine/test_objective.py")  # of each shard of a dry run
+# Of each shard of a dry run.
+QUICK_TESTS = ("engine/test_layout.py", "engine/test_planning.py", "engine/test_objective.py")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 NO_KERNELS = "no CUDA kernels in this build (cpo_kernels/_cuda is absent)"
 NO_GPU = "needs a GPU"
