@@ -127,7 +127,7 @@ def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", compile_only))
         stack.enter_context(patch.object(tuning, "architecture", lambda device: target.name))
-        stack.enter_context(patch.object(linear, "device_facts", lambda device: facts))
+        stack.enter_context(patch.object(linear, "multiprocessors_and_cache", lambda device: facts))
         # Tensors without memory, whose addresses are multiples of 16 as the allocator's are on a GPU.
         stack.enter_context(torch.device("meta"))
         driver.set_active(machine)  # for good: without a GPU there is none to go back to

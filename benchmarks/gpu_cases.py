@@ -26,7 +26,7 @@ from benchmarks.problem import IGNORE, draw
 from benchmarks.shapes import FROZEN, Shape
 from benchmarks.timing import Call, Effort, Timing, clock_for, round_robin
 from cpo_kernels import linear_cpo_loss, plan
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.triton import support as triton_support
 
 HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
@@ -152,9 +152,9 @@ def check_rows(
     """Hold the first and last rows against the reference in float64."""
     for some in (slice(0, rows), slice(-rows, None)):
         exact = logits[some].double()
-        expected_stats, expected = reference.row_forward(exact, targets[some], None, *HEAD)
+        expected_stats, expected = plain.row_forward(exact, targets[some], None, *HEAD)
         compare("row_forward", logps[some], expected, 1e-5)
-        wanted = reference.row_backward(exact, targets[some], None, expected_stats, coef[some].double(), *HEAD)
+        wanted = plain.row_backward(exact, targets[some], None, expected_stats, coef[some].double(), *HEAD)
         part = stats[:, some].contiguous()
         grad = kernels.row_backward(logits[some].contiguous(), targets[some], None, part, coef[some], *HEAD)
         compare("row_backward", grad, wanted, 16 * torch.finfo(logits.dtype).eps)

@@ -22,13 +22,13 @@ from benchmarks.peers import Peer
 from benchmarks.problem import BETA, Problem, contrast
 from benchmarks.timing import Call, clock_for, round_robin
 from cpo_kernels import CPOOutput, cpo_loss
-from cpo_kernels.kernels import reference, registry, selection
+from cpo_kernels.kernels import numerics, plain, registry, selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.cuda import groups as cuda_groups
 from cpo_kernels.kernels.cuda import hopper as cuda_hopper
 from cpo_kernels.kernels.cuda import rows as cuda_rows
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice
-from cpo_kernels.kernels.triton import tuning
 
 TRITON, CUDA = "triton", "cuda"
 CANDIDATES = 4
@@ -40,7 +40,7 @@ COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
 
 def arch_of(device: torch.device) -> str:
     """As choices name it."""
-    return tuning.architecture(device)
+    return architecture(device)
 
 
 def missing(device: torch.device) -> str:
@@ -96,8 +96,8 @@ class RowProblem:
         for some in (slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)):
             logits, targets, coef = self.logits[some].clone(), self.targets[some], self.coef[some]
             exact = logits.double()
-            stats, logps = reference.row_forward(exact, targets, None, *HEAD)
-            grad = reference.row_backward(exact, targets, None, stats, coef.double(), *HEAD)
+            stats, logps = plain.row_forward(exact, targets, None, *HEAD)
+            grad = plain.row_backward(exact, targets, None, stats, coef.double(), *HEAD)
             yield Part(logits, targets, coef, stats.float(), logps, grad)
 
     def forward(self, backend: str) -> Call:
@@ -114,7 +114,7 @@ class RowProblem:
         kernel, dtype = row_launchers(backend).row_backward_, grad_dtype or self.logits.dtype
         for part in self.ends():
             kernel(part.logits, part.targets, None, part.stats, part.coef, *HEAD, grad_dtype)
-            grad = reference.narrow_view(part.logits, dtype)
+            grad = numerics.narrow_view(part.logits, dtype)
             compare(f"{backend} row_backward_", grad, part.grad, gradient_error(dtype))
         return partial(kernel, self.buffer, self.targets, None, self.stats, self.coef, *HEAD, grad_dtype)
 
@@ -124,7 +124,7 @@ class RowProblem:
         for part in self.ends():
             logps = kernel(part.logits, part.targets, None, part.coef, *HEAD, grad_dtype)[1]
             compare("row_gradient_, log-probabilities", logps, part.logps, FORWARD_ERROR)
-            compare("row_gradient_", reference.narrow_view(part.logits, dtype), part.grad, gradient_error(dtype))
+            compare("row_gradient_", numerics.narrow_view(part.logits, dtype), part.grad, gradient_error(dtype))
         return partial(kernel, self.buffer, self.targets, None, self.coef, *HEAD, grad_dtype)
 
 

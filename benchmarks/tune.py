@@ -28,7 +28,8 @@ from torch import Tensor
 from benchmarks import environment
 from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.timing import Clock, clock_for
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.triton import support as triton_support
 
 PACKAGE = "cpo_kernels.kernels.triton"
@@ -99,7 +100,7 @@ def row_forward_job(size: Size, device: torch.device) -> Job:
     """One read of the logits."""
     logits = size.logits(device)
     targets = torch.randint(size.vocab, (len(logits),), device=device)
-    expected = reference.row_forward(logits[:CHECKED_ROWS].double(), targets[:CHECKED_ROWS], None, *HEAD)[1]
+    expected = plain.row_forward(logits[:CHECKED_ROWS].double(), targets[:CHECKED_ROWS], None, *HEAD)[1]
     launch = partial(kernels("rows").row_forward, logits, targets, None, *HEAD)
 
     def check(config: Config) -> float:
@@ -114,8 +115,8 @@ def row_backward_job(size: Size, device: torch.device) -> Job:
     targets, coef = torch.randint(size.vocab, (len(logits),), device=device), torch.rand(len(logits), device=device)
     some = slice(0, CHECKED_ROWS)
     exact = logits[some].double()
-    stats64, _ = reference.row_forward(exact, targets[some], None, *HEAD)
-    expected = reference.row_backward(exact, targets[some], None, stats64, coef[some].double(), *HEAD)
+    stats64, _ = plain.row_forward(exact, targets[some], None, *HEAD)
+    expected = plain.row_backward(exact, targets[some], None, stats64, coef[some].double(), *HEAD)
     rows = kernels("rows")
     stats, _ = rows.row_forward(logits, targets, None, *HEAD)
     launch = partial(rows.row_backward_, targets=targets, row_starts=None, stats=stats, coef=coef)
@@ -165,7 +166,7 @@ def linear_job(size: Size, device: torch.device, *, everything: bool) -> Job:
     weight = (torch.randn(size.vocab, width, device=device) * (2 / width**0.5)).to(size.dtype)
     targets = torch.randint(size.vocab, (rows,), device=device)
     logits = hidden[:CHECKED_ROWS].double() @ weight.double().T
-    expected = reference.row_forward(logits, targets[:CHECKED_ROWS], None, *HEAD)[1]
+    expected = plain.row_forward(logits, targets[:CHECKED_ROWS], None, *HEAD)[1]
     extras = {"seed": torch.tensor(0, device=device), "entropy": True} if everything else {}
     launch = partial(kernels("linear").linear_forward, hidden, weight, targets, None, *HEAD, **extras)
 
@@ -351,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.type == "cpu" and (reason := triton_support.unavailable_reason()):
         log(reason)
         return NOTHING_TO_DO
-    arch, source = kernels("tuning").architecture(args.device), describe_source(args.device)
+    arch, source = architecture(args.device), describe_source(args.device)
     selected = [kernel for kernel in KERNELS if kernel.name in args.kernels]
     expected = sum(len(kernel.vocabularies) * len(kernel.dtypes) for kernel in selected)
     table, found = json.loads(TABLE.read_text()), []

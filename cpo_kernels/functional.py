@@ -12,15 +12,17 @@ from torch import Tensor
 
 from .engine import compiled
 from .engine.autograd import FusedLoss, LinearTokenLogps, needs_grad
-from .engine.inputs import FLOAT_DTYPES, Inputs, check_targets, merge_ranks, per_segment, prepare, split_options
+from .engine.inputs import FLOAT_DTYPES, Inputs, check_targets, merge_ranks, per_segment, prepare
 from .engine.losses import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
 from .engine.plan import Plan
+from .engine.tokens import check_targets_in
 from .kernels import registry
-from .kernels.reference import IGNORE_INDEX, accumulate_dtype
+from .kernels.device import to_device
+from .kernels.numerics import IGNORE_INDEX, accumulate_dtype
 from .kernels.selection import Sizes
-from .layout import CandidateLayout, check_targets_in, to_device
-from .objective import CPOOutput, CPOProblem, Objective, check_problem, make_problem, summarize
-from .options import Head
+from .layout import CandidateLayout
+from .objective import CPOOutput, CPOProblem, check_problem, make_problem, summarize
+from .options import Head, Objective, split_options
 
 
 def contrastive_loss(

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .engine.inputs import split_options
 from .functional import cpo_loss, linear_cpo_loss
 from .layout import CandidateLayout
 from .objective import CPOOutput
+from .options import split_options
 
 
 class _CPOModule(nn.Module):

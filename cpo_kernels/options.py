@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -117,3 +117,96 @@ class Head:
     def transform(self) -> tuple[float, float, float]:
         """(logit_scale, softcap, temperature) as the row operators take them: softcap 0 means none."""
         return self.logit_scale, self.softcap or 0.0, self.temperature
+
+
+LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """Keyword arguments of the objective, besides ``ref_logps`` and ``ranks``; see :class:`Objective`."""
+
+    beta: float
+    margin: float
+    label_smoothing: float
+    loss_type: str
+    length_normalized: bool
+    contrast_weight: float
+    mle_weight: float
+    num_groups: float | None
+    num_target_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``contrast_weight * mean_g L_g + mle_weight * NLL(rank-0 candidates, per token)``.
+
+    Args:
+        beta: inverse temperature of the contrast, > 0.
+        margin: added to the score of every candidate of rank > 0, in score units (SimPO's gamma).
+        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only).
+        loss_type: ``"plackett_luce"``, or for K = 1 ``"hinge"`` (SLiC) or ``"ipo"``.
+        length_normalized: contrast means of token log-probabilities instead of sums.
+        contrast_weight: weight of the contrast.
+        mle_weight: weight of the negative log-likelihood of the rank-0 candidates.
+        num_groups: denominator of the contrast (groups of the whole accumulated batch); None: the groups given.
+        num_target_tokens: denominator of the NLL; None: the rank-0 tokens given.
+    """
+
+    beta: float = 0.1
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    loss_type: str = "plackett_luce"
+    length_normalized: bool = False
+    contrast_weight: float = 1.0
+    mle_weight: float = 0.0
+    num_groups: float | None = None
+    num_target_tokens: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be a positive number, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {self.loss_type!r}")
+        if self.label_smoothing and self.loss_type != "plackett_luce":
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} needs loss_type='plackett_luce', got {self.loss_type!r}"
+            )
+        for name in ("margin", "contrast_weight", "mle_weight"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        for name in ("num_groups", "num_target_tokens"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    @property
+    def pairs_only(self) -> str | None:
+        """What restricts this objective to K = 1, or None."""
+        if self.loss_type != "plackett_luce":
+            return f"loss_type={self.loss_type!r}"
+        return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+
+    def check_candidates(self, candidates: int) -> None:
+        """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""
+        if self.pairs_only and candidates > 2:
+            raise ValueError(f"{self.pairs_only} needs one negative per group (K = 1), got K = {candidates - 1}")
+
+
+HEAD_NAMES = frozenset(HeadOptions.__annotations__)
+
+
+OBJECTIVE_NAMES = frozenset(ObjectiveOptions.__annotations__)
+
+
+def split_options(function: str, options: dict[str, Any]) -> tuple[Objective, Head]:
+    """Keyword arguments as (objective, head); raises ``TypeError`` naming an unknown one."""
+    for name in options:
+        if name not in HEAD_NAMES and name not in OBJECTIVE_NAMES:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    objective = {name: value for name, value in options.items() if name in OBJECTIVE_NAMES}
+    for name in ("num_groups", "num_target_tokens"):
+        if objective.get(name) is not None:
+            objective[name] = float(objective[name])
+    return Objective(**objective), Head(**{name: value for name, value in options.items() if name in HEAD_NAMES})

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cpo_kernels.kernels.device import without_autocast
+
 from .call import Grads, LinearCall, Needs
 from .logps import run_token_logps, token_logps_grads
 from .losses import LossResult
@@ -40,7 +42,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, compute: Compute, needs: Needs):
         """Returns loss, sums (S,), lengths (S,) and the dropped share; only the loss is differentiable."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             result = compute(hidden, weight, bias, needs)
         ctx.save_for_backward(hidden, weight, bias)
         ctx.compute, ctx.needs = compute, needs
@@ -55,7 +57,7 @@ class FusedLoss(torch.autograd.Function):
         inputs = ctx.saved_tensors
         result, ctx.result = ctx.result, None
         if result is None:
-            with torch.autocast(inputs[0].device.type, enabled=False):
+            with without_autocast(inputs[0].device):
                 result = ctx.compute(*inputs, ctx.needs)
         return (*scale_grads_(result, grad_loss), None, None)
 
@@ -66,7 +68,7 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: LinearCall, needs: Needs):
         """Returns (N,)."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             result = run_token_logps(call, hidden, weight, bias, needs)
         ctx.save_for_backward(hidden, weight, bias, result.unscaled)
         ctx.call, ctx.needs, ctx.kept = call, needs, result.kept
@@ -81,7 +83,7 @@ class LinearTokenLogps(torch.autograd.Function):
             return scale_rows(ctx.call, unscaled, grad_logps), None, None, None, None
         # The kept logits are overwritten, so a retained graph recomputes them the second time.
         kept, ctx.kept = ctx.kept, None
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             grads = token_logps_grads(ctx.call, kept, grad_logps, hidden, weight, bias, ctx.needs)
         return (*grads, None, None)
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
-from cpo_kernels.kernels import registry
+from cpo_kernels.kernels import device, registry
+from cpo_kernels.kernels.device import default_logits_bytes, is_capturing
 from cpo_kernels.kernels.selection import Sizes
-from cpo_kernels.layout import Tokens, dense_tokens, find_tokens
 from cpo_kernels.options import Head
 
 from . import products
 from .filters import scratch_bytes
 from .head import LinearHead
-from .plan import Plan, default_logits_bytes, make_plan
+from .plan import Plan, make_plan
+from .tokens import Tokens, dense_tokens, find_tokens
 
 Needs = tuple[bool, bool, bool]
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -80,7 +80,7 @@ class LinearCall:
 
     def is_dense(self) -> bool:
         """Whether every row enters the products, so that no value is looked at on the host."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing()
         slots = {end - start for start, end in pairwise(self.cu_tokens)}
         padded = self.rows is None and len(slots) == 1
         if capturing and not padded:
@@ -113,7 +113,7 @@ class LinearCall:
         workspace += scratch_bytes(held, hidden.device) if filtered else 0
         plan = make_plan(
             tokens,
-            vocab=products.row_width(held, hidden.device) if kept is None else kept.row_elements(held),
+            vocab=device.row_width(held, hidden.device) if kept is None else kept.row_elements(held),
             logits_dtype=hidden.dtype if kept is not None else self.head.logits_dtype or hidden.dtype,
             needs=needs,
             max_logits_bytes=self.head.max_logits_bytes,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from cpo_kernels.kernels.reference import accumulate_dtype
-from cpo_kernels.layout import check_targets_in
-from cpo_kernels.objective import Objective, check_problem, make_problem
-from cpo_kernels.options import Head
+from cpo_kernels.kernels.numerics import accumulate_dtype
+from cpo_kernels.objective import check_problem, make_problem
+from cpo_kernels.options import Head, Objective
 
 from .call import LinearCall
 from .logps import run_token_logps, token_logps_grads
 from .losses import run_cpo
+from .tokens import check_targets_in
 
 
 def make_head(

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import IGNORE_INDEX, long_slices, tile_elements
-from cpo_kernels.layout import Block, to_device
+from cpo_kernels.kernels.device import to_device
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, long_slices, tile_elements
 
 from .products import REST_BLOCKS
+from .tokens import Block
 
 if TYPE_CHECKING:
     from cpo_kernels.kernels.registry import Backend

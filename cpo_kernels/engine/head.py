@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import narrow_view
+from cpo_kernels.kernels import device
+from cpo_kernels.kernels.numerics import narrow_view
 from cpo_kernels.kernels.registry import Backend, KeptLinear
-from cpo_kernels.layout import Block
 from cpo_kernels.options import Head
 
 from . import products
+from .tokens import Block
 
 
 class Evaluated(NamedTuple):
@@ -58,7 +59,7 @@ class LinearHead:
         vocab = self.weight.shape[0]
         if self.kept is not None:
             return self.kept.room(rows, self.hidden, vocab)
-        width = products.row_width(vocab, self.hidden.device)
+        width = device.row_width(vocab, self.hidden.device)
         return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
 
     def evaluate(self, block: Block, workspace: Any, *, keep: bool = True) -> Evaluated:

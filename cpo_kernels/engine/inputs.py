@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cpo_kernels.layout import CandidateLayout, to_device
-from cpo_kernels.objective import Objective, ObjectiveOptions
-from cpo_kernels.options import Head, HeadOptions
+from cpo_kernels.kernels.device import to_device
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.options import Head
 
 from .call import LinearCall
 from .vocab_parallel import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HEAD_NAMES = frozenset(HeadOptions.__annotations__)
-OBJECTIVE_NAMES = frozenset(ObjectiveOptions.__annotations__)
-
-
-def split_options(function: str, options: dict[str, Any]) -> tuple[Objective, Head]:
-    """Keyword arguments as (objective, head); raises ``TypeError`` naming an unknown one."""
-    for name in options:
-        if name not in HEAD_NAMES and name not in OBJECTIVE_NAMES:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    objective = {name: value for name, value in options.items() if name in OBJECTIVE_NAMES}
-    for name in ("num_groups", "num_target_tokens"):
-        if objective.get(name) is not None:
-            objective[name] = float(objective[name])
-    return Objective(**objective), Head(**{name: value for name, value in options.items() if name in HEAD_NAMES})
 
 
 class Inputs(NamedTuple):

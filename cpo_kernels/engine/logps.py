@@ -7,13 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.layout import Block, Tokens, split_blocks
-
 from . import loop, products
 from .call import Grads, LinearCall, Needs
 from .filters import Kept
 from .head import Evaluated
 from .plan import Plan
+from .tokens import Block, Tokens, split_blocks
 
 
 class TokenLogps(NamedTuple):

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import accumulate_dtype
-from cpo_kernels.layout import Tokens, split_blocks
+from cpo_kernels.kernels.numerics import accumulate_dtype
 
 from . import products
 from .filters import GradientFilter, Kept, mean_row
 from .head import LinearHead
 from .plan import Plan
+from .tokens import Tokens, split_blocks
 
 
 class ChunkTokens(NamedTuple):

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import registry
-from cpo_kernels.layout import Tokens
-from cpo_kernels.objective import CPOProblem, Objective, check_problem, make_problem
-from cpo_kernels.options import Head
+from cpo_kernels.kernels.device import is_host
+from cpo_kernels.objective import CPOProblem, check_problem, make_problem
+from cpo_kernels.options import Head, Objective
 
 from . import loop
 from .call import Grads, LinearCall, Needs
 from .filters import GradientFilter
 from .head import LinearHead
+from .tokens import Tokens
 
 # Headroom under 1 for the scaled coefficients of a float16 gradient: products sum thousands of them.
 FLOAT16_TARGET = 2.0**-4
@@ -91,7 +92,7 @@ def check_groups_of(
     objective: Objective, problem: CPOProblem, tokens: Tokens, cu_groups: Sequence[int], ranks: Tensor | None
 ) -> None:
     """:func:`check_problem`, on the host if the host knows the lengths anyway."""
-    if tokens.host_lengths is not None and problem.lengths.device.type != "cpu":
+    if tokens.host_lengths is not None and not is_host(problem.lengths.device):
         problem = make_problem(objective, cu_groups, tokens.host_lengths, None, None if ranks is None else ranks.cpu())
     check_problem(problem)
 

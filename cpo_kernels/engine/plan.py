@@ -6,21 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cpo_kernels.layout import Tokens
+from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 
-# Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
-DEFAULT_LOGITS_BYTES = 256 * 2**20
-# A GPU's products are faster in the thousands of rows, and its memory is larger: this share of it, up to the limit.
-GPU_MEMORY_SHARE = 1 / 32
-GPU_LOGITS_BYTES = 2 * 2**30
-
-
-def default_logits_bytes(device: torch.device) -> int:
-    """Bytes of logits held at once where the user names no budget."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return DEFAULT_LOGITS_BYTES
-    share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
-    return min(max(DEFAULT_LOGITS_BYTES, share), GPU_LOGITS_BYTES)
+from .tokens import Tokens
 
 
 @dataclass(frozen=True)

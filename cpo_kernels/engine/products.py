@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import accumulate_pair_, long_slices, tile_elements
+from cpo_kernels.kernels.device import float32_sums
+from cpo_kernels.kernels.numerics import accumulate_pair_, long_slices, tile_elements
 
 if TYPE_CHECKING:
     from cpo_kernels.kernels.registry import Backend
-
-# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
-ROW_ALIGNMENT = 16
-# Below this V the padding would be a share of the budget that counts.
-SMALLEST_PADDED = 1024
 
 
 def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -39,17 +35,6 @@ def hidden_grad(
         grad.index_copy_(0, rows, term.to(grad.dtype))
     else:
         grad[rows] += term
-
-
-def row_width(vocab: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: on a GPU, rows begin at whole vectors, whatever V is."""
-    padded = device.type != "cpu" and vocab >= SMALLEST_PADDED
-    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
-
-
-def float32_sums(device: torch.device) -> bool:
-    """Whether a product of half precision can be added to float32 on ``device``: cuBLAS can."""
-    return device.type == "cuda" and torch.version.hip is None
 
 
 def accumulator_bytes(weight: Tensor) -> int:

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels import counter_random, reference
-from cpo_kernels.layout import Block, Tokens
+from cpo_kernels.kernels import counter_random, numerics, sampling
+from cpo_kernels.kernels.device import without_autocast
 from cpo_kernels.options import Head
 
 from .call import LinearCall
 from .head import LinearHead
 from .inputs import Inputs, prepare
 from .logps import token_blocks
+from .tokens import Block, Tokens
 
 # Odd multiplier of Weyl sequences: blocks of one seed and neighbouring seeds do not share random numbers.
 SEED_STRIDE = -7046029254386353131
@@ -79,7 +80,7 @@ def linear_token_statistics(
     inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
     inputs.call.head.check_exact("a call without gradients")
     seeds = None if seed is None else Seeds.of(seed, targets)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         out = statistics(inputs, seeds, num_samples or 1, entropy, targets.shape)
     if num_samples is None and out.samples is not None:
         out = out._replace(samples=out.samples.squeeze(-1))
@@ -162,7 +163,7 @@ def statistics(
 
 def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStatistics:
     """The statistics of no rows; no samples for ``num_samples`` of 0."""
-    nothing = linear.hidden.new_zeros(0, dtype=reference.accumulate_dtype(linear.logits_dtype))
+    nothing = linear.hidden.new_zeros(0, dtype=numerics.accumulate_dtype(linear.logits_dtype))
     samples = nothing.new_zeros((0, num_samples), dtype=torch.int64) if num_samples else None
     return TokenStatistics(nothing, nothing if entropy else None, samples)
 
@@ -190,8 +191,8 @@ def block_of(
     stats, logps = linear.forward(block, logits)
     head, samples = linear.transform, None
     if seeds is not None:
-        samples = reference.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
-    entropies = reference.row_entropy(logits, stats, *head) if entropy else None
+        samples = sampling.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
+    entropies = sampling.row_entropy(logits, stats, *head) if entropy else None
     shard = linear.head.vocab_shard
     if entropies is not None and shard is not None:
         entropies = shard.sum_(entropies)
@@ -200,7 +201,7 @@ def block_of(
 
 def gather(call: LinearCall, tokens: Tokens, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
     """The statistics of all tokens from those of the blocks; every row has one token."""
-    absent = call.targets == reference.IGNORE_INDEX
+    absent = call.targets == numerics.IGNORE_INDEX
 
     def whole(values: tuple[Tensor, ...], absent_value: float) -> Tensor:
         together = tokens.among_all(torch.cat(values), call.targets.numel())
@@ -211,5 +212,5 @@ def gather(call: LinearCall, tokens: Tokens, parts: list[TokenStatistics], shape
     return TokenStatistics(
         whole(logps, 0.0),
         None if entropies[0] is None else whole(entropies, 0.0),
-        None if samples[0] is None else whole(samples, reference.IGNORE_INDEX),
+        None if samples[0] is None else whole(samples, numerics.IGNORE_INDEX),
     )

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from cpo_kernels.kernels.device import default_logits_bytes
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype, narrow_view
 from cpo_kernels.kernels.ops import RowKernels, RowOperators
-from cpo_kernels.kernels.reference import IGNORE_INDEX, accumulate_dtype, narrow_view, transform_logits
-
-from .plan import default_logits_bytes
+from cpo_kernels.kernels.transform import transform_logits
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cpo_kernels.functional import linear_sequence_logps, linear_sequence_loss
-from cpo_kernels.kernels.reference import IGNORE_INDEX, accumulate_dtype
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
 
 from .pair_losses import PAIR_LOSSES, smoothed_sigmoid
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import IGNORE_INDEX
+from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LinearLossOutput, SequenceLossRequest
 from cpo_kernels.models.adapters import AppliedHead

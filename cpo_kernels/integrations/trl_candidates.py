@@ -12,7 +12,7 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor, tensor
 
-from cpo_kernels.kernels.reference import IGNORE_INDEX
+from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
 
 from .padded_rows import candidate_rows

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from cpo_kernels.engine.statistics import linear_token_statistics
-from cpo_kernels.kernels.reference import transform_logits
+from cpo_kernels.kernels.transform import transform_logits
 
 FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 CHUNK = 32768  # vocabulary entries at a time in TRL's own computation, as TRL has it

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, reference
+from . import ops, plain
 
 
 def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
@@ -93,9 +93,9 @@ class Backend:
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
-    column_stats: Callable[[Tensor], Tensor] = reference.column_stats
-    take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.take_columns
-    scale_: Callable[[Tensor, Tensor], None] = reference.scale_
+    column_stats: Callable[[Tensor], Tensor] = plain.column_stats
+    take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = plain.take_columns
+    scale_: Callable[[Tensor, Tensor], None] = plain.scale_
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import numerics
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BIAS_DTYPES = (*DTYPE_CODES, torch.float64)  # kernels get it in float32
@@ -55,4 +55,4 @@ def front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
     check("logits", logits, (None, None), (torch.float32,), logits.device)
     if logits.stride(1) != 1:  # one column may have any stride otherwise, but not in a view of another dtype
         raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
-    return reference.narrow_view(logits.detach(), dtype)
+    return numerics.narrow_view(logits.detach(), dtype)

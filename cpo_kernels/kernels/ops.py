@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op
 
-from . import reference
-from .reference import accumulate_dtype
+from . import plain
+from .numerics import accumulate_dtype
 
 # Checks of targets (N,) against V by the type of their device: an error for what follows, which names the token.
 # Backends enter theirs, which return False where they cannot serve a device.
@@ -130,14 +130,14 @@ def _register_autograd(operators: RowOperators) -> None:
 
 
 row_forward, row_backward, row_backward_ = declare_rows(
-    "", RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
+    "", RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_)
 )
 
 
 @custom_op("cpo_kernels::gemm_", mutates_args=("out",))
 def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """``out[:] = a @ b``, or ``out += a @ b`` if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
-    reference.gemm_(a, b, out, accumulate)
+    plain.gemm_(a, b, out, accumulate)
 
 
 @gemm_.register_fake
@@ -148,7 +148,7 @@ def _(a, b, out, accumulate):
 @custom_op("cpo_kernels::gemm_pair_", mutates_args=("high", "low"))
 def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
     """:func:`gemm_` into the sum ``high + low``, two tensors of one half-precision dtype; ``high`` is its rounding."""
-    reference.gemm_pair_(a, b, high, low, accumulate)
+    plain.gemm_pair_(a, b, high, low, accumulate)
 
 
 @gemm_pair_.register_fake
@@ -159,7 +159,7 @@ def _(a, b, high, low, accumulate):
 @custom_op("cpo_kernels::column_stats", mutates_args=())
 def column_stats(grad: Tensor) -> Tensor:
     """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
-    return reference.column_stats(grad)
+    return plain.column_stats(grad)
 
 
 @column_stats.register_fake
@@ -170,7 +170,7 @@ def _(grad):
 @custom_op("cpo_kernels::take_columns", mutates_args=())
 def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
-    return reference.take_columns(grad, rows, columns)
+    return plain.take_columns(grad, rows, columns)
 
 
 @take_columns.register_fake

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, selection
+from . import ops, plain, selection
 from .backend import Backend, FusedForward, KeptLinear, RowGradient, no_workspace
 from .cpu import extension as cpu_extension
 from .cpu import gemm as cpu_gemm
@@ -23,12 +23,12 @@ from .cuda import extension as cuda_extension
 from .cuda import groups as cuda_groups
 from .cuda import hopper as cuda_hopper
 from .cuda import rows as cuda_rows
+from .device import architecture, why_too_old
 from .selection import Sizes
 from .triton import support as triton_support
-from .triton import tuning
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-ROWS = ops.RowKernels(reference.row_forward, reference.row_backward, reference.row_backward_)
+ROWS = ops.RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_)
 
 
 def takes_all(hidden: Tensor, weight: Tensor) -> bool:
@@ -55,7 +55,7 @@ def triton_backend() -> Backend:
         contrast=contrast.contrast,
         contrast_candidates=contrast.MAX_CANDIDATES,
         linear_statistics=linear.linear_forward,
-        too_old=partial(triton_support.refusal, "triton"),
+        too_old=partial(why_too_old, "triton"),
         optional={"linear_forward": FusedForward(takes_all, lambda *args: linear.linear_forward(*args).logps)},
     )
 
@@ -74,7 +74,7 @@ def cuda_backend() -> Backend:
         contrast=cuda_groups.contrast,
         logits_loss=cuda_groups.cpo_loss,
         contrast_candidates=cuda_groups.MAX_CANDIDATES,
-        too_old=partial(triton_support.refusal, "cuda"),
+        too_old=partial(why_too_old, "cuda"),
         optional={
             "row_gradient_": RowGradient(cuda_rows.row_gradient_takes, cuda_rows.row_gradient_),
             "linear_forward": FusedForward(cuda_hopper.takes, lambda *args: cuda_hopper.linear_forward(*args)[1]),
@@ -91,7 +91,7 @@ def cuda_backend() -> Backend:
 
 def named_check(targets: Tensor, vocab: int) -> bool:
     """The compiled CUDA check of targets, whichever backend runs the call; False where the GPU is too old for it."""
-    if triton_support.refusal("cuda", targets.device) is not None:
+    if why_too_old("cuda", targets.device) is not None:
         return False
     cuda_rows.check_targets(targets, vocab)
     return True
@@ -124,8 +124,8 @@ BACKENDS = {
         devices=None,
         dtypes=(*HALF_AND_SINGLE, torch.float64),
         rows=ROWS,
-        gemm_=reference.gemm_,
-        gemm_pair_=reference.gemm_pair_,
+        gemm_=plain.gemm_,
+        gemm_pair_=plain.gemm_pair_,
     ),
     "cpu": Backend(
         name="cpu",
@@ -210,7 +210,7 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
     if sizes is None or not selection.CHOICES or torch.compiler.is_compiling():
         return base
     usable = tuple(n for n in AVAILABLE if BACKENDS[n].refuses(device, sizes.logits_dtype) is None)
-    chosen = selection.choices_for(name, tuning.architecture(device), sizes, usable)
+    chosen = selection.choices_for(name, architecture(device), sizes, usable)
     if not chosen:
         return base
     served: dict[str, Any] = {

@@ -86,7 +86,7 @@ def choices_for(name: str, arch: str, sizes: Sizes, available: tuple[str, ...]) 
 
     Args:
         name: ``"auto"`` or the backend that the call names.
-        arch: of the device, as :func:`cpo_kernels.kernels.triton.tuning.architecture` gives it.
+        arch: of the device, as :func:`cpo_kernels.kernels.device.architecture` gives it.
         sizes: of the call.
         available: names of the backends that can be used here.
     """

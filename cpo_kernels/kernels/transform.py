@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 
 class Transform(NamedTuple):
     """y = cap * tanh((x + bias) * mult), or (x + bias) * mult where cap is 0; ``slope`` is dy/dx at y = 0."""
@@ -33,3 +36,19 @@ def fold_transform(logit_scale: float, softcap: float, temperature: float) -> Tr
         raise ValueError(f"temperature is {temperature}; expected a finite number above 0")
     slope = logit_scale / temperature
     return Transform(logit_scale / softcap, softcap / temperature, slope) if softcap else Transform(slope, 0.0, slope)
+
+
+def transform_logits(
+    logits: Tensor,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Raw head outputs (..., V) to the logits of the softmax: bias, scale, softcap, temperature, in that order."""
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    logits = logits * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature

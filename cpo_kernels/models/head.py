@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from cpo_kernels.kernels.reference import transform_logits
+from cpo_kernels.kernels.transform import transform_logits
 
 from .adapters import check_adapters, plain_head
 from .sharded import is_sharded

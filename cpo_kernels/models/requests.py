@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from cpo_kernels.engine.statistics import linear_token_statistics
 from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps, linear_sequence_loss
-from cpo_kernels.kernels.reference import IGNORE_INDEX
+from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
 
 from .adapters import AppliedHead

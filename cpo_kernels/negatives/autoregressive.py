@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels import counter_random, reference
+from cpo_kernels.kernels import counter_random, sampling
 
 from .mean_field import token_seeds
 
@@ -211,7 +211,7 @@ class _SeededChoice:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V), -inf but for the chosen token."""
         place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
-        chosen = reference.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
+        chosen = sampling.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
         if bool((chosen < 0).any()):
             raise RuntimeError("the model's logits hold NaN or infinity, so no token can be drawn from them")
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from cpo_kernels.objective import LOSS_TYPES, Objective
+from cpo_kernels.options import LOSS_TYPES, Objective
 
 from .presets import PRESETS, Preset
 

@@ -22,8 +22,8 @@ from cpo_kernels import linear_cpo_loss, linear_token_logps, plan
 from cpo_kernels.engine.call import LinearCall
 from cpo_kernels.engine.logps import run_token_logps, token_logps_grads
 from cpo_kernels.engine.losses import run_cpo
-from cpo_kernels.objective import Objective, make_problem, summarize
-from cpo_kernels.options import Head
+from cpo_kernels.objective import make_problem, summarize
+from cpo_kernels.options import Head, Objective
 
 PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
 

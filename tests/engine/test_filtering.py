@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_loss
 from cpo_kernels.engine.filters import move_elements_, move_rows_
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics, plain, reference, transform
 from cpo_kernels.kernels.cpu import extension as cpu_extension
 from cpo_kernels.kernels.cpu import rows as cpu_rows
 from cpo_kernels.kernels.registry import BACKENDS
@@ -62,7 +62,7 @@ def dense_gradient(problem: Problem) -> tuple[Tensor, Tensor]:
     # At its target, a token has the gradient coef * (1 - p).
     target = problem.targets.clamp(min=0).unsqueeze(-1)
     coef = grad.gather(-1, target) / (1 - logits.detach().softmax(-1).gather(-1, target))
-    present = problem.targets != reference.IGNORE_INDEX
+    present = problem.targets != numerics.IGNORE_INDEX
     return grad, torch.where(present, coef.squeeze(-1), 0.0).abs().amax(-1)
 
 
@@ -151,7 +151,7 @@ def test_columns_left_out_are_there_as_their_sum(rows):
 @pytest.mark.parametrize("name", FILTERS)
 def test_dropping_saves_products(name):
     problem = trained(beta=0.5).to(torch.float32)
-    present = int((problem.targets != reference.IGNORE_INDEX).sum())
+    present = int((problem.targets != numerics.IGNORE_INDEX).sum())
     products = {}
     for eps in (None, 0.01):
         with GemmCounter() as counter:
@@ -237,7 +237,7 @@ def token_mass(problem: Problem) -> float:
     softcap = problem.options.get("softcap")
     if softcap is None:
         return grad.abs().sum().item()
-    capped = reference.transform_logits(logits.detach(), bias, problem.options.get("logit_scale", 1.0), softcap)
+    capped = transform.transform_logits(logits.detach(), bias, problem.options.get("logit_scale", 1.0), softcap)
     return (grad / (1 - (capped / softcap).square())).abs().sum().item()
 
 
@@ -318,7 +318,7 @@ def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
         assert torch.equal(largest, grad.float().abs().amax(0))
         torch.testing.assert_close(mass, grad.float().abs().sum(0))
         taken = cpu_rows.take_columns(grad, rows, columns, isa=isa, threads=threads)
-        expected = reference.take_columns(grad, rows, columns)
+        expected = plain.take_columns(grad, rows, columns)
         assert torch.equal(taken[:, :-1], expected[:, :-1])
         rounding = torch.finfo(dtype).eps * expected[:, -1].abs() + 1e-5 * vocab**0.5
         assert ((taken[:, -1] - expected[:, -1]).abs() <= rounding).all()

@@ -9,8 +9,8 @@ from tolerance import assert_accurate
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
 from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice, overridden
-from cpo_kernels.kernels.triton import tuning
 
 FUSED = [name for name in BACKENDS if "linear_forward" in registry.BACKENDS[name].optional]
 
@@ -18,7 +18,7 @@ FUSED = [name for name in BACKENDS if "linear_forward" in registry.BACKENDS[name
 @pytest.fixture
 def preferred():
     """The fused path is preferred up to H = 64."""
-    arch = tuning.architecture(torch.empty(0).device)
+    arch = architecture(torch.empty(0).device)
     with overridden(*(Choice("linear_forward", arch, name, hidden_at_most=64) for name in FUSED)):
         yield
 

@@ -20,10 +20,10 @@ from problems import (
 from tolerance import assert_accurate, relative_error
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_logps, plan
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice, overridden
-from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 
@@ -44,7 +44,7 @@ def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the launches, in order, under the choice."""
     names = ("linear_forward", "linear_backward", "row_forward", "row_backward", "row_gradient")
     made = simt_host.record(emulator, monkeypatch, names)
-    with overridden(Choice("linear_kept", tuning.architecture(torch.device("cpu")), "cuda")):
+    with overridden(Choice("linear_kept", architecture(torch.device("cpu")), "cuda")):
         yield made
 
 
@@ -194,7 +194,7 @@ def test_filters_see_the_same_gradient(launches):
 def test_log_likelihoods_alone_where_the_fused_forward_is_chosen(launches, width, launch):
     """And takes the matrices."""
     problem = random_problem(H=width, V=301).to(torch.bfloat16)
-    arch = tuning.architecture(torch.device("cpu"))
+    arch = architecture(torch.device("cpu"))
     with overridden(Choice("linear_forward", arch, "cuda")), torch.no_grad():
         linear_sequence_logps(problem.hidden, problem.weight, problem.targets, backend="cuda")
         made = plan(**problem.arguments(), backend="cuda")
@@ -206,7 +206,7 @@ def test_without_gradients_logits_are_computed(launches):
     problem = PROBLEMS["padded"]().to(torch.bfloat16)
     with torch.no_grad():
         logps = linear_token_logps(problem.hidden, problem.weight, problem.targets, backend="cuda")
-    exact = reference.row_forward(
+    exact = plain.row_forward(
         problem.hidden.detach().flatten(0, 2).double() @ problem.weight.detach().double().T,
         problem.targets.flatten(),
         *(None, None, 1.0, 0.0, 1.0),

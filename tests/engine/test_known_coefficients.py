@@ -16,8 +16,8 @@ from problems import (
 )
 
 from cpo_kernels import linear_sequence_logps, plan
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice, overridden
-from cpo_kernels.kernels.triton import tuning
 
 LIKELIHOOD = {"contrast_weight": 0.0, "mle_weight": 0.7}
 PROBLEMS = {
@@ -65,7 +65,7 @@ def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the row launches, in order, where the one-pass gradient is chosen."""
     names = ("row_forward", "row_backward", "row_gradient")
     made = simt_host.record(emulator, monkeypatch, names)
-    with overridden(Choice("row_gradient_", tuning.architecture(torch.device("cpu")), "cuda")):
+    with overridden(Choice("row_gradient_", architecture(torch.device("cpu")), "cuda")):
         yield made
 
 

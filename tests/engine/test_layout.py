@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpo_kernels import CandidateLayout
-from cpo_kernels.layout import as_slice, find_tokens, split_blocks
+from cpo_kernels.engine.tokens import as_slice, find_tokens, split_blocks
 
 
 @st.composite

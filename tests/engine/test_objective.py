@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 
 from cpo_kernels import contrastive_loss
 from cpo_kernels.kernels import reference
-from cpo_kernels.objective import Objective, contrast, make_problem, summarize
+from cpo_kernels.objective import contrast, make_problem, summarize
+from cpo_kernels.options import Objective
 
 F64 = torch.float64
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from problems import budget_of, packed_problem, random_problem
 
 from cpo_kernels import linear_cpo_loss, plan
-from cpo_kernels.engine.plan import DEFAULT_LOGITS_BYTES, Plan, fill_chunks, make_plan
-from cpo_kernels.layout import find_tokens
+from cpo_kernels.engine.plan import Plan, fill_chunks, make_plan
+from cpo_kernels.engine.tokens import find_tokens
+from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.integers(1, 40))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import PROBLEMS, dense, eager_loss, random_problem
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics, plain, reference
 
 
 def logp_by_hand(logits: list[float], target: int, bias=None, logit_scale=1.0, softcap=None, temperature=1.0) -> float:
@@ -84,20 +84,20 @@ def test_row_kernels_are_a_log_softmax_and_its_gradient(row_starts, softcap):
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([1, -100, 4]) if row_starts is None else torch.tensor([1, 3, 4, -100, 4])
     starts = None if row_starts is None else torch.tensor(row_starts)
-    rows = reference.token_rows(targets, starts)
+    rows = plain.token_rows(targets, starts)
     transform = (*HEAD.values(), softcap, 1.3)
     expected = reference.token_logps(
         logits[rows], targets, bias=HEAD["bias"], logit_scale=0.7, softcap=softcap, temperature=1.3
     )
-    stats, logps = reference.row_forward(logits, targets, starts, *transform)
+    stats, logps = plain.row_forward(logits, targets, starts, *transform)
     torch.testing.assert_close(logps, expected, rtol=1e-13, atol=1e-13)
-    y = reference.transform_logits(logits, *transform)
+    y = transform.transform_logits(logits, *transform)
     predicting = [0, 2]  # row 1 has no token
     torch.testing.assert_close(stats.sum(0)[predicting], y.logsumexp(-1)[predicting], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(stats[0][predicting], y.amax(-1)[predicting], rtol=0, atol=0)
     coef = torch.randn(targets.shape, dtype=torch.float64)
     (wanted,) = torch.autograd.grad((expected * coef).sum(), logits)
-    grad = reference.row_backward(logits.detach(), targets, starts, stats.detach(), coef, *transform)
+    grad = plain.row_backward(logits.detach(), targets, starts, stats.detach(), coef, *transform)
     torch.testing.assert_close(grad, wanted, rtol=1e-13, atol=1e-13)
 
 
@@ -108,7 +108,7 @@ def test_pair_accumulation_keeps_what_a_half_precision_sum_loses(dtype):
     high, low = torch.full((64,), 8.0, dtype=dtype), torch.zeros(64, dtype=dtype)
     terms = (torch.rand(steps, 64) * 1e-3).to(dtype)
     for term in terms:
-        reference.accumulate_pair_(high, low, term)
+        numerics.accumulate_pair_(high, low, term)
     exact = 8.0 + terms.double().sum(0)
     assert (exact > 8.4).all()
     assert (high.double() - exact).abs().max() <= 8 * eps / 2 * 1.01

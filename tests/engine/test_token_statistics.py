@@ -10,8 +10,8 @@ from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, GemmCounter, b
 from tolerance import assert_accurate
 
 from cpo_kernels import linear_token_logps, linear_token_statistics
-from cpo_kernels.kernels import counter_random, reference
-from cpo_kernels.kernels.reference import transform_logits
+from cpo_kernels.kernels import counter_random, sampling
+from cpo_kernels.kernels.transform import transform_logits
 
 # A correct sampler fails a chi-square test as rarely as this.
 SIGNIFICANCE_QUANTILE = 4.75  # of the standard normal: one in a million
@@ -206,7 +206,7 @@ def test_words_are_found_as_in_one_running_sum(V):
         masses[7, : V - 2] = 0.0
     shares = torch.rand(50, 6, dtype=torch.float64)
     shares[:, 0], shares[:, 1] = 0.0, 1 - 2.0**-53
-    words = reference.words_at(masses, shares)
+    words = sampling.words_at(masses, shares)
     below = masses.double().cumsum(-1)
     assert torch.equal(words[:, 2:], torch.searchsorted(below, shares[:, 2:] * below[:, -1:], right=True))
     assert (masses.gather(1, words) > 0).all()

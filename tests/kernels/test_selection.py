@@ -10,13 +10,13 @@ from problems import PROBLEMS, assert_problem_accurate, fused_loss, loss_and_gra
 
 from cpo_kernels import cpo_loss, linear_cpo_loss
 from cpo_kernels.kernels import registry, selection
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice, Sizes, choices_for, overridden
-from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
-HERE = tuning.architecture(CPU)
+HERE = architecture(CPU)
 SIZES = Sizes(50257, torch.float32, 768, torch.bfloat16)
 ALL = ("torch", "triton", "cuda")
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.objective import Objective, make_problem
+from cpo_kernels.objective import make_problem
+from cpo_kernels.options import Objective
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.cuda.hopper import Kept, linear_backward_, linear_forward, new_kept
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -48,14 +48,14 @@ class Case:
         bias, *numbers = self.head
         logits, (stats, _) = self.hidden.to(dtype) @ self.weight.to(dtype).T, self.expected(dtype)
         bias = None if bias is None else bias.to(dtype)
-        return reference.row_backward(logits, self.targets, self.row_starts, stats, coef.to(dtype), bias, *numbers)
+        return plain.row_backward(logits, self.targets, self.row_starts, stats, coef.to(dtype), bias, *numbers)
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Statistics and log-probabilities from logits of ``dtype``."""
         bias, *numbers = self.head
         logits = self.hidden.to(dtype) @ self.weight.to(dtype).T
         bias = None if bias is None else bias.to(dtype)
-        return reference.row_forward(logits, self.targets, self.row_starts, bias, *numbers)
+        return plain.row_forward(logits, self.targets, self.row_starts, bias, *numbers)
 
 
 def aligned(matrix: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def check(c: Case, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
     stats, logps = c.run(kept)
     eager_stats, eager_logps = c.expected(torch.float32)
     oracle_stats, oracle_logps = c.expected(torch.float64)
-    present = torch.unique(reference.token_rows(c.targets, c.row_starts)[c.targets != -100])
+    present = torch.unique(plain.token_rows(c.targets, c.row_starts)[c.targets != -100])
     for part, name in ((lambda stats: stats[0], "max"), (lambda stats: stats.sum(0), "log-sum-exp")):
         assert_accurate(*(part(s[:, present]) for s in (stats, eager_stats, oracle_stats)), name)
     assert_accurate(logps, eager_logps, oracle_logps, "logps")

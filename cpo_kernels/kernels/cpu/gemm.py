@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.checks import DTYPE_CODES, check, share_memory
 
 from . import extension as cpu_extension
@@ -151,7 +151,7 @@ def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
         gemm(a, b, out, accumulate=accumulate)
     else:
-        reference.gemm_(a, b, out, accumulate)
+        plain.gemm_(a, b, out, accumulate)
 
 
 def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
@@ -159,4 +159,4 @@ def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumula
     if high.dtype == torch.bfloat16 and gemm_supported(a.dtype, high.dtype) and gemm_supported(b.dtype, high.dtype):
         gemm(a, b, high, low=low, accumulate=accumulate)
     else:
-        reference.gemm_pair_(a, b, high, low, accumulate)
+        plain.gemm_pair_(a, b, high, low, accumulate)

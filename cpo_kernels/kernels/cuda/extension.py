@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.device import current_stream, is_amd, is_gpu
 
 
 @cache
@@ -39,7 +40,7 @@ def unavailable_reason() -> str | None:
             f"update the driver, rebuild with an older toolkit, or use backend='triton'"
         )
     # Counting makes no CUDA context, which an import must not.
-    if torch.cuda.device_count() == 0 or torch.version.hip is not None:
+    if torch.cuda.device_count() == 0 or is_amd():
         return "torch finds no NVIDIA GPU"
     return None
 
@@ -63,9 +64,9 @@ def load() -> ModuleType:
 
 def queue(device: torch.device) -> dict[str, int]:
     """Where to launch: on the current stream of the tensors' device."""
-    if device.type != "cuda":
+    if not is_gpu(device):
         raise ValueError(f"logits are on {device}; expected a CUDA tensor")
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream}
+    return {"device": device.index, "stream": current_stream(device)}
 
 
 def capability(device: torch.device) -> tuple[int, int]:

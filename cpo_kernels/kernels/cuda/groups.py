@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.checks import check, share_memory
-from cpo_kernels.objective import LOSS_TYPES
+from cpo_kernels.options import LOSS_TYPES
 
 from . import extension
 from .rows import Rows

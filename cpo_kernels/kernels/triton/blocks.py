@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import IGNORE_INDEX
+from cpo_kernels.kernels.numerics import IGNORE_INDEX
 
 VECTOR_BYTES = 16
 SPECIALIZED_DIVISOR = 16  # Triton compiles apart for integer arguments that it divides

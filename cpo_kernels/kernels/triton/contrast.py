@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpo_kernels.kernels.device import made_current
+
 from . import tuning
 from .blocks import contiguous
 
@@ -271,7 +273,7 @@ def contrast(
     mle_scale = gain * mle_weight / (1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens)
     config = config or tuning.config("contrast", logps.device, max_candidates, logps.dtype)
     sizes = block_sizes(config, max_candidates)
-    with tuning.on_device_of(logps):
+    with made_current(logps.device):
         contrast_kernel[(groups,)](
             logps,
             token_starts,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cpo_kernels.kernels.device import made_current
+
 from . import tuning
 
 
@@ -79,7 +81,7 @@ def column_stats(grad: Tensor, *, config: Mapping[str, int] | None = None) -> Te
     splits = triton.cdiv(r, sizes["ROWS_PER_PROGRAM"])
     blocks = triton.cdiv(V, sizes["BLOCK"])
     parts = torch.empty((splits, 2, V), dtype=torch.float32, device=grad.device)
-    with tuning.on_device_of(grad):
+    with made_current(grad.device):
         column_stats_kernel[(blocks, splits)](grad, parts, r, V, grad.stride(0), **sizes, **tuning.LAUNCH)
         if splits == 1:
             return parts[0]
@@ -119,5 +121,5 @@ def scale_(tensor: Tensor, factor: Tensor, gain: float = 1.0, *, config: Mapping
         return
     sizes = dict(config or tuning.config("scale", tensor.device, size, tensor.dtype))
     programs = min(sizes.pop("PROGRAMS"), triton.cdiv(size, sizes["BLOCK"]))
-    with tuning.on_device_of(tensor):
+    with made_current(tensor.device):
         scale_kernel[(programs,)](tensor, factor, size, gain, **sizes, **tuning.LAUNCH)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cpo_kernels.kernels.device import architecture, is_host, made_current, multiprocessors_and_cache
 from cpo_kernels.kernels.transform import fold_transform
 
 from . import tuning
@@ -29,7 +30,6 @@ from .sampling import MAX_HALVINGS, descend, exponential_variable, find_seed, ha
 from .splits import (
     LinearForward,
     combine_splits,
-    device_facts,
     find_block,
     find_tokens,
     finite_centre,
@@ -314,7 +314,7 @@ def linear_forward(
     """
     if seed is not None and seed.numel() != 1 and seed.shape != hidden.shape[:1]:
         raise ValueError(f"seed must have one element or shape ({hidden.shape[0]},), got {tuple(seed.shape)}")
-    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+    if is_host(hidden.device) and hidden.dtype == torch.bfloat16:
         hidden, weight = hidden.float(), weight.float()  # the interpreter would multiply the bits as integers
     targets, row_starts, bias, seed = targets.contiguous(), contiguous(row_starts), contiguous(bias), contiguous(seed)
     (R, H), V = hidden.shape, weight.shape[0]
@@ -333,10 +333,10 @@ def linear_forward(
     config = dict(config or tuning.config(kernel, hidden.device, V, hidden.dtype, H, descriptors=descriptors))
     blocks = config["BLOCK_R"], config["BLOCK_V"], config["BLOCK_H"]
     tma = bool(config.pop("TMA", 0)) and descriptors
-    facts = device_facts(hidden.device)
+    facts = multiprocessors_and_cache(hidden.device)
     grid = plan_grid(R, V, H * hidden.element_size(), *blocks[:2], config.pop("SPLITS", 0), *facts)
     partials = new_partials(grid.splits, R, hidden.device, sample=seed is not None, entropy=entropy)
-    with tuning.on_device_of(hidden):
+    with made_current(hidden.device):
         linear_forward_kernel[(grid.row_tiles * grid.splits,)](
             TensorDescriptor.from_tensor(hidden, [blocks[0], blocks[2]]) if tma else hidden,
             TensorDescriptor.from_tensor(weight, [blocks[1], blocks[2]]) if tma else weight,
@@ -373,7 +373,7 @@ def asks(hidden: Tensor) -> bool:
     Products in half precision lie in tensor memory on sm_100, where triton 3.6 finds no layout for a condition that
     depends on them. To look for a column in every tile takes less than 1 % of the time of a product at H = 4096.
     """
-    return hidden.dtype == torch.float32 or not tuning.architecture(hidden.device).startswith("sm_10")
+    return hidden.dtype == torch.float32 or not architecture(hidden.device).startswith("sm_10")
 
 
 def has_descriptor(matrix: Tensor) -> bool:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cpo_kernels.kernels.reference import narrow_view
+from cpo_kernels.kernels.device import made_current
+from cpo_kernels.kernels.numerics import narrow_view
 from cpo_kernels.kernels.transform import fold_transform
 
 from . import tuning
@@ -178,7 +179,7 @@ def row_forward(
         return stats, logps
     folded = fold_transform(logit_scale, softcap, temperature)
     address = row_address(logits)
-    with tuning.on_device_of(logits):
+    with made_current(logits.device):
         row_forward_kernel[(R,)](
             address.base, targets.contiguous(), contiguous(row_starts), contiguous(bias), stats[0], stats[1], logps,
             V, address.stride, address.misaligned, folded.mult, folded.cap,
@@ -403,7 +404,7 @@ def row_backward_into(
     sizes = config or tuning.config("row_backward", logits.device, V, logits.dtype)
     # Of rows that several tokens share, the passes over the tokens take registers that the pass over the row lacks.
     launch = tuning.sharing_registers(logits.device, sizes["num_warps"], PROGRAMS) if shared else tuning.LAUNCH
-    with tuning.on_device_of(logits):
+    with made_current(logits.device):
         row_backward_kernel[(R,)](
             to.base if shifted and alike else out, source.base if shifted else logits,
             targets.contiguous(), contiguous(row_starts),

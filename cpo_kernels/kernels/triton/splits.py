@@ -1,6 +1,6 @@
 """The vocabulary of the fused linear forward shared out between programs, and each row put together again."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,15 +22,6 @@ class Grid(NamedTuple):
     splits: int
     group_tiles: int
     split_tiles: int
-
-
-@cache
-def device_facts(device: torch.device) -> tuple[int, int]:
-    """Number of multiprocessors, and bytes of L2 cache; (1, 0) for a CPU, where programs run one after the other."""
-    if device.type != "cuda":
-        return 1, 0
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
 
 
 @lru_cache(4096)  # R varies from call to call

@@ -15,8 +15,6 @@ import torch
 
 # Triton's own rule for its switches.
 TRUE_VALUES = ("1", "true", "yes", "on", "y")
-# Products of bfloat16 and asynchronous copies need it, in Triton and in CUDA C++.
-OLDEST_CAPABILITY = (8, 0)
 
 
 def interpreted() -> bool:
@@ -53,18 +51,6 @@ def interpreter_failure() -> str | None:
         fitting = "install triton 3.7 or newer, or NumPy below 2.4"
         return f"the interpreter of {versions} cannot run its kernels ({error}); {fitting}"
     return None
-
-
-@cache
-def refusal(backend: str, device: torch.device) -> str | None:
-    """Why a GPU is too old for a backend, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= OLDEST_CAPABILITY:
-        return None
-    found, needed = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
-    return f"backend {backend!r} needs compute capability {needed}, {device} has {found}"
 
 
 def description() -> str:

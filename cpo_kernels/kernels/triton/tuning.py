@@ -9,13 +9,14 @@ descriptors, and passed over where a launch's matrices rule descriptors out.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from functools import cache
 from importlib import resources
 from typing import Any
 
 import torch
+
+from cpo_kernels.kernels.device import architecture
 
 DEFAULT = "default"
 # Options of every launch: the kernels count on multiply-adds, which are no longer the default from triton 3.10 on.
@@ -29,17 +30,6 @@ def entries() -> tuple[dict[str, Any], ...]:
     """The table, as it stands in the file."""
     table = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())
     return tuple(table["entries"])
-
-
-@cache
-def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``, ...; ``"default"`` for a CPU, where kernels run in Triton's interpreter."""
-    if device.type != "cuda":
-        return DEFAULT
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def _matches(
@@ -95,8 +85,3 @@ def sharing_registers(device: torch.device, num_warps: int, programs: int = 1) -
     if not architecture(device).startswith("sm_"):
         return LAUNCH
     return LAUNCH | {"maxnreg": min(REGISTERS // (32 * num_warps * programs), THREAD_REGISTERS)}
-
-
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the device of ``tensor`` current: Triton launches on the current device's stream."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

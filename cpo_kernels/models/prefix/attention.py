@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 
+from cpo_kernels.kernels.device import is_gpu
+
 
 @dataclass(frozen=True)
 class Gather:
@@ -125,7 +127,7 @@ class TreeBlocks:
 
     def _mask(self, device: torch.device) -> Tensor:
         G, C, P, T = self.sizes
-        if self.uniform and device.type == "cuda":
+        if self.uniform and is_gpu(device):
             return causal_lower_right(T, P + T)  # the flash kernel knows this one without reading a mask
         mask = self.candidate_mask
         return mask.expand(G, C, -1, -1, -1).flatten(0, 1) if len(mask) > 1 else mask[0]

@@ -12,11 +12,11 @@ from tolerance import assert_accurate
 
 from benchmarks import small_run
 from cpo_kernels import cpo_loss, linear_cpo_loss, token_logps
+from cpo_kernels.engine.tokens import dense_tokens
 from cpo_kernels.kernels import ops, registry, selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.cuda import rows as cuda_rows
-from cpo_kernels.kernels.triton import support as triton_support
-from cpo_kernels.layout import dense_tokens
+from cpo_kernels.kernels.device import why_too_old
 
 pytestmark = pytest.mark.cpu
 LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "scale", "check_targets")
@@ -52,7 +52,7 @@ def test_a_gpu_that_is_too_old_is_refused(monkeypatch, backend):
     """For its own capability, whichever device is the current one."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 1 else (9, 0))
-    refusal = triton_support.refusal.__wrapped__
+    refusal = why_too_old.__wrapped__
     assert refusal(backend, torch.device("cuda:0")) is None
     assert refusal(backend, torch.device("cpu")) is None
     message = refusal(backend, torch.device("cuda:1"))
@@ -285,6 +285,6 @@ def test_calls_ask_the_check_of_their_device(monkeypatch, serves):
 def test_a_gpu_that_is_too_old_gets_no_kernel(emulator, monkeypatch):
     targets = torch.tensor([1, 2])
     assert registry.named_check(targets, 5)
-    monkeypatch.setattr(triton_support, "refusal", lambda backend, device: "too old")
+    monkeypatch.setattr(registry, "why_too_old", lambda backend, device: "too old")
     monkeypatch.setattr(emulator, "check_targets", None)
     assert not registry.named_check(targets, 5)

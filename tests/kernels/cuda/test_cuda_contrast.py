@@ -26,7 +26,7 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels.kernels.cuda.groups import MAX_CANDIDATES, contrast
-from cpo_kernels.objective import Objective
+from cpo_kernels.options import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
 

@@ -27,9 +27,9 @@ from cpo_kernels import linear_cpo_loss, linear_sequence_logps, token_logps
 from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.cuda import hopper as cuda_hopper
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import OPTIONAL, Choice, overridden
 from cpo_kernels.kernels.triton import support as triton_support
-from cpo_kernels.kernels.triton import tuning
 
 pytestmark = [
     pytest.mark.cuda,
@@ -56,7 +56,7 @@ def path(request):
         pytest.skip(str(cuda_extension.unavailable_reason()))
     if operation == "linear_kept" and cuda_extension.capability(DEVICE) != cuda_hopper.CAPABILITY:
         pytest.skip("needs a Hopper GPU")
-    chosen = [] if operation is None else [Choice(operation, tuning.architecture(DEVICE), backend)]
+    chosen = [] if operation is None else [Choice(operation, architecture(DEVICE), backend)]
     assert {choice.operation for choice in chosen} <= set(OPTIONAL)
     with nullcontext() if backend == "auto" else overridden(*chosen):  # auto has the committed choices
         yield {"backend": backend, **options}

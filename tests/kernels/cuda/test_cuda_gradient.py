@@ -8,7 +8,7 @@ from cuda_host_cases import DTYPES, HEADS, NARROW, PLAIN, SHARED, Tokens, backwa
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics, plain
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
@@ -27,16 +27,16 @@ def check(logits, tokens, head=PLAIN, grad_dtype=None, threads=32, slice_bytes=0
     bias, *numbers = head
     double = (None if bias is None else bias.double(), *numbers)
     targets, row_starts, coef = tokens
-    eager_stats, eager_logps = reference.row_forward(logits, targets, row_starts, *head)
-    stats, logps = reference.row_forward(logits.double(), targets, row_starts, *double)
-    eager = reference.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
-    oracle = reference.row_backward(logits.double(), targets, row_starts, stats, coef.double(), *double)
+    eager_stats, eager_logps = plain.row_forward(logits, targets, row_starts, *head)
+    stats, logps = plain.row_forward(logits.double(), targets, row_starts, *double)
+    eager = plain.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
+    oracle = plain.row_backward(logits.double(), targets, row_starts, stats, coef.double(), *double)
     out_stats, out_logps = one_read_(logits, tokens, head, grad_dtype, threads, slice_bytes)
     dtype = grad_dtype or logits.dtype
-    present = torch.unique(reference.token_rows(targets, row_starts)[targets != -100])
+    present = torch.unique(plain.token_rows(targets, row_starts)[targets != -100])
     assert_accurate(*(s.sum(0)[present] for s in (out_stats, eager_stats, stats)), "log-sum-exp")
     assert_accurate(out_logps, eager_logps, logps, "logps")
-    assert_accurate(reference.narrow_view(logits, dtype), eager.to(dtype), oracle, "gradient")
+    assert_accurate(numerics.narrow_view(logits, dtype), eager.to(dtype), oracle, "gradient")
 
 
 @SHARED

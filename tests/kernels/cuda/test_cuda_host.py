@@ -25,7 +25,7 @@ from cuda_host_cases import (
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics, plain
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
@@ -46,16 +46,16 @@ def check_against_reference(logits: Tensor, tokens: Tokens, head=PLAIN, threads:
     bias, *numbers = head
     double = (None if bias is None else bias.double(), *numbers)
     stats, logps = forward(logits, tokens, head, threads)
-    eager_stats, eager_logps = reference.row_forward(logits, targets, row_starts, *head)
-    oracle_stats, oracle_logps = reference.row_forward(logits.double(), targets, row_starts, *double)
-    present = torch.unique(reference.token_rows(targets, row_starts)[targets != -100])
+    eager_stats, eager_logps = plain.row_forward(logits, targets, row_starts, *head)
+    oracle_stats, oracle_logps = plain.row_forward(logits.double(), targets, row_starts, *double)
+    present = torch.unique(plain.token_rows(targets, row_starts)[targets != -100])
     for part, name in ((lambda stats: stats[0], "max"), (lambda stats: stats.sum(0), "log-sum-exp")):
         assert_accurate(*(part(s[:, present]) for s in (stats, eager_stats, oracle_stats)), name)
     assert_accurate(logps, eager_logps, oracle_logps, "logps")
 
     grad = backward(logits, tokens, stats, head, threads)
-    eager = reference.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
-    oracle = reference.row_backward(logits.double(), targets, row_starts, oracle_stats, coef.double(), *double)
+    eager = plain.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
+    oracle = plain.row_backward(logits.double(), targets, row_starts, oracle_stats, coef.double(), *double)
     assert_accurate(grad, eager, oracle, "gradient")
 
 
@@ -255,11 +255,11 @@ def test_narrow_gradient_over_its_logits(emulator, seed, grad_dtype, V, width, t
     apart = torch.empty(3, V, dtype=grad_dtype)
     rows = cuda_rows.Rows(logits, *tokens[:2], *PLAIN)
     cuda_rows._backward_into(apart, logits, rows, stats, tokens.coef, threads)
-    eager = reference.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
-    oracle = reference.row_backward(logits.double(), *tokens[:2], stats.double(), tokens.coef.double(), *PLAIN)
+    eager = plain.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
+    oracle = plain.row_backward(logits.double(), *tokens[:2], stats.double(), tokens.coef.double(), *PLAIN)
     assert_accurate(apart, eager.to(grad_dtype), oracle, "gradient")
     backward_(logits, tokens, stats, grad_dtype=grad_dtype, threads=threads)
-    assert torch.equal(reference.narrow_view(logits, grad_dtype), apart)
+    assert torch.equal(numerics.narrow_view(logits, grad_dtype), apart)
 
 
 def test_gradient_into_rows_of_another_layout():

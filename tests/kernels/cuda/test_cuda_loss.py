@@ -11,9 +11,9 @@ from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.cuda import groups as cuda_groups
-from cpo_kernels.objective import Objective
+from cpo_kernels.options import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
 
@@ -41,10 +41,10 @@ def dense(chunk: Chunk, logits: Tensor, targets: Tensor, objective: Objective, h
     x = logits.double() if dtype == torch.float64 else logits
     bias, *numbers = head
     transform = (None if bias is None else bias.to(dtype), *numbers)
-    stats, logps = reference.row_forward(x, targets, None, *transform)
+    stats, logps = plain.row_forward(x, targets, None, *transform)
     here = Chunk(chunk.groups, logps, chunk.ref_logps, chunk.ranks)
     sums, coef = expected(here, objective, 1.0, dtype)
-    return sums, logps, reference.row_backward(x, targets, None, stats, coef.to(stats.dtype), *transform)
+    return sums, logps, plain.row_backward(x, targets, None, stats, coef.to(stats.dtype), *transform)
 
 
 def check(

@@ -10,10 +10,10 @@ import pytest
 import simt_host
 import torch
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics
 from cpo_kernels.kernels.cuda import groups as cuda_groups
 from cpo_kernels.kernels.cuda import rows as cuda_rows
-from cpo_kernels.objective import Objective
+from cpo_kernels.options import Objective
 
 pytestmark = [
     pytest.mark.cpu,
@@ -125,10 +125,10 @@ def small_run() -> bool:
     logits, targets, coef = torch.randn(3, V), torch.tensor([1, V, 2]), torch.randn(3)
     plain = (None, 1.0, 0.0, 1.0)
     stats, logps = cuda_rows.row_forward(logits, targets, None, *plain, threads=threads)
-    exact = reference.row_forward(logits.double(), targets.clamp(max=V - 1), None, *plain)[1].float()
+    exact = plain.row_forward(logits.double(), targets.clamp(max=V - 1), None, *plain)[1].float()
     apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *plain, threads=threads)
     cuda_rows.row_backward_(logits, targets, None, stats, coef, *plain, torch.bfloat16, threads=threads)
-    narrow = reference.narrow_view(logits, torch.bfloat16)
+    narrow = numerics.narrow_view(logits, torch.bfloat16)
     right = torch.allclose(logps[[0, 2]], exact[[0, 2]], rtol=1e-5)
     return right and bool(logps[1].isnan()) and torch.equal(narrow, apart.bfloat16())
 

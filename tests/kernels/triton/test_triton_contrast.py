@@ -28,7 +28,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cpo_kernels.kernels.triton.contrast import MAX_CANDIDATES, contrast
-from cpo_kernels.objective import Objective
+from cpo_kernels.options import Objective
 
 # Small enough that groups of a few candidates with a few tokens cross several blocks.
 pytestmark = pytest.mark.triton

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import plain, reference, transform
 from cpo_kernels.kernels.triton import linear, tuning
 from cpo_kernels.kernels.triton.linear import linear_forward
 from cpo_kernels.kernels.triton.splits import LinearForward
@@ -54,12 +54,12 @@ class Case:
         """(R, V) logits of the softmax, all of it in ``dtype``."""
         bias, scale, softcap, temperature = self.head
         bias = None if bias is None else bias.to(dtype)
-        return reference.transform_logits(
+        return transform.transform_logits(
             self.hidden.to(dtype) @ self.weight.to(dtype).T, bias, scale, softcap, temperature
         )
 
     def logps(self, dtype: torch.dtype) -> Tensor:
-        rows = reference.token_rows(self.targets, self.row_starts)
+        rows = plain.token_rows(self.targets, self.row_starts)
         return reference.token_logps(self.logits(dtype)[rows], self.targets)
 
 
@@ -291,7 +291,7 @@ def test_rows_do_not_depend_on_each_other():
 @pytest.mark.parametrize(("count", "cache_bytes"), [(0, 0), (0, 2**30), (1, 0), (2, 0), (3, 0), (5, 0)])
 def test_any_grid_covers_the_matrix(monkeypatch, count, cache_bytes):
     """As on 8 multiprocessors: groups of row tiles of which the last is not full, and splits that are shorter."""
-    monkeypatch.setattr(linear, "device_facts", lambda device: (8, cache_bytes))
+    monkeypatch.setattr(linear, "multiprocessors_and_cache", lambda device: (8, cache_bytes))
     c = case(R=4 * BLOCK_R + 1, V=4 * BLOCK_V + 3, H=16)
     out = check(c, {**CONFIG, "SPLITS": count})
     assert torch.equal(out.samples, c.run({**CONFIG, "SPLITS": 4}, seed=torch.tensor([1])).samples)

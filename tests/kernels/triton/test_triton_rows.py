@@ -13,7 +13,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from cpo_kernels.kernels import reference
+from cpo_kernels.kernels import numerics, plain
+from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.transform import fold_transform
 from cpo_kernels.kernels.triton import gradients, rows, tuning
 
@@ -80,16 +81,16 @@ def check_against_reference(logits: Tensor, tokens: Tokens, head=PLAIN, config=C
     """Forward and backward by the rule of tolerance; the reference computes in float32 and rounds the gradient once."""
     targets, row_starts, coef = tokens
     stats, logps = forward(logits, tokens, head, config)
-    eager_stats, eager_logps = reference.row_forward(logits, targets, row_starts, *head)
-    oracle_stats, oracle_logps = reference.row_forward(logits.double(), targets, row_starts, *double(head))
-    present = torch.unique(reference.token_rows(targets, row_starts)[targets != -100])
+    eager_stats, eager_logps = plain.row_forward(logits, targets, row_starts, *head)
+    oracle_stats, oracle_logps = plain.row_forward(logits.double(), targets, row_starts, *double(head))
+    present = torch.unique(plain.token_rows(targets, row_starts)[targets != -100])
     for part, name in ((lambda stats: stats[0], "max"), (lambda stats: stats.sum(0), "log-sum-exp")):
         assert_accurate(*(part(s[:, present]) for s in (stats, eager_stats, oracle_stats)), name)
     assert_accurate(logps, eager_logps, oracle_logps, "logps")
 
     grad = backward(logits, tokens, stats, head, config)
-    eager = reference.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
-    oracle = reference.row_backward(logits.double(), targets, row_starts, oracle_stats, coef.double(), *double(head))
+    eager = plain.row_backward(logits, targets, row_starts, eager_stats, coef, *head)
+    oracle = plain.row_backward(logits.double(), targets, row_starts, oracle_stats, coef.double(), *double(head))
     assert_accurate(grad, eager, oracle, "gradient")
 
 
@@ -271,11 +272,11 @@ def test_narrow_gradient_over_its_logits(grad_dtype, V, width, config, shared):
     stats, _ = forward(logits, tokens, config=config)
     apart = torch.empty(3, V, dtype=grad_dtype)
     rows.row_backward_into(apart, logits, *tokens[:2], stats, tokens.coef, *PLAIN, config=config)
-    eager = reference.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
-    oracle = reference.row_backward(logits.double(), *tokens[:2], stats.double(), tokens.coef.double(), *PLAIN)
+    eager = plain.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
+    oracle = plain.row_backward(logits.double(), *tokens[:2], stats.double(), tokens.coef.double(), *PLAIN)
     assert_accurate(apart, eager.to(grad_dtype), oracle, "gradient")
     backward_(logits, tokens, stats, grad_dtype=grad_dtype, config=config)
-    assert torch.equal(reference.narrow_view(logits, grad_dtype), apart)
+    assert torch.equal(numerics.narrow_view(logits, grad_dtype), apart)
 
 
 def test_gradient_into_rows_of_another_layout():
@@ -365,9 +366,9 @@ STATS_CONFIG = {"BLOCK": 32, "ROWS": 4, "ROWS_PER_PROGRAM": 16, "num_warps": 1, 
 def test_column_stats(dtype, V, r):
     grad = torch.randn(r, V + 3).to(dtype)[:, 1 : 1 + V]
     stats = gradients.column_stats(grad, config=STATS_CONFIG)
-    oracle = reference.column_stats(grad.double())
+    oracle = plain.column_stats(grad.double())
     assert torch.equal(stats[0].double(), oracle[0])
-    assert_accurate(stats[1], reference.column_stats(grad.float())[1], oracle[1], "sums")
+    assert_accurate(stats[1], plain.column_stats(grad.float())[1], oracle[1], "sums")
     assert torch.equal(stats, gradients.column_stats(grad, config=STATS_CONFIG))
 
 
@@ -486,4 +487,4 @@ def test_kernel_that_the_table_does_not_have():
 
 
 def test_interpreted_kernels_are_of_no_architecture():
-    assert tuning.architecture(torch.device("cpu")) == "default"
+    assert architecture(torch.device("cpu")) == "default"

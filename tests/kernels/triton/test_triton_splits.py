@@ -13,7 +13,8 @@ from project import ROOT
 
 pytest.importorskip("triton")
 
-from cpo_kernels.kernels.triton import splits, tuning
+from cpo_kernels.kernels.device import multiprocessors_and_cache
+from cpo_kernels.kernels.triton import tuning
 from cpo_kernels.kernels.triton.splits import plan_grid
 
 
@@ -44,7 +45,7 @@ def test_no_split_is_empty(sizes, count):
 
 
 def test_facts_of_the_device():
-    multiprocessors, cache_bytes = splits.device_facts(DEVICE)
+    multiprocessors, cache_bytes = multiprocessors_and_cache(DEVICE)
     assert multiprocessors >= 1 and (cache_bytes > 0) == (DEVICE.type == "cuda")
 
 

@@ -1,0 +1,131 @@
+"""What differs between devices: architecture, memory, float32 sums, capture, streams.
+
+A new kind of GPU is described here; AMD's GPUs are devices of type "cuda" to torch, and ``is_amd`` tells them apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU = "cpu"
+GPU = "cuda"
+# The architecture of a CPU, where Triton's kernels run in its interpreter.
+DEFAULT_ARCHITECTURE = "default"
+# Products of bfloat16 and asynchronous copies need it, in Triton and in CUDA C++.
+OLDEST_CAPABILITY = (8, 0)
+# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
+ROW_ALIGNMENT = 16
+# Below this V the padding would be a share of the budget that counts.
+SMALLEST_PADDED = 1024
+# Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
+DEFAULT_LOGITS_BYTES = 256 * 2**20
+# A GPU's products are faster in the thousands of rows, and its memory is larger: this share of it, up to the limit.
+GPU_MEMORY_SHARE = 1 / 32
+GPU_LOGITS_BYTES = 2 * 2**30
+
+
+def is_host(device: torch.device) -> bool:
+    """Tell whether values can be looked at without waiting for a device."""
+    return device.type == CPU
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Tell whether the kernels of a GPU run on ``device``, NVIDIA's or AMD's."""
+    return device.type == GPU
+
+
+def is_amd() -> bool:
+    """Tell whether the GPUs of this torch are AMD's."""
+    return torch.version.hip is not None
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """Name the architecture: ``"sm_90"``, ``"gfx942"``, ...; ``"default"`` for a CPU."""
+    if not is_gpu(device):
+        return DEFAULT_ARCHITECTURE
+    if is_amd():
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def why_too_old(backend: str, device: torch.device) -> str | None:
+    """Say why a GPU is too old for a backend, or None."""
+    if not is_gpu(device) or is_amd():
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_CAPABILITY:
+        return None
+    found, needed = (".".join(map(str, c)) for c in (capability, OLDEST_CAPABILITY))
+    return f"backend {backend!r} needs compute capability {needed}, {device} has {found}"
+
+
+@cache
+def multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
+    """Count multiprocessors and bytes of L2 cache; (1, 0) for a CPU, where programs run one after the other."""
+    if not is_gpu(device):
+        return 1, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def default_logits_bytes(device: torch.device) -> int:
+    """Bytes of logits held at once where the user names no budget."""
+    if not is_gpu(device) or not torch.cuda.is_available():
+        return DEFAULT_LOGITS_BYTES
+    share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
+    return min(max(DEFAULT_LOGITS_BYTES, share), GPU_LOGITS_BYTES)
+
+
+def row_width(vocab: int, device: torch.device) -> int:
+    """Elements from one row of logits to the next: on a GPU, rows begin at whole vectors, whatever V is."""
+    padded = not is_host(device) and vocab >= SMALLEST_PADDED
+    return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
+
+
+def float32_sums(device: torch.device) -> bool:
+    """Tell whether a product of half precision can be added to float32 on ``device``: cuBLAS can."""
+    return is_gpu(device) and not is_amd()
+
+
+@cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether this torch adds a product of ``dtype`` to float32; its first ones with ``out_dtype`` refuse to."""
+    total, one = torch.ones((1, 1), device=device), torch.ones((1, 1), device=device, dtype=dtype)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
+
+
+def is_capturing() -> bool:
+    """Tell whether a CUDA graph is being captured, during which nothing may wait for the device."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of torch's current stream on a GPU."""
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make ``device`` the current one for a while: Triton launches on the current device's stream."""
+    return torch.cuda.device(device) if is_gpu(device) else contextlib.nullcontext()
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to ``device`` without waiting for it."""
+    return tensor if is_host(device) else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switch autocast off for a while: what was to be cast has been."""
+    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,59 @@
+"""Entropies and samples of rows of logits, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels.numerics import (
+    IGNORE_INDEX,
+    long_slices,
+)
+
+from .transform import transform_logits
+
+
+def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
+    """Entropy (R,) in nats of the softmax of each row, from its statistics (2, R)."""
+    parts = []
+    for tile in long_slices(*logits.shape):
+        log_p = transform_logits(logits[tile].to(stats.dtype), bias, *transform) - stats[:, tile].sum(0)[:, None]
+        p = log_p.exp()
+        parts.append(-torch.where(p == 0, 0.0, p * log_p).sum(-1))
+    return torch.cat(parts) if parts else stats[0]
+
+
+def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
+    """K words (R, K) of each row, drawn from its softmax by inverse distribution function at ``uniforms`` (R, K).
+
+    ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
+    distribution (NaN, or nothing but -inf).
+    """
+    parts = []
+    for tile in long_slices(*logits.shape):
+        y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
+        parts.append(words_at((y - stats[0, tile, None]).exp_(), uniforms[tile]))
+    return torch.cat(parts) if parts else uniforms.long()
+
+
+def words_at(masses: Tensor, uniforms: Tensor) -> Tensor:
+    """Words (R, K) where the running sums of masses (R, V), in float64, pass the shares (R, K) of their totals.
+
+    Looked for among chunks of about sqrt(V) words first: a running sum over all words takes longer than all the rest.
+    """
+    rows, vocab = masses.shape
+    width = 2 ** (vocab.bit_length() // 2)
+    chunks = torch.nn.functional.pad(masses, (0, -vocab % width)).view(rows, -1, width)
+    below = chunks.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold = under(uniforms * below[:, -1:], below[:, -1:])
+    chunk = torch.searchsorted(below, threshold, right=True).clamp_(max=chunks.shape[1] - 1)
+    threshold = threshold - torch.where(chunk > 0, below.gather(1, (chunk - 1).clamp(min=0)), 0.0)
+    within = chunks[torch.arange(rows, device=masses.device)[:, None], chunk].cumsum(-1, dtype=torch.float64)
+    threshold = under(threshold[..., None], within[..., -1:])
+    words = chunk * width + torch.searchsorted(within, threshold, right=True).squeeze(-1)
+    return words.where(below[:, -1:].isfinite(), IGNORE_INDEX)
+
+
+def under(values: Tensor, bound: Tensor) -> Tensor:
+    """Values below the bound even where rounding has taken them there, so that what lies behind it is not found."""
+    return torch.minimum(values, torch.nextafter(bound, torch.zeros_like(bound)))
