@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from .engine import compiled
-from .engine.autograd import FusedLoss, LinearTokenLogps, needs_grad
-from .engine.inputs import FLOAT_DTYPES, Inputs, check_targets, merge_ranks, per_segment, prepare
-from .engine.losses import LogitsCall, coefficients_are_known, run_cpo, run_loss_fn
+from .engine.call import Needs, resolve
+from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, per_segment, prepare
+from .engine.logps import LinearTokenLogps
+from .engine.losses import CPOLossOfCall, FusedLogitsLoss, FusedLoss, LogitsCall, OwnLossOfCall, resolve_cpo
 from .engine.plan import Plan
 from .engine.tokens import check_targets_in
+from .engine.vocab_parallel import VocabShard
 from .kernels import registry
+from .kernels.backend import Backend
 from .kernels.device import to_device
 from .kernels.numerics import IGNORE_INDEX, accumulate_dtype
 from .kernels.selection import Sizes
 from .layout import CandidateLayout
-from .objective import CPOOutput, CPOProblem, check_problem, make_problem, summarize
-from .options import Head, Objective, split_options
+from .objective import CPOOutput, CPOProblem, Groups, LossTerms, check_problem, make_problem, summarize
+from .options import Head, Objective, refuse_unknown
 
 
 def contrastive_loss(
@@ -68,23 +70,40 @@ def contrastive_loss(
     ref = per_segment("ref_logps", ref_logps, shape, logps)
     flat_ranks = per_segment("ranks", ranks, shape, logps)
     values = logps.to(accumulate_dtype(logps.dtype))
-    boundaries = list(range(0, groups * candidates + 1, candidates))
     lengths = torch.ones(groups * candidates, dtype=torch.int64, device=logps.device)
-    problem = checked_problem(objective, boundaries, lengths, cast_ref(ref, values.dtype), flat_ranks)
+    problem = checked_problem(objective, shape, lengths, cast_ref(ref, values.dtype), flat_ranks)
     loss = problem.contrast(values.reshape(-1)).loss
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, **head: Any) -> Tensor:
+def token_logps(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
+) -> Tensor:
     """Log-probabilities of the targets under logits that already exist; differentiable.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 (or float64 on the torch backend).
         targets: (...) int64; -100 gives 0 and no gradient.
         bias: (V,) added to the logits, or None.
-        **head: see :class:`cpo_kernels.options.Head`.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         (...) float32 (float64 for float64), in nats.
@@ -92,15 +111,51 @@ def token_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, 
     Raises:
         ValueError: shapes, dtypes, devices or target values that do not fit.
     """
-    options = Head(**head)
-    backend, flat, flat_targets = flatten_logits(logits, targets, bias, options)
-    return backend.rows.forward(flat, flat_targets, None, bias, *options.transform)[1].reshape(targets.shape)
+    refuse_unknown("token_logps", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
+    return token_logps_of(logits, targets, bias, head)
+
+
+def sequence_logps(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
+) -> Tensor:
+    """Log-likelihoods of sequences: (..., T, V), (..., T) -> (...); otherwise as :func:`token_logps`."""
+    refuse_unknown("sequence_logps", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
+    return sum_tokens(token_logps_of(logits, targets, bias, head))
+
+
+def token_logps_of(logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """Run :func:`token_logps` with its options in one object."""
+    backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
+    return backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1].reshape(targets.shape)
 
 
 def flatten_logits(
     logits: Tensor, targets: Tensor, bias: Tensor | None, options: Head
-) -> tuple[registry.Backend, Tensor, Tensor]:
-    """The backend, logits (R, V) of unit column stride and targets (R,), checked."""
+) -> tuple[Backend, Tensor, Tensor]:
+    """Return the backend, logits (R, V) of unit column stride and targets (R,), checked."""
     options.check_exact("a loss of logits that already exist")
     options.check_whole("a loss of logits that already exist")
     if logits.dtype not in FLOAT_DTYPES:
@@ -131,11 +186,6 @@ def sum_tokens(logps: Tensor) -> Tensor:
     return logps.double().sum(-1).to(logps.dtype)
 
 
-def sequence_logps(logits: Tensor, targets: Tensor, *, bias: Tensor | None = None, **head: Any) -> Tensor:
-    """Log-likelihoods of sequences: (..., T, V), (..., T) -> (...); otherwise as :func:`token_logps`."""
-    return sum_tokens(token_logps(logits, targets, bias=bias, **head))
-
-
 def cpo_loss(
     logits: Tensor,
     targets: Tensor,
@@ -143,7 +193,27 @@ def cpo_loss(
     ref_logps: Tensor | None = None,
     ranks: Tensor | None = None,
     bias: Tensor | None = None,
-    **options: Any,
+    beta: float = 0.1,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    loss_type: str = "plackett_luce",
+    length_normalized: bool = False,
+    contrast_weight: float = 1.0,
+    mle_weight: float = 0.0,
+    num_groups: float | None = None,
+    num_target_tokens: float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> CPOOutput:
     """The whole objective from logits that already exist.
 
@@ -153,7 +223,9 @@ def cpo_loss(
         ref_logps: (G, C) log-likelihoods under the reference model, or None.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
         bias: (V,) or None.
-        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.options.Head`.
+        beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in logits and bias.
@@ -161,7 +233,15 @@ def cpo_loss(
     Raises:
         ValueError: bad shapes, dtypes, devices or values; the message names the offending one.
     """
-    objective, head = split_options("cpo_loss", options)
+    refuse_unknown("cpo_loss", unknown, objective=True)
+    objective = Objective(
+        *(beta, margin, label_smoothing, loss_type, length_normalized),
+        *(contrast_weight, mle_weight, num_groups, num_target_tokens),
+    )
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
     if targets.dim() != 3 or logits.dim() != 4:
         raise ValueError(
             f"logits must be (G, C, T, V) and targets (G, C, T), got {tuple(logits.shape)} and {tuple(targets.shape)}"
@@ -170,54 +250,73 @@ def cpo_loss(
         raise ValueError(f"group 0 is empty: targets have shape {tuple(targets.shape)}")
     objective.check_candidates(targets.shape[1])
     shape = (targets.shape[0], targets.shape[1])
-    backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
+    kernels, flat, flat_targets = flatten_logits(logits, targets, bias, head)
     ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
-    problem = checked_problem(
-        objective,
-        list(range(0, shape[0] * shape[1] + 1, shape[1])),
-        (targets != IGNORE_INDEX).sum(-1).reshape(-1),
-        cast_ref(ref, logits.dtype),
-        flat_ranks,
-    )
-    if runs_in_one_launch(backend, logits.dtype, shape[1]):
-        call = LogitsCall(backend, head, flat_targets, problem, flat_ranks)
-        needs = needs_grad(flat, None, bias)
-        loss, sums, *_ = FusedLoss.apply(flat, None, bias, call.run, needs)
-        return summarize(problem, loss, sums, shape)
-    logps = backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
+    lengths = (targets != IGNORE_INDEX).sum(-1).reshape(-1)
+    problem = checked_problem(objective, shape, lengths, cast_ref(ref, logits.dtype), flat_ranks)
+    if runs_in_one_launch(kernels, logits.dtype, shape[1]):
+        needs, _, needs_bias = needs_grad(flat, None, bias)
+        *terms, sums = FusedLogitsLoss.apply(
+            flat, bias, LogitsCall(kernels, head, flat_targets, problem, (needs, needs_bias))
+        )
+        return summarize(problem, LossTerms(*terms), sums, shape)
+    logps = kernels.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
     sums = sum_tokens(logps.reshape(targets.shape)).reshape(-1)
-    return summarize(problem, problem.loss(sums)[0], sums, shape)
+    return summarize(problem, problem.loss(sums), sums, shape)
 
 
-def runs_in_one_launch(backend: registry.Backend, dtype: torch.dtype, candidates: int) -> bool:
-    """Whether the backend's launch for given logits can be used: not for gradients of float16, which need a gain."""
+def runs_in_one_launch(backend: Backend, dtype: torch.dtype, candidates: int) -> bool:
+    """Tell whether the launch for given logits can be used: not for gradients of float16, which need a gain."""
     usable = backend.logits_loss is not None and candidates <= backend.contrast_candidates
     return usable and dtype != torch.float16 and not torch.compiler.is_compiling()
 
 
 def checked_problem(
-    objective: Objective,
-    cu_groups: Sequence[int],
-    lengths: Tensor,
-    ref_logps: Tensor | None,
-    ranks: Tensor | None,
+    objective: Objective, shape: tuple[int, int], lengths: Tensor, ref_logps: Tensor | None, ranks: Tensor | None
 ) -> CPOProblem:
-    """``make_problem`` and ``check_problem``, in compiled code too."""
+    """Bind the objective to groups (G, C) and check them, in compiled code too."""
+    groups = Groups(None, shape)
     if torch.compiler.is_compiling():
-        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, cu_groups, objective.contrast_weight)
-        return make_problem(objective, cu_groups, lengths, ref_logps, ranks)
-    problem = make_problem(objective, cu_groups, lengths, ref_logps, ranks)
+        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight)
+        return make_problem(objective, groups, lengths, ref_logps, ranks)
+    problem = make_problem(objective, groups, lengths, ref_logps, ranks)
     check_problem(problem)
     return problem
 
 
 def cast_ref(ref_logps: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Reference log-likelihoods in the dtype in which those of logits of ``dtype`` are summed."""
+    """Cast reference log-likelihoods to the dtype in which those of logits of ``dtype`` are summed."""
     return None if ref_logps is None else ref_logps.to(accumulate_dtype(dtype))
 
 
+def needs_grad(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Needs:
+    """Tell which tensors autograd wants a gradient for, in the current grad mode."""
+    enabled = torch.is_grad_enabled()
+    return (
+        enabled and hidden.requires_grad,
+        enabled and weight is not None and weight.requires_grad,
+        enabled and bias is not None and bias.requires_grad,
+    )
+
+
 def linear_token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **head: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     """Log-probabilities of the targets under the head ``hidden @ weight.T``; the logits are never stored whole.
 
@@ -226,7 +325,8 @@ def linear_token_logps(
         weight: (V, H), same dtype; may be frozen or tied.
         targets: (...) int64; -100 gives 0 and no gradient, and its row enters no GEMM.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.options.Head`.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         (...) float32 (float64 for float64), in nats; differentiable in hidden, weight and bias.
@@ -235,19 +335,25 @@ def linear_token_logps(
         ValueError: bad shapes, dtypes, devices or target values; the message names the offending one.
         RuntimeError: a backend that is not available.
     """
-    inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
-    return packed_token_logps(inputs).reshape(targets.shape)
+    refuse_unknown("linear_token_logps", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
+    return logps_of_slots(hidden, weight, targets, None, bias, head)
 
 
-def packed_token_logps(inputs: Inputs) -> Tensor:
-    """Log-probabilities (N,) of flattened inputs."""
-    call = inputs.call
-    call.head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
+def logps_of_slots(
+    hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
+) -> Tensor:
+    """Log-probabilities in the shape of the targets, with the options in one object."""
+    head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
     if torch.compiler.is_compiling():
-        tensors = inputs.hidden, inputs.weight, inputs.bias, call.targets, call.rows
-        return compiled.linear_token_logps(*tensors, *compiled.flatten_head(call.head))
-    needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
-    return LinearTokenLogps.apply(inputs.hidden, inputs.weight, inputs.bias, call, needs)
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        return compiled.token_logps(hidden, weight, targets, layout, bias, head)
+    inputs = prepare(hidden, weight, targets, layout, bias, head, grouped=False)
+    call = resolve(inputs, needs_grad(*inputs.tensors), whole_groups=False)
+    return LinearTokenLogps.apply(*inputs.tensors, call).reshape(targets.shape)
 
 
 def linear_sequence_logps(
@@ -257,7 +363,18 @@ def linear_sequence_logps(
     *,
     layout: CandidateLayout | None = None,
     bias: Tensor | None = None,
-    **head: Any,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     """Log-likelihoods of sequences: the sums of :func:`linear_token_logps` over their tokens.
 
@@ -267,16 +384,28 @@ def linear_sequence_logps(
         targets: (..., T), or (N,) with a layout.
         layout: the packed form, or None.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.options.Head`.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         (...), or (S,) with a layout; differentiable in hidden, weight and bias.
     """
+    refuse_unknown("linear_sequence_logps", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
+    return sequence_logps_of(hidden, weight, targets, layout, bias, head)
+
+
+def sequence_logps_of(
+    hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
+) -> Tensor:
+    """Run :func:`linear_sequence_logps` with its options in one object."""
+    logps = logps_of_slots(hidden, weight, targets, layout, bias, head)
     if layout is None:
-        return sum_tokens(linear_token_logps(hidden, weight, targets, bias=bias, **head))
-    inputs = prepare(hidden, weight, targets, layout, bias, Head(**head))
-    logps = packed_token_logps(inputs)
-    lengths = to_device(torch.tensor(layout.cu_tokens, device="cpu").diff(), logps.device)
+        return sum_tokens(logps)
+    lengths = to_device(layout.boundaries[0].diff(), logps.device)
     return torch.segment_reduce(logps.double(), "sum", lengths=lengths, unsafe=True, initial=0).to(logps.dtype)
 
 
@@ -289,7 +418,27 @@ def linear_cpo_loss(
     ref_logps: Tensor | None = None,
     ranks: Tensor | None = None,
     bias: Tensor | None = None,
-    **options: Any,
+    beta: float = 0.1,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    loss_type: str = "plackett_luce",
+    length_normalized: bool = False,
+    contrast_weight: float = 1.0,
+    mle_weight: float = 0.0,
+    num_groups: float | None = None,
+    num_target_tokens: float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> CPOOutput:
     """The whole objective from hidden states: loss and gradients in one pass over the logits, which are never stored.
 
@@ -303,7 +452,9 @@ def linear_cpo_loss(
         ref_logps: (G, C) or (S,) log-likelihoods under the reference model, or None.
         ranks: (G, C) or (S,) integers, 0 is best; default: the first candidate of a group against the others.
         bias: (V,) or None.
-        **options: see :class:`cpo_kernels.objective.Objective` and :class:`cpo_kernels.options.Head`.
+        beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in hidden, weight and bias.
@@ -312,31 +463,24 @@ def linear_cpo_loss(
         ValueError: bad shapes, dtypes, devices or values; the message names the offending one.
         RuntimeError: a backend that is not available.
     """
-    objective, head = split_options("linear_cpo_loss", options)
-    inputs = prepare(hidden, weight, targets, layout, bias, head)
-    objective.check_candidates(largest_group(inputs.call.cu_groups))
-    ref = per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
-    flat_ranks = merge_ranks(ranks, inputs)
-    call, tensors = inputs.call, (inputs.hidden, inputs.weight, inputs.bias)
-    needs = needs_grad(*tensors)
-    ref = cast_ref(ref, head.logits_dtype or inputs.hidden.dtype)
+    refuse_unknown("linear_cpo_loss", unknown, objective=True)
+    objective = Objective(
+        *(beta, margin, label_smoothing, loss_type, length_normalized),
+        *(contrast_weight, mle_weight, num_groups, num_target_tokens),
+    )
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
     if torch.compiler.is_compiling():
-        loss, sums, lengths, dropped, *_ = compiled.linear_cpo(
-            *tensors,
-            *(call.targets, call.rows, ref, flat_ranks, call.cu_tokens, call.cu_groups, needs),
-            *compiled.flatten_objective(objective),
-            *compiled.flatten_head(head),
-        )
-    else:
-        compute = partial(run_cpo, call, objective, ref, flat_ranks)
-        loss, sums, lengths, dropped = FusedLoss.apply(*tensors, compute, needs)
-    problem = make_problem(objective, call.cu_groups, lengths, ref, flat_ranks)
-    return summarize(problem, loss, sums, inputs.shape, dropped)
-
-
-def largest_group(cu_groups: Sequence[int]) -> int:
-    """Candidates of the largest group."""
-    return max(end - start for start, end in pairwise(cu_groups))
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        needs = needs_grad(hidden, weight, bias)
+        return compiled.linear_cpo_loss(hidden, weight, targets, layout, ref_logps, ranks, bias, objective, head, needs)
+    inputs = prepare(hidden, weight, targets, layout, bias, head)
+    call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))
+    make_loss = partial(CPOLossOfCall, call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss)
+    return summarize(problem, LossTerms(*terms), sums, inputs.shape, dropped)
 
 
 def linear_sequence_loss(
@@ -347,7 +491,18 @@ def linear_sequence_loss(
     *,
     layout: CandidateLayout | None = None,
     bias: Tensor | None = None,
-    **head: Any,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> Tensor:
     """Any differentiable loss of sequence log-likelihoods, in one pass over the logits.
 
@@ -360,7 +515,9 @@ def linear_sequence_loss(
             sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
         layout: the packed form, or None.
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.options.Head`; the filters take ``1 / G`` for the largest coefficient.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; the filters take
+            ``1 / G`` for the largest coefficient.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Returns:
         The sum over all groups, a scalar.
@@ -368,15 +525,20 @@ def linear_sequence_loss(
     Raises:
         ValueError: as for :func:`linear_cpo_loss`, or a loss that is not a differentiable scalar.
     """
-    inputs = prepare(hidden, weight, targets, layout, bias, Head(**head))
-    candidates = inputs.shape[1] if layout is None else None
+    refuse_unknown("linear_sequence_loss", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
     if torch.compiler.is_compiling():
         # An operator cannot carry a Python function, so the compiler traces it over the log-likelihoods instead.
-        logps = linear_sequence_logps(hidden, weight, targets, layout=layout, bias=bias, **head)
-        return loss_fn(logps, range(len(inputs.call.cu_groups) - 1))
-    compute = partial(run_loss_fn, inputs.call, loss_fn, candidates)
-    tensors = inputs.hidden, inputs.weight, inputs.bias
-    return FusedLoss.apply(*tensors, compute, needs_grad(*tensors))[0]
+        logps = sequence_logps_of(hidden, weight, targets, layout, bias, head)
+        return loss_fn(logps, range(targets.shape[0] if layout is None else layout.num_groups))
+    inputs = prepare(hidden, weight, targets, layout, bias, head)
+    candidates = inputs.shape[1] if layout is None else None
+    call = resolve(inputs, needs_grad(*inputs.tensors))
+    make_loss = partial(OwnLossOfCall, call, loss_fn, candidates, inputs.hidden.dtype, inputs.hidden.shape[1])
+    return FusedLoss.apply(*inputs.tensors, call, make_loss)[0]
 
 
 def plan(
@@ -388,14 +550,37 @@ def plan(
     ref_logps: Tensor | None = None,
     ranks: Tensor | None = None,
     bias: Tensor | None = None,
-    **options: Any,
+    beta: float = 0.1,
+    margin: float = 0.0,
+    label_smoothing: float = 0.0,
+    loss_type: str = "plackett_luce",
+    length_normalized: bool = False,
+    contrast_weight: float = 1.0,
+    mle_weight: float = 0.0,
+    num_groups: float | None = None,
+    num_target_tokens: float | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> Plan:
     """What :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
-    objective, head = split_options("plan", options)
+    refuse_unknown("plan", unknown, objective=True)
+    objective = Objective(
+        *(beta, margin, label_smoothing, loss_type, length_normalized),
+        *(contrast_weight, mle_weight, num_groups, num_target_tokens),
+    )
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
     inputs = prepare(hidden, weight, targets, layout, bias, head)
-    per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
-    merge_ranks(ranks, inputs)
-    tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
-    needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
-    known = coefficients_are_known(inputs.call, objective, needs)
-    return inputs.call.plan(tokens, inputs.hidden, inputs.weight, needs, known_coefficients=known)
+    return resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))[0].plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -31,6 +31,8 @@ class CandidateLayout:
     cu_groups: Sequence[int]
     rows: Tensor | None = None
     ranks: Sequence[int] | Tensor | None = None
+    #: cu_tokens and cu_groups as host tensors, in which compiled code takes them: integers it would compile for.
+    boundaries: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_boundaries("cu_tokens", self.cu_tokens)
@@ -48,6 +50,8 @@ class CandidateLayout:
             raise ValueError(f"rows must have shape ({self.num_tokens},), got {tuple(self.rows.shape)}")
         if self.rows is not None and self.rows.dtype != torch.int64:
             raise ValueError(f"rows must be int64, got {self.rows.dtype}")
+        tensors = (torch.tensor(list(starts), device="cpu") for starts in (self.cu_tokens, self.cu_groups))
+        object.__setattr__(self, "boundaries", tuple(tensors))
 
     @property
     def num_tokens(self) -> int:

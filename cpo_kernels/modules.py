@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from .engine.vocab_parallel import VocabShard
 from .functional import cpo_loss, linear_cpo_loss
 from .layout import CandidateLayout
 from .objective import CPOOutput
-from .options import split_options
+from .options import Head, Objective, chosen, refuse_unknown
 
 
 class _CPOModule(nn.Module):
-    """Holds the keyword options of a loss, checked when the module is made."""
+    """Holds the options of a loss, checked when the module is made; see :class:`cpo_kernels.options`."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        margin: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss_type: str = "plackett_luce",
+        length_normalized: bool = False,
+        contrast_weight: float = 1.0,
+        mle_weight: float = 0.0,
+        num_groups: float | None = None,
+        num_target_tokens: float | None = None,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        backend: str = "auto",
+        max_logits_bytes: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        grad_filter_eps: float | None = None,
+        candidate_eps: float | None = None,
+        skip_absent_rows: bool = True,
+        vocab_shard: VocabShard | None = None,
+        frozen_columns: int = 0,
+        **unknown: NoReturn,
+    ) -> None:
         super().__init__()
-        split_options(type(self).__name__, options)
-        self.options = options
+        refuse_unknown(type(self).__name__, unknown, objective=True)
+        objective = Objective(
+            *(beta, margin, label_smoothing, loss_type, length_normalized),
+            *(contrast_weight, mle_weight, num_groups, num_target_tokens),
+        )
+        head = Head(
+            *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+            *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+        )
+        self.options = chosen(objective) | chosen(head)
 
     def extra_repr(self) -> str:
-        """The options, as they were given."""
+        """List the options that are not the defaults."""
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 

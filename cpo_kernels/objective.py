@@ -32,12 +32,12 @@ class Groups(NamedTuple):
     Attributes:
         slots: (S,) place of each segment in the flattened (G, C), or None when every group has C segments.
         shape: (G, C).
-        sizes: (G,) segments of each group, or None when every group has C.
+        starts: (G + 1,) prefix count of the segments of each group, or None when every group has C.
     """
 
     slots: Tensor | None
     shape: tuple[int, int]
-    sizes: Tensor | None = None
+    starts: Tensor | None = None
 
     def pad(self, values: Tensor, fill: float = 0) -> Tensor:
         """(S,) -> (G, C)."""
@@ -60,8 +60,8 @@ def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
     if all(size == width for size in sizes):
         return Groups(None, shape)
     slots = [group * width + c for group, size in enumerate(sizes) for c in range(size)]
-    slots_and_sizes = (to_device(torch.tensor(values, device="cpu"), device) for values in (slots, sizes))
-    return Groups(next(slots_and_sizes), shape, next(slots_and_sizes))
+    slots_on_device, starts = (to_device(torch.tensor(v, device="cpu"), device) for v in (slots, list(cu_groups)))
+    return Groups(slots_on_device, shape, starts)
 
 
 def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -131,6 +131,14 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     return Contrast(loss, objective.beta * coef)
 
 
+class LossTerms(NamedTuple):
+    """The loss and what it is made of, three scalars: see :class:`CPOOutput`."""
+
+    loss: Tensor
+    contrastive_loss: Tensor
+    nll_loss: Tensor
+
+
 @dataclass(frozen=True)
 class CPOProblem:
     """The objective bound to the groups of a batch; everything but the log-likelihoods.
@@ -140,6 +148,7 @@ class CPOProblem:
         groups: the padded layout of the S segments.
         lengths: (S,) tokens of each segment.
         ref_logps: (S,) or None.
+        segment_ranks: (S,) as they were given, or None.
         ranks: (G, C).
         present: (G, C).
         num_groups: denominator of the contrast.
@@ -150,6 +159,7 @@ class CPOProblem:
     groups: Groups
     lengths: Tensor
     ref_logps: Tensor | None
+    segment_ranks: Tensor | None
     ranks: Tensor
     present: Tensor
     num_groups: float
@@ -169,20 +179,25 @@ class CPOProblem:
         ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
         return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
 
-    def loss(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, contrastive_loss, nll_loss), scalars differentiable in ``sums``."""
-        contrastive = self.contrast(sums).loss.sum() / self.num_groups
+    def loss(self, sums: Tensor) -> LossTerms:
+        """Compute the loss, differentiable in ``sums``."""
+        return self.terms(sums, self.contrast(sums).loss)
+
+    def terms(self, sums: Tensor, group_losses: Tensor) -> LossTerms:
+        """Put the loss together from the contrast's loss (G,) of each group."""
+        contrastive = group_losses.sum() / self.num_groups
         nll = -(sums * self.best).sum() / self.num_target_tokens
         nll = nll.to(sums.dtype)
-        return self.objective.contrast_weight * contrastive + self.objective.mle_weight * nll, contrastive, nll
+        loss = self.objective.contrast_weight * contrastive + self.objective.mle_weight * nll
+        return LossTerms(loss, contrastive, nll)
 
     def coefficients(self, sums: Tensor) -> Tensor:
         """``dloss / dsums`` (S,), in closed form."""
-        return self.sum_coefficients(self.contrast_coefficients(sums))
+        return self.sum_coefficients(self.contrast_coefficients(self.contrast(sums)))
 
-    def contrast_coefficients(self, sums: Tensor) -> Tensor:
+    def contrast_coefficients(self, contrast: Contrast) -> Tensor:
         """The contrast's share of ``dloss / dlogps`` (S,): of the means where length_normalized."""
-        return self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
+        return self.groups.unpad(contrast.coef) * (self.objective.contrast_weight / self.num_groups)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
         """``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
@@ -199,20 +214,16 @@ class CPOProblem:
             groups=Groups(None if slots is None else slots[segments] - groups.start * width, (len(groups), width)),
             lengths=self.lengths[segments],
             ref_logps=None if self.ref_logps is None else self.ref_logps[segments],
+            segment_ranks=None if self.segment_ranks is None else self.segment_ranks[segments],
             ranks=self.ranks[g],
             present=self.present[g],
         )
 
 
 def make_problem(
-    objective: Objective,
-    cu_groups: Sequence[int],
-    lengths: Tensor,
-    ref_logps: Tensor | None,
-    ranks: Tensor | None,
+    objective: Objective, groups: Groups, lengths: Tensor, ref_logps: Tensor | None, ranks: Tensor | None
 ) -> CPOProblem:
     """Bind the objective to groups: lengths, ref_logps and ranks are (S,). No value is looked at."""
-    groups = make_groups(cu_groups, lengths.device)
     padded_ranks = default_ranks(groups.shape, lengths.device) if ranks is None else groups.pad(ranks)
     present = groups.pad(lengths) > 0
     num_target_tokens: float | Tensor | None = objective.num_target_tokens
@@ -223,6 +234,7 @@ def make_problem(
         groups=groups,
         lengths=lengths,
         ref_logps=ref_logps,
+        segment_ranks=ranks,
         ranks=padded_ranks,
         present=present,
         num_groups=objective.num_groups or groups.shape[0],
@@ -281,11 +293,10 @@ class CPOOutput(NamedTuple):
 
 
 def summarize(
-    problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int, ...], dropped: Tensor | None = None
+    problem: CPOProblem, terms: LossTerms, sums: Tensor, shape: tuple[int, ...], dropped: Tensor | None = None
 ) -> CPOOutput:
-    """The output for a loss whose segments have log-likelihood sums (S,); logps and rewards come in ``shape``."""
-    sums = sums.detach()
-    _, contrastive, nll = problem.loss(sums)
+    """Make the output from log-likelihood sums (S,); logps and rewards come in ``shape``."""
+    sums, loss = sums.detach(), terms.loss
     logps = problem.logps(sums)
     rewards = logps if problem.ref_logps is None else logps - problem.ref_logps
     rewards = problem.groups.pad(problem.objective.beta * rewards).masked_fill(~problem.present, 0.0)
@@ -298,8 +309,8 @@ def summarize(
     means = [(rewards * mask).sum(-1) / mask.sum(-1).clamp(min=1) for mask in (best, others)]
     return CPOOutput(
         loss=loss,
-        contrastive_loss=contrastive,
-        nll_loss=nll,
+        contrastive_loss=terms.contrastive_loss.detach(),
+        nll_loss=terms.nll_loss.detach(),
         logps=logps.reshape(shape),
         rewards=problem.groups.unpad(rewards).reshape(shape),
         accuracy=wins / counted.sum(),

@@ -1,31 +1,20 @@
-"""Options of the language-model head that every public function takes: ``**head`` in the signatures."""
+"""Options of the head and of the objective: every one of them once, with its default, its check and its meaning.
+
+The public functions name them again in their signatures, so that an editor shows them; a test compares both.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from .engine.vocab_parallel import VocabShard
-
-
-class HeadOptions(TypedDict, total=False):
-    """Keyword arguments of the head, besides ``bias``; see :class:`Head` for their meaning."""
-
-    logit_scale: float
-    softcap: float | None
-    temperature: float
-    backend: str
-    max_logits_bytes: int | None
-    logits_dtype: torch.dtype | None
-    grad_filter_eps: float | None
-    candidate_eps: float | None
-    skip_absent_rows: bool
-    vocab_shard: VocabShard | None
-    frozen_columns: int
 
 
 @dataclass(frozen=True)
@@ -119,21 +108,9 @@ class Head:
         return self.logit_scale, self.softcap or 0.0, self.temperature
 
 
+# Arguments that come with every call and not with the options.
+TENSOR_OPTIONS = ("bias", "layout", "ref_logps", "ranks")
 LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
-
-
-class ObjectiveOptions(TypedDict, total=False):
-    """Keyword arguments of the objective, besides ``ref_logps`` and ``ranks``; see :class:`Objective`."""
-
-    beta: float
-    margin: float
-    label_smoothing: float
-    loss_type: str
-    length_normalized: bool
-    contrast_weight: float
-    mle_weight: float
-    num_groups: float | None
-    num_target_tokens: float | None
 
 
 @dataclass(frozen=True)
@@ -194,19 +171,21 @@ class Objective:
             raise ValueError(f"{self.pairs_only} needs one negative per group (K = 1), got K = {candidates - 1}")
 
 
-HEAD_NAMES = frozenset(HeadOptions.__annotations__)
+HEAD_OPTIONS = tuple(field.name for field in fields(Head))
+OBJECTIVE_OPTIONS = tuple(field.name for field in fields(Objective))
 
 
-OBJECTIVE_NAMES = frozenset(ObjectiveOptions.__annotations__)
+def refuse_unknown(function: str, unknown: Mapping[str, object], *, objective: bool = False) -> None:
+    """Raise ``TypeError`` for a keyword argument that there is not, with the one that was probably meant."""
+    for name in unknown:
+        options = HEAD_OPTIONS + (OBJECTIVE_OPTIONS if objective else ()) + TENSOR_OPTIONS
+        near = get_close_matches(name, options, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
-def split_options(function: str, options: dict[str, Any]) -> tuple[Objective, Head]:
-    """Keyword arguments as (objective, head); raises ``TypeError`` naming an unknown one."""
-    for name in options:
-        if name not in HEAD_NAMES and name not in OBJECTIVE_NAMES:
-            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
-    objective = {name: value for name, value in options.items() if name in OBJECTIVE_NAMES}
-    for name in ("num_groups", "num_target_tokens"):
-        if objective.get(name) is not None:
-            objective[name] = float(objective[name])
-    return Objective(**objective), Head(**{name: value for name, value in options.items() if name in HEAD_NAMES})
+def chosen(options: Head | Objective) -> dict[str, Any]:
+    """Return the options that are not the defaults, by name."""
+    defaults = type(options)()
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}

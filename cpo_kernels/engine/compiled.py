@@ -1,72 +1,76 @@
 """The fused calls as operators, for ``torch.compile``: one opaque node each, so that no graph breaks.
 
-Outside of a compiled region the autograd functions are used, which hand gradients over without a copy.
+An operator runs the call as it runs outside of a compiled region, and returns the gradients beside the loss. Constant
+options cross its boundary as one string, counts as symbolic numbers and boundaries as tensors, so that a batch of
+another size compiles nothing anew.
 """
 
 from __future__ import annotations
 
+from ast import literal_eval
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from cpo_kernels.kernels.numerics import accumulate_dtype
-from cpo_kernels.objective import check_problem, make_problem
-from cpo_kernels.options import Head, Objective
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.objective import CPOOutput, Groups, check_problem, make_problem, summarize
+from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 
-from .call import LinearCall
+from . import loop
+from .call import Needs, resolve
+from .inputs import Inputs, merge_ranks, prepare
 from .logps import run_token_logps, token_logps_grads
-from .losses import run_cpo
+from .losses import CPOLossOfCall, LossResult, resolve_cpo
 from .tokens import check_targets_in
 
-
-def make_head(
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    backend: str,
-    max_logits_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    grad_filter_eps: float | None,
-    candidate_eps: float | None,
-    skip_absent_rows: bool,
-) -> Head:
-    """The head from the arguments that an operator can carry."""
-    filters = (grad_filter_eps, candidate_eps)
-    head = (logit_scale, softcap or None, temperature, backend, max_logits_bytes, logits_dtype)
-    return Head(*head, *filters, skip_absent_rows)
+# Options that change with the batch.
+COUNTS = ("num_groups", "num_target_tokens")
 
 
-def flatten_head(head: Head) -> tuple[Any, ...]:
-    """The inverse of :func:`make_head`; a process group is nothing that an operator can carry."""
-    head.check_whole("torch.compile")
-    filters = (head.grad_filter_eps, head.candidate_eps)
-    return (*head.transform, head.backend, head.max_logits_bytes, head.logits_dtype, *filters, head.skip_absent_rows)
+def pack(options: Head | Objective) -> str:
+    """Write options as the text of a dictionary, which the compiler takes for a constant."""
+    if isinstance(options, Head):
+        options.check_whole("torch.compile")
+    names = HEAD_OPTIONS if isinstance(options, Head) else OBJECTIVE_OPTIONS
+    values = [(name, getattr(options, name)) for name in names if name not in ("vocab_shard", *COUNTS)]
+    return "{" + ", ".join([f"{name!r}: {text_of(value)}" for name, value in values]) + "}"
 
 
-def flatten_objective(objective: Objective) -> tuple[Any, ...]:
-    """The options of an objective in the order of its fields; ``dataclasses.astuple`` copies and breaks the graph."""
-    return tuple(getattr(objective, name) for name in OBJECTIVE_NAMES)
+def text_of(value: object) -> str:
+    """Write a value as Python does; a dtype, of which there is only one, by its name."""
+    return "'float32'" if isinstance(value, torch.dtype) else repr(value)
 
 
-OBJECTIVE_NAMES = tuple(field.name for field in fields(Objective))
-# Position of logits_dtype among the options of a head.
-LOGITS_DTYPE = -4
+def unpack_head(text: str) -> Head:
+    """Read what :func:`pack` wrote of a head."""
+    options = literal_eval(text)
+    options["logits_dtype"] = None if options["logits_dtype"] is None else torch.float32
+    return Head(**options)
 
 
-def _or_empty(grad: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if grad is None else grad
+def needs_of(text: str) -> Needs:
+    """Read which of hidden, weight and bias need gradients: ``"110"`` for the first two."""
+    hidden, weight, bias = (digit == "1" for digit in text)
+    return hidden, weight, bias
 
 
-def _fake_grads(needs: Sequence[bool], *inputs: Tensor | None) -> list[Tensor]:
-    first = inputs[0]
+def given(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Put an empty tensor in the place of a gradient that is not needed: an operator returns tensors only."""
+    return [like.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def fake_grads(needs: str, *tensors: Tensor | None) -> list[Tensor]:
+    """Make what :func:`given` returns, without numbers."""
+    first, wanted = tensors[0], needs_of(needs)
     assert first is not None
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if n and t is not None else first.new_empty(0)
-        for n, t in zip(needs, inputs, strict=True)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if need and tensor is not None
+        else first.new_empty(0)
+        for need, tensor in zip(wanted, tensors, strict=True)
     ]
 
 
@@ -75,7 +79,7 @@ def _fake_grads(needs: Sequence[bool], *inputs: Tensor | None) -> list[Tensor]:
 
 @custom_op("cpo_kernels::checked_targets", mutates_args=())
 def checked_targets(targets: Tensor, vocab: int) -> Tensor:
-    """A copy of targets (N,); raises ``ValueError`` for one outside [0, V) other than -100."""
+    """Copy targets (N,); raises ``ValueError`` for one outside [0, V) other than -100."""
     check_targets_in(targets, vocab)
     return targets.clone()
 
@@ -86,15 +90,51 @@ def _(targets, vocab):
 
 
 @custom_op("cpo_kernels::checked_lengths", mutates_args=())
-def checked_lengths(lengths: Tensor, ranks: Tensor | None, cu_groups: Sequence[int], contrast_weight: float) -> Tensor:
-    """A copy of lengths (S,); raises ``ValueError`` for a group without rank 0, or without a contrast if weighted."""
-    check_problem(make_problem(Objective(contrast_weight=contrast_weight), cu_groups, lengths, None, ranks))
+def checked_lengths(lengths: Tensor, ranks: Tensor | None, candidates: int, contrast_weight: float) -> Tensor:
+    """Copy lengths (S,) of groups of so many candidates; raises ``ValueError`` as :func:`check_problem` does."""
+    groups = Groups(None, (lengths.numel() // candidates, candidates))
+    check_problem(make_problem(Objective(contrast_weight=contrast_weight), groups, lengths, None, ranks))
     return lengths.clone()
 
 
 @checked_lengths.register_fake
-def _(lengths, ranks, cu_groups, contrast_weight):
+def _(lengths, ranks, candidates, contrast_weight):
     return torch.empty_like(lengths)
+
+
+def bound_layout(rows: Tensor | None, cu_tokens: Tensor | None, cu_groups: Tensor | None) -> CandidateLayout | None:
+    """Put a layout together again from the tensors that crossed the boundary."""
+    if cu_tokens is None or cu_groups is None:
+        return None
+    return CandidateLayout(cu_tokens.tolist(), cu_groups.tolist(), rows)
+
+
+def layout_tensors(layout: CandidateLayout | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Take a layout apart into what :func:`bound_layout` wants."""
+    return (None, None, None) if layout is None else (layout.rows, *layout.boundaries)
+
+
+def linear_cpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    layout: CandidateLayout | None,
+    ref_logps: Tensor | None,
+    ranks: Tensor | None,
+    bias: Tensor | None,
+    objective: Objective,
+    head: Head,
+    needs: Needs,
+) -> CPOOutput:
+    """Trace :func:`cpo_kernels.linear_cpo_loss` as one operator; the arguments are those, cast by autocast."""
+    if layout is not None:
+        ranks = merge_ranks(ranks, layout.ranks, (layout.num_segments,), hidden)
+    outputs = linear_cpo(
+        *(hidden, weight, bias, targets, *layout_tensors(layout), ref_logps, ranks),
+        *(objective.num_groups, objective.num_target_tokens),
+        *("".join(["1" if need else "0" for need in needs]), pack(objective), pack(head)),
+    )
+    return CPOOutput(*outputs[: len(CPOOutput._fields)])
 
 
 @custom_op("cpo_kernels::linear_cpo", mutates_args=())
@@ -104,84 +144,77 @@ def linear_cpo(
     bias: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
+    cu_tokens: Tensor | None,
+    cu_groups: Tensor | None,
     ref_logps: Tensor | None,
     ranks: Tensor | None,
-    cu_tokens: Sequence[int],
-    cu_groups: Sequence[int],
-    needs: Sequence[bool],
-    beta: float,
-    margin: float,
-    label_smoothing: float,
-    loss_type: str,
-    length_normalized: bool,
-    contrast_weight: float,
-    mle_weight: float,
     num_groups: float | None,
     num_target_tokens: float | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    backend: str,
-    max_logits_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    grad_filter_eps: float | None,
-    candidate_eps: float | None,
-    skip_absent_rows: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, sums (S,), lengths (S,), dropped share, gain of the gradients, gradients of hidden, weight and bias.
+    needs: str,
+    objective: str,
+    head: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the fields of ``CPOOutput``, the gain of the gradients, and those of hidden, weight and bias.
 
-    A gradient is empty where ``needs`` is false. Backward divides by the gain once it knows the upstream gradient.
+    A gradient is empty where ``needs`` says so. Backward divides by the gain once it knows the upstream gradient.
     """
-    filters = (grad_filter_eps, candidate_eps)
-    head = make_head(
-        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
-    )
-    objective = Objective(
-        beta,
-        margin,
-        label_smoothing,
-        loss_type,
-        length_normalized,
-        contrast_weight,
-        mle_weight,
-        num_groups,
-        num_target_tokens,
-    )
-    call = LinearCall(targets, rows, cu_tokens, cu_groups, head)
-    result = run_cpo(call, objective, ref_logps, ranks, hidden, weight, bias, (needs[0], needs[1], needs[2]))
-    gain = (result.loss.new_ones(()) * result.gain).to(result.loss.dtype)
-    grad_hidden, grad_weight, grad_bias = (_or_empty(grad, hidden) for grad in result.grads)
-    return result.loss, result.sums, result.lengths, result.dropped, gain, grad_hidden, grad_weight, grad_bias
+    options = Objective(num_groups=num_groups, num_target_tokens=num_target_tokens, **literal_eval(objective))
+    inputs = prepare(hidden, weight, targets, bound_layout(rows, cu_tokens, cu_groups), bias, unpack_head(head))
+    out, result = run_cpo(inputs, ref_logps, ranks, options, needs_of(needs))
+    gain = (out.loss.new_ones(()) * result.gain).to(out.loss.dtype)
+    loss, contrastive, nll, logps, rewards, accuracy, margin, dropped = out
+    of_hidden, of_weight, of_bias = given(result.grads, hidden)
+    if inputs.hidden.shape != hidden.shape and of_hidden.numel():
+        of_hidden = of_hidden.reshape(hidden.shape)
+    terms = loss, contrastive, nll, logps, rewards, accuracy, margin, dropped
+    return (*terms, gain, of_hidden, of_weight, of_bias)
+
+
+def run_cpo(
+    inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
+) -> tuple[CPOOutput, LossResult]:
+    """Run the objective and its gradients without autograd."""
+    call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs)
+    loss = CPOLossOfCall(call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    sums, grads = loop.run(call, call.bind(*inputs.tensors), loss)
+    result = loss.finish(sums, call.summed(grads.result()))
+    return summarize(problem, result.terms, sums, inputs.shape, result.dropped), result
 
 
 @linear_cpo.register_fake
-def _(hidden, weight, bias, targets, rows, ref_logps, ranks, cu_tokens, cu_groups, needs, *options):
-    dtype = accumulate_dtype(options[LOGITS_DTYPE] or hidden.dtype)
-    segments = len(cu_tokens) - 1
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty((segments,), dtype=dtype),
-        hidden.new_empty((segments,), dtype=torch.int64),
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty((), dtype=dtype),
-        *_fake_grads(needs, hidden, weight, bias),
-    )
+def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, ranks, counts, tokens, needs, _, head):
+    dtype = accumulate_dtype(unpack_head(head).logits_dtype or hidden.dtype)
+    shape = targets.shape[:-1] if cu_tokens is None else (cu_tokens.shape[0] - 1,)
+    scalar, per_segment = (lambda: hidden.new_empty((), dtype=dtype)), (lambda: hidden.new_empty(shape, dtype=dtype))
+    accuracy = hidden.new_empty((), dtype=torch.float32)
+    terms = scalar(), scalar(), scalar(), per_segment(), per_segment(), accuracy, scalar(), scalar()
+    return (*terms, scalar(), *fake_grads(needs, hidden, weight, bias))
 
 
-def _save_grads(ctx, inputs, output) -> None:
-    _, sums, lengths, dropped, gain, *grads = output
-    ctx.needs = inputs[9]
-    ctx.mark_non_differentiable(sums, lengths, dropped, gain, *grads)
-    ctx.save_for_backward(gain, *grads)
+def save_grads(ctx, inputs, output) -> None:
+    """Keep the gradients that came with the loss."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[-4:])
+    ctx.needs = ctx.needs_input_grad[:3]
+    ctx.others = len(inputs) - 3
 
 
-def _linear_cpo_backward(ctx, grad_loss, *_unused):
+def linear_cpo_backward(ctx, grad_loss, *_unused):
+    """Scale the gradients that came with the loss."""
     gain, *grads = ctx.saved_tensors
     scale = grad_loss / gain
-    return (*[grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)], *[None] * 25)
+    scaled = [grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+    return (*scaled, *[None] * ctx.others)
 
 
-linear_cpo.register_autograd(_linear_cpo_backward, setup_context=_save_grads)
+linear_cpo.register_autograd(linear_cpo_backward, setup_context=save_grads)
+
+
+def token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
+) -> Tensor:
+    """Trace :func:`cpo_kernels.linear_token_logps` as one operator; the arguments are cast by autocast."""
+    return linear_token_logps(hidden, weight, bias, targets, *layout_tensors(layout), pack(head))
 
 
 @custom_op("cpo_kernels::linear_token_logps", mutates_args=())
@@ -191,28 +224,20 @@ def linear_token_logps(
     bias: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    backend: str,
-    max_logits_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    grad_filter_eps: float | None,
-    candidate_eps: float | None,
-    skip_absent_rows: bool,
+    cu_tokens: Tensor | None,
+    cu_groups: Tensor | None,
+    head: str,
 ) -> Tensor:
-    """Log-probabilities (N,) of all tokens; the gradient recomputes the logits."""
-    filters = (grad_filter_eps, candidate_eps)
-    head = make_head(
-        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
-    )
-    call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
-    return run_token_logps(call, hidden, weight, bias, (False, False, False)).logps
+    """Return the log-probabilities of all tokens, in the shape of targets; the gradient recomputes the logits."""
+    layout = bound_layout(rows, cu_tokens, cu_groups)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head), grouped=False)
+    call = resolve(inputs, (False, False, False), whole_groups=False)
+    return run_token_logps(call, call.bind(*inputs.tensors)).logps.reshape(targets.shape)
 
 
 @linear_token_logps.register_fake
-def _(hidden, weight, bias, targets, rows, *options):
-    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(options[LOGITS_DTYPE] or hidden.dtype))
+def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, head):
+    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(unpack_head(head).logits_dtype or hidden.dtype))
 
 
 @custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
@@ -223,41 +248,38 @@ def linear_token_logps_backward(
     bias: Tensor | None,
     targets: Tensor,
     rows: Tensor | None,
-    needs: Sequence[bool],
-    logit_scale: float,
-    softcap: float,
-    temperature: float,
-    backend: str,
-    max_logits_bytes: int | None,
-    logits_dtype: torch.dtype | None,
-    grad_filter_eps: float | None,
-    candidate_eps: float | None,
-    skip_absent_rows: bool,
+    cu_tokens: Tensor | None,
+    cu_groups: Tensor | None,
+    needs: str,
+    head: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias (empty where ``needs`` is false)."""
-    filters = (grad_filter_eps, candidate_eps)
-    head = make_head(
-        logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype, *filters, skip_absent_rows
-    )
-    call = LinearCall(targets, rows, (0, targets.numel()), (0, 1), head)
-    grads = token_logps_grads(call, None, grad_logps, hidden, weight, bias, (needs[0], needs[1], needs[2]))
-    return _or_empty(grads[0], hidden), _or_empty(grads[1], hidden), _or_empty(grads[2], hidden)
+    """Return the gradients of hidden, weight and bias, empty where ``needs`` says so."""
+    layout = bound_layout(rows, cu_tokens, cu_groups)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head), grouped=False)
+    call = resolve(inputs, needs_of(needs), whole_groups=False)
+    grads = token_logps_grads(call, call.bind(*inputs.tensors), None, grad_logps.reshape(-1))
+    of_hidden, of_weight, of_bias = given(grads, hidden)
+    return of_hidden.reshape(hidden.shape) if call.needs[0] else of_hidden, of_weight, of_bias
 
 
 @linear_token_logps_backward.register_fake
-def _(grad_logps, hidden, weight, bias, targets, rows, needs, *options):
-    return tuple(_fake_grads(needs, hidden, weight, bias))
+def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, needs, head):
+    return tuple(fake_grads(needs, hidden, weight, bias))
 
 
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[5:]
+def save_inputs(ctx, inputs, output) -> None:
+    """Keep what the gradient is recomputed from."""
+    *tensors, ctx.head = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _linear_token_logps_backward(ctx, grad_logps):
-    needs = list(ctx.needs_input_grad[:3])
-    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
-    return (*[grad if need else None for grad, need in zip(grads, needs, strict=True)], *[None] * 11)
+def token_logps_backward(ctx, grad_logps):
+    """Recompute the logits and form the gradients."""
+    wanted = ctx.needs_input_grad[:3]
+    needs = "".join(["1" if need else "0" for need in wanted])
+    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, ctx.head)
+    others = [None] * (len(ctx.needs_input_grad) - 3)
+    return (*[grad if need else None for grad, need in zip(grads, wanted, strict=True)], *others)
 
 
-linear_token_logps.register_autograd(_linear_token_logps_backward, setup_context=_save_inputs)
+linear_token_logps.register_autograd(token_logps_backward, setup_context=save_inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,21 +13,47 @@ from cpo_kernels.kernels.device import to_device
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.options import Head
 
-from .call import LinearCall
 from .vocab_parallel import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Inputs(NamedTuple):
-    """Checked inputs of a linear function, flattened: hidden (R, H), weight (V, H), bias (V,) and the call."""
+    """Checked inputs of a linear function, flattened.
+
+    Attributes:
+        hidden: (R, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        targets: (N,) int64.
+        rows: (N,) int64, the row that predicts each token; None: token n is predicted by row n.
+        cu_tokens: (S + 1,) host integers.
+        cu_groups: (G + 1,) host integers.
+        head: the options of the head.
+        shape: of results that have a number for each segment: (G, C), (S,) or whatever targets have before T.
+        layout_ranks: ranks that the layout brings.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    call: LinearCall
+    targets: Tensor
+    rows: Tensor | None
+    cu_tokens: Sequence[int]
+    cu_groups: Sequence[int]
+    head: Head
     shape: tuple[int, ...]
-    layout_ranks: Tensor | Sequence[int] | None
+    layout_ranks: Tensor | Sequence[int] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What autograd tracks."""
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype of the logits."""
+        return self.head.logits_dtype or self.hidden.dtype
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
@@ -65,12 +92,16 @@ def check_targets(targets: Tensor) -> None:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
 
 
-def autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors in the autocast dtype if autocast is on for the device, as ``F.linear`` would take them."""
-    if not torch.is_autocast_enabled(device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast tensors to the autocast dtype if autocast is on for their device, as ``F.linear`` would."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+    return cast(hidden), cast(weight), None if bias is None else cast(bias)
 
 
 def prepare(
@@ -91,7 +122,7 @@ def prepare(
     if head.vocab_shard is not None:
         weight = head.vocab_shard.local("weight", weight)
         bias = None if bias is None else head.vocab_shard.local("bias", bias)
-    hidden, weight, bias = autocast(hidden.device, hidden, weight, bias)  # type: ignore[assignment]
+    hidden, weight, bias = autocast(hidden, weight, bias)
     check_head(hidden, weight, bias, targets)
     if head.frozen_columns > weight.shape[1]:
         raise ValueError(f"frozen_columns must be at most H = {weight.shape[1]}, got {head.frozen_columns}")
@@ -107,8 +138,8 @@ def prepare(
             raise ValueError(f"without rows, hidden must have {layout.num_tokens} rows, got {hidden.shape[0]}")
         if layout.rows is not None and layout.rows.device != hidden.device:
             raise ValueError(f"layout.rows must be on the device of hidden, {hidden.device}, got {layout.rows.device}")
-        call = LinearCall(targets, layout.rows, layout.cu_tokens, layout.cu_groups, head)
-        return Inputs(hidden, weight, bias, call, (layout.num_segments,), layout.ranks)
+        tensors, boundaries = (hidden, weight, bias), (layout.cu_tokens, layout.cu_groups)
+        return Inputs(*tensors, targets, layout.rows, *boundaries, head, (layout.num_segments,), layout.ranks)
     if grouped and hidden.dim() != 4:
         raise ValueError(f"hidden must be (G, C, T, H), or (R, H) with a layout, got {tuple(hidden.shape)}")
     *segments, length = targets.shape if targets.dim() else (1,)
@@ -116,14 +147,10 @@ def prepare(
     per_group = segments[-1] if grouped else num_segments
     if grouped and (num_segments == 0 or length == 0):
         raise ValueError(f"group 0 is empty: targets have shape {tuple(targets.shape)}")
-    call = LinearCall(
-        targets.reshape(-1),
-        None,
-        [s * length for s in range(num_segments + 1)],
-        list(range(0, num_segments + 1, max(1, per_group))),
-        head,
-    )
-    return Inputs(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call, tuple(segments), None)
+    flat = hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), None
+    cu_tokens = [s * length for s in range(num_segments + 1)]
+    cu_groups = list(range(0, num_segments + 1, max(1, per_group)))
+    return Inputs(*flat, cu_tokens, cu_groups, head, tuple(segments))
 
 
 def per_segment(
@@ -144,9 +171,15 @@ def per_segment(
     return values.detach().reshape(-1).contiguous()
 
 
-def merge_ranks(ranks: Tensor | None, inputs: Inputs) -> Tensor | None:
-    """Ranks of the argument or of the layout, (S,); raises ``ValueError`` if both are given."""
-    if ranks is not None and inputs.layout_ranks is not None:
+def merge_ranks(
+    ranks: Tensor | None, layout_ranks: Tensor | Sequence[int] | None, shape: tuple[int, ...], like: Tensor
+) -> Tensor | None:
+    """Take the ranks of the argument or of the layout, (S,); raises ``ValueError`` if both are given."""
+    if ranks is not None and layout_ranks is not None:
         raise ValueError("ranks are given twice: as an argument and in the layout")
-    chosen = inputs.layout_ranks if ranks is None else ranks
-    return per_segment("ranks", chosen, inputs.shape, inputs.hidden)
+    return per_segment("ranks", layout_ranks if ranks is None else ranks, shape, like)
+
+
+def largest_group(cu_groups: Sequence[int]) -> int:
+    """Count the candidates of the largest group."""
+    return max(end - start for start, end in pairwise(cu_groups))

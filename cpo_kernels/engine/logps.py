@@ -6,13 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from . import loop, products
-from .call import Grads, LinearCall, Needs
+from cpo_kernels.kernels.device import without_autocast
+from cpo_kernels.kernels.numerics import accumulate_dtype
+
+from . import products
+from .call import Call, Grads
 from .filters import Kept
-from .head import Evaluated
-from .plan import Plan
-from .tokens import Block, Tokens, split_blocks
+from .head import Forward, LinearHead
+from .loop import Gradients
 
 
 class TokenLogps(NamedTuple):
@@ -20,68 +23,84 @@ class TokenLogps(NamedTuple):
 
     Attributes:
         logps: (N,), 0 where the target is -100.
-        kept: the forward of all rows with the logits it is of, or None if they are recomputed.
+        done: the forward of all rows, whose gradient can be written over it; None: the forward is run again for that.
         unscaled: gradient (R, H) of the sum of all log-probabilities, if the head is frozen and no row is shared.
     """
 
     logps: Tensor
-    kept: Evaluated | None
+    done: Forward | None
     unscaled: Tensor | None
 
 
-def run_token_logps(call: LinearCall, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Needs) -> TokenLogps:
-    """Log-probabilities of all tokens, in one pass; chooses how the gradient will be formed once it is known.
+def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
+    """Compute all log-probabilities in one pass, and choose how the gradient will be formed once it is known.
 
     A frozen head with one token a row: the gradient of each row is built now and scaled later (two GEMMs). Otherwise
     the logits are kept if all of them fit the budget (three), and recomputed if not (four).
     """
-    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
-    blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
-    scale_later = needs == (True, False, False) and tokens.one_per_row
-    keep = any(needs) and not scale_later and len(blocks) == 1
-    unscaled = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if scale_later else None
-    workspace, done = linear.workspace(0 if linear.fused_forward else plan.rows_held), None
-    logps = hidden.new_zeros(tokens.targets.shape, dtype=loop.accumulate_dtype(linear.logits_dtype))
+    tokens, blocks = call.tokens, call.blocks()
+    scale_later = call.needs == (True, False, False) and tokens.one_per_row
+    keep = any(call.needs) and not scale_later and len(blocks) == 1
+    unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if scale_later else None
+    workspace, done = linear.workspace(call.plan.rows_held), None
+    logps = linear.hidden.new_zeros(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
     for block in blocks:
-        if linear.fused_forward:
-            logps[block.order] = linear.forward_without_logits(block)
-        elif unscaled is not None:
+        if unscaled is not None:
             ones = torch.ones_like(logps[block.order])
-            logps[block.order], dlogits = linear.evaluate_with_gradient(block, workspace, ones)
+            logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, ones)
             products.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
         else:
-            done = linear.evaluate(block, workspace, keep=keep)
+            done = linear.forward(block, workspace, keep=keep)
             logps[block.order] = done.logps
     everywhere = tokens.among_all(logps, call.targets.numel())
     unscaled = call.summed((unscaled, None, None))[0]
     return TokenLogps(everywhere, done if keep else None, unscaled)
 
 
-def token_blocks(
-    call: LinearCall, tokens: Tokens, hidden: Tensor, weight: Tensor, needs: Needs
-) -> tuple[list[Block], Plan]:
-    """Blocks of rows within the budget, whatever the groups, and the plan that they come from."""
-    plan = call.plan(tokens.as_one_group(), hidden, weight, needs, whole_groups=False)
-    return split_blocks(tokens, 0, tokens.targets.numel(), plan.chunks[0].rows_per_block), plan
-
-
-def token_logps_grads(
-    call: LinearCall,
-    kept: Evaluated | None,
-    grad_logps: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Needs,
-) -> Grads:
-    """Gradients of ``sum_n grad_logps_n * logp_n``, over the kept logits (which it overwrites) or recomputed ones."""
-    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
-    blocks, plan = token_blocks(call, tokens, hidden, weight, needs)
-    coef = tokens.of_slots(grad_logps).to(loop.accumulate_dtype(linear.logits_dtype))
-    grads = loop.Gradients(linear, needs, num_blocks=len(blocks), rows_once=True)
-    workspace = linear.workspace(plan.rows_held) if kept is None else None
+def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
+    """Compute the gradients of ``sum_n grad_logps_n * logp_n``, over the kept forward (overwritten) or a new one."""
+    blocks = call.blocks()
+    coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
+    grads = Gradients(linear, call.needs, num_blocks=len(blocks), rows_once=True)
+    workspace = linear.workspace(call.plan.rows_held) if kept is None else None
     for block in blocks:  # one, if it is kept
-        done = linear.evaluate(block, workspace) if kept is None else kept
+        done = linear.forward(block, workspace) if kept is None else kept
         dlogits = linear.gradient_(block, done, coef[block.order])
         grads.add(Kept(dlogits, block.rows, absent=block.absent))
     return call.summed(grads.result())
+
+
+class LinearTokenLogps(torch.autograd.Function):
+    """Token log-probabilities (N,) of (hidden, weight, bias), whose upstream gradient arrives later."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call: Call):
+        """Compute (N,)."""
+        with without_autocast(hidden.device):
+            result = run_token_logps(call, call.bind(hidden, weight, bias))
+        ctx.save_for_backward(hidden, weight, bias, result.unscaled)
+        ctx.call, ctx.done = call, result.done
+        return result.logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps):
+        """Scale what forward built, use what it kept, or recompute."""
+        *tensors, unscaled = ctx.saved_tensors
+        if unscaled is not None:
+            return scale_rows(ctx.call, unscaled, grad_logps), None, None, None
+        # The kept logits are overwritten, so a retained graph recomputes them the second time.
+        done, ctx.done = ctx.done, None
+        with without_autocast(tensors[0].device):
+            grads = token_logps_grads(ctx.call, ctx.call.bind(*tensors), done, grad_logps)
+        return (*grads, None)
+
+
+def scale_rows(call: Call, unscaled: Tensor, grad_logps: Tensor) -> Tensor:
+    """Scale the gradient (R, H) of the plain sum: each row by the gradient of its one token."""
+    present = call.targets >= 0
+    per_row = grad_logps.where(present, 0)
+    if call.rows is not None:
+        # The row of an absent token may be any number.
+        per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows.where(present, 0), per_row)
+    return (unscaled * per_row.unsqueeze(1)).to(unscaled.dtype)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +12,10 @@ from cpo_kernels.kernels.numerics import accumulate_dtype
 from . import products
 from .filters import GradientFilter, Kept, mean_row
 from .head import LinearHead
-from .plan import Plan
 from .tokens import Tokens, split_blocks
+
+if TYPE_CHECKING:
+    from .call import Call
 
 
 class ChunkTokens(NamedTuple):
@@ -40,11 +41,25 @@ class ChunkTokens(NamedTuple):
         return self.starts.diff()
 
 
-# Takes the log-probabilities (n,) of a chunk's slots; returns the sums (s,) of its segments and, if asked for (the last
-# argument), dloss / dlogp (n,) of each slot.
-Contrast = Callable[[Tensor, ChunkTokens, bool], tuple[Tensor, Tensor | None]]
-# The same coefficients of a loss for which they do not depend on the log-probabilities.
-Coefficients = Callable[[ChunkTokens], Tensor]
+class SequenceLoss(Protocol):
+    """A loss of the log-likelihoods of sequences, as the loop asks for it: chunk by chunk.
+
+    Attributes:
+        filters: what leaves out small gradients, or None.
+        known_beforehand: whether the coefficients depend on no log-probability, so that :meth:`coefficients` has them.
+    """
+
+    filters: GradientFilter | None
+    known_beforehand: bool
+
+    def contrast(self, logps: Tensor, part: ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sums (s,) of a chunk's segments and, if ``wanted``, dloss / dlogp (n,) of each of its slots.
+
+        ``logps`` (n,) are the log-probabilities of the slots.
+        """
+
+    def coefficients(self, part: ChunkTokens) -> Tensor:
+        """Return dloss / dlogp (n,) of each slot of a chunk before its log-probabilities are known."""
 
 
 class Gradients:
@@ -112,42 +127,33 @@ class Gradients:
         return whole
 
 
-def run(
-    linear: LinearHead,
-    tokens: Tokens,
-    plan: Plan,
-    needs: tuple[bool, bool, bool],
-    contrast: Contrast,
-    filters: GradientFilter | None = None,
-    known: Coefficients | None = None,
-) -> tuple[Tensor, Gradients]:
-    """One pass over all chunks: log-likelihood sums (S,) and the gradients that ``needs`` asks for."""
+def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gradients]:
+    """Pass over all chunks once: log-likelihood sums (S,), and the gradients that the call needs."""
+    tokens, plan, needs_any, filters = call.tokens, call.plan, any(call.needs), loss.filters
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
-    grads = Gradients(linear, needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    workspace = linear.workspace(0 if linear.fused_forward else plan.rows_held)
+    grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
+    workspace = linear.workspace(plan.rows_held)
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
-        logps, evaluated = sums.new_zeros(last - first), []
-        coef = None if known is None else known(part)
+        logps, forwards = sums.new_zeros(last - first), []
+        coef = loss.coefficients(part) if loss.known_beforehand else None
         for block in blocks:
-            if linear.fused_forward:
-                logps[block.order] = linear.forward_without_logits(block)
-            elif coef is not None:
-                logps[block.order], dlogits = linear.evaluate_with_gradient(block, workspace, coef[block.order])
+            if coef is not None:
+                logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, coef[block.order])
                 grads.add(Kept(dlogits, block.rows, absent=block.absent))
             else:
-                done = linear.evaluate(block, workspace, keep=any(needs) and not chunk.recomputed)
-                logps[block.order] = done.logps
-                evaluated.append(done)
-        sums[part.segments], coef = contrast(logps, part, any(needs) and known is None)
+                forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
+                logps[block.order] = forward.logps
+                forwards.append(forward)
+        sums[part.segments], coef = loss.contrast(logps, part, needs_any and not loss.known_beforehand)
         if coef is None:
             continue
-        for block, done in zip(blocks, evaluated, strict=True):
-            again = linear.evaluate_again(block, workspace, done) if chunk.recomputed else done
+        for block, forward in zip(blocks, forwards, strict=True):
+            done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
             block_coef = coef[block.order]
-            dlogits = linear.gradient_(block, again, block_coef)
+            dlogits = linear.gradient_(block, done, block_coef)
             kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
             if filters is not None:
                 kept = filters.compact(linear.backend, block, dlogits, block_coef)

@@ -1,24 +1,26 @@
-"""Losses that come with their gradients: what the autograd function and the compiled operator run."""
+"""Losses that come with their gradients: what the autograd functions and the compiled operator run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from cpo_kernels.kernels import registry
-from cpo_kernels.kernels.device import is_host
-from cpo_kernels.objective import CPOProblem, check_problem, make_problem
+from cpo_kernels.kernels.backend import Backend
+from cpo_kernels.kernels.device import is_host, without_autocast
+from cpo_kernels.kernels.numerics import accumulate_dtype
+from cpo_kernels.objective import CPOProblem, LossTerms, check_problem, make_groups, make_problem
 from cpo_kernels.options import Head, Objective
 
 from . import loop
-from .call import Grads, LinearCall, Needs
+from .call import Call, Grads, Needs, resolve
 from .filters import GradientFilter
-from .head import LinearHead
+from .inputs import Inputs, largest_group, merge_ranks, per_segment
 from .tokens import Tokens
 
 # Headroom under 1 for the scaled coefficients of a float16 gradient: products sum thousands of them.
@@ -29,22 +31,28 @@ class LossResult(NamedTuple):
     """A loss computed with its gradients.
 
     Attributes:
-        loss: scalar.
+        terms: the loss, and what it is made of.
         sums: (S,) sums of token log-probabilities.
-        lengths: (S,) tokens of each segment.
         dropped: share of the gradient's mass left out, scalar.
         grads: gradients of hidden, weight and bias, times the gain.
         gain: see :func:`float16_gain`.
         scale_: the backend's way to scale them in place.
     """
 
-    loss: Tensor
+    terms: LossTerms
     sums: Tensor
-    lengths: Tensor
     dropped: Tensor
     grads: Grads
     gain: float | Tensor
     scale_: Callable[[Tensor, Tensor], None]
+
+    def scaled_(self, factor: Tensor) -> Grads:
+        """Scale the gradients by ``factor`` in place, and undo the gain they were built with."""
+        scale = factor / self.gain
+        for grad in self.grads:
+            if grad is not None:
+                self.scale_(grad, scale)
+        return self.grads
 
 
 def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:
@@ -69,17 +77,16 @@ def unit_coefficient(objective: Objective, num_groups: float, num_target_tokens:
 
 
 def make_filter(
-    linear: LinearHead, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
+    head: Head, hidden_size: int, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
 ) -> GradientFilter | None:
     """The filters that the head asks for; None for exact gradients."""
-    head = linear.head
     if not head.filtered:
         return None
     return GradientFilter(
         candidate_threshold=None if head.candidate_eps is None else head.candidate_eps * candidate_unit,
         column_threshold=None if head.grad_filter_eps is None else head.grad_filter_eps * token_unit * gain,
         slope=head.logit_scale / head.temperature,
-        hidden_size=linear.weight.shape[1],
+        hidden_size=hidden_size,
     )
 
 
@@ -88,65 +95,84 @@ def dropped_share(filters: GradientFilter | None, loss: Tensor) -> Tensor:
     return loss.new_zeros(()).detach() if filters is None else filters.share.to(loss)
 
 
-def check_groups_of(
-    objective: Objective, problem: CPOProblem, tokens: Tokens, cu_groups: Sequence[int], ranks: Tensor | None
-) -> None:
-    """:func:`check_problem`, on the host if the host knows the lengths anyway."""
+def bind_objective(objective: Objective, tokens: Tokens, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
+    """Bind the objective to the groups of a call, and check them: on the host if it knows the lengths anyway."""
+    groups = make_groups(tokens.segment_starts, tokens.lengths.device)
+    problem = make_problem(objective, groups, tokens.lengths, ref_logps, ranks)
     if tokens.host_lengths is not None and not is_host(problem.lengths.device):
-        problem = make_problem(objective, cu_groups, tokens.host_lengths, None, None if ranks is None else ranks.cpu())
-    check_problem(problem)
+        groups = make_groups(tokens.segment_starts, tokens.host_lengths.device)
+        check_problem(
+            make_problem(objective, groups, tokens.host_lengths, None, None if ranks is None else ranks.cpu())
+        )
+    else:
+        check_problem(problem)
+    return problem
 
 
-def coefficients_are_known(call: LinearCall, objective: Objective, needs: Needs) -> bool:
+def coefficients_are_known(head: Head, objective: Objective, needs: Needs) -> bool:
     """Whether tokens get coefficients that depend on no log-probability: the likelihood of the truth alone."""
-    return any(needs) and objective.contrast_weight == 0 and not call.head.filtered
+    return any(needs) and objective.contrast_weight == 0 and not head.filtered
 
 
-def run_cpo(
-    call: LinearCall,
-    objective: Objective,
-    ref_logps: Tensor | None,
-    ranks: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Needs,
-) -> LossResult:
-    """The CPO loss and its gradients; ref_logps and ranks are (S,)."""
-    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
-    problem = make_problem(objective, call.cu_groups, tokens.lengths, ref_logps, ranks)
-    check_groups_of(objective, problem, tokens, call.cu_groups, ranks)
-    unit = unit_coefficient(objective, problem.num_groups, problem.num_target_tokens)
-    gain = float16_gain(hidden.dtype, unit) if any(needs) else 1.0
-    filters = make_filter(linear, objective.beta / problem.num_groups, unit, gain) if any(needs) else None
-    always = problem.best if objective.mle_weight else None
+def resolve_cpo(
+    inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
+) -> tuple[Call, CPOProblem]:
+    """Check what comes with the objective, resolve the call and bind the objective to its groups."""
+    objective.check_candidates(largest_group(inputs.cu_groups))
+    ref = per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
+    flat_ranks = merge_ranks(ranks, inputs.layout_ranks, inputs.shape, inputs.hidden)
+    ref = None if ref is None else ref.to(accumulate_dtype(inputs.logits_dtype))
+    call = resolve(inputs, needs, known_coefficients=coefficients_are_known(inputs.head, objective, needs))
+    return call, bind_objective(objective, call.tokens, ref, flat_ranks)
 
-    def general(logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
+
+class CPOLossOfCall:
+    """The CPO objective of one call, as the loop asks for it."""
+
+    def __init__(self, call: Call, problem: CPOProblem, dtype: torch.dtype, hidden_size: int) -> None:
+        objective, needs = problem.objective, any(call.needs)
+        unit = unit_coefficient(objective, problem.num_groups, problem.num_target_tokens)
+        self.call, self.problem = call, problem
+        self.gain = float16_gain(dtype, unit) if needs else 1.0
+        candidate_unit = objective.beta / problem.num_groups
+        self.filters = make_filter(call.head, hidden_size, candidate_unit, unit, self.gain) if needs else None
+        self.known_beforehand = coefficients_are_known(call.head, objective, call.needs)
+        # Segments that count whatever the contrast says.
+        self.always = problem.best if objective.mle_weight else None
+        fits = problem.groups.shape[1] <= call.backend.contrast_candidates
+        self.one_launch = needs and fits and self.filters is None and not self.known_beforehand
+        self.group_losses: list[Tensor] = []
+
+    def contrast(self, logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of a chunk's segments and the coefficients of its slots."""
+        if self.one_launch:
+            return launch_contrast(self.call.backend, self.problem, self.gain, logps, part)
         sums = loop.segment_sums(logps, part)
+        here = self.problem.chunk(part.groups, part.segments)
+        contrast = here.contrast(sums)
+        self.group_losses.append(contrast.loss)
         if not wanted:
             return sums, None
-        here = problem.chunk(part.groups, part.segments)
-        contrast = here.contrast_coefficients(sums)
-        coef = here.sum_coefficients(contrast) * gain
-        if filters is None:
+        of_contrast = here.contrast_coefficients(contrast)
+        coef = here.sum_coefficients(of_contrast) * self.gain
+        if self.filters is None:
             return sums, coef.repeat_interleave(part.slots, output_size=logps.numel())
-        also = None if always is None else always[part.segments]
-        return sums, filters.drop_candidates(contrast, coef, logps, part.slots, also)
+        also = None if self.always is None else self.always[part.segments]
+        return sums, self.filters.drop_candidates(of_contrast, coef, logps, part.slots, also)
 
-    def without_contrast(part: loop.ChunkTokens) -> Tensor:
-        here = problem.chunk(part.groups, part.segments)
-        none = torch.zeros_like(here.lengths, dtype=loop.accumulate_dtype(linear.logits_dtype))
-        coef = here.sum_coefficients(none) * gain
+    def coefficients(self, part: loop.ChunkTokens) -> Tensor:
+        """Return the coefficients of a chunk's slots where the contrast has no weight."""
+        here = self.problem.chunk(part.groups, part.segments)
+        none = torch.zeros_like(here.lengths, dtype=accumulate_dtype(self.call.logits_dtype))
+        coef = here.sum_coefficients(none) * self.gain
         return coef.repeat_interleave(part.slots, output_size=part.num_slots)
 
-    known = without_contrast if coefficients_are_known(call, objective, needs) else None
-    one_launch = filters is None and any(needs) and problem.groups.shape[1] <= linear.backend.contrast_candidates
-    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch and known is None else general
-    plan = call.plan(tokens, hidden, weight, needs, known_coefficients=known is not None)
-    sums, grads = loop.run(linear, tokens, plan, needs, contrast, filters, known)
-    loss = problem.loss(sums)[0]
-    dropped = dropped_share(filters, loss)
-    return LossResult(loss, sums, tokens.lengths, dropped, call.summed(grads.result()), gain, linear.backend.scale_)
+    def finish(self, sums: Tensor, grads: Grads) -> LossResult:
+        """Put the result together once all chunks have run."""
+        per_group = torch.cat(self.group_losses) if self.group_losses else self.problem.contrast(sums).loss
+        terms = self.problem.terms(sums, per_group)
+        dropped = dropped_share(self.filters, terms.loss)
+        return LossResult(terms, sums, dropped, grads, self.gain, self.call.backend.scale_)
 
 
 def launch_options(problem: CPOProblem) -> dict[str, Any]:
@@ -166,125 +192,84 @@ def launch_options(problem: CPOProblem) -> dict[str, Any]:
     }
 
 
-def backend_contrast(
-    backend: registry.Backend, problem: CPOProblem, ranks: Tensor | None, gain: float | Tensor
-) -> loop.Contrast:
-    """The contrast of a chunk by the backend's one launch."""
-    launch, options = backend.contrast, launch_options(problem)
+def launch_contrast(
+    backend: Backend, problem: CPOProblem, gain: float | Tensor, logps: Tensor, part: loop.ChunkTokens
+) -> tuple[Tensor, Tensor]:
+    """Run the contrast of a chunk by the backend's one launch."""
+    launch, here, starts = backend.contrast, part.segments, problem.groups.starts
     assert launch is not None
-    segment_starts = None
-    sizes = problem.groups.sizes
-    if sizes is not None:
-        segment_starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-
-    def contrast(logps: Tensor, part: loop.ChunkTokens, _wanted: bool) -> tuple[Tensor, Tensor | None]:
-        here = part.segments
-        sums, coef = launch(
-            logps,
-            part.starts,
-            None if segment_starts is None else segment_starts[part.groups.start : part.groups.stop + 1],
-            problem.lengths[here],
-            None if problem.ref_logps is None else problem.ref_logps[here],
-            None if ranks is None else ranks[here],
-            gain=1.0 if isinstance(gain, Tensor) else gain,
-            **options,
-        )
-        return sums, coef * gain if isinstance(gain, Tensor) else coef
-
-    return contrast
+    sums, coef = launch(
+        logps,
+        part.starts,
+        None if starts is None else starts[part.groups.start : part.groups.stop + 1],
+        problem.lengths[here],
+        None if problem.ref_logps is None else problem.ref_logps[here],
+        None if problem.segment_ranks is None else problem.segment_ranks[here],
+        gain=1.0 if isinstance(gain, Tensor) else gain,
+        **launch_options(problem),
+    )
+    return sums, coef * gain if isinstance(gain, Tensor) else coef
 
 
-@dataclass(frozen=True)
-class LogitsCall:
-    """Everything of a loss of given logits (R, V) but them and the bias: padded groups of C segments of T rows.
+class OwnLossOfCall:
+    """A user's loss of the log-likelihoods of one call, as the loop asks for it.
 
-    Attributes:
-        backend: has a ``logits_loss``.
-        head: the options of the head.
-        targets: (R,) int64.
-        problem: the objective bound to the groups.
-        ranks: (S,) or None.
+    ``loss_fn`` sees (groups, candidates), or packed segments if ``candidates`` is None.
     """
 
-    backend: registry.Backend
-    head: Head
-    targets: Tensor
-    problem: CPOProblem
-    ranks: Tensor | None
+    known_beforehand = False
 
-    def run(self, logits: Tensor, _weight: None, bias: Tensor | None, needs: Needs) -> LossResult:
-        """The loss and the gradients of the logits and the bias, in one launch; the gradient is a tensor of its own."""
-        problem, launch = self.problem, self.backend.logits_loss
-        assert launch is not None
-        segments = problem.lengths.numel()
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if any(needs) else None
-        sums, _ = launch(
-            logits.detach(),
-            self.targets,
-            grad,
-            torch.arange(segments + 1, device=logits.device) * (self.targets.numel() // segments),
-            None,
-            problem.lengths,
-            problem.ref_logps,
-            self.ranks,
-            None if bias is None else bias.detach(),
-            *self.head.transform,
-            gain=1.0,
-            **launch_options(problem),
-        )
-        loss = problem.loss(sums)[0]
-        grad_bias = None
-        if needs[2] and grad is not None and bias is not None:
-            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        grads = (grad if needs[0] else None, None, grad_bias)
-        return LossResult(loss, sums, problem.lengths, dropped_share(None, loss), grads, 1.0, self.backend.scale_)
+    def __init__(
+        self,
+        call: Call,
+        loss_fn: Callable[[Tensor, range], Tensor],
+        candidates: int | None,
+        dtype: torch.dtype,
+        hidden_size: int,
+    ) -> None:
+        self.call, self.loss_fn, self.candidates, self.dtype = call, loss_fn, candidates, dtype
+        self.num_groups = len(call.tokens.segment_starts) - 1
+        # A loss of one's own has no beta: a candidate's coefficient is taken to be at most that of a mean over groups.
+        unit = 1.0 / self.num_groups
+        self.filters = make_filter(call.head, hidden_size, unit, unit, 1.0) if any(call.needs) else None
+        self.gain: float | Tensor | None = None
+        self.losses: list[Tensor] = []
 
-
-def run_loss_fn(
-    call: LinearCall,
-    loss_fn: Callable[[Tensor, range], Tensor],
-    candidates: int | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: Needs,
-) -> LossResult:
-    """Any loss of the log-likelihoods: ``loss_fn`` sees (groups, candidates), or packed segments if that is None."""
-    linear, tokens = call.linear(hidden, weight, bias, needs), call.tokens(hidden, weight)
-    gain: float | Tensor | None = None
-    losses: list[Tensor] = []
-    num_groups = len(call.cu_groups) - 1
-    # A loss of one's own has no beta: a candidate's coefficient is taken to be at most that of a mean over groups.
-    filters = make_filter(linear, 1.0 / num_groups, 1.0 / num_groups, 1.0) if any(needs) else None
-
-    def contrast(logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        nonlocal gain
+    def contrast(self, logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the sums of a chunk's segments and the coefficients of its slots, by autograd of the loss."""
         sums = loop.segment_sums(logps, part)
         if not wanted:
-            losses.append(loss_fn(grouped(sums, part.groups), part.groups))
+            self.losses.append(self.loss_fn(self.grouped(sums, part.groups), part.groups))
             return sums, None
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
-            loss = loss_fn(grouped(leaf, part.groups), part.groups)
+            loss = self.loss_fn(self.grouped(leaf, part.groups), part.groups)
             check_loss(loss)
             (coef,) = torch.autograd.grad(loss, leaf)
-        losses.append(loss.detach())
-        if gain is None:
-            gain = loss_fn_gain(coef, hidden.dtype, num_groups)
-            if filters is not None and filters.column_threshold is not None:
-                filters.column_threshold = filters.column_threshold * gain
-        if filters is None:
-            return sums, (coef * gain).repeat_interleave(part.slots, output_size=logps.numel())
-        return sums, filters.drop_candidates(coef, coef * gain, logps, part.slots)
+        self.losses.append(loss.detach())
+        if self.gain is None:
+            self.gain = loss_fn_gain(coef, self.dtype, self.num_groups)
+            if self.filters is not None and self.filters.column_threshold is not None:
+                self.filters.column_threshold = self.filters.column_threshold * self.gain
+        if self.filters is None:
+            return sums, (coef * self.gain).repeat_interleave(part.slots, output_size=logps.numel())
+        return sums, self.filters.drop_candidates(coef, coef * self.gain, logps, part.slots)
 
-    def grouped(sums: Tensor, groups: range) -> Tensor:
-        return sums if candidates is None else sums.view(len(groups), candidates)
+    def coefficients(self, part: loop.ChunkTokens) -> Tensor:
+        """Raise: what a user's function does with the log-probabilities is not known."""
+        raise NotImplementedError("the coefficients of loss_fn depend on the log-probabilities")
 
-    plan = call.plan(tokens, hidden, weight, needs)
-    sums, grads = loop.run(linear, tokens, plan, needs, contrast, filters)
-    loss, scale_ = torch.stack(losses).sum(), linear.backend.scale_
-    dropped, built = dropped_share(filters, loss), call.summed(grads.result())
-    return LossResult(loss, sums, tokens.lengths, dropped, built, 1.0 if gain is None else gain, scale_)
+    def grouped(self, sums: Tensor, groups: range) -> Tensor:
+        """Shape the sums of some groups as ``loss_fn`` takes them."""
+        return sums if self.candidates is None else sums.view(len(groups), self.candidates)
+
+    def finish(self, sums: Tensor, grads: Grads) -> LossResult:
+        """Put the result together once all chunks have run."""
+        loss = torch.stack(self.losses).sum()
+        nothing = loss.detach().new_zeros(())
+        gain = 1.0 if self.gain is None else self.gain
+        dropped = dropped_share(self.filters, loss)
+        return LossResult(LossTerms(loss, nothing, nothing), sums, dropped, grads, gain, self.call.backend.scale_)
 
 
 def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | Tensor:
@@ -305,3 +290,103 @@ def check_loss(loss: Tensor) -> None:
         raise ValueError(f"{expected} {type(loss).__name__}")
     if loss.dim() != 0 or not loss.requires_grad:
         raise ValueError(f"{expected} shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}")
+
+
+class FusedLoss(torch.autograd.Function):
+    """A scalar loss of (hidden, weight, bias) whose gradients are built in its forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[[], Any]):
+        """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable."""
+        with without_autocast(hidden.device):
+            loss = make_loss()
+            sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
+            result = loss.finish(sums, call.summed(grads.result()))
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
+        ctx.mark_non_differentiable(*result.terms[1:], result.sums, result.dropped)
+        return (*result.terms, result.sums, result.dropped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_unused):
+        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
+        tensors = ctx.saved_tensors
+        result, ctx.result = ctx.result, None
+        if result is None:
+            with without_autocast(tensors[0].device):
+                loss = ctx.make_loss()
+                sums, grads = loop.run(ctx.call, ctx.call.bind(*tensors), loss)
+                result = loss.finish(sums, ctx.call.summed(grads.result()))
+        return (*result.scaled_(grad_loss), None, None)
+
+
+@dataclass(frozen=True)
+class LogitsCall:
+    """Everything of a loss of given logits (R, V) but them and the bias: padded groups of C segments of T rows.
+
+    Attributes:
+        backend: has a ``logits_loss``.
+        head: the options of the head.
+        targets: (R,) int64.
+        problem: the objective bound to the groups.
+        needs: whether logits and bias need gradients.
+    """
+
+    backend: Backend
+    head: Head
+    targets: Tensor
+    problem: CPOProblem
+    needs: tuple[bool, bool]
+
+    def run(self, logits: Tensor, bias: Tensor | None) -> LossResult:
+        """Compute the loss and the gradients of logits and bias, in one launch; the gradient has its own memory."""
+        problem, launch = self.problem, self.backend.logits_loss
+        assert launch is not None
+        segments = problem.lengths.numel()
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if any(self.needs) else None
+        sums, _ = launch(
+            logits.detach(),
+            self.targets,
+            grad,
+            torch.arange(segments + 1, device=logits.device) * (self.targets.numel() // segments),
+            None,
+            problem.lengths,
+            problem.ref_logps,
+            problem.segment_ranks,
+            None if bias is None else bias.detach(),
+            *self.head.transform,
+            gain=1.0,
+            **launch_options(problem),
+        )
+        terms, grad_bias = problem.loss(sums), None
+        if self.needs[1] and grad is not None and bias is not None:
+            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
+        grads = (grad if self.needs[0] else None, None, grad_bias)
+        return LossResult(terms, sums, dropped_share(None, terms.loss), grads, 1.0, self.backend.scale_)
+
+
+class FusedLogitsLoss(torch.autograd.Function):
+    """A scalar loss of (logits, bias) whose gradients are built in its forward pass."""
+
+    @staticmethod
+    def forward(ctx, logits, bias, call: LogitsCall):
+        """Return the terms of the loss and the sums (S,); only the loss is differentiable."""
+        with without_autocast(logits.device):
+            result = call.run(logits, bias)
+        ctx.save_for_backward(logits, bias)
+        ctx.call, ctx.result = call, result
+        ctx.mark_non_differentiable(*result.terms[1:], result.sums)
+        return (*result.terms, result.sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, *_unused):
+        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
+        tensors = ctx.saved_tensors
+        result, ctx.result = ctx.result, None
+        if result is None:
+            with without_autocast(tensors[0].device):
+                result = ctx.call.run(*tensors)
+        grad, _, grad_bias = result.scaled_(grad_loss)
+        return grad, grad_bias, None

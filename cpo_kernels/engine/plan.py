@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 
 from .tokens import Tokens
@@ -73,9 +71,8 @@ class Plan:
 
 def make_plan(
     tokens: Tokens,
-    vocab: int,
     *,
-    logits_dtype: torch.dtype,
+    row_bytes: int,
     needs: tuple[bool, bool, bool],
     max_logits_bytes: int | None,
     default_bytes: int = DEFAULT_LOGITS_BYTES,
@@ -92,8 +89,7 @@ def make_plan(
 
     Args:
         tokens: the tokens that count.
-        vocab: V.
-        logits_dtype: dtype of the logits buffer.
+        row_bytes: what a row takes in the logits buffer.
         needs: whether hidden, weight and bias need gradients.
         max_logits_bytes: the budget; None for the default.
         default_bytes: the default for logits.
@@ -106,7 +102,6 @@ def make_plan(
     Raises:
         ValueError: a budget that does not hold the logits of one row.
     """
-    row_bytes = vocab * logits_dtype.itemsize
     total, needs_grad = tokens.num_rows, any(needs)
     accumulator = accumulator_bytes if needs[1] else 0
     default = max(default_bytes, row_bytes)

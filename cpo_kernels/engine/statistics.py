@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, numerics, sampling
 from cpo_kernels.kernels.device import without_autocast
-from cpo_kernels.options import Head
+from cpo_kernels.options import Head, refuse_unknown
 
-from .call import LinearCall
+from .call import Call, resolve
 from .head import LinearHead
 from .inputs import Inputs, prepare
-from .logps import token_blocks
 from .tokens import Block, Tokens
+from .vocab_parallel import VocabShard
 
 # Odd multiplier of Weyl sequences: blocks of one seed and neighbouring seeds do not share random numbers.
 SEED_STRIDE = -7046029254386353131
@@ -47,7 +47,18 @@ def linear_token_statistics(
     seed: int | Tensor | None = None,
     num_samples: int | None = None,
     bias: Tensor | None = None,
-    **head: Any,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_logits_bytes: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    grad_filter_eps: float | None = None,
+    candidate_eps: float | None = None,
+    skip_absent_rows: bool = True,
+    vocab_shard: VocabShard | None = None,
+    frozen_columns: int = 0,
+    **unknown: NoReturn,
 ) -> TokenStatistics:
     """Log-probabilities under the head ``hidden @ weight.T`` and, on request, entropies and samples of each token.
 
@@ -67,18 +78,25 @@ def linear_token_statistics(
             the call (but for the rounding of the product, which may depend on its number of rows).
         num_samples: None for one sample (...), or how many (..., num_samples).
         bias: (V,) or None.
-        **head: see :class:`cpo_kernels.options.Head`; samples and entropies are of the distribution at ``temperature``.
+        logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; samples and
+            entropies are of the distribution at ``temperature``.
+        **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Raises:
         ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed; the
             message names the offending one.
         RuntimeError: a backend that is not available.
     """
+    refuse_unknown("linear_token_statistics", unknown)
+    head = Head(
+        *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
+        *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
+    )
     check_num_samples(num_samples, seed)
     if seed is not None:
-        Head(**head).check_whole("a sample of words")
-    inputs = prepare(hidden, weight, targets, None, bias, Head(**head), grouped=False)
-    inputs.call.head.check_exact("a call without gradients")
+        head.check_whole("a sample of words")
+    inputs = prepare(hidden, weight, targets, None, bias, head, grouped=False)
+    head.check_exact("a call without gradients")
     seeds = None if seed is None else Seeds.of(seed, targets)
     with without_autocast(hidden.device):
         out = statistics(inputs, seeds, num_samples or 1, entropy, targets.shape)
@@ -140,25 +158,23 @@ class Seeds:
 def statistics(
     inputs: Inputs, seeds: Seeds | None, num_samples: int, entropy: bool, shape: torch.Size
 ) -> TokenStatistics:
-    """:func:`linear_token_statistics` of checked inputs; samples (..., num_samples)."""
-    needs = (False, False, False)
-    linear = inputs.call.linear(inputs.hidden, inputs.weight, inputs.bias, needs)
-    tokens = inputs.call.tokens(inputs.hidden, inputs.weight)
-    blocks, plan = token_blocks(inputs.call, tokens, inputs.hidden, inputs.weight, needs)
+    """Run :func:`linear_token_statistics` on checked inputs; samples come as (..., num_samples)."""
+    call = resolve(inputs, (False, False, False), whole_groups=False)
     plain = seeds is None and not entropy
-    fused = linear.fused_forward if plain else linear.backend.linear_statistics is not None
-    buffer = linear.workspace(0 if fused else plan.rows_held)
-    seeds = None if seeds is None else seeds.of_slots(tokens)
+    if not plain:
+        call = replace(call, way=LinearHead)  # entropies and samples are of logits
+    linear, blocks = call.bind(*inputs.tensors), call.blocks()
+    fused = not plain and call.backend.linear_statistics is not None
+    buffer = None if fused else linear.workspace(call.plan.rows_held)
+    seeds = None if seeds is None else seeds.of_slots(call.tokens)
     parts = [] if blocks else [no_tokens(linear, num_samples if seeds else 0, entropy)]
     for index, block in enumerate(blocks):
         mine = None if seeds is None else seeds.of_block(index, block)
-        if fused and plain:
-            parts.append(TokenStatistics(linear.forward_without_logits(block), None, None))
-        elif fused:
+        if fused:
             parts.append(fused_block(linear, block, mine, num_samples, entropy))
         else:
             parts.append(block_of(linear, block, buffer, mine, num_samples, entropy))
-    return gather(inputs.call, tokens, parts, tuple(shape))
+    return gather(call, parts, tuple(shape))
 
 
 def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStatistics:
@@ -184,11 +200,10 @@ def fused_block(
 
 
 def block_of(
-    linear: LinearHead, block: Block, buffer: Tensor, seeds: Seeds | None, num_samples: int, entropy: bool
+    linear: LinearHead, block: Block, buffer: Any, seeds: Seeds | None, num_samples: int, entropy: bool
 ) -> TokenStatistics:
-    """The same from logits."""
-    logits = linear.compute_logits(block, buffer)
-    stats, logps = linear.forward(block, logits)
+    """Compute the statistics of a block's rows by the way of the call; entropies and samples need logits."""
+    stats, logps, logits = linear.forward(block, buffer, keep=False)
     head, samples = linear.transform, None
     if seeds is not None:
         samples = sampling.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
@@ -199,12 +214,12 @@ def block_of(
     return TokenStatistics(logps, entropies, samples)
 
 
-def gather(call: LinearCall, tokens: Tokens, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
+def gather(call: Call, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
     """The statistics of all tokens from those of the blocks; every row has one token."""
     absent = call.targets == numerics.IGNORE_INDEX
 
     def whole(values: tuple[Tensor, ...], absent_value: float) -> Tensor:
-        together = tokens.among_all(torch.cat(values), call.targets.numel())
+        together = call.tokens.among_all(torch.cat(values), call.targets.numel())
         mask = absent.view(-1, *[1] * (together.dim() - 1))
         return together.masked_fill(mask, absent_value).reshape(*shape, *together.shape[1:])
 

@@ -15,7 +15,7 @@ from trl.trainer import dpo_trainer, utils
 
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
-from cpo_kernels.options import HeadOptions
+from cpo_kernels.options import HEAD_OPTIONS
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
@@ -108,7 +108,7 @@ class FusedDPOTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)
             adapters = utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        head = {name: value for name, value in self.objective.items() if name in HeadOptions.__annotations__}
+        head = {name: value for name, value in self.objective.items() if name in HEAD_OPTIONS}
         with torch.no_grad(), adapters, self.accelerator.autocast():
             return model(**body_inputs(inputs), linear_loss=LogpsRequest(*scored_rows(inputs), **head)).logps
 

@@ -80,10 +80,8 @@ class Backend:
         logits_loss: loss and gradient of logits that exist, in one launch, or None; for ``contrast_candidates`` too.
         linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
         too_old: why a device is too old for the kernels, or None.
-        optional: kernels that a call gets only where they measured faster than what they go around, by operation.
-        row_gradient_: one of them, in a backend that serves a call; else None, like the two after it.
-        linear_forward: another.
-        linear_kept: another.
+        optional: kernels of ways around the product and the row kernels (:mod:`cpo_kernels.engine.ways`), by name.
+        ways: those among them, of any backend, that serve a call: what measured faster there, none by default.
     """
 
     name: str
@@ -102,9 +100,7 @@ class Backend:
     linear_statistics: Callable[..., Any] | None = None
     too_old: Callable[[torch.device], str | None] | None = None
     optional: Mapping[str, Any] = field(default_factory=dict)
-    row_gradient_: RowGradient | None = None
-    linear_forward: FusedForward | None = None
-    linear_kept: KeptLinear | None = None
+    ways: Mapping[str, Any] = field(default_factory=dict)
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
@@ -117,6 +113,4 @@ class Backend:
 
     def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
         """Other row kernels, and no path around them: they do what the others do not."""
-        return replace(
-            self, rows=rows, linear_statistics=None, row_gradient_=None, linear_forward=None, linear_kept=None
-        )
+        return replace(self, rows=rows, linear_statistics=None, ways={})

@@ -213,7 +213,7 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
     chosen = selection.choices_for(name, architecture(device), sizes, usable)
     if not chosen:
         return base
-    served: dict[str, Any] = {
+    ways: dict[str, Any] = {
         operation: BACKENDS[other].optional[operation]
         for operation, other in chosen.items()
         if operation in selection.OPTIONAL and other is not None
@@ -229,5 +229,5 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
         contrast=groups.contrast,
         logits_loss=whole_launch,
         contrast_candidates=min((b.contrast_candidates for b, launch in launches if launch is not None), default=0),
-        **served,
+        ways=ways,
     )

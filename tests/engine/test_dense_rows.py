@@ -19,10 +19,10 @@ from problems import (
 from tolerance import assert_accurate
 
 from cpo_kernels import linear_cpo_loss, linear_token_logps, plan
-from cpo_kernels.engine.call import LinearCall
+from cpo_kernels.engine.call import resolve
+from cpo_kernels.engine.compiled import run_cpo
+from cpo_kernels.engine.inputs import Inputs
 from cpo_kernels.engine.logps import run_token_logps, token_logps_grads
-from cpo_kernels.engine.losses import run_cpo
-from cpo_kernels.objective import make_problem, summarize
 from cpo_kernels.options import Head, Objective
 
 PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
@@ -78,19 +78,19 @@ def test_nothing_waits_for_the_device(dtype, options):
     ref_logps = torch.empty(6, device="meta")
     objective = Objective(mle_weight=0.5, label_smoothing=0.1, length_normalized=True)
 
-    def call(skip: bool) -> LinearCall:
+    def inputs(skip: bool) -> Inputs:
         head = Head(backend="torch", skip_absent_rows=skip, **options)
-        return LinearCall(targets, None, range(0, 25, 4), range(0, 7, 2), head)
+        return Inputs(hidden, weight, bias, targets, None, range(0, 25, 4), range(0, 7, 2), head, (6,))
 
     needs = (True, True, True)
-    result = run_cpo(call(False), objective, ref_logps, None, hidden, weight, bias, needs)
-    problem = make_problem(objective, range(0, 7, 2), result.lengths, ref_logps, None)
-    assert summarize(problem, result.loss, result.sums, (3, 2)).rewards.shape == (3, 2)
+    out, result = run_cpo(inputs(False), ref_logps, None, objective, needs)
+    assert out.rewards.shape == (6,)
     assert [grad.shape for grad in result.grads] == [hidden.shape, weight.shape, bias.shape]
-    logps = run_token_logps(call(False), hidden, weight, bias, needs).logps
-    token_logps_grads(call(False), None, logps, hidden, weight, bias, needs)
+    call = resolve(inputs(False), needs, whole_groups=False)
+    logps = run_token_logps(call, call.bind(hidden, weight, bias)).logps
+    token_logps_grads(call, call.bind(hidden, weight, bias), None, logps)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        run_cpo(call(True), objective, ref_logps, None, hidden, weight, bias, needs)
+        run_cpo(inputs(True), ref_logps, None, objective, needs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

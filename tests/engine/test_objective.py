@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 
 from cpo_kernels import contrastive_loss
 from cpo_kernels.kernels import reference
-from cpo_kernels.objective import contrast, make_problem, summarize
+from cpo_kernels.objective import Groups, contrast, make_groups, make_problem, summarize
 from cpo_kernels.options import Objective
 
 F64 = torch.float64
@@ -233,7 +233,8 @@ def test_summary_equals_a_loop(seed):
     sums = torch.where(lengths > 0, -4.0 * torch.rand(11, dtype=F64), 0.0)
     ref = -2.0 * torch.rand(11, dtype=F64)
     objective = Objective(beta=0.5, contrast_weight=0.7, mle_weight=0.3)
-    out = summarize(make_problem(objective, cu_groups, lengths, ref, ranks), torch.zeros((), dtype=F64), sums, (11,))
+    problem = make_problem(objective, make_groups(cu_groups, lengths.device), lengths, ref, ranks)
+    out = summarize(problem, problem.loss(sums), sums, (11,))
     wins, margins, nll, tokens, contrast_sum, rewards = [], [], 0.0, 0, 0.0, []
     for start, end in pairwise(cu_groups):
         members = [s for s in range(start, end) if lengths[s] > 0]
@@ -263,7 +264,8 @@ def test_coefficients_of_a_chunk_are_those_of_the_whole(chunk, length_normalized
     cu_groups, lengths = [0, 3, 5, 9, 11], torch.tensor([4, 3, 5, 2, 3, 1, 0, 3, 2, 4, 1])
     ranks = torch.tensor([0, 1, 1, 1, 0, 0, 0, 2, 1, 0, 1])
     objective = Objective(beta=0.5, margin=0.2, mle_weight=0.3, length_normalized=length_normalized)
-    problem = make_problem(objective, cu_groups, lengths, torch.randn(11, dtype=F64), ranks)
+    groups = make_groups(cu_groups, lengths.device)
+    problem = make_problem(objective, groups, lengths, torch.randn(11, dtype=F64), ranks)
     sums = torch.randn(11, dtype=F64).masked_fill(lengths == 0, 0.0).requires_grad_()
     segments = slice(cu_groups[chunk.start], cu_groups[chunk.stop])
     part = problem.chunk(chunk, segments).coefficients(sums.detach()[segments])
@@ -276,13 +278,14 @@ def test_global_denominators(num_groups, num_target_tokens):
     """Gradient accumulation divides by the groups and tokens of all its micro-batches."""
     lengths, sums = torch.tensor([3, 2, 4, 1]), torch.tensor([-3.0, -2.0, -5.0, -1.0], dtype=F64)
     objective = Objective(mle_weight=0.5, num_groups=num_groups, num_target_tokens=num_target_tokens)
-    loss, contrastive, nll = make_problem(objective, [0, 2, 4], lengths, None, None).loss(sums)
+    pairs = Groups(None, (2, 2))
+    loss, contrastive, nll = make_problem(objective, pairs, lengths, None, None).loss(sums)
     per_group = by_definition(0.1 * sums.view(2, 2), torch.tensor([[0, 1]] * 2), torch.ones(2, 2, dtype=torch.bool))
     assert contrastive.item() == pytest.approx(per_group.sum().item() / (num_groups or 2), rel=1e-12)
     assert nll.item() == pytest.approx(8.0 / (num_target_tokens or 7), rel=1e-12)
     assert loss.item() == pytest.approx(contrastive.item() + 0.5 * nll.item(), rel=1e-12)
-    whole = make_problem(replace(objective, num_groups=4.0, num_target_tokens=14.0), [0, 2, 4], lengths, None, None)
+    whole = make_problem(replace(objective, num_groups=4.0, num_target_tokens=14.0), pairs, lengths, None, None)
     twice = make_problem(
-        replace(objective, num_groups=None, num_target_tokens=None), [0, 2, 4, 6, 8], lengths.repeat(2), None, None
+        replace(objective, num_groups=None, num_target_tokens=None), Groups(None, (4, 2)), lengths.repeat(2), None, None
     )
     assert (2 * whole.loss(sums)[0]).item() == pytest.approx(twice.loss(sums.repeat(2))[0].item(), rel=1e-12)

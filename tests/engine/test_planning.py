@@ -95,8 +95,7 @@ def plan_of_rows(rows: int, max_logits_bytes: int | None) -> Plan:
     tokens = find_tokens(targets, rows, vocab, None, list(range(rows + 1)), list(range(0, rows + 1, 4)))
     return make_plan(
         tokens,
-        vocab=vocab,
-        logits_dtype=torch.bfloat16,
+        row_bytes=2 * vocab,
         accumulator_bytes=vocab * 64 * 2,
         needs=(True, True, False),
         max_logits_bytes=max_logits_bytes,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.objective import make_problem
+from cpo_kernels.objective import make_groups, make_problem
 from cpo_kernels.options import Objective
 
 
@@ -59,7 +59,9 @@ def segment_sums(chunk: Chunk, dtype: torch.dtype) -> Tensor:
 def expected(chunk: Chunk, objective: Objective, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(sums, coef) by objective.py."""
     ref = None if chunk.ref_logps is None else chunk.ref_logps.to(dtype)
-    problem = make_problem(objective, chunk.cu_groups, chunk.lengths, ref, chunk.ranks)
+    problem = make_problem(
+        objective, make_groups(chunk.cu_groups, chunk.lengths.device), chunk.lengths, ref, chunk.ranks
+    )
     sums = segment_sums(chunk, dtype)
     return sums, (problem.coefficients(sums) * gain).repeat_interleave(chunk.slots)
 
