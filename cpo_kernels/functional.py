@@ -177,7 +177,7 @@ def cpo_loss(
         cast_ref(ref, logits.dtype),
         flat_ranks,
     )
-    if runs_in_one_launch(backend, logits.dtype, shape[1]):
+    if objective.has_kernel and runs_in_one_launch(backend, logits.dtype, shape[1]):
         call = LogitsCall(backend, head, flat_targets, problem, flat_ranks)
         needs = needs_grad(flat, None, bias)
         loss, sums, *_ = FusedLoss.apply(flat, None, bias, call.run, needs)

@@ -18,11 +18,9 @@ from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
 
 from .layout import to_device
-
-LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
+from .loss_table import LOSS_TYPES, LOSSES, Pair, softplus
 
 
 class ObjectiveOptions(TypedDict, total=False):
@@ -72,10 +70,12 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {self.loss_type!r}")
-        if self.label_smoothing and self.loss_type != "plackett_luce":
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} needs loss_type='plackett_luce', got {self.loss_type!r}"
-            )
+        smoothing = LOSSES[self.loss_type].smoothing
+        if self.label_smoothing and smoothing == "none":
+            takers = " or ".join(repr(name) for name, loss in LOSSES.items() if loss.smoothing != "none")
+            raise ValueError(f"label_smoothing={self.label_smoothing} needs loss_type={takers}, got {self.loss_type!r}")
+        if not self.label_smoothing and smoothing == "required":
+            raise ValueError(f"loss_type={self.loss_type!r} needs label_smoothing in (0, 0.5), got 0")
         for name in ("margin", "contrast_weight", "mle_weight"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -86,10 +86,15 @@ class Objective:
 
     @property
     def pairs_only(self) -> str | None:
-        """What restricts this objective to K = 1, or None."""
-        if self.loss_type != "plackett_luce":
+        """Name the option that restricts this objective to one negative per group (K = 1); None without one."""
+        if LOSSES[self.loss_type].pairs_only:
             return f"loss_type={self.loss_type!r}"
         return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Tell whether the kernels that run the contrast in one launch have this loss."""
+        return LOSSES[self.loss_type].kernel_code is not None
 
     def check_candidates(self, candidates: int) -> None:
         """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""
@@ -153,11 +158,6 @@ def preferences(ranks: Tensor, present: Tensor) -> Tensor:
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))`` to the last bit for any x; torch's softplus is x itself above 20, 2e-9 off."""
-    return -logsigmoid(-x)
-
-
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
     """The ranked contrast of scores (G, C) under preferences (G, C, C)."""
     contrasted = better.any(-1)
@@ -174,22 +174,16 @@ def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
 
 
 def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
-    """hinge, ipo and label-smoothed losses of the one preference in each group (K = 1)."""
-    # +1 for the better candidate, -1 for the worse, 0 where there is no preference.
-    sign = better.any(-1).to(scores.dtype) - better.any(-2).to(scores.dtype)
-    contrasted = better.flatten(-2).any(-1)
-    difference = torch.where(sign != 0, sign * scores, torch.zeros_like(scores)).sum(-1)
-    if objective.loss_type == "hinge":
-        loss = relu(1 - difference)
-        slope = -(difference < 1).to(scores.dtype)
-    elif objective.loss_type == "ipo":
-        residual = (difference - 0.5) / objective.beta
-        loss, slope = residual.square(), 2 * residual / objective.beta
-    else:
-        smoothing = objective.label_smoothing
-        loss = (1 - smoothing) * softplus(-difference) + smoothing * softplus(difference)
-        slope = smoothing * torch.sigmoid(difference) - (1 - smoothing) * torch.sigmoid(-difference)
-    return Contrast(loss.masked_fill(~contrasted, 0.0), slope.masked_fill(~contrasted, 0.0).unsqueeze(-1) * sign)
+    """Compute the loss of the one preference in each group (K = 1) by its row of the table of losses."""
+    wins, loses = better.any(-1), better.any(-2)
+    chosen = scores.masked_fill(~wins, 0.0).sum(-1)
+    rejected = scores.masked_fill(~loses, 0.0).sum(-1)
+    pair = Pair(chosen, rejected, chosen - rejected, objective.beta, objective.label_smoothing)
+    loss, chosen_slope, rejected_slope = LOSSES[objective.loss_type].formula(pair)
+    loss = loss.masked_fill(~wins.any(-1), 0.0)
+    none = torch.zeros_like(scores)
+    coef = torch.where(wins, chosen_slope.unsqueeze(-1), torch.where(loses, rejected_slope.unsqueeze(-1), none))
+    return Contrast(loss, coef)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:

@@ -139,8 +139,9 @@ def run_cpo(
         return coef.repeat_interleave(part.slots, output_size=part.num_slots)
 
     known = without_contrast if coefficients_are_known(call, objective, needs) else None
-    one_launch = filters is None and any(needs) and problem.groups.shape[1] <= linear.backend.contrast_candidates
-    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch and known is None else general
+    fits = objective.has_kernel and problem.groups.shape[1] <= linear.backend.contrast_candidates
+    one_launch = fits and filters is None and any(needs) and known is None
+    contrast = backend_contrast(linear.backend, problem, ranks, gain) if one_launch else general
     plan = call.plan(tokens, hidden, weight, needs, known_coefficients=known is not None)
     sums, grads = loop.run(linear, tokens, plan, needs, contrast, filters, known)
     loss = problem.loss(sums)[0]

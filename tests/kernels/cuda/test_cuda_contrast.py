@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -21,11 +22,13 @@ from contrast_chunks import (
     token_logps,
     with_ranks,
 )
+from project import ROOT
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels.kernels.cuda.groups import MAX_CANDIDATES, contrast
+from cpo_kernels.loss_table import KERNEL_CODES
 from cpo_kernels.objective import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
@@ -71,6 +74,30 @@ def test_pair_losses(loss, ranks):
     chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
     chunk.ref_logps = segment_sums(chunk, torch.float32) + 3 * torch.randn(len(chunk.segments))
     check(chunk, Objective(**PAIR_LOSSES[loss]))
+
+
+def test_the_codes_of_the_header_are_those_of_the_table():
+    header = (ROOT / "csrc" / "common" / "preference.h").read_text()
+    entries = re.search(r"enum class Loss : int \{(.*?)\}", header, re.DOTALL)[1].split(",")
+    codes = dict(re.fullmatch(r"\s*k(\w+) = (\d+)\s*", entry).groups() for entry in entries)
+    assert {name: int(code) for name, code in codes.items()} == {
+        name.title().replace("_", ""): code for name, code in KERNEL_CODES.items()
+    }
+    assert sorted(KERNEL_CODES.values()) == list(range(len(KERNEL_CODES)))
+    assert int(re.search(r"kNumLosses = (\d+);", header)[1]) == len(KERNEL_CODES)
+
+
+@pytest.mark.parametrize("loss_type", KERNEL_CODES)
+def test_every_loss_of_the_table_that_has_a_code(loss_type):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    check(chunk, Objective(loss_type=loss_type, beta=0.2))
+
+
+@pytest.mark.parametrize("loss_type", ["apo_zero", "no_loss"])
+def test_a_loss_without_a_code_is_refused(loss_type):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    with pytest.raises(ValueError, match=f"loss_type must be one of .*'plackett_luce'.* got '{loss_type}'"):
+        launch(chunk, Objective(), loss_type=loss_type)
 
 
 @pytest.mark.parametrize("options", [{}, *PAIR_LOSSES.values()])
