@@ -25,7 +25,9 @@ def config(path, **kwargs) -> CPOConfig:
     return CPOConfig(output_dir=str(path), **(defaults | kwargs))
 
 
-def trainer(path, model=None, examples=None, callbacks=None, ref_model=None, eval_dataset=None, **kwargs) -> CPOTrainer:
+def trainer(
+    path, model=None, examples=None, callbacks=None, ref_model=None, eval_dataset=None, loss_fn=None, **kwargs
+) -> CPOTrainer:
     return CPOTrainer(
         tiny_models.llama() if model is None else model,
         config(path, **kwargs),
@@ -34,6 +36,7 @@ def trainer(path, model=None, examples=None, callbacks=None, ref_model=None, eva
         processing_class=tiny_models.tokenizer(),
         ref_model=ref_model,
         callbacks=callbacks,
+        loss_fn=loss_fn,
     )
 
 
