@@ -1,6 +1,7 @@
-"""Scores of candidates to loss and coefficients: section 1 of docs/design.md on tiny tensors, in plain torch.
+"""The objective: from log-likelihoods of candidates to the loss and its coefficients, in plain torch on small tensors.
 
-Everything works on padded groups (G, C) with a mask of the candidates that are present. The loss of a group is
+Section 1 of docs/objective.md has the formulas. Everything works on padded groups (G, C) with a mask of the candidates
+that are present. The loss of a group is
 
     L_g = sum over i that have a strictly lower-ranked present candidate: softplus(a_i),
     a_i = logsumexp({s_j : rank_j > rank_i}) - s_i
@@ -44,8 +45,9 @@ class Objective:
     Args:
         beta: inverse temperature of the contrast, > 0.
         margin: added to the score of every candidate of rank > 0, in score units (SimPO's gamma).
-        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only).
-        loss_type: ``"plackett_luce"``, or for K = 1 ``"hinge"`` (SLiC) or ``"ipo"``.
+        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only); for ``"exo_pair"`` it
+            has to be above 0, and most losses have no place for it.
+        loss_type: a row of :data:`cpo_kernels.loss_table.LOSSES`: ``"plackett_luce"``, or for K = 1 any other.
         length_normalized: contrast means of token log-probabilities instead of sums.
         contrast_weight: weight of the contrast.
         mle_weight: weight of the negative log-likelihood of the rank-0 candidates.
@@ -116,20 +118,20 @@ class Groups(NamedTuple):
     sizes: Tensor | None = None
 
     def pad(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(S,) -> (G, C)."""
+        """Lay out values (S,) of the segments as (G, C), with ``fill`` where there is no segment."""
         if self.slots is None:
             return values.reshape(self.shape)
         padded = values.new_full((self.shape[0] * self.shape[1],), fill)
         return padded.index_copy(0, self.slots, values).view(self.shape)
 
     def unpad(self, values: Tensor) -> Tensor:
-        """(G, C) -> (S,)."""
+        """Take the values (S,) of the segments from (G, C)."""
         flat = values.reshape(-1)
         return flat if self.slots is None else flat[self.slots]
 
 
 def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
-    """The padded layout of groups with boundaries ``cu_groups`` (G + 1,)."""
+    """Make the padded layout of groups with boundaries ``cu_groups`` (G + 1,)."""
     sizes = [end - start for start, end in pairwise(cu_groups)]
     width = max(sizes, default=0)
     shape = (len(sizes), width)
@@ -141,7 +143,7 @@ def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
 
 
 def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """(0, 1, ..., 1) for every group: the first candidate against the others."""
+    """Make the ranks (0, 1, ..., 1) of every group: the first candidate against the others."""
     return (torch.arange(shape[1], device=device) > 0).long().expand(shape)
 
 
@@ -153,13 +155,13 @@ class Contrast(NamedTuple):
 
 
 def preferences(ranks: Tensor, present: Tensor) -> Tensor:
-    """(G, C, C): whether present candidate i is ranked strictly better than present candidate j."""
+    """Tell for each group (G, C, C) whether present candidate i is ranked strictly better than present candidate j."""
     better = ranks.unsqueeze(-1) < ranks.unsqueeze(-2)
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
-    """The ranked contrast of scores (G, C) under preferences (G, C, C)."""
+    """Compute the ranked contrast of scores (G, C) under preferences (G, C, C)."""
     contrasted = better.any(-1)
     lower = scores.unsqueeze(-2).masked_fill(~better, -math.inf)
     # A candidate with nothing below it must not make NaN out of (-inf) - (-inf), in the loss or in its gradient.
@@ -187,7 +189,7 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
-    """Loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
+    """Compute loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
     rewards = logps if ref_logps is None else logps - ref_logps
     scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
     scores = scores.masked_fill(~present, 0.0)
@@ -222,41 +224,41 @@ class CPOProblem:
 
     @property
     def best(self) -> Tensor:
-        """(S,) bool: segments of rank 0 that have tokens."""
+        """Mark the segments (S,) of rank 0 that have tokens."""
         return self.groups.unpad((self.ranks == 0) & self.present)
 
     def logps(self, sums: Tensor) -> Tensor:
-        """Log-likelihoods (S,) as contrasted, from the sums of token log-probabilities (S,)."""
+        """Turn sums of token log-probabilities (S,) into the log-likelihoods (S,) that are contrasted."""
         return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
 
     def contrast(self, sums: Tensor) -> Contrast:
-        """Loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
+        """Compute the loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
         ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
         return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
 
     def loss(self, sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, contrastive_loss, nll_loss), scalars differentiable in ``sums``."""
+        """Compute (loss, contrastive_loss, nll_loss), scalars differentiable in ``sums``."""
         contrastive = self.contrast(sums).loss.sum() / self.num_groups
         nll = -(sums * self.best).sum() / self.num_target_tokens
         nll = nll.to(sums.dtype)
         return self.objective.contrast_weight * contrastive + self.objective.mle_weight * nll, contrastive, nll
 
     def coefficients(self, sums: Tensor) -> Tensor:
-        """``dloss / dsums`` (S,), in closed form."""
+        """Compute ``dloss / dsums`` (S,), in closed form."""
         return self.sum_coefficients(self.contrast_coefficients(sums))
 
     def contrast_coefficients(self, sums: Tensor) -> Tensor:
-        """The contrast's share of ``dloss / dlogps`` (S,): of the means where length_normalized."""
+        """Compute the contrast's share of ``dloss / dlogps`` (S,), for logps that are means where length_normalized."""
         return self.groups.unpad(self.contrast(sums).coef) * (self.objective.contrast_weight / self.num_groups)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
-        """``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
+        """Compute ``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
         if self.objective.length_normalized:
             coef = coef / self.lengths.clamp(min=1)
         return coef - self.best.to(coef.dtype) * (self.objective.mle_weight / self.num_target_tokens)
 
     def chunk(self, groups: range, segments: slice) -> CPOProblem:
-        """The problem of some consecutive groups, with the denominators of the whole."""
+        """Take the problem of some consecutive groups, with the denominators of the whole."""
         g = slice(groups.start, groups.stop)
         slots, width = self.groups.slots, self.groups.shape[1]
         return replace(
@@ -317,7 +319,7 @@ def check_groups(problem: CPOProblem, good: Tensor, complaint: str) -> None:
 
 
 def describe_group(problem: CPOProblem, group: int) -> str:
-    """Ranks and presence of one group's candidates, for a message."""
+    """Describe the ranks and the presence of one group's candidates, for a message."""
     return f"ranks {problem.ranks[group].tolist()}, present {problem.present[group].tolist()}"
 
 
@@ -348,7 +350,10 @@ class CPOOutput(NamedTuple):
 def summarize(
     problem: CPOProblem, loss: Tensor, sums: Tensor, shape: tuple[int, ...], dropped: Tensor | None = None
 ) -> CPOOutput:
-    """The output for a loss whose segments have log-likelihood sums (S,); logps and rewards come in ``shape``."""
+    """Compute the output for a loss whose segments have log-likelihood sums (S,).
+
+    Its logps and rewards come in ``shape``.
+    """
     sums = sums.detach()
     _, contrastive, nll = problem.loss(sums)
     logps = problem.logps(sums)

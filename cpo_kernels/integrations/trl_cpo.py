@@ -44,7 +44,7 @@ class FusedCPOTrainer(CPOTrainer):
     def get_batch_loss_metrics(
         self, model: Any, batch: Any, train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a padded batch, a scalar, and TRL's metrics of it."""
+        """Compute the loss of a padded batch, a scalar, and TRL's metrics of it."""
         padding: Any = self.pad_token_id
         rows = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
         labels = rows["concatenated_labels"]

@@ -78,7 +78,7 @@ class FusedDPOTrainer(DPOTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """Collates candidates, by the collator that was set."""
+        """Collate candidates, by the collator that was set."""
         return self._collator
 
     @data_collator.setter
@@ -99,7 +99,7 @@ class FusedDPOTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
+        """Compute log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
 
         These are (G,) where no example so far has more than one, else (G, K) and padded.
         """
@@ -119,7 +119,7 @@ class FusedDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch of :class:`CandidateCollator`, a scalar; its metrics are logged."""
+        """Compute the loss of a batch of :class:`CandidateCollator`, a scalar, and log its metrics."""
         targets, layout = scored_rows(inputs)
         precomputed = self.precompute_ref_logps
         reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
@@ -190,7 +190,7 @@ def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[
 def record(
     trainer: Any, attention_mask: Tensor, metrics: dict[str, Tensor], mean_logits: Tensor, tokens: Sequence[int]
 ) -> None:
-    """Log what TRL logs: ``metrics`` (G,), mean logits (2,) of so many chosen and rejected tokens, and the tokens seen.
+    """Log what TRL logs: ``metrics`` (G,), mean logits (2,) of so many chosen and rejected tokens, the tokens seen.
 
     All are of this process; what is logged is the mean over all.
     """

@@ -1,4 +1,4 @@
-"""TRL's fused language-model head on our products, for every TRL trainer that uses it."""
+"""TRL's fused language-model head on our products, for every TRL trainer that uses it, with what it tells of tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOGITS = 2**24  # held at once where more than the entropy is asked for: 64 MiB
 
 
 def patch_fused_head() -> None:
-    """Give models with TRL's fused head (``add_fused_lm_head``) ours, from now on, in this process.
+    """Give models with TRL's fused head (``add_fused_lm_head``) our head, from now on, in this process.
 
     Called before or after a trainer is made. Log-probabilities are those of :func:`cpo_kernels.linear_token_logps`,
     with its gradients; what else TRL asks for is one more product, see :class:`TokenFields`. As TRL does where it uses
@@ -51,7 +51,7 @@ def fused_head() -> Iterator[None]:
 
 
 class FusedLogProbs:
-    """In place of TRL's autograd function, of which only ``apply`` is used.
+    """Stands in for TRL's autograd function, of which only ``apply`` is used.
 
     Args:
         stock: TRL's.
@@ -61,7 +61,7 @@ class FusedLogProbs:
         self.stock = stock
 
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Log-probabilities (N,), and those :data:`FIELDS` that are asked for, else None.
+        """Compute log-probabilities (N,), and those :data:`FIELDS` that are asked for, else None.
 
         Args:
             *arguments: :data:`ARGUMENTS`: hidden (N, H), weight (V, H) in any floating dtype, bias (V,) or None,
@@ -79,7 +79,7 @@ class FusedLogProbs:
 
 
 def _replacements() -> dict[str, Any]:
-    """Attributes of TRL's module and what takes their place; none if that has happened already."""
+    """Find the attributes of TRL's module to replace, with their replacements; none if that has happened already."""
     require_names("trl", TESTED, utils, FUNCTION, COMPACTS)
     stock, compacts = getattr(utils, FUNCTION), getattr(utils, COMPACTS)
     if isinstance(stock, FusedLogProbs):
@@ -94,7 +94,7 @@ def _replacements() -> dict[str, Any]:
 
 
 class TokenFields(torch.autograd.Function):
-    """Those of :data:`FIELDS` that are asked for, each (N,), else None; of them the entropy has a gradient.
+    """Computes those of :data:`FIELDS` that are asked for, each (N,), else None; the entropy alone has a gradient.
 
     The entropy alone (GRPO, RLOO) is that of :func:`cpo_kernels.linear_token_statistics`. With other fields (SFT, DPO,
     KTO) all come from one more product in plain torch, 64 MiB of logits at a time. The gradient of the entropy, which
@@ -139,7 +139,7 @@ class TokenFields(torch.autograd.Function):
 
 
 def fields_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """:data:`FIELDS` of some rows, each (n,), from their logits (n, V) and targets (n,)."""
+    """Compute :data:`FIELDS` of some rows, each (n,), from their logits (n, V) and targets (n,)."""
     lse = logits.logsumexp(-1)
     entropy = lse - (logits.softmax(-1) * logits).sum(-1)
     return entropy, (2 * logits).logsumexp(-1) - 2 * lse, logits.mean(-1), logits.argmax(-1) == targets

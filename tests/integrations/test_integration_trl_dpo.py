@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import runpy
@@ -73,7 +74,11 @@ def pair_loss(loss_type: str, beta: float):
     return loss_of
 
 
-@pytest.mark.parametrize("loss_type", TRL_NAMES)
+# The table may have losses that TRL lacks.
+STOCK = [name for name in TRL_NAMES if f'"{name}"' in inspect.getsource(trl.DPOTrainer._compute_loss)]
+
+
+@pytest.mark.parametrize("loss_type", STOCK)
 def test_loss_and_gradients_of_pairs_by_the_policy(tmp_path, loss_type):
     arguments = {"loss_type": [loss_type], "label_smoothing": SMOOTHED.get(loss_type, 0.0)}
     stock, ours = (
