@@ -40,9 +40,9 @@ class Pair(NamedTuple):
     tau: float = DISCOPOP_TAU
 
     @classmethod
-    def of_ratios(cls, good: Tensor, bad: Tensor, beta: float, margin: float = 0.0, **options: float) -> Pair:
+    def of_ratios(cls, better: Tensor, worse: Tensor, beta: float, margin: float = 0.0, **options: float) -> Pair:
         """Make pairs from ``logp - ref_logp`` (G,) of the better and of the worse candidates."""
-        return cls(beta * good, beta * bad + margin, beta * (good - bad) - margin, beta, **options)
+        return cls(beta * better, beta * worse + margin, beta * (better - worse) - margin, beta, **options)
 
 
 class PairLoss(NamedTuple):
@@ -174,21 +174,21 @@ class Loss:
 
     Attributes:
         formula: computes the loss of pairs, with its slopes.
-        pairs_only: whether a group may have one negative only (K = 1); else :mod:`cpo_kernels.objective` extends the
-            loss to groups.
+        of_groups: whether :mod:`cpo_kernels.objective` extends the loss to groups with any number of negatives; else a
+            group may have one only (K = 1).
         smoothing: whether ``label_smoothing`` has a part in the loss: none, at will, or only above 0.
         kernel_code: the loss's code in csrc/common/preference.h, which has its slope, as has the contrast of Triton
             under its name; None where the kernels lack it, so that plain torch computes it.
     """
 
     formula: Callable[[Pair], PairLoss]
-    pairs_only: bool = True
+    of_groups: bool = False
     smoothing: Literal["none", "optional", "required"] = "none"
     kernel_code: int | None = None
 
 
 LOSSES: dict[str, Loss] = {
-    "plackett_luce": Loss(logistic, pairs_only=False, smoothing="optional", kernel_code=0),
+    "plackett_luce": Loss(logistic, of_groups=True, smoothing="optional", kernel_code=0),
     "hinge": Loss(hinge, kernel_code=1),
     "ipo": Loss(ipo, kernel_code=2),
     "exo_pair": Loss(exo_pair, smoothing="required"),
@@ -205,7 +205,7 @@ LOSS_TYPES = tuple(LOSSES)
 KERNEL_CODES = {name: loss.kernel_code for name, loss in LOSSES.items() if loss.kernel_code is not None}
 # The names that TRL's DPO gives to plackett_luce, and whether it is then of means per token.
 TRL_LOGISTIC = {"sigmoid": False, "sigmoid_norm": True}
-TRL_NAMES = (*TRL_LOGISTIC, *(name for name, loss in LOSSES.items() if loss.pairs_only))
+TRL_NAMES = (*TRL_LOGISTIC, *(name for name, loss in LOSSES.items() if not loss.of_groups))
 
 
 def trl_options(name: str, label_smoothing: float = 0.0) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Objective:
     @property
     def pairs_only(self) -> str | None:
         """Name the option that restricts this objective to one negative per group (K = 1); None without one."""
-        if LOSSES[self.loss_type].pairs_only:
+        if not LOSSES[self.loss_type].of_groups:
             return f"loss_type={self.loss_type!r}"
         return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
 

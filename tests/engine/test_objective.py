@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +16,7 @@ from pair_formulas import FORMULAS, SMOOTHED, loss_of_pairs
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cpo_kernels import contrastive_loss
+from cpo_kernels import contrastive_loss, loss_table
 from cpo_kernels.kernels import reference
 from cpo_kernels.loss_table import LOSSES
 from cpo_kernels.objective import Objective, contrast, make_problem, summarize
@@ -147,6 +149,13 @@ def test_pair_losses_follow_the_ranks(name):
 # Every row of the table against the formula of its paper, so that a row without a formula fails.
 
 
+def test_the_table_imports_nothing_of_the_package():
+    statements = [node for node in ast.walk(ast.parse(inspect.getsource(loss_table)))]
+    modules = {name.name for node in statements if isinstance(node, ast.Import) for name in node.names}
+    froms = {(node.level, node.module) for node in statements if isinstance(node, ast.ImportFrom)}
+    assert not any(level or module.startswith("cpo_kernels") for level, module in froms | {(0, m) for m in modules})
+
+
 def test_every_loss_has_a_formula_to_be_held_against():
     assert FORMULAS.keys() == LOSSES.keys()
     assert SMOOTHED.keys() == {name for name, loss in LOSSES.items() if loss.smoothing != "none"}
@@ -168,7 +177,7 @@ def test_every_loss_and_its_slopes_are_those_of_its_paper(name, scale):
     torch.testing.assert_close(got.coef, grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.pairs_only])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.of_groups])
 def test_pairs_alone_have_these_losses(name):
     objective = Objective(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0))
     with pytest.raises(ValueError, match=rf"loss_type='{name}' needs one negative per group .* got K = 2"):
