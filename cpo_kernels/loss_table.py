@@ -101,9 +101,9 @@ def exo_pair(pair: Pair) -> PairLoss:
     It is the reverse KL divergence from labels that are smoothed.
     """
     d, flipped = pair.difference, pair.label_smoothing
-    wins, loses = d.sigmoid(), (-d).sigmoid()
-    loss = wins * (logsigmoid(d) - math.log1p(-flipped)) + loses * (logsigmoid(-d) - math.log(flipped))
-    return of_difference(loss, wins * loses * (d - math.log1p(-flipped) + math.log(flipped)))
+    log_right, log_wrong = math.log1p(-flipped), math.log(flipped)
+    loss = d.sigmoid() * (logsigmoid(d) - log_right) + (-d).sigmoid() * (logsigmoid(-d) - log_wrong)
+    return of_difference(loss, sigmoid_slope(d) * (d - log_right + log_wrong))
 
 
 def nca_pair(pair: Pair) -> PairLoss:
