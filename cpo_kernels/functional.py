@@ -254,7 +254,7 @@ def cpo_loss(
     ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
     lengths = (targets != IGNORE_INDEX).sum(-1).reshape(-1)
     problem = checked_problem(objective, shape, lengths, cast_ref(ref, logits.dtype), flat_ranks)
-    if runs_in_one_launch(kernels, logits.dtype, shape[1]):
+    if objective.has_kernel and runs_in_one_launch(kernels, logits.dtype, shape[1]):
         needs, _, needs_bias = needs_grad(flat, None, bias)
         *terms, sums = FusedLogitsLoss.apply(
             flat, bias, LogitsCall(kernels, head, flat_targets, problem, (needs, needs_bias))

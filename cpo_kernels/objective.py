@@ -1,6 +1,7 @@
-"""Scores of candidates to loss and coefficients: section 1 of docs/design.md on tiny tensors, in plain torch.
+"""The objective: from log-likelihoods of candidates to the loss and its coefficients, in plain torch on small tensors.
 
-Everything works on padded groups (G, C) with a mask of the candidates that are present. The loss of a group is
+Section 1 of docs/objective.md has the formulas. Everything works on padded groups (G, C) with a mask of the candidates
+that are present. The loss of a group is
 
     L_g = sum over i that have a strictly lower-ranked present candidate: softplus(a_i),
     a_i = logsumexp({s_j : rank_j > rank_i}) - s_i
@@ -18,11 +19,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
 
 from cpo_kernels.kernels.device import is_host
 
 from .kernels.device import to_device
+from .loss_table import LOSSES, Pair, softplus
 from .options import Objective
 
 
@@ -40,20 +41,20 @@ class Groups(NamedTuple):
     starts: Tensor | None = None
 
     def pad(self, values: Tensor, fill: float = 0) -> Tensor:
-        """(S,) -> (G, C)."""
+        """Lay out values (S,) of the segments as (G, C), with ``fill`` where there is no segment."""
         if self.slots is None:
             return values.reshape(self.shape)
         padded = values.new_full((self.shape[0] * self.shape[1],), fill)
         return padded.index_copy(0, self.slots, values).view(self.shape)
 
     def unpad(self, values: Tensor) -> Tensor:
-        """(G, C) -> (S,)."""
+        """Take the values (S,) of the segments from (G, C)."""
         flat = values.reshape(-1)
         return flat if self.slots is None else flat[self.slots]
 
 
 def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
-    """The padded layout of groups with boundaries ``cu_groups`` (G + 1,)."""
+    """Make the padded layout of groups with boundaries ``cu_groups`` (G + 1,)."""
     sizes = [end - start for start, end in pairwise(cu_groups)]
     width = max(sizes, default=0)
     shape = (len(sizes), width)
@@ -65,7 +66,7 @@ def make_groups(cu_groups: Sequence[int], device: torch.device) -> Groups:
 
 
 def default_ranks(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """(0, 1, ..., 1) for every group: the first candidate against the others."""
+    """Make the ranks (0, 1, ..., 1) of every group: the first candidate against the others."""
     return (torch.arange(shape[1], device=device) > 0).long().expand(shape)
 
 
@@ -77,18 +78,13 @@ class Contrast(NamedTuple):
 
 
 def preferences(ranks: Tensor, present: Tensor) -> Tensor:
-    """(G, C, C): whether present candidate i is ranked strictly better than present candidate j."""
+    """Tell for each group (G, C, C) whether present candidate i is ranked strictly better than present candidate j."""
     better = ranks.unsqueeze(-1) < ranks.unsqueeze(-2)
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
-def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))`` to the last bit for any x; torch's softplus is x itself above 20, 2e-9 off."""
-    return -logsigmoid(-x)
-
-
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
-    """The ranked contrast of scores (G, C) under preferences (G, C, C)."""
+    """Compute the ranked contrast of scores (G, C) under preferences (G, C, C)."""
     contrasted = better.any(-1)
     lower = scores.unsqueeze(-2).masked_fill(~better, -math.inf)
     # A candidate with nothing below it must not make NaN out of (-inf) - (-inf), in the loss or in its gradient.
@@ -103,26 +99,20 @@ def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
 
 
 def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
-    """hinge, ipo and label-smoothed losses of the one preference in each group (K = 1)."""
-    # +1 for the better candidate, -1 for the worse, 0 where there is no preference.
-    sign = better.any(-1).to(scores.dtype) - better.any(-2).to(scores.dtype)
-    contrasted = better.flatten(-2).any(-1)
-    difference = torch.where(sign != 0, sign * scores, torch.zeros_like(scores)).sum(-1)
-    if objective.loss_type == "hinge":
-        loss = relu(1 - difference)
-        slope = -(difference < 1).to(scores.dtype)
-    elif objective.loss_type == "ipo":
-        residual = (difference - 0.5) / objective.beta
-        loss, slope = residual.square(), 2 * residual / objective.beta
-    else:
-        smoothing = objective.label_smoothing
-        loss = (1 - smoothing) * softplus(-difference) + smoothing * softplus(difference)
-        slope = smoothing * torch.sigmoid(difference) - (1 - smoothing) * torch.sigmoid(-difference)
-    return Contrast(loss.masked_fill(~contrasted, 0.0), slope.masked_fill(~contrasted, 0.0).unsqueeze(-1) * sign)
+    """Compute the loss of the one preference in each group (K = 1) by its row of the table of losses."""
+    wins, loses = better.any(-1), better.any(-2)
+    chosen = scores.masked_fill(~wins, 0.0).sum(-1)
+    rejected = scores.masked_fill(~loses, 0.0).sum(-1)
+    pair = Pair(chosen, rejected, chosen - rejected, objective.beta, objective.label_smoothing)
+    loss, chosen_slope, rejected_slope = LOSSES[objective.loss_type].formula(pair)
+    loss = loss.masked_fill(~wins.any(-1), 0.0)
+    none = torch.zeros_like(scores)
+    coef = torch.where(wins, chosen_slope.unsqueeze(-1), torch.where(loses, rejected_slope.unsqueeze(-1), none))
+    return Contrast(loss, coef)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
-    """Loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
+    """Compute loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
     rewards = logps if ref_logps is None else logps - ref_logps
     scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
     scores = scores.masked_fill(~present, 0.0)
@@ -167,15 +157,15 @@ class CPOProblem:
 
     @property
     def best(self) -> Tensor:
-        """(S,) bool: segments of rank 0 that have tokens."""
+        """Mark the segments (S,) of rank 0 that have tokens."""
         return self.groups.unpad((self.ranks == 0) & self.present)
 
     def logps(self, sums: Tensor) -> Tensor:
-        """Log-likelihoods (S,) as contrasted, from the sums of token log-probabilities (S,)."""
+        """Turn sums of token log-probabilities (S,) into the log-likelihoods (S,) that are contrasted."""
         return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
 
     def contrast(self, sums: Tensor) -> Contrast:
-        """Loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
+        """Compute the loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
         ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
         return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
 
@@ -200,13 +190,13 @@ class CPOProblem:
         return self.groups.unpad(contrast.coef) * (self.objective.contrast_weight / self.num_groups)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
-        """``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
+        """Compute ``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
         if self.objective.length_normalized:
             coef = coef / self.lengths.clamp(min=1)
         return coef - self.best.to(coef.dtype) * (self.objective.mle_weight / self.num_target_tokens)
 
     def chunk(self, groups: range, segments: slice) -> CPOProblem:
-        """The problem of some consecutive groups, with the denominators of the whole."""
+        """Take the problem of some consecutive groups, with the denominators of the whole."""
         g = slice(groups.start, groups.stop)
         slots, width = self.groups.slots, self.groups.shape[1]
         return replace(
@@ -264,7 +254,7 @@ def check_groups(problem: CPOProblem, good: Tensor, complaint: str) -> None:
 
 
 def describe_group(problem: CPOProblem, group: int) -> str:
-    """Ranks and presence of one group's candidates, for a message."""
+    """Describe the ranks and the presence of one group's candidates, for a message."""
     return f"ranks {problem.ranks[group].tolist()}, present {problem.present[group].tolist()}"
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .loss_table import LOSS_TYPES, LOSSES
+
 if TYPE_CHECKING:
     from .engine.vocab_parallel import VocabShard
 
@@ -110,7 +112,6 @@ class Head:
 
 # Arguments that come with every call and not with the options.
 TENSOR_OPTIONS = ("bias", "layout", "ref_logps", "ranks")
-LOSS_TYPES = ("plackett_luce", "hinge", "ipo")
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ class Objective:
     Args:
         beta: inverse temperature of the contrast, > 0.
         margin: added to the score of every candidate of rank > 0, in score units (SimPO's gamma).
-        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only).
-        loss_type: ``"plackett_luce"``, or for K = 1 ``"hinge"`` (SLiC) or ``"ipo"``.
+        label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only); for ``"exo_pair"`` it
+            has to be above 0, and most losses have no place for it.
+        loss_type: a row of :data:`cpo_kernels.loss_table.LOSSES`: ``"plackett_luce"``, or for K = 1 any other.
         length_normalized: contrast means of token log-probabilities instead of sums.
         contrast_weight: weight of the contrast.
         mle_weight: weight of the negative log-likelihood of the rank-0 candidates.
@@ -146,10 +148,12 @@ class Objective:
             raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {self.loss_type!r}")
-        if self.label_smoothing and self.loss_type != "plackett_luce":
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing} needs loss_type='plackett_luce', got {self.loss_type!r}"
-            )
+        smoothing = LOSSES[self.loss_type].smoothing
+        if self.label_smoothing and smoothing == "none":
+            takers = " or ".join(repr(name) for name, loss in LOSSES.items() if loss.smoothing != "none")
+            raise ValueError(f"label_smoothing={self.label_smoothing} needs loss_type={takers}, got {self.loss_type!r}")
+        if not self.label_smoothing and smoothing == "required":
+            raise ValueError(f"loss_type={self.loss_type!r} needs label_smoothing in (0, 0.5), got 0")
         for name in ("margin", "contrast_weight", "mle_weight"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -160,10 +164,15 @@ class Objective:
 
     @property
     def pairs_only(self) -> str | None:
-        """What restricts this objective to K = 1, or None."""
-        if self.loss_type != "plackett_luce":
+        """Name the option that restricts this objective to one negative per group (K = 1); None without one."""
+        if not LOSSES[self.loss_type].of_groups:
             return f"loss_type={self.loss_type!r}"
         return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Tell whether the kernels that run the contrast in one launch have this loss."""
+        return LOSSES[self.loss_type].kernel_code is not None
 
     def check_candidates(self, candidates: int) -> None:
         """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""

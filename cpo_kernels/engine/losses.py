@@ -139,7 +139,7 @@ class CPOLossOfCall:
         self.known_beforehand = coefficients_are_known(call.head, objective, call.needs)
         # Segments that count whatever the contrast says.
         self.always = problem.best if objective.mle_weight else None
-        fits = problem.groups.shape[1] <= call.backend.contrast_candidates
+        fits = objective.has_kernel and problem.groups.shape[1] <= call.backend.contrast_candidates
         self.one_launch = needs and fits and self.filters is None and not self.known_beforehand
         self.group_losses: list[Tensor] = []
 

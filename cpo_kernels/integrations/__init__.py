@@ -1,1 +1,1 @@
-"""The fused losses in the clothes of other libraries; one module a library, imported on its own."""
+"""The fused losses behind the interfaces of other libraries; each module is imported on its own."""

@@ -1,4 +1,4 @@
-"""What an integration needs of the project that it plugs into, checked before it is used, and replaced for a while."""
+"""Checks that another project has the names that an integration builds on, and ways to replace some for a while."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def require_names(package: str, tested: str, owner: object, *names: str) -> None
 
 @contextmanager
 def replaced(owner: object, values: dict[str, Any]) -> Iterator[None]:
-    """Attributes of ``owner`` with other values, as long as the context lasts."""
+    """Give attributes of ``owner`` other values, as long as the context lasts."""
     before = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from cpo_kernels.functional import linear_sequence_logps, linear_sequence_loss
 from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
-
-from .pair_losses import PAIR_LOSSES, smoothed_sigmoid
+from cpo_kernels.loss_table import LOSSES, TRL_NAMES, Pair, trl_options
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
+# Liger's DPO has TRL's names, but neither ipo nor a logistic loss of means, which is ``average_log_prob`` here.
+DPO_LOSS_TYPES = tuple(name for name in TRL_NAMES if not trl_options(name)["length_normalized"])
 # Rows of a weight that are summed at a time, so that a half-precision one is not copied whole to float32.
 ROWS_SUMMED = 4096
 
@@ -59,10 +60,11 @@ class LigerFusedLinearCPOLoss(nn.Module):
         self.average_log_prob, self.chunk_size = average_log_prob, chunk_size
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
-        """See the module's docstring; raises ``ValueError`` for an odd number of sequences."""
+        """Compute what the module's docstring says; raise ``ValueError`` for an odd number of sequences."""
 
         def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-            return smoothed_sigmoid(self.beta * (chosen - rejected), self.label_smoothing)
+            pair = Pair.of_ratios(chosen, rejected, self.beta, label_smoothing=self.label_smoothing)
+            return LOSSES["plackett_luce"].formula(pair).loss
 
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
@@ -89,10 +91,11 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         self.gamma, self.chunk_size = gamma, chunk_size
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
-        """See the module's docstring; raises ``ValueError`` for an odd number of sequences."""
+        """Compute what the module's docstring says; raise ``ValueError`` for an odd number of sequences."""
 
         def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-            return smoothed_sigmoid(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
+            pair = Pair.of_ratios(chosen, rejected, self.beta, self.gamma, label_smoothing=self.label_smoothing)
+            return LOSSES["plackett_luce"].formula(pair).loss
 
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
@@ -115,12 +118,13 @@ class LigerFusedLinearDPOLoss(nn.Module):
         discopop_tau: float = 0.05,
     ) -> None:
         super().__init__()
-        if loss_type not in PAIR_LOSSES:
-            raise ValueError(f"loss_type must be one of {tuple(PAIR_LOSSES)}, got {loss_type!r}")
-        if loss_type == "exo_pair" and not 0 < label_smoothing < 1:
-            raise ValueError(f"loss_type='exo_pair' needs label_smoothing in (0, 1), got {label_smoothing}")
-        if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"loss_type='robust' needs label_smoothing in [0, 0.5), got {label_smoothing}")
+        if loss_type not in DPO_LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {DPO_LOSS_TYPES}, got {loss_type!r}")
+        smoothing = LOSSES[loss_type].smoothing if loss_type in LOSSES else "none"
+        if smoothing == "required" and not 0 < label_smoothing < 1:
+            raise ValueError(f"loss_type={loss_type!r} needs label_smoothing in (0, 1), got {label_smoothing}")
+        if smoothing == "optional" and not 0 <= label_smoothing < 0.5:
+            raise ValueError(f"loss_type={loss_type!r} needs label_smoothing in [0, 0.5), got {label_smoothing}")
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.compiled, self.use_ref_model, self.average_log_prob = compiled, use_ref_model, average_log_prob
         self.chunk_size, self.loss_type = chunk_size, loss_type
@@ -136,15 +140,17 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> Output:
-        """See the module's docstring; ref_input (2B, T, H') and ref_weight (V, H') are those of the reference model.
+        """Compute what the module's docstring says; ref_input (2B, T, H') and ref_weight (V, H') are the reference's.
 
         Raises:
             ValueError: an odd number of sequences, or ``use_ref_model`` without ref_input or ref_weight.
         """
-        options = {"beta": self.beta, "label_smoothing": self.label_smoothing, "tau": self.discopop_tau}
+        options = trl_options(self.loss_type, self.label_smoothing)
+        numbers = {"label_smoothing": options["label_smoothing"], "tau": self.discopop_tau}
 
         def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-            return PAIR_LOSSES[self.loss_type](chosen, rejected, **options)
+            pair = Pair.of_ratios(chosen, rejected, self.beta, **numbers)
+            return LOSSES[options["loss_type"]].formula(pair).loss
 
         ref = None
         if self.use_ref_model:
@@ -163,7 +169,7 @@ def run_pairs(
     bias: Tensor | None,
     ref: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> Output:
-    """The mean of ``losses`` over pairs and ``alpha`` times the NLL, with Liger's other outputs.
+    """Compute the mean of ``losses`` over pairs and ``alpha`` times the NLL, with Liger's other outputs.
 
     Args:
         settings: the loss module.
@@ -202,7 +208,7 @@ def run_pairs(
 
 
 def count_pairs(_input: Tensor, target: Tensor) -> int:
-    """B; raises ``ValueError`` for shapes that are not (2B, T, H) and (2B, T)."""
+    """Count the pairs, B; raise ``ValueError`` for shapes that are not (2B, T, H) and (2B, T)."""
     if _input.dim() != 3 or target.shape != _input.shape[:2]:
         raise ValueError(
             f"_input must be (2B, T, H) and target (2B, T), got {tuple(_input.shape)} and {tuple(target.shape)}"
@@ -215,12 +221,12 @@ def count_pairs(_input: Tensor, target: Tensor) -> int:
 
 
 def by_pairs(stacked: Tensor, pairs: int) -> Tensor:
-    """(2B, ...) chosen and then rejected -> (B, 2, ...)."""
+    """Rearrange (2B, ...), the chosen and then the rejected ones, to (B, 2, ...)."""
     return stacked.unflatten(0, (2, pairs)).transpose(0, 1)
 
 
 def mean_logits(_input: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Mean logits of chosen and of rejected sequences, scalars: means of rows commute with the head."""
+    """Compute the mean logits of chosen and of rejected sequences, scalars: means of rows commute with the head."""
     dtype = accumulate_dtype(_input.dtype)
     column_sums = torch.stack([part.sum(0, dtype=dtype) for part in weight.detach().split(ROWS_SUMMED)]).sum(0)
     shift = 0.0 if bias is None else bias.detach().mean(dtype=dtype)

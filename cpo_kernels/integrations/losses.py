@@ -31,7 +31,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> LossFn:
-    """KTO of Ethayarajh et al. 2024 (arXiv 2402.01306), for answers that are good or bad by themselves.
+    """Make KTO of Ethayarajh et al. 2024 (arXiv 2402.01306), for answers that are good or bad by themselves.
 
     Args:
         ref_logps: (G, C) log-likelihoods under the reference model; C may be 1, as no candidate is compared. A
@@ -52,7 +52,7 @@ def kto(
 
 
 def kto_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """KTO's estimate of the KL divergence from the reference, a scalar without gradient.
+    """Compute KTO's estimate of the KL divergence from the reference, a scalar without gradient.
 
     Args:
         logps: (n,) log-likelihoods of completions after prompts that they do not belong to, such as the previous
@@ -64,7 +64,7 @@ def kto_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def orpo(lengths: Tensor, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossFn:
-    """ORPO of Hong et al. 2024 (arXiv 2403.07691): odds of means over tokens, without a reference.
+    """Make ORPO of Hong et al. 2024 (arXiv 2403.07691): odds of means over tokens, without a reference.
 
     Args:
         lengths: (G, 2) integers, tokens of the chosen and of the rejected sequence, at least 1.
@@ -85,7 +85,7 @@ def orpo(lengths: Tensor, *, beta: float = 0.1, nll_weight: float = 1.0) -> Loss
 
 
 def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_temperature: float = 1.0) -> LossFn:
-    """InfoNCA of Chen et al. 2024 (arXiv 2402.05369): cross-entropy from the softmax of rewards to that of scores.
+    """Make InfoNCA of Chen et al. 2024 (arXiv 2402.05369): cross-entropy of the softmaxes of rewards and of scores.
 
     Args:
         ref_logps: (G, C) log-likelihoods under the reference model.
@@ -104,7 +104,7 @@ def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_te
 
 
 def nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_temperature: float = 1.0) -> LossFn:
-    """NCA of Chen et al. 2024 (arXiv 2402.05369): each candidate against noise, so that good ones stay likely.
+    """Make NCA of Chen et al. 2024 (arXiv 2402.05369): each candidate against noise, so that good ones stay likely.
 
     Arguments as for :func:`info_nca`. Rewards 1,000 apart (of -infinity the candidate would be absent) give
     ``nca_pair`` of TRL and Liger.
@@ -123,7 +123,7 @@ def nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_tempera
 def gspo(
     old_logps: Tensor, advantages: Tensor, lengths: Tensor, *, clip_low: float = 3e-4, clip_high: float = 4e-4
 ) -> LossFn:
-    """GSPO of Zheng et al. 2025 (arXiv 2507.18071): GRPO with one importance ratio a sequence.
+    """Make GSPO of Zheng et al. 2025 (arXiv 2507.18071): GRPO with one importance ratio a sequence.
 
     Args:
         old_logps: (G, C) log-likelihoods under the model that drew the samples.
@@ -144,7 +144,7 @@ def gspo(
 
 
 def of_groups(logps: Tensor, groups: range, **tensors: Tensor) -> list[Tensor]:
-    """Log-likelihoods as (len(groups), C) and, of tensors (G, C), the rows of these groups."""
+    """Return log-likelihoods as (len(groups), C), and the rows of these groups of tensors (G, C)."""
     shape = (len(groups), logps.numel() // len(groups))
     parts = [logps.reshape(shape)]
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ from cpo_kernels.models.adapters import AppliedHead
 def candidate_rows(
     labels: Tensor, group_sizes: Sequence[int], order: Tensor | None = None
 ) -> tuple[Tensor, CandidateLayout]:
-    """Targets and layout of candidates that each have a padded row of the body to themselves.
+    """Find targets and layout of candidates that each have a padded row of the body to themselves.
 
     Args:
         labels: (B, L) int64, the token at each position, -100 for those that are not targets (prompt, padding). As
@@ -43,7 +43,7 @@ class ObservedLossRequest(SequenceLossRequest):
     """A :class:`~cpo_kernels.models.SequenceLossRequest` whose answer also has the log-likelihoods (S,), detached."""
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, Any]) -> LinearLossOutput:
-        """The loss and the log-likelihoods that it is of."""
+        """Compute the loss and the log-likelihoods that it is of."""
         seen = torch.zeros(self.layout.num_segments, device=hidden.device)
         starts, loss_fn = self.layout.cu_groups, self.loss_fn
 
@@ -81,7 +81,7 @@ class MeanLogitsRequest:
         self.request, self.row_sets = request, row_sets
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
-        """The request's output with ``mean_logits``; arguments as for :meth:`CPORequest.compute`."""
+        """Compute the request's output with ``mean_logits``; arguments as for :meth:`CPORequest.compute`."""
         out = self.request.compute(hidden, head, transform)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             features = torch.stack([head.features[rows].float().mean(0) for rows in self.row_sets])

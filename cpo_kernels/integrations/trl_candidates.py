@@ -21,13 +21,13 @@ GROUP = "candidate_group"
 
 
 def has_lists(example: Mapping[str, Any]) -> bool:
-    """Whether ``rejected`` is a list of texts or of conversations; one conversation is a list of messages."""
+    """Tell whether ``rejected`` is a list of texts or of conversations; one conversation is a list of messages."""
     rejected = example["rejected"]
     return not isinstance(rejected, str) and not (rejected and isinstance(rejected[0], Mapping))
 
 
 def to_pairs(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-    """A batch of examples with one row per negative, and the index of its example."""
+    """Turn a batch of examples into one row per negative, with the index of its example."""
     for index, negatives in zip(indices, columns["rejected"], strict=True):
         if not negatives:
             raise ValueError(f"example {index} has no negatives: rejected is {negatives!r}, expected at least one")
@@ -42,7 +42,7 @@ def to_pairs(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> di
 
 
 def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
-    """Examples of token ids, ``rejected_ids`` a list per example, of tokenized rows in the order of :func:`to_pairs`.
+    """Yield examples of token ids from tokenized rows in the order of :func:`to_pairs`; ``rejected_ids`` is a list.
 
     TRL ends the prompt of a pair where its two texts first differ in tokens; the shortest of an example holds for all.
     """
@@ -57,7 +57,7 @@ def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
 
 
 def regrouped(pairs: Any) -> Any:
-    """A data set or stream of examples from one of pairs, see :func:`from_pairs`; the former is cached on disk."""
+    """Make a data set or stream of examples from one of pairs by :func:`from_pairs`; the former is cached on disk."""
     options = {}
     if isinstance(pairs, Dataset):
         name = [Hasher.hash(pairs)]  # not the same in every process, and TRL expects them to share one cache
@@ -66,7 +66,7 @@ def regrouped(pairs: Any) -> Any:
 
 
 class CandidateCollator:
-    """A batch with the candidates of an example in consecutive rows, the chosen one first.
+    """Collates a batch with the candidates of an example in consecutive rows, the chosen one first.
 
     Args:
         collate: TRL's collator of pairs, which truncates and pads; of every pair that it is given only the first row is
@@ -77,8 +77,10 @@ class CandidateCollator:
         self.collate = collate
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask`` and ``completion_mask`` (S, L); ``group_sizes``, a list of G integers; and
-        ``ref_logps`` (S,), where they are precomputed.
+        """Return the batch of some examples.
+
+        It has ``input_ids``, ``attention_mask`` and ``completion_mask`` (S, L); ``group_sizes``, a list of G integers;
+        and ``ref_logps`` (S,), where they are precomputed.
         """
         rows: list[dict[str, Any]] = []
         sizes, ref_logps = [], []
@@ -97,16 +99,16 @@ class CandidateCollator:
 
 
 def as_list(value: Any, of: type) -> list[Any]:
-    """``value`` if it is a list of such elements, else a list of it alone."""
+    """Return ``value`` if it is a list of such elements, else a list of it alone."""
     return value if isinstance(value, list) and value and isinstance(value[0], of) else [value]
 
 
 def body_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the body of a model is given of a batch."""
+    """Pick what the body of a model is given of a batch."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def scored_rows(batch: Mapping[str, Any]) -> tuple[Tensor, CandidateLayout]:
-    """The completions of a batch as targets (N,) and their layout."""
+    """Find the completions of a batch as targets (N,), and their layout."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
     return candidate_rows(labels, batch["group_sizes"])

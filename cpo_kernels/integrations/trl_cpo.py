@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from trl.experimental.cpo import CPOTrainer
 
+from cpo_kernels.loss_table import LOSSES, trl_options
 from cpo_kernels.models import CPORequest, attach_linear_loss
 
 from .host import require_names
 from .padded_rows import MeanLogitsRequest, ObservedLossRequest, candidate_rows
 
 TESTED = "1.16"
-AVERAGED = ("ipo", "simpo")  # losses of means per token
-SMOOTHED = ("sigmoid", "simpo")  # and with it ours called plackett_luce
 
 
 class FusedCPOTrainer(CPOTrainer):
@@ -45,7 +44,7 @@ class FusedCPOTrainer(CPOTrainer):
     def get_batch_loss_metrics(
         self, model: Any, batch: Any, train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a padded batch, a scalar, and TRL's metrics of it."""
+        """Compute the loss of a padded batch, a scalar, and TRL's metrics of it."""
         padding: Any = self.pad_token_id
         rows = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
         labels = rows["concatenated_labels"]
@@ -54,7 +53,8 @@ class FusedCPOTrainer(CPOTrainer):
         order = positions[: 2 * pairs].view(2, pairs).T.flatten()  # TRL has all chosen answers before all rejected
         targets, layout = candidate_rows(labels, [2] * pairs, order)
         lengths = torch.tensor(layout.cu_tokens, device=labels.device).diff().view(pairs, 2)
-        divisors = lengths if self.loss_type in AVERAGED else torch.ones_like(lengths)
+        objective = self._objective()
+        divisors = lengths if objective["length_normalized"] else torch.ones_like(lengths)
 
         def nll(sums: Tensor) -> Tensor:
             return -sums[:, 0].sum() / lengths[:, 0].sum() if self.cpo_alpha else torch.zeros_like(sums[0, 0])
@@ -66,7 +66,7 @@ class FusedCPOTrainer(CPOTrainer):
 
         request: Any = ObservedLossRequest(targets, layout, formula, **self.head_options)
         if not self.alpha:
-            request = CPORequest(targets, layout, **self._objective(), **self.head_options)
+            request = CPORequest(targets, layout, **objective, **self.head_options)
         out = model(
             rows["concatenated_input_ids"],
             attention_mask=rows["concatenated_attention_mask"],
@@ -85,12 +85,14 @@ class FusedCPOTrainer(CPOTrainer):
         return out.loss, {prefix + name: gather(value).mean().item() for name, value in metrics.items()}
 
     def _objective(self) -> dict[str, Any]:
-        """Options of :func:`cpo_kernels.linear_cpo_loss` for rewards that are log-likelihoods."""
+        """Translate TRL's options to those of :func:`cpo_kernels.linear_cpo_loss` without a reference."""
+        simpo = self.loss_type == "simpo"  # the same loss of means as DPO's sigmoid_norm, with a margin
+        loss = trl_options("sigmoid_norm" if simpo else self.loss_type)
+        smoothed = LOSSES[loss["loss_type"]].smoothing != "none"
         return {
+            **loss,
             "beta": self.beta,
-            "margin": self.simpo_gamma if self.loss_type == "simpo" else 0.0,
-            "label_smoothing": self.label_smoothing if self.loss_type in SMOOTHED else 0.0,
-            "loss_type": "plackett_luce" if self.loss_type in SMOOTHED else self.loss_type,
-            "length_normalized": self.loss_type in AVERAGED,
+            "margin": self.simpo_gamma if simpo else 0.0,
+            "label_smoothing": self.label_smoothing if smoothed else 0.0,
             "mle_weight": self.cpo_alpha,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -13,16 +14,18 @@ from torch.nn.functional import pad
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
+from cpo_kernels.loss_table import DISCOPOP_TAU, TRL_NAMES, trl_options
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
-from cpo_kernels.options import HEAD_OPTIONS
+from cpo_kernels.options import HEAD_OPTIONS, Objective
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
 from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, regrouped, scored_rows, to_pairs
-from .trl_groups import group_metrics, objective_of, record
 
 TESTED = "1.16"
+# What an objective computes of these options of TRL's.
+PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "aux_loss_enabled": False}
 
 
 class FusedDPOTrainer(DPOTrainer):
@@ -36,9 +39,9 @@ class FusedDPOTrainer(DPOTrainer):
 
     (S-DPO, Chen et al. 2024, arXiv 2406.09215), of means per token for ``sigmoid_norm``.
 
-    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also ``hinge`` or ``ipo``, and besides one of them ``sft``;
-    ``loss_weights`` apply. Means per token are over the tokens that are predicted, where TRL also counts a first token
-    without a prompt, as ``truncation_mode="keep_end"`` can leave one.
+    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also those of pairs in :mod:`cpo_kernels.loss_table`, and
+    besides one of them ``sft``; ``loss_weights`` apply. Means per token are over the tokens that are predicted, where
+    TRL also counts a first token without a prompt, as ``truncation_mode="keep_end"`` can leave one.
 
     ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; others, such as ``max_logits_bytes``, can be
     added to it before training. Those of the head hold for the reference too, unless it was precomputed before.
@@ -74,7 +77,7 @@ class FusedDPOTrainer(DPOTrainer):
 
     @property
     def data_collator(self) -> Any:
-        """Collates candidates, by the collator that was set."""
+        """Collate candidates, by the collator that was set."""
         return self._collator
 
     @data_collator.setter
@@ -95,7 +98,7 @@ class FusedDPOTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
+        """Compute log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
 
         These are (G,) where no example so far has more than one, else (G, K) and padded.
         """
@@ -115,7 +118,7 @@ class FusedDPOTrainer(DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch of :class:`CandidateCollator`, a scalar; its metrics are logged."""
+        """Compute the loss of a batch of :class:`CandidateCollator`, a scalar, and log its metrics."""
         targets, layout = scored_rows(inputs)
         precomputed = self.precompute_ref_logps
         reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
@@ -135,3 +138,68 @@ class FusedDPOTrainer(DPOTrainer):
     @torch.no_grad()
     def _logits(self, model: Any, inputs: dict[str, Any]) -> Any:
         return model(**body_inputs(inputs))
+
+
+def objective_of(trainer: Any) -> dict[str, Any]:
+    """Translate the options of a ``trl.DPOTrainer`` to those of :func:`cpo_kernels.linear_cpo_loss`.
+
+    Raises:
+        ValueError: an option whose loss is not computed here, or a number that the loss does not take.
+    """
+    for name, value in PLAIN.items():
+        if getattr(trainer, name) != value:
+            raise ValueError(f"{name}={getattr(trainer, name)!r} is not computed here; expected {value!r}")
+    weights = dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))
+    contrasts = [name for name in trainer.loss_types if name != "sft"]
+    if len(contrasts) != 1 or contrasts[0] not in TRL_NAMES or len(weights) < len(trainer.loss_types):
+        raise ValueError(
+            f"loss_type={trainer.loss_types} is not computed here; expected one of {', '.join(TRL_NAMES)}, and sft "
+            "besides it at most. TRL's own DPOTrainer takes patch_fused_head()"
+        )
+    if contrasts == ["discopop"] and trainer.args.discopop_tau != DISCOPOP_TAU:
+        raise ValueError(f"discopop_tau={trainer.args.discopop_tau} is not computed here; expected {DISCOPOP_TAU}")
+    weighted = {"contrast_weight": weights[contrasts[0]], "mle_weight": weights.get("sft", 0.0)}
+    options = {"beta": trainer.beta, **weighted, **trl_options(contrasts[0], trainer.label_smoothing)}
+    Objective(**options)  # checks the numbers before anything runs
+    return options
+
+
+def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[str, Tensor]:
+    """Compute the metrics (G,) of groups of ``sizes`` candidates, the chosen one first.
+
+    The rejected of a group are averaged; accuracy is 1 where the chosen one is rewarded above all of them.
+
+    Args:
+        sizes: G numbers.
+        logps: log-likelihoods (S,).
+        rewards: (S,).
+    """
+    chosen, others = zip(*((own[0], own[1:]) for own in rewards.split(list(sizes))), strict=True)
+    rejected = torch.stack([own.mean() for own in others])
+    return {
+        "rewards/chosen": torch.stack(chosen),
+        "rewards/rejected": rejected,
+        "rewards/accuracies": (torch.stack(chosen) > torch.stack([own.max() for own in others])).float(),
+        "rewards/margins": torch.stack(chosen) - rejected,
+        "logps/chosen": torch.stack([own[0] for own in logps.split(list(sizes))]),
+        "logps/rejected": torch.stack([own[1:].mean() for own in logps.split(list(sizes))]),
+    }
+
+
+def record(
+    trainer: Any, attention_mask: Tensor, metrics: dict[str, Tensor], mean_logits: Tensor, tokens: Sequence[int]
+) -> None:
+    """Log what TRL logs: ``metrics`` (G,), mean logits (2,) of so many chosen and rejected tokens, the tokens seen.
+
+    All are of this process; what is logged is the mean over all.
+    """
+    train, gather = trainer.model.training, trainer.accelerator.gather
+    counts = torch.tensor(tokens, device=mean_logits.device)
+    sums, counts = (gather(x[None]).sum(0) for x in (mean_logits * counts, counts))
+    logged = trainer._metrics["train" if train else "eval"]
+    for name, values in metrics.items():
+        logged[name].append(gather(values).mean().item())
+    for name, value in zip(("logits/chosen", "logits/rejected"), (sums / counts).tolist(), strict=True):
+        logged[name].append(value)
+    trainer._total_train_tokens += gather(attention_mask.sum()).sum().item() if train else 0
+    logged["num_tokens"] = [trainer._total_train_tokens]

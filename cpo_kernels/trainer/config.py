@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from cpo_kernels.options import LOSS_TYPES, Objective
+from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
+from cpo_kernels.options import Objective
 
 from .presets import PRESETS, Preset
 
@@ -49,7 +50,11 @@ class CPOConfig(TrainingArguments):
     beta: float | None = _option(None, "Factor of the log-likelihood ratios in the contrast.")
     margin: float | None = _option(None, "Added to the score of every negative.")
     label_smoothing: float = _option(0.0, "Probability of a flipped pair; one negative only.")
-    loss_type: str = _option("plackett_luce", f"One of {', '.join(LOSS_TYPES)}.")
+    loss_type: str = _option(
+        "plackett_luce",
+        f"One of {', '.join(LOSS_TYPES)}; or sigmoid, TRL's name of the first; or sigmoid_norm, the same with "
+        "length_normalized. All but these take one negative only.",
+    )
     length_normalized: bool | None = _option(
         None, "Contrast the mean instead of the sum of the token log-probabilities."
     )
@@ -137,7 +142,14 @@ class CPOConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: examples are text, which no model's forward takes")
 
     def _fill_in(self) -> None:
-        """The preset's values for the fields that are None."""
+        """Set the fields that are None to the preset's values, and TRL's names of losses to ours."""
+        if self.loss_type in TRL_LOGISTIC:
+            own = trl_options(self.loss_type)
+            if own["length_normalized"]:
+                if self.length_normalized is False:
+                    raise ValueError(f"loss_type={self.loss_type!r} is of means, but length_normalized is False")
+                self.length_normalized = True
+            self.loss_type = own["loss_type"]
         if self.objective not in PRESETS:
             raise ValueError(f"objective must be one of {', '.join(PRESETS)}, got {self.objective!r}")
         for name, value in PRESETS[self.objective].fields().items():

@@ -23,6 +23,7 @@ from .config import KINDS, CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
+from .own_loss import LossFn, check_own_loss, own_loss
 from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
 from .reference import check_fingerprint, make_reference, per_token, save_fingerprint
@@ -54,6 +55,14 @@ class CPOTrainer(Trainer):
         ref_model: the frozen reference. Default: a copy of ``model`` as it is now; for a ``PeftModel``, the model
             itself with its adapters disabled. To resume a run, give the trainer the model that the run began with, or
             its reference here.
+        loss_fn: a function in place of the contrast of ``args``, with the signature of that of
+            :func:`cpo_kernels.linear_sequence_loss`: ``loss_fn(logps, groups)`` returns the sum of the losses of some
+            groups of the batch, a differentiable scalar, and ``groups`` is the range of their indices. The reference
+            is subtracted before: ``logps`` (len(groups), C) are log-likelihoods less those of the reference, or as they
+            are with ``reference="none"``, and means per token with ``length_normalized``. The ground truth comes
+            first, then its negatives, and -infinity fills up the rows of groups with fewer of them. Ranks are not
+            passed. The loss is ``alpha * (sum over groups) / (number of groups) + mle_weight * MLE``; beta only scales
+            the rewards that are logged.
         kwargs: the remaining arguments of ``transformers.Trainer``, such as ``callbacks`` or ``optimizers``.
 
     Raises:
@@ -73,6 +82,7 @@ class CPOTrainer(Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         ref_model: PreTrainedModel | None = None,
+        loss_fn: LossFn | None = None,
         **kwargs: Any,
     ) -> None:
         if processing_class is None:
@@ -81,6 +91,9 @@ class CPOTrainer(Trainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"CPOTrainer makes its own batches and loss, without logits; {name} is not supported")
         self._check_max_length(model, args)
+        if loss_fn is not None:
+            check_own_loss(args)
+        self._loss_fn = loss_fn
         attach_linear_loss(model)
         self._tokenizer, self._config = processing_class, args
         super().__init__(
@@ -241,6 +254,8 @@ class CPOTrainer(Trainer):
 
     def _forward(self, model: torch.nn.Module, inputs: dict[str, Any]) -> LinearLossOutput:
         ref_logps = self._reference_logps(inputs)
+        if self._loss_fn is not None:
+            return own_loss(model, inputs, ref_logps, self._loss_fn, self.args)
         counted = self._log_weights(inputs)
         if counted is not None:
             # w e^s = e^(s + log w): a weight is a shift of the score, which is beta times (logp - ref_logp).

@@ -1,5 +1,6 @@
-// One preference, a winner over the candidates that rank below it: the slope of its loss by its difference of scores,
-//   d = s_winner - logsumexp({s_j : rank_j > rank_winner}),    in float64: these are a few hundred numbers.
+// One preference is a winner over the candidates that rank below it. This is the slope of its loss by the difference of scores
+//   d = s_winner - logsumexp({s_j : rank_j > rank_winner}),
+// in float64, because these are a few hundred numbers.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,8 @@
 
 namespace cpo {
 
-// The codes are part of the bindings: cpo_kernels/kernels/cuda/groups.py passes them.
+// The losses of cpo_kernels/loss_table.py that the kernels have, with their codes there: kPlackettLuce is its "plackett_luce".
+// tests/kernels/cuda/test_cuda_contrast.py reads this line and holds it against the table.
 enum class Loss : int { kPlackettLuce = 0, kHinge = 1, kIpo = 2 };
 constexpr int kNumLosses = 3;
 
@@ -17,7 +19,7 @@ struct Preference {
   double beta;
   double label_smoothing;
 
-  // 1 / (1 + exp(-x)) for any x, with neither overflow nor cancellation.
+  // Computes 1 / (1 + exp(-x)) for any x, with neither overflow nor cancellation.
   static CPO_HOST_DEVICE double sigmoid(double x) {
     const double small = exp(-fabs(x));
     return (x < 0 ? small : 1.0) / (1.0 + small);

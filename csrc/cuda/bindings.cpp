@@ -38,7 +38,9 @@ cpo::RowBatch rows_of(Address logits, Size rows, int vocab, Size row_stride, Add
 cpo::RowStats stats_of(Address stats, Size rows) { return {at<float>(stats), at<float>(stats) + rows}; }
 
 cpo::Preference preference_of(int loss, double beta, double label_smoothing) {
-  if (loss < 0 || loss >= cpo::kNumLosses) throw std::invalid_argument("loss code " + std::to_string(loss) + "; expected 0, 1 or 2");
+  if (loss < 0 || loss >= cpo::kNumLosses) {
+    throw std::invalid_argument("loss code " + std::to_string(loss) + "; expected 0 to " + std::to_string(cpo::kNumLosses - 1));
+  }
   return {static_cast<cpo::Loss>(loss), beta, label_smoothing};
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -10,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pair_formulas import FORMULAS, SMOOTHED, loss_of_pairs
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cpo_kernels import contrastive_loss
+from cpo_kernels import contrastive_loss, loss_table
 from cpo_kernels.kernels import reference
+from cpo_kernels.loss_table import LOSSES
 from cpo_kernels.objective import Groups, contrast, make_groups, make_problem, summarize
 from cpo_kernels.options import Objective
 
@@ -143,6 +147,54 @@ def test_pair_losses_follow_the_ranks(name):
     torch.testing.assert_close(loss, formula(difference(pair)), rtol=1e-13, atol=1e-13)
 
 
+# Every row of the table against the formula of its paper, so that a row without a formula fails.
+
+
+def test_the_table_imports_nothing_of_the_package():
+    statements = [node for node in ast.walk(ast.parse(inspect.getsource(loss_table)))]
+    modules = {name.name for node in statements if isinstance(node, ast.Import) for name in node.names}
+    froms = {(node.level, node.module) for node in statements if isinstance(node, ast.ImportFrom)}
+    assert not any(level or module.startswith("cpo_kernels") for level, module in froms | {(0, m) for m in modules})
+
+
+def test_every_loss_has_a_formula_to_be_held_against():
+    assert FORMULAS.keys() == LOSSES.keys()
+    assert SMOOTHED.keys() == {name for name, loss in LOSSES.items() if loss.smoothing != "none"}
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_and_its_slopes_are_those_of_its_paper(name, scale):
+    """Chosen answers stand first and second; the coefficients are the gradient that autograd has of the formula."""
+    logps, ref = (scale * torch.randn(64, 2, dtype=F64)).requires_grad_(), scale * torch.randn(64, 2, dtype=F64)
+    ranks = torch.stack([torch.arange(64) % 2, 1 - torch.arange(64) % 2], 1)
+    ratios = (logps - ref).gather(1, ranks)
+    want = loss_of_pairs(name, ratios[:, 0], ratios[:, 1], beta=0.4)
+    objective = Objective(beta=0.4, loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0))
+    got = contrast(logps, ref, ranks, torch.ones(64, 2, dtype=torch.bool), objective)
+    torch.testing.assert_close(got.loss, want, rtol=1e-10, atol=1e-12)
+    grad, own = (torch.autograd.grad(loss.sum(), logps)[0] for loss in (want, got.loss))
+    torch.testing.assert_close(own, grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(got.coef, grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.of_groups])
+def test_pairs_alone_have_these_losses(name):
+    objective = Objective(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0))
+    with pytest.raises(ValueError, match=rf"loss_type='{name}' needs one negative per group .* got K = 2"):
+        objective.check_candidates(3)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_only_the_losses_that_know_label_smoothing_take_it(name):
+    if LOSSES[name].smoothing == "none":
+        with pytest.raises(ValueError, match=f"label_smoothing=0.1 needs loss_type=.* got '{name}'"):
+            Objective(loss_type=name, label_smoothing=0.1)
+    elif LOSSES[name].smoothing == "required":
+        with pytest.raises(ValueError, match=rf"loss_type='{name}' needs label_smoothing in \(0, 0.5\)"):
+            Objective(loss_type=name)
+
+
 def test_unranked_negatives_are_info_nce():
     logps = torch.randn(5, 4, dtype=F64)
     expected = torch.nn.functional.cross_entropy(0.7 * logps, torch.zeros(5, dtype=torch.long))
@@ -202,12 +254,12 @@ def test_gradcheck_and_coefficients_of_pair_losses(name):
     torch.testing.assert_close(result.coef, grad, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["hinge", "ipo", "label_smoothing"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_pair_losses_without_a_preference_are_zero(name):
     """An absent or an equally ranked answer: no loss and no gradient, although ipo of a difference of 0 is not 0."""
-    pair, options, _ = PUBLISHED[name]
     ranks, present = torch.tensor([[0, 1], [0, 0]]), torch.tensor([[True, False], [True, True]])
-    result = contrast(pair["logps"], pair["ref_logps"], ranks, present, Objective(**options))
+    objective = Objective(loss_type=name, label_smoothing=SMOOTHED.get(name, 0.0))
+    result = contrast(PAIR["logps"], None, ranks, present, objective)
     assert (result.loss == 0).all()
     assert (result.coef == 0).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import runpy
@@ -17,8 +18,8 @@ pytest.importorskip("trl")
 import tiny_models
 import trl
 from datasets import Dataset, IterableDataset
+from pair_formulas import SMOOTHED, loss_of_pairs
 from tolerance import assert_accurate
-from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback
 from trl.trainer import dpo_trainer
 from trl_runs import assert_histories_equal, dense_logps, first_batch, history, make, preferences, step, untied, untimed
@@ -26,7 +27,8 @@ from trl_runs import assert_histories_equal, dense_logps, first_batch, history, 
 from cpo_kernels import attach_linear_loss, contrastive_loss
 from cpo_kernels.integrations.host import require_names
 from cpo_kernels.integrations.trl import FusedDPOTrainer
-from cpo_kernels.integrations.trl_groups import objective_of
+from cpo_kernels.integrations.trl_dpo import objective_of
+from cpo_kernels.loss_table import TRL_NAMES
 from cpo_kernels.models import requests
 
 pytestmark = pytest.mark.cpu
@@ -64,19 +66,21 @@ def pair_loss(loss_type: str, beta: float):
 
     def loss_of(logps, ref, counts):
         ratios = (logps - ref) / (counts if loss_type in ("ipo", "sigmoid_norm") else 1)
-        difference = ratios[::2] - ratios[1::2]
-        if loss_type == "hinge":
-            return (1 - beta * difference).relu().mean()
-        if loss_type == "ipo":
-            return (difference - 1 / (2 * beta)).square().mean()
-        return -logsigmoid(beta * difference).mean()
+        logistic = loss_type.startswith("sigmoid")
+        options = {"smoothing": 0.0} if logistic else {}
+        name = "plackett_luce" if logistic else loss_type
+        return loss_of_pairs(name, ratios[::2], ratios[1::2], beta, **options).mean()
 
     return loss_of
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm", "hinge", "ipo"])
+# The table may have losses that TRL lacks.
+STOCK = [name for name in TRL_NAMES if f'"{name}"' in inspect.getsource(trl.DPOTrainer._compute_loss)]
+
+
+@pytest.mark.parametrize("loss_type", STOCK)
 def test_loss_and_gradients_of_pairs_by_the_policy(tmp_path, loss_type):
-    arguments = {"loss_type": [loss_type]}
+    arguments = {"loss_type": [loss_type], "label_smoothing": SMOOTHED.get(loss_type, 0.0)}
     stock, ours = (
         dpo(trainer, tmp_path, arguments, model=untied(), ref_model=untied(1))
         for trainer in (trl.DPOTrainer, FusedDPOTrainer)
@@ -356,7 +360,9 @@ def test_a_saved_model_is_a_plain_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss_type": ["robust"]}, r"loss_type=\['robust'\] is not computed here; expected one of sigmoid"),
+        ({"loss_type": ["aot"]}, r"loss_type=\['aot'\] is not computed here; expected one of sigmoid"),
+        ({"loss_type": ["exo_pair"]}, r"loss_type='exo_pair' needs label_smoothing in \(0, 0.5\)"),
+        ({"loss_type": ["discopop"], "args": SimpleNamespace(discopop_tau=0.1)}, "discopop_tau=0.1 is not computed"),
         ({"loss_type": ["sft"]}, r"loss_type=\['sft'\]"),
         ({"loss_type": ["sigmoid", "hinge"]}, r"loss_type=\['sigmoid', 'hinge'\]"),
         ({"f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' is not computed here"),
@@ -366,7 +372,7 @@ def test_a_saved_model_is_a_plain_one(tmp_path):
 )
 def test_what_is_not_computed_is_named(arguments, message):
     plain = {"loss_type": ["sigmoid"], "f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
-    options = plain | {"aux_loss_enabled": False, "beta": 0.1} | arguments
+    options = plain | {"aux_loss_enabled": False, "beta": 0.1, "label_smoothing": 0.0} | arguments
     loss_types = options.pop("loss_type")
     trainer = SimpleNamespace(loss_types=loss_types, loss_weights=[1.0] * len(loss_types), **options)
     with pytest.raises(ValueError, match=message):

@@ -21,8 +21,7 @@ from trl.trainer import utils
 from trl_runs import assert_histories_equal, history, make, preferences
 
 from cpo_kernels.integrations.trl import fused_head, patch_fused_head
-from cpo_kernels.integrations.trl_head import FusedLogProbs
-from cpo_kernels.integrations.trl_statistics import FIELDS
+from cpo_kernels.integrations.trl_head import FIELDS, FusedLogProbs
 
 pytestmark = pytest.mark.cpu
 NAMES = ("log_probs", *FIELDS)

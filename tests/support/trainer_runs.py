@@ -25,7 +25,9 @@ def config(path, **kwargs) -> CPOConfig:
     return CPOConfig(output_dir=str(path), **(defaults | kwargs))
 
 
-def trainer(path, model=None, examples=None, callbacks=None, ref_model=None, eval_dataset=None, **kwargs) -> CPOTrainer:
+def trainer(
+    path, model=None, examples=None, callbacks=None, ref_model=None, eval_dataset=None, loss_fn=None, **kwargs
+) -> CPOTrainer:
     return CPOTrainer(
         tiny_models.llama() if model is None else model,
         config(path, **kwargs),
@@ -34,6 +36,7 @@ def trainer(path, model=None, examples=None, callbacks=None, ref_model=None, eva
         processing_class=tiny_models.tokenizer(),
         ref_model=ref_model,
         callbacks=callbacks,
+        loss_fn=loss_fn,
     )
 
 
@@ -47,7 +50,14 @@ def parameters(run: CPOTrainer) -> dict[str, torch.Tensor]:
 
 
 # What two processes train in distributed_worker.py: negatives of every kind.
-DISTRIBUTED = {"optim": "sgd", "num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "beta": 0.5}
+DISTRIBUTED = {
+    "optim": "sgd",
+    "num_mean_field_negatives": 1,
+    "num_autoregressive_negatives": 1,
+    "beta": 0.5,
+    "autoregressive_every": 2,
+    "max_steps": 4,
+}
 
 
 def held_out() -> list[dict]:

@@ -141,9 +141,6 @@ def test_a_short_last_accumulation_is_weighed_by_what_it_holds(tmp_path):
         torch.testing.assert_close(parameters(runs[1])[name], whole, rtol=1e-5, atol=1e-6)
 
 
-DISTRIBUTED |= {"autoregressive_every": 2, "max_steps": 4}
-
-
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=GLOO_AVERAGES)])
 def test_two_processes_equal_one(tmp_path, how):
     """Over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.checks import check, share_memory
-from cpo_kernels.options import LOSS_TYPES
+from cpo_kernels.loss_table import KERNEL_CODES
 
 from . import extension
 from .rows import Rows
@@ -183,8 +183,8 @@ class _Groups:
     ) -> None:
         if not 1 <= max_candidates <= MAX_CANDIDATES:
             raise ValueError(f"max_candidates must be at least 1 and at most {MAX_CANDIDATES}, got {max_candidates}")
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {loss_type!r}")
+        if loss_type not in KERNEL_CODES:
+            raise ValueError(f"loss_type must be one of {tuple(KERNEL_CODES)}, got {loss_type!r}")
         counted = num_target_tokens if isinstance(num_target_tokens, Tensor) else None
         mle_divisor = 1.0 if isinstance(num_target_tokens, Tensor) else num_target_tokens
         self.tensors = self.checked(tensors, counted)
@@ -201,7 +201,7 @@ class _Groups:
             "groups": S // max_candidates if segment_starts is None else segment_starts.numel() - 1,
             "max_candidates": max_candidates,
             "length_normalized": length_normalized,
-            "loss": LOSS_TYPES.index(loss_type),
+            "loss": KERNEL_CODES[loss_type],
             "beta": beta,
             "label_smoothing": label_smoothing,
             "margin": margin,

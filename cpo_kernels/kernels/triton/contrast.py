@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cpo_kernels.kernels.device import made_current
+from cpo_kernels.loss_table import KERNEL_CODES
 
 from . import tuning
 from .blocks import contiguous
@@ -100,6 +101,7 @@ def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
     elif LOSS == "ipo":
         result = 2.0 * (d - 0.5) * reciprocal(tl.cast(beta * beta, tl.float64))
     else:
+        tl.static_assert(LOSS == "plackett_luce")
         result = label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d)
     return result
 
@@ -258,8 +260,10 @@ def contrast(
         segment: 0 in absent candidates, and NaN in all others of a group whose scores are not finite.
 
     Raises:
-        ValueError: ``max_candidates`` above 2048.
+        ValueError: ``max_candidates`` above 2048, or a loss that the kernel lacks.
     """
+    if loss_type not in KERNEL_CODES:
+        raise ValueError(f"loss_type must be one of {tuple(KERNEL_CODES)}, got {loss_type!r}")
     if max_candidates > MAX_CANDIDATES:
         raise ValueError(f"max_candidates must be at most {MAX_CANDIDATES}, got {max_candidates}")
     logps, lengths, token_starts = logps.contiguous(), lengths.contiguous(), token_starts.contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -21,11 +22,15 @@ from contrast_chunks import (
     token_logps,
     with_ranks,
 )
+from pair_formulas import SMOOTHED
+from project import ROOT
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 from torch import Tensor
 
+from cpo_kernels import cpo_loss, linear_cpo_loss
 from cpo_kernels.kernels.cuda.groups import MAX_CANDIDATES, contrast
+from cpo_kernels.loss_table import KERNEL_CODES, LOSSES
 from cpo_kernels.options import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
@@ -71,6 +76,57 @@ def test_pair_losses(loss, ranks):
     chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
     chunk.ref_logps = segment_sums(chunk, torch.float32) + 3 * torch.randn(len(chunk.segments))
     check(chunk, Objective(**PAIR_LOSSES[loss]))
+
+
+def test_the_codes_of_the_header_are_those_of_the_table():
+    header = (ROOT / "csrc" / "common" / "preference.h").read_text()
+    entries = re.search(r"enum class Loss : int \{(.*?)\}", header, re.DOTALL)[1].split(",")
+    codes = dict(re.fullmatch(r"\s*k(\w+) = (\d+)\s*", entry).groups() for entry in entries)
+    assert {name: int(code) for name, code in codes.items()} == {
+        name.title().replace("_", ""): code for name, code in KERNEL_CODES.items()
+    }
+    assert sorted(KERNEL_CODES.values()) == list(range(len(KERNEL_CODES)))
+    assert int(re.search(r"kNumLosses = (\d+);", header)[1]) == len(KERNEL_CODES)
+
+
+@pytest.mark.parametrize("loss_type", KERNEL_CODES)
+def test_every_loss_of_the_table_that_has_a_code(loss_type):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    check(chunk, Objective(loss_type=loss_type, beta=0.2))
+
+
+@pytest.mark.parametrize("loss_type", ["apo_zero", "no_loss"])
+def test_a_loss_without_a_code_is_refused(loss_type):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    with pytest.raises(ValueError, match=f"loss_type must be one of .*'plackett_luce'.* got '{loss_type}'"):
+        launch(chunk, Objective(), loss_type=loss_type)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_what_the_kernel_lacks_runs_in_plain_torch(emulated_cuda, emulator, monkeypatch, loss_type):
+    """From hidden states and from logits: the launch is used where the table says that the kernel has the loss."""
+    launches = []
+    for name in ("contrast", "cpo_loss"):
+        launch = getattr(emulator, name)
+        monkeypatch.setattr(
+            emulator, name, lambda name=name, launch=launch, **given: launches.append(name) or launch(**given)
+        )
+    hidden, weight, targets = torch.randn(3, 2, 4, 8), torch.randn(65, 8), torch.randint(0, 65, (3, 2, 4))
+    options = {
+        "loss_type": loss_type,
+        "label_smoothing": SMOOTHED.get(loss_type, 0.0),
+        "ref_logps": torch.randn(3, 2) - 20,
+    }
+    results = []
+    for kind, dtype in (("cuda", torch.float32), ("torch", torch.float32), ("torch", torch.float64)):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight, hidden @ weight.T)]
+        loss = linear_cpo_loss(*leaves[:2], targets, backend=kind, **options).loss
+        of_logits = cpo_loss(leaves[2], targets, backend=kind, **options).loss
+        grads = (*torch.autograd.grad(loss, leaves[:2]), *torch.autograd.grad(of_logits, leaves[2]))
+        results.append((loss.detach(), of_logits.detach(), *grads))
+    for what, *tensors in zip(("loss", "of logits", "hidden", "weight", "logits"), *results, strict=True):
+        assert_accurate(*tensors, what)
+    assert launches == (["contrast", "cpo_loss"] if loss_type in KERNEL_CODES else [])
 
 
 @pytest.mark.parametrize("options", [{}, *PAIR_LOSSES.values()])

@@ -28,6 +28,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from cpo_kernels.kernels.triton.contrast import MAX_CANDIDATES, contrast
+from cpo_kernels.loss_table import KERNEL_CODES
 from cpo_kernels.options import Objective
 
 # Small enough that groups of a few candidates with a few tokens cross several blocks.
@@ -75,6 +76,20 @@ def test_pair_losses(loss, ranks):
     chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
     chunk.ref_logps = segment_sums(chunk, torch.float32) + 3 * torch.randn(len(chunk.segments))
     check(chunk, Objective(**PAIR_LOSSES[loss]))
+
+
+@pytest.mark.parametrize("loss_type", KERNEL_CODES)
+def test_every_loss_of_the_table_that_has_a_code(loss_type):
+    """The kernel knows it by name: one that it lacks would fail to compile."""
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    check(chunk, Objective(loss_type=loss_type, beta=0.2))
+
+
+@pytest.mark.parametrize("loss_type", ["apo_zero", "no_loss"])
+def test_a_loss_without_a_code_is_refused(loss_type):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    with pytest.raises(ValueError, match=f"loss_type must be one of .*'plackett_luce'.* got '{loss_type}'"):
+        launch(chunk, Objective(), loss_type=loss_type)
 
 
 @pytest.mark.parametrize("options", [{}, *PAIR_LOSSES.values()])
