@@ -19,7 +19,6 @@ from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
 TOKENIZER_ROWS = 64  # of a dry run
 ADAPTERS = "adapter_config.json"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
 HELD_OUT_SEED = 0  # the same examples are held out by every command
@@ -181,8 +180,6 @@ def load_model(name: str, run: RunConfig) -> Any:
     """A model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
-    if run.torch_dtype not in DTYPES:
-        raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {run.torch_dtype!r}")
     with input_errors(OSError, ImportError, RuntimeError):
         return AutoModelForCausalLM.from_pretrained(
             name,

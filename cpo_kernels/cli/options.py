@@ -1,17 +1,15 @@
 """What a configuration file says beside the fields of ``CPOConfig``: the model, the data, and what each command writes.
 
-Nothing heavy is imported here: ``--help`` reads these fields.
+The text of a field is what ``--help`` shows; ``_argument_group_name`` is the title above the fields of a class.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 RESUME = ("auto", "none")
 JUDGES = ("none", "chat", "likelihood")
-FORMATS = ("ids", "text")
-RANKINGS = ("none", "similarity")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -22,10 +20,14 @@ def _option(default: Any, text: str) -> Any:
 class ModelOptions:
     """Model."""
 
+    _argument_group_name = "Model"
+
     model: str | None = _option(None, "Model to start from: a directory, or a name on the hub.")
-    tokenizer: str | None = _option(None, "Its tokenizer. Default: the model's own.")
+    tokenizer: str | None = _option(None, "Its tokenizer. None: the model's own.")
     revision: str | None = _option(None, "Revision of the model on the hub.")
-    torch_dtype: str = _option("float32", "Type of the weights: float32, bfloat16, float16, or auto, as stored.")
+    torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
+        "float32", "Type of the weights; auto: as they are stored."
+    )
     attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flex_attention, flash_attention_2, ...")
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
     lora_r: int = _option(0, "Train LoRA adapters of this rank in place of the weights; 0 trains the weights.")
@@ -34,7 +36,7 @@ class ModelOptions:
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules that get adapters, by name, or all-linear. Default: those that peft knows for the model."
+            "help": "Modules that get adapters, by name, or all-linear. None: those that peft knows for the model."
         },
     )
 
@@ -43,6 +45,8 @@ class ModelOptions:
 class DataOptions:
     """Data."""
 
+    _argument_group_name = "Data"
+
     data: str | None = _option(
         None,
         "Training examples: a .jsonl, .json, .parquet or .txt file, a pattern such as 'data/*.jsonl', a directory that "
@@ -50,7 +54,7 @@ class DataOptions:
     )
     data_name: str | None = _option(None, "Configuration of a data set on the hub.")
     data_split: str = _option("train", "Its split; slices such as train[:1000] work.")
-    eval_data: str | None = _option(None, "Held-out examples, as data. Default: data, with eval_split.")
+    eval_data: str | None = _option(None, "Held-out examples, as data. None: data, with eval_split.")
     eval_split: str | None = _option(None, "Split of the held-out examples.")
     eval_fraction: float = _option(0.0, "Share of data to hold out, where it has no part for that.")
     max_examples: int | None = _option(None, "Use the first so many rows of data; of negatives_file, all are.")
@@ -71,17 +75,19 @@ class DataOptions:
 class NegativesOptions:
     """Negatives made ahead of time."""
 
+    _argument_group_name = "Negatives made ahead of time"
+
     negatives_file: str | None = _option(
         None,
         "A .jsonl or .parquet file. The command negatives writes it; train reads its examples in place of data.",
     )
     negatives_count: int = _option(4, "Negatives written for each example.")
-    negatives_format: str = _option(
+    negatives_format: Literal["ids", "text"] = _option(
         "ids",
         "ids: as they were drawn, those that were cut off without an end; of use with one tokenizer only. text: of use "
         "with any, but every text counts as ended.",
     )
-    negatives_ranking: str = _option(
+    negatives_ranking: Literal["none", "similarity"] = _option(
         "none", "similarity: rank them by likeness to the ground truth, for training that reads ranks; or none."
     )
     negatives_part: int = _option(256, "Examples between two times that what there is gets saved.")
@@ -91,13 +97,15 @@ class NegativesOptions:
 class EvaluationOptions:
     """Evaluation."""
 
-    checkpoint: str | None = _option(None, "Model to evaluate. Default: what train left in output_dir.")
+    _argument_group_name = "Evaluation"
+
+    checkpoint: str | None = _option(None, "Model to evaluate. None: what train left in output_dir.")
     eval_reference: bool = _option(False, "Compare log-likelihoods as ratios to model, the one trained from.")
-    eval_generations: int | None = _option(None, "Continue so many prompts freely; 0 for none. Default: all.")
+    eval_generations: int | None = _option(None, "Continue so many prompts freely; 0 for none. None: all of them.")
     eval_temperature: float = _option(1.0, "Temperature of the continuations.")
     eval_top_p: float = _option(1.0, "Nucleus that they are sampled from.")
-    eval_max_new_tokens: int | None = _option(None, "Their length, at most. Default: the longest ground truth's.")
-    eval_dir: str | None = _option(None, "Where reports and verdicts go. Default: evaluation in output_dir.")
+    eval_max_new_tokens: int | None = _option(None, "Their length, at most. None: the longest ground truth's.")
+    eval_dir: str | None = _option(None, "Where reports and verdicts go. None: evaluation in output_dir.")
     judge: str = _option(
         "none",
         "Compares continuations with ground truths. chat: an OpenAI-compatible chat endpoint; likelihood: a model's "
@@ -110,6 +118,8 @@ class EvaluationOptions:
 @dataclass
 class DryRunOptions:
     """Dry run."""
+
+    _argument_group_name = "Dry run"
 
     tiny: bool = _option(
         False,
@@ -130,11 +140,17 @@ class DryRunOptions:
 class CourseOptions:
     """Course of a run."""
 
+    _argument_group_name = "Course of a run"
+
     resume: str = _option("auto", "auto: go on from the last checkpoint in output_dir; none; or a checkpoint.")
     ensemble_with: str | None = _option(
         None, "At the end, also write the average of the weights with those of this model, to ensemble in output_dir."
     )
     ensemble_alpha: float = _option(0.5, "Weight of the trained model in it.")
+
+
+# In the order that help shows them.
+GROUPS = (ModelOptions, DataOptions, NegativesOptions, CourseOptions, EvaluationOptions, DryRunOptions)
 
 
 @dataclass
@@ -160,10 +176,6 @@ class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, 
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.negatives_format not in FORMATS:
-            raise ValueError(f"negatives_format must be one of {', '.join(FORMATS)}, got {self.negatives_format!r}")
-        if self.negatives_ranking not in RANKINGS:
-            raise ValueError(f"negatives_ranking must be one of {', '.join(RANKINGS)}, got {self.negatives_ranking!r}")
         if self.judge not in JUDGES and ":" not in self.judge:
             raise ValueError(f"judge must be one of {', '.join(JUDGES)} or MODULE:FUNCTION, got {self.judge!r}")
         if self.judge == "chat" and not (self.judge_url and self.judge_model):

@@ -45,7 +45,7 @@ class CPOConfig(TrainingArguments):
 
     objective: str = _option("cpo", f"One of {', '.join(PRESETS)}: the defaults of the fields below that say None.")
     alpha: float | None = _option(None, "Weight of the contrast, in [0, 1].")
-    mle_weight: float | None = _option(None, "Weight of the MLE part, per token. Default: 1 - alpha; for xu_cpo, 1.")
+    mle_weight: float | None = _option(None, "Weight of the MLE part, per token. None: 1 - alpha; for xu_cpo, 1.")
     beta: float | None = _option(None, "Factor of the log-likelihood ratios in the contrast.")
     margin: float | None = _option(None, "Added to the score of every negative.")
     label_smoothing: float = _option(0.0, "Probability of a flipped pair; one negative only.")
@@ -58,15 +58,15 @@ class CPOConfig(TrainingArguments):
         "frozen: the model as it was at the start (for adapters, the model without them); precomputed: the same, "
         "scored once before training and kept on disk; none.",
     )
-    reference_cache: str | None = _option(None, "Directory of precomputed scores. Default: in output_dir.")
+    reference_cache: str | None = _option(None, "Directory of precomputed scores. None: in output_dir.")
 
     num_batch_negatives: int | None = _option(
         None,
-        "Completions of other training examples contrasted with each ground truth. Default: 1, or 0 where the data "
+        "Completions of other training examples contrasted with each ground truth. None: 1, or 0 where the data "
         "brings negatives of its own.",
     )
     num_truncation_negatives: int | None = _option(
-        None, "Truncations of the ground truth contrasted with it; no extra forward pass. Default: as above, for cpo."
+        None, "Truncations of the ground truth contrasted with it; no extra forward pass. None: as above, for cpo."
     )
     num_mean_field_negatives: int = _option(
         0, "Negatives whose tokens are drawn independently, along the ground truth."
@@ -79,13 +79,13 @@ class CPOConfig(TrainingArguments):
     given_weight: float = _option(1.0, "Likewise for the negatives that the data brings.")
     resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
     mean_field_source: str | None = _option(
-        None, "Which draws mean-field negatives: reference, or the model itself. Default: reference where it is frozen."
+        None, "Which draws mean-field negatives: reference, or the model itself. None: reference where it is frozen."
     )
     autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
     autoregressive_top_p: float = _option(1.0, "Nucleus that autoregressive negatives are sampled from.")
     autoregressive_max_new_tokens: int | None = _option(
-        None, "Tokens of an autoregressive negative, at most. Default: those of the longest ground truth beside it."
+        None, "Tokens of an autoregressive negative, at most. None: those of the longest ground truth beside it."
     )
     autoregressive_batch_size: int = _option(32, "Autoregressive negatives written at a time.")
     autoregressive_url: str | None = _option(
@@ -94,7 +94,7 @@ class CPOConfig(TrainingArguments):
     autoregressive_model: str | None = _option(None, "The model's name at that endpoint.")
     ranking: str = _option("none", "similarity: negatives are ranked by cosine similarity to the ground truth.")
     embedding_model: str | None = _option(
-        None, "A sentence-transformers model for the ranking. Default: mean hidden states of the reference."
+        None, "A sentence-transformers model for the ranking. None: mean hidden states of the reference."
     )
     prefix_sharing: str = _option(
         "auto",
@@ -106,9 +106,9 @@ class CPOConfig(TrainingArguments):
 
     max_length: int = _option(1024, "Tokens of prompt and completion together, at most.")
     max_prompt_length: int | None = _option(
-        None, "Tokens of the prompt, at most; its end is kept. Default: half of max_length."
+        None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
-    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. Default: the backend's.")
+    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. None: the backend's.")
     candidate_eps: float | None = _option(
         None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.options."
     )

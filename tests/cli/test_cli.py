@@ -189,7 +189,7 @@ MISTAKES = {
     ),
     "no prompts": ({"columns": {"prompt": "question"}}, "data.jsonl:1 has no 'question', which columns takes"),
     "too long": ({"max_length": 999}, "max_length=999 exceeds the 64 positions"),
-    "dtype": ({"torch_dtype": "float12"}, "torch_dtype must be one of float32, bfloat16, float16, auto"),
+    "dtype": ({"torch_dtype": "float12"}, "--torch_dtype/--torch-dtype: invalid choice: 'float12'"),
     "adapters": ({"lora_r": 2, "lora_targets": ["nothing"]}, "nothing"),
     "tiny": ({"model": "some/name", "tiny": True}, "--tiny cannot ask the hub what family 'some/name' is of"),
     "family": ({"tiny_model": {"model_type": "magic"}, "tiny": True}, "transformers knows no model_type 'magic'"),
