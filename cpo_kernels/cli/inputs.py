@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
+from cpo_kernels.negatives.seeds import chosen
 from cpo_kernels.trainer.loading import load_examples, read_rows
 
 from .errors import InputError, input_errors
@@ -150,9 +150,9 @@ class Inputs:
         count = max(1, round(len(examples) * self.run.eval_fraction))
         if count == len(examples):
             raise InputError(f"eval_fraction={self.run.eval_fraction} of {count} examples leaves none to train on")
-        chosen = set(Random(HELD_OUT_SEED).sample(range(len(examples)), count))
-        kept = [i for i in range(len(examples)) if i not in chosen]
-        return _take(examples, kept), _take(examples, sorted(chosen))
+        held_out = chosen(HELD_OUT_SEED, len(examples), count)
+        kept = sorted({*range(len(examples))} - {*held_out})
+        return _take(examples, kept), _take(examples, held_out)
 
 
 def _is_local(source: str) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
-from cpo_kernels.negatives import SentenceEmbedder, similarity_ranks
-from cpo_kernels.trainer.batch import ContrastBatch, Negative, body_inputs, layout_of
+from cpo_kernels.negatives import Negative, SentenceEmbedder, similarity_ranks
+from cpo_kernels.trainer.batch import ContrastBatch, body_inputs, layout_of
 from cpo_kernels.trainer.config import CPOConfig
 
 from .errors import InputError, input_errors

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.reference import fingerprint
 from cpo_kernels.trainer.writing import endpoint_of, write_with_endpoint, write_with_model
@@ -51,8 +52,7 @@ class EndpointWriter:
 
     def __call__(self, prompts: Sequence[Sequence[int]], first: int, count: int, sampling: Sampling) -> Written:
         """``count`` completions behind each of ``prompts``, as this tokenizer has them."""
-        # The server's seeds depend on the place in a call; the number of the first example tells calls apart.
-        sampling = dataclasses.replace(sampling, seed=sampling.seed + first)
+        sampling = dataclasses.replace(sampling, seed=part_seed(sampling.seed, first))
         write = write_with_endpoint(self.endpoint, self.tokenizer, count)
         with input_errors(RuntimeError):
             return write(prompts, range(first, first + len(prompts)), sampling)

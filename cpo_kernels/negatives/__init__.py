@@ -3,14 +3,19 @@
 from .autoregressive import Sampling, autoregressive_negatives, write_negatives
 from .batch import batch_negatives
 from .completions import Completion, CompletionsEndpoint
-from .mean_field import MeanField, finish, is_wrong, mean_field_negatives, token_seeds
+from .kinds import KINDS, Kind, Negative
+from .mean_field import MeanField, finish, is_wrong, mean_field_negatives
 from .ranking import SentenceEmbedder, mean_pool, similarity_ranks
+from .seeds import token_seeds
 from .truncation import truncate, truncation_negatives
 
 __all__ = [
+    "KINDS",
     "Completion",
     "CompletionsEndpoint",
+    "Kind",
     "MeanField",
+    "Negative",
     "Sampling",
     "SentenceEmbedder",
     "autoregressive_negatives",

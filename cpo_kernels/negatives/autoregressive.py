@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, reference
 
-from .mean_field import token_seeds
+from .seeds import token_seeds
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def write_negatives(
         path: ends with ``.parquet`` or ``.jsonl``; overwritten in one go.
         examples: a ``datasets.Dataset`` or a list of mappings.
         negatives: for each example its new negatives, texts or token ids, as its old ones are.
-        kind: what they are; a name of "batch", "mean_field", "truncation", "autoregressive", "given".
+        kind: what they are; a name in :data:`~.kinds.KINDS`.
         ranks: for each example the ranks of its new negatives, 1 or more. If they are given and the old negatives have
             none, those get rank 1; if only the old ones have ranks, the new ones share the rank behind them.
 

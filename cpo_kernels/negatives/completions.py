@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from .autoregressive import Sampling
-from .mean_field import token_seeds
-
-SEED_MASK = 2**31 - 1  # servers differ in how many bits of a seed they take; all take these
+from .seeds import request_seed
 
 
 class Completion(NamedTuple):
@@ -111,7 +109,7 @@ class CompletionsEndpoint:
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                seed=int(token_seeds(sampling.seed, 0, first, 1)) & SEED_MASK,
+                seed=request_seed(sampling.seed, first),
             )
         except self._failures as error:
             raise RuntimeError(

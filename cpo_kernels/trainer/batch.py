@@ -12,32 +12,12 @@ from torch import Tensor
 
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import PrefixTree, pack_groups
-from cpo_kernels.negatives import truncate
+from cpo_kernels.negatives import Negative, truncate
 
 TRUTH = "truth"
 
 # Rows with a tree mask run without the fastest attention kernels, so a small saving of tokens is none of time.
 WORTH_SHARING = 1.2
-
-
-@dataclass(frozen=True)
-class Negative:
-    """A candidate besides the ground truth.
-
-    Args:
-        kind: "batch", "mean_field", "truncation", "autoregressive" or "given".
-        tokens: its token ids.
-        cut: instead of tokens: the ground truth cut behind so many tokens and ended with EOS; it costs the body
-            nothing.
-        rank: 0 for as good as the ground truth; equal ranks express no preference.
-        ref_logp: its log-likelihood under the reference, where it is known already.
-    """
-
-    kind: str
-    tokens: Sequence[int] = ()
-    cut: int | None = None
-    rank: int = 1
-    ref_logp: float | None = None
 
 
 @dataclass(frozen=True)

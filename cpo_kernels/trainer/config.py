@@ -3,25 +3,70 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
+from cpo_kernels.negatives import KINDS
+from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.objective import LOSS_TYPES, Objective
 
-from .presets import PRESETS, Preset
-
-KINDS = ("batch", "mean_field", "truncation", "autoregressive", "given")
 REFERENCES = ("frozen", "precomputed", "none")
 SAMPLERS = ("reference", "model")
 RANKINGS = ("none", "similarity")
 PREFIX_SHARING = ("auto", "required", "off")
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of the fields of the same names of :class:`~cpo_kernels.trainer.CPOConfig`.
+
+    Attributes:
+        mle_weight: None for ``1 - alpha``.
+        negatives: the numbers of negatives by their kinds, where no others are given and the data brings none.
+    """
+
+    alpha: float = 1.0
+    mle_weight: float | None = None
+    beta: float = 0.1
+    margin: float = 0.0
+    length_normalized: bool = False
+    reference: str = "none"
+    negatives: Mapping[str, int] = field(default_factory=lambda: {"batch": 1})
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the configuration that a preset fills in."""
+        values = asdict(self)
+        del values["negatives"]
+        return values
+
+
+PRESETS = {
+    "cpo": Preset(alpha=0.5, reference="frozen", negatives={"batch": 1, "truncation": 1}),
+    "dpo": Preset(reference="frozen"),
+    "xu_cpo": Preset(mle_weight=1.0),
+    # beta and gamma of the published SimPO recipes: gamma / beta = 0.5
+    "simpo": Preset(beta=2.0, margin=1.0, length_normalized=True),
+    "mle": Preset(alpha=0.0, negatives={}),
+    "scheduled_sampling": Preset(alpha=0.0, negatives={}),
+}
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _count(kind: str) -> Any:
+    own = KINDS[kind]
+    unset = " None: as the objective says; 0 where the data or a model brings others." if own.default is None else ""
+    return _option(own.default, f"Negatives of this kind for an example: {own.text}. One costs {own.cost}.{unset}")
+
+
+def _weight(kind: str) -> Any:
+    return _option(1.0, f"A negative of the kind {kind} counts in the contrast as much as this many of it.")
 
 
 @dataclass
@@ -60,23 +105,15 @@ class CPOConfig(TrainingArguments):
     )
     reference_cache: str | None = _option(None, "Directory of precomputed scores. None: in output_dir.")
 
-    num_batch_negatives: int | None = _option(
-        None,
-        "Completions of other training examples contrasted with each ground truth. None: 1, or 0 where the data "
-        "brings negatives of its own.",
-    )
-    num_truncation_negatives: int | None = _option(
-        None, "Truncations of the ground truth contrasted with it; no extra forward pass. None: as above, for cpo."
-    )
-    num_mean_field_negatives: int = _option(
-        0, "Negatives whose tokens are drawn independently, along the ground truth."
-    )
-    num_autoregressive_negatives: int = _option(0, "Negatives that the model writes itself.")
-    batch_weight: float = _option(1.0, "A batch negative counts in the contrast as much as this many of it.")
-    truncation_weight: float = _option(1.0, "Likewise for truncations.")
-    mean_field_weight: float = _option(1.0, "Likewise for mean-field negatives.")
-    autoregressive_weight: float = _option(1.0, "Likewise for autoregressive negatives.")
-    given_weight: float = _option(1.0, "Likewise for the negatives that the data brings.")
+    num_batch_negatives: int | None = _count("batch")
+    num_truncation_negatives: int | None = _count("truncation")
+    num_mean_field_negatives: int = _count("mean_field")
+    num_autoregressive_negatives: int = _count("autoregressive")
+    batch_weight: float = _weight("batch")
+    truncation_weight: float = _weight("truncation")
+    mean_field_weight: float = _weight("mean_field")
+    autoregressive_weight: float = _weight("autoregressive")
+    given_weight: float = _weight("given")
     resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
     mean_field_source: str | None = _option(
         None, "Which draws mean-field negatives: reference, or the model itself. None: reference where it is frozen."
@@ -192,21 +229,17 @@ class CPOConfig(TrainingArguments):
             ValueError: a contrast without any negatives, more than one for a loss of pairs, or changing ones for a
                 precomputed reference.
         """
-        drawn_anyway = data_brings_negatives or self.num_mean_field_negatives or self.num_autoregressive_negatives
-        default = (0, 0) if drawn_anyway else self.preset.negatives
-        counts = {
-            "batch": default[0] if self.num_batch_negatives is None else self.num_batch_negatives,
-            "truncation": default[1] if self.num_truncation_negatives is None else self.num_truncation_negatives,
-            "mean_field": self.num_mean_field_negatives,
-            "autoregressive": self.num_autoregressive_negatives,
-        }
+        given = {kind.name: getattr(self, name) for name, kind in counted_kinds().items()}
+        drawn_anyway = data_brings_negatives or any(given[name] for name in given if KINDS[name].by_model)
+        default = {} if drawn_anyway else self.preset.negatives
+        counts = {name: default.get(name, 0) if count is None else count for name, count in given.items()}
         if self.contrasts and not data_brings_negatives and not any(counts.values()):
             raise ValueError(
                 f"alpha={self.alpha} contrasts the ground truth with negatives, but there are none: the data brings "
                 "none and the numbers of all kinds are 0; set one of them, or objective='mle'"
             )
         self._check_pairs(counts, data_brings_negatives)
-        if self.reference == "precomputed" and self.resample_negatives and (counts["batch"] or counts["truncation"]):
+        if self.reference == "precomputed" and self.resample_negatives and any(counts.values()):
             raise ValueError(
                 "reference='precomputed' scores every candidate once, but resample_negatives=True draws new ones along "
                 "the way; use resample_negatives=False, negatives of the data alone, or reference='frozen'"
@@ -228,7 +261,7 @@ class CPOConfig(TrainingArguments):
     @property
     def negative_weights(self) -> dict[str, float]:
         """Weight of each kind of negative in the contrast."""
-        return {kind: getattr(self, f"{kind}_weight") for kind in KINDS}
+        return {kind.name: getattr(self, kind.weight_field) for kind in KINDS.values()}
 
     def _check_objective(self) -> None:
         if not 0 <= self.alpha <= 1:  # type: ignore[operator]
@@ -258,14 +291,14 @@ class CPOConfig(TrainingArguments):
             raise ValueError(f"objective='scheduled_sampling' has no contrast; expected alpha=0, got {self.alpha}")
 
     def _check_negatives(self) -> None:
-        for kind in KINDS[:-1]:
-            count = getattr(self, f"num_{kind}_negatives")
+        counts = {name: getattr(self, name) for name in counted_kinds()}
+        for name, count in counts.items():
             if count is not None and count < 0:
-                raise ValueError(f"num_{kind}_negatives must not be negative, got {count}")
+                raise ValueError(f"{name} must not be negative, got {count}")
         for kind, weight in self.negative_weights.items():
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(f"{kind}_weight must be a positive number, got {weight}")
-        self._check_pairs({kind: getattr(self, f"num_{kind}_negatives") or 0 for kind in KINDS[:-1]})
+        self._check_pairs({kind.name: counts[name] or 0 for name, kind in counted_kinds().items()})
         self._check_autoregressive()
         self._check_reference()
 
@@ -298,11 +331,11 @@ class CPOConfig(TrainingArguments):
                 f"ranking='similarity' needs an embedding_model or the hidden states of reference='frozen', got "
                 f"reference={self.reference!r}"
             )
-        for kind in ("mean_field", "autoregressive"):
-            if self.reference == "precomputed" and getattr(self, f"num_{kind}_negatives"):
+        for name, kind in counted_kinds().items():
+            if self.reference == "precomputed" and kind.by_model and getattr(self, name):
                 raise ValueError(
-                    f"reference='precomputed' scores every candidate before training, but num_{kind}_negatives="
-                    f"{getattr(self, f'num_{kind}_negatives')} makes new ones along the way; use reference='frozen'"
+                    f"reference='precomputed' scores every candidate before training, but {name}={getattr(self, name)} "
+                    "makes new ones along the way; use reference='frozen'"
                 )
 
     def _check_lengths(self) -> None:

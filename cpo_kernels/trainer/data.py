@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpo_kernels.negatives import KINDS
+
 from .formats import normalize_example
 
 TOKENIZER_BATCH = 1000
@@ -213,7 +215,7 @@ def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> li
 
 
 def _finish_negative(ids: list[int], given: Any, kind: str, eos: int, limit: int) -> list[int]:
-    drawn = kind in ("autoregressive", "mean_field") and not isinstance(given, str)
+    drawn = KINDS[kind].by_model and not isinstance(given, str)
     return ids[:limit] if drawn and ids else _end(ids, eos, limit)
 
 

@@ -13,13 +13,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from transformers import PrinterCallback
 
 from cpo_kernels.models.head import evaluating
+from cpo_kernels.negatives import seeds
 from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
+from cpo_kernels.negatives.kinds import counted_kinds
 
 from .config import CPOConfig
 from .data import TokenizedExamples
@@ -33,7 +34,7 @@ from .writing import room_for
 
 __all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
 
-DEFAULT_COUNT = 1  # negatives of each kind that costs little, for a model trained without any
+DEFAULT_COUNT = 1  # negatives of each kind whose number is left to the objective, for a model trained without any
 GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
 
 
@@ -157,7 +158,8 @@ def evaluate(
         if not generate:
             return report
         sampling = sampling or default_sampling(data, config)
-        indices = _chosen(len(data), num_generations, sampling.seed)
+        count = len(data) if num_generations is None else num_generations
+        indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
         completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
     generated, true = (generation_statistics(side, tokenizer.eos_token_id) for side in (completions, truths))
@@ -204,15 +206,10 @@ def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
         config.reference, config.mean_field_source, config.length_normalized = "none", "model", True
         config.ranking = "none" if config.embedding_model is None else config.ranking
     if not config.contrasts:
-        for name in ("num_batch_negatives", "num_truncation_negatives"):
-            if getattr(config, name) is None:
+        for name, kind in counted_kinds().items():
+            if kind.default is None and getattr(config, name) is None:
                 setattr(config, name, DEFAULT_COUNT)
     return config
-
-
-def _chosen(total: int, count: int | None, seed: int) -> list[int]:
-    """The examples to continue, in their order: all, or ``count`` of them."""
-    return list(range(total)) if count is None or count >= total else sorted(Random(seed).sample(range(total), count))
 
 
 def _generations(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import KINDS
+from cpo_kernels.negatives import KINDS
 
 Value = Any  # a text, a list of token ids, or a conversation: a list of {"role", "content"}
 
@@ -17,8 +17,8 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) ->
     Accepted are ``{"prompt", "completion"}`` and TRL's preference data ``{"prompt", "chosen", "rejected"}``, each value
     a text, a list of token ids, or a conversation (a list of ``{"role", "content"}``); ``rejected`` is one value or a
     list of them. Beside a completion, ``"negatives"`` is a list of values. Both may have ``"ranks"``, one integer a
-    negative (0: as good as the ground truth), and ``"kinds"``, one of :data:`.config.KINDS` a negative. A field that
-    is ``None`` counts as absent; any other field is ignored.
+    negative (0: as good as the ground truth), and ``"kinds"``, for each negative a name in
+    :data:`cpo_kernels.negatives.KINDS`. A field that is ``None`` counts as absent; any other field is ignored.
 
     - Without a prompt, what ``chosen`` and every ``rejected`` begin with is the prompt, by TRL's rule; so also where
       the prompt is a text and the others are conversations that repeat it.

@@ -8,17 +8,79 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from cpo_kernels.negatives import finish, is_wrong, token_seeds
+from cpo_kernels.negatives import Negative, finish, is_wrong
+from cpo_kernels.negatives.kinds import Task, counted_kinds
+from cpo_kernels.negatives.seeds import generator, token_seeds
 
 from .along_truth import Passage, Reading, read
-from .batch import Negative
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .sampler import NegativeSampler
 from .sources import Sources
 from .writing import Store, Write, endpoint_of, sampling_of, write_with_endpoint, write_with_model
 
 EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
+
+
+class NegativeSampler:
+    """Draws the negatives of an example that need no model: a function of (seed, step, example) alone.
+
+    Batch negatives come from the whole data set. A batch is a random sample of it, so their distribution is that of
+    the other completions in a batch, but they do not depend on how a batch is split into micro-batches, on the number
+    of processes, or on where a run was resumed, and a batch of one example has them too.
+
+    Args:
+        examples: the data.
+        eos_token_id: the token that ends a completion.
+        num_batch_negatives: how many of the kind batch are drawn.
+        num_truncation_negatives: how many of the kind truncation are drawn.
+        seed: any integer.
+        max_length: tokens of prompt and completion together, at most.
+        more: numbers of further kinds that are drawn from the data, as ``num_KIND_negatives=...``.
+    """
+
+    def __init__(
+        self,
+        examples: TokenizedExamples,
+        eos_token_id: int,
+        num_batch_negatives: int,
+        num_truncation_negatives: int,
+        seed: int,
+        max_length: int | None = None,
+        **more: int,
+    ) -> None:
+        self.examples, self.eos_token_id, self.seed, self.max_length = examples, eos_token_id, seed, max_length
+        self.counts = more | {
+            "num_batch_negatives": num_batch_negatives,
+            "num_truncation_negatives": num_truncation_negatives,
+        }
+
+    def draw(self, index: int, step: int) -> list[Negative]:
+        """Draw the negatives of example ``index`` as it is contrasted at ``step``; those that it brings come first."""
+        room = None if self.max_length is None else self.max_length - len(self.examples.prompts[index])
+        task = Task(self.examples.completions, index, self.eos_token_id, room, self.rank_of_drawn(index))
+        rng = generator(self.seed, step, index)
+        drawn = self.given(index)
+        for name, kind in counted_kinds().items():
+            if kind.draw is not None and self.counts.get(name):
+                drawn += kind.draw(task, self.counts[name], rng)
+        return drawn
+
+    def given(self, index: int) -> list[Negative]:
+        """Return the negatives that the example brings."""
+        if self.examples.negatives is None:
+            return []
+        negatives = self.examples.negatives[index]
+        ranks = None if self.examples.ranks is None else self.examples.ranks[index]
+        kinds = ["given"] * len(negatives) if self.examples.kinds is None else self.examples.kinds[index]
+        return [
+            Negative(kind, tokens, rank=1 if ranks is None else ranks[number])
+            for number, (kind, tokens) in enumerate(zip(kinds, negatives, strict=True))
+        ]
+
+    def rank_of_drawn(self, index: int) -> int:
+        """Return the rank of a negative that was drawn: behind those that the example ranks."""
+        ranks = None if self.examples.ranks is None else self.examples.ranks[index]
+        return 1 + max(ranks, default=0) if ranks is not None else 1
 
 
 @dataclass
@@ -64,10 +126,9 @@ class Negatives:
         return NegativeSampler(
             examples=examples,
             eos_token_id=self.tokenizer.eos_token_id,
-            num_batch_negatives=counts["batch"],
-            num_truncation_negatives=counts["truncation"],
             seed=self.seed,
             max_length=self.config.max_length,
+            **{name: counts[kind.name] for name, kind in counted_kinds().items()},
         )
 
     def check(self, examples: TokenizedExamples) -> None:

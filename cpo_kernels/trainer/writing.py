@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
+from cpo_kernels.negatives.seeds import call_seed
 
 from .config import CPOConfig
 from .data import TokenizedExamples
@@ -68,7 +68,7 @@ def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sa
         top_p=config.autoregressive_top_p,
         max_new_tokens=min(longest, room_for(config, examples)),
         batch_size=config.autoregressive_batch_size,
-        seed=int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little"),
+        seed=call_seed(*key),
     )
 
 
