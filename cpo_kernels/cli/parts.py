@@ -1,4 +1,4 @@
-"""A data set whose negatives are written ahead of time, in parts that do not depend on each other."""
+"""A data set whose negatives are written ahead of time, in parts that do not depend on each other, and by whom."""
 
 from __future__ import annotations
 
@@ -8,15 +8,62 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cpo_kernels.models import attach_linear_loss
+from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.negatives.seeds import part_seed
+from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.formats import normalize_example
-from cpo_kernels.trainer.writing import sampling_of
+from cpo_kernels.trainer.ranking import Ranking
+from cpo_kernels.trainer.reference import Reference, fingerprint
+from cpo_kernels.trainer.writing import endpoint_of, sampling_of, write_with_endpoint, write_with_model
 
-from .errors import input_errors
+from .errors import InputError, input_errors
 from .inputs import Inputs
-from .likeness import Likeness
 from .parsing import Settings
-from .writers import EndpointWriter, ModelWriter
+
+Written = list[list[list[int]]]  # token ids of each sample of each prompt
+
+
+class ModelWriter:
+    """A model that samples; what it writes for an example depends on nothing but the example and its number.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def identity(self) -> str:
+        """What tells its negatives from those of another."""
+        return fingerprint(self.model)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], first: int, count: int, sampling: Sampling) -> Written:
+        """``count`` completions behind each of ``prompts``, the first of which is number ``first``."""
+        write = write_with_model(self.model, self.tokenizer, count, synced_gpus=False)
+        return write(prompts, range(first, first + len(prompts)), sampling)
+
+
+class EndpointWriter:
+    """A server that is asked with texts."""
+
+    def __init__(self, config: CPOConfig, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        with input_errors(RuntimeError):
+            self.endpoint = endpoint_of(config)
+
+    def identity(self) -> str:
+        """URL and name."""
+        return f"{self.endpoint.url} {self.endpoint.model}"
+
+    def __call__(self, prompts: Sequence[Sequence[int]], first: int, count: int, sampling: Sampling) -> Written:
+        """``count`` completions behind each of ``prompts``, as this tokenizer has them."""
+        sampling = replace(sampling, seed=part_seed(sampling.seed, first))
+        write = write_with_endpoint(self.endpoint, self.tokenizer, count)
+        with input_errors(RuntimeError):
+            return write(prompts, range(first, first + len(prompts)), sampling)
 
 
 @dataclass(frozen=True)
@@ -54,12 +101,27 @@ class Job:
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
         self.writer = EndpointWriter(config, self.tokenizer) if model is None else ModelWriter(model, self.tokenizer)
-        self.likeness = Likeness(config, self.tokenizer, model) if self.run.negatives_ranking != "none" else None
+        self.ranking: Ranking | None = None
+        self.reference: Reference | None = None
+        if self.run.negatives_ranking != "none":
+            self._rank(config, model)
+
+    def _rank(self, config: CPOConfig, model: Any) -> None:
+        """Get ready to rank what is written."""
+        if config.embedding_model is None and model is None:
+            raise InputError(
+                "negatives_ranking='similarity' needs an embedding_model where a server writes the negatives"
+            )
+        with input_errors(RuntimeError):
+            self.ranking = Ranking(config, self.tokenizer, config.device, wanted=True)
+            if self.ranking.by_reference:
+                attach_linear_loss(model)
+                self.reference = Reference(lambda: model, adapters=False)
 
     def parts(self) -> list[Part]:
         """All of them, in order."""
         common = [self.writer.identity(), asdict(self.sampling), self.run.negatives_count, self.as_text]
-        common += [None if self.likeness is None else ["similarity", self.likeness.config.embedding_model]]
+        common += [None if self.ranking is None else ["similarity", self.ranking.config.embedding_model]]
         parts = []
         for start in range(0, len(self.data), self.run.negatives_part):
             stop = min(start + self.run.negatives_part, len(self.data))
@@ -76,7 +138,7 @@ class Job:
         kept = [
             [ids for ids in own if not self._is_truth(ids, truth)] for own, truth in zip(drawn, truths, strict=True)
         ]
-        ranks = None if self.likeness is None else self.likeness.ranks(prompts, truths, kept)
+        ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
         return {"negatives": self._as_written(kept), "ranks": ranks}
 
     def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:

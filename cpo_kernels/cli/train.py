@@ -11,9 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cpo_kernels.trainer import CPOTrainer
-from cpo_kernels.trainer.checkpoints import last_complete_checkpoint
 from cpo_kernels.trainer.ensemble import EnsembleCallback
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.trainer.files import last_complete_checkpoint, write_whole
 from cpo_kernels.trainer.loading import load_examples
 
 from .errors import InputError, input_errors

@@ -15,7 +15,7 @@ from cpo_kernels.negatives.seeds import generator, token_seeds
 from .along_truth import Passage, Reading, read
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .sources import Sources
+from .reference import Sources
 from .writing import Store, Write, endpoint_of, sampling_of, write_with_endpoint, write_with_model
 
 EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed

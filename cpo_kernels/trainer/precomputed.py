@@ -18,6 +18,7 @@ from tqdm.auto import trange
 
 from .builder import BatchBuilder
 from .data import TokenizedExamples
+from .files import whole_file
 
 ScoreExamples = Callable[[Sequence[int]], list[Tensor]]
 
@@ -111,8 +112,5 @@ def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExample
         return
     starts = torch.tensor([0, *(len(logps) for _, logps in scores)]).cumsum(0)
     logps = torch.tensor([value for _, own in scores for value in own], dtype=torch.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A run that is killed while it writes must not leave half a file under the final name.
-    unfinished = path.with_suffix(".part")
-    save_file({"starts": starts, "logps": logps}, unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as partial:
+        save_file({"starts": starts, "logps": logps}, partial)

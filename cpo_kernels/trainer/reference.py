@@ -1,4 +1,4 @@
-"""The frozen reference: which model it is, what it says of a batch, and that a resumed run has the same one."""
+"""The models that a run asks: the one that it trains, and its frozen reference, which a resumed run must have too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,35 @@ class Reference:
             inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in inputs.items()}
             request = LogpsRequest(inputs["targets"], layout_of(inputs), pool=pool, **head)
             return model(**body_inputs(inputs), linear_loss=request)
+
+
+@dataclass
+class Sources:
+    """The model that is trained and its reference.
+
+    Args:
+        policy: returns the model that is trained.
+        reference: its frozen reference, if there is one.
+        head: options of the head: backend and budget.
+        autocast: the context of forward passes.
+        device: of the models.
+        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+    """
+
+    policy: Callable[[], nn.Module]
+    reference: Reference | None
+    head: dict[str, Any]
+    autocast: Callable[[], AbstractContextManager]
+    device: torch.device
+    synced_gpus: bool = False
+
+    @contextmanager
+    def asking(self, who: str = "model") -> Iterator[nn.Module]:
+        """The model, or the reference where there is one, in evaluation mode and without gradients."""
+        of_reference = self.reference if who == "reference" else None
+        source = evaluating(self.policy()) if of_reference is None else of_reference.active()
+        with source as model, self.autocast():
+            yield model
 
 
 def make_reference(

@@ -19,15 +19,14 @@ from cpo_kernels.negatives import KINDS
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
-from .checkpoints import last_complete_checkpoint
 from .config import CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
+from .files import last_complete_checkpoint
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
 from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
-from .reference import check_fingerprint, make_reference, per_token, save_fingerprint
-from .sources import Sources
+from .reference import Sources, check_fingerprint, make_reference, per_token, save_fingerprint
 
 logger = logging.get_logger(__name__)
 

@@ -209,7 +209,7 @@ def test_a_model_that_cannot_be_read_is_told(shared, tmp_path, capsys, monkeypat
     def refuse(model, **options):
         raise RuntimeError("no head is known of this model")
 
-    modules = {"train": "trainer.trainer", "evaluate": "cli.evaluate", "negatives": "cli.likeness"}
+    modules = {"train": "trainer.trainer", "evaluate": "cli.evaluate", "negatives": "cli.parts"}
     monkeypatch.setattr(f"cpo_kernels.{modules[command]}.attach_linear_loss", refuse)
     config = write_config(tmp_path / "run.yaml", **shared, eval_fraction=0.25, checkpoint=shared["model"])
     arguments = ["--negatives_ranking", "similarity", "--negatives_file", str(tmp_path / "n.jsonl")]

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_kernels.__main__ import main
-from cpo_kernels.cli import writers
+from cpo_kernels.cli import parts
 from cpo_kernels.cli.parsing import parse
 from cpo_kernels.cli.train import make_trainer
 from cpo_kernels.negatives import similarity_ranks
@@ -55,7 +55,7 @@ def calls(monkeypatch):
     class Calls(list):
         fail_at = None
 
-    calls, call = Calls(), writers.ModelWriter.__call__
+    calls, call = Calls(), parts.ModelWriter.__call__
 
     def counted(self, prompts, first, count, sampling):
         if len(calls) == calls.fail_at:
@@ -63,7 +63,7 @@ def calls(monkeypatch):
         calls.append(first)
         return call(self, prompts, first, count, sampling)
 
-    monkeypatch.setattr(writers.ModelWriter, "__call__", counted)
+    monkeypatch.setattr(parts.ModelWriter, "__call__", counted)
     return calls
 
 
@@ -165,7 +165,7 @@ def test_the_ground_truth_is_left_out(config, tmp_path, monkeypatch, capsys, neg
     truth = tokenizer(tiny_models.examples(1)[0]["completion"])["input_ids"]
     eos = tokenizer.eos_token_id
     monkeypatch.setattr(
-        writers.ModelWriter,
+        parts.ModelWriter,
         "__call__",
         lambda self, prompts, first, count, sampling: [[truth, [*truth, eos]] for _ in prompts],
     )
@@ -282,7 +282,7 @@ def test_training_and_the_command_ask_a_server_alike(shared, tmp_path, monkeypat
     written = writing.write_with_endpoint(writing.endpoint_of(config), tokenizer, 2)(
         data.prompts, range(4), writing.sampling_of(config, data)
     )
-    assert writers.EndpointWriter(config, tokenizer)(data.prompts, 0, 2, Sampling()) == written
+    assert parts.EndpointWriter(config, tokenizer)(data.prompts, 0, 2, Sampling()) == written
     assert [asked[0] for asked in Server.asked] == [expected] * 2
     # What the server tokenises is what training sees.
     assert tokenizer(expected)["input_ids"] == [*prompts, prompts[0]]
