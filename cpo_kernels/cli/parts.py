@@ -9,61 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
-from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.formats import normalize_example
 from cpo_kernels.trainer.ranking import Ranking
-from cpo_kernels.trainer.reference import Reference, fingerprint
-from cpo_kernels.trainer.writing import endpoint_of, sampling_of, write_with_endpoint, write_with_model
+from cpo_kernels.trainer.reference import Reference
+from cpo_kernels.trainer.writing import EndpointWriter, ModelWriter, Written, sampling_of
 
 from .errors import InputError, input_errors
 from .inputs import Inputs
 from .parsing import Settings
-
-Written = list[list[list[int]]]  # token ids of each sample of each prompt
-
-
-class ModelWriter:
-    """A model that samples; what it writes for an example depends on nothing but the example and its number.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    def identity(self) -> str:
-        """What tells its negatives from those of another."""
-        return fingerprint(self.model)
-
-    def __call__(self, prompts: Sequence[Sequence[int]], first: int, count: int, sampling: Sampling) -> Written:
-        """``count`` completions behind each of ``prompts``, the first of which is number ``first``."""
-        write = write_with_model(self.model, self.tokenizer, count, synced_gpus=False)
-        return write(prompts, range(first, first + len(prompts)), sampling)
-
-
-class EndpointWriter:
-    """A server that is asked with texts."""
-
-    def __init__(self, config: CPOConfig, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        with input_errors(RuntimeError):
-            self.endpoint = endpoint_of(config)
-
-    def identity(self) -> str:
-        """URL and name."""
-        return f"{self.endpoint.url} {self.endpoint.model}"
-
-    def __call__(self, prompts: Sequence[Sequence[int]], first: int, count: int, sampling: Sampling) -> Written:
-        """``count`` completions behind each of ``prompts``, as this tokenizer has them."""
-        sampling = replace(sampling, seed=part_seed(sampling.seed, first))
-        write = write_with_endpoint(self.endpoint, self.tokenizer, count)
-        with input_errors(RuntimeError):
-            return write(prompts, range(first, first + len(prompts)), sampling)
 
 
 @dataclass(frozen=True)
@@ -100,7 +56,12 @@ class Job:
         # The same for all parts, so that they do not depend on where one begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
-        self.writer = EndpointWriter(config, self.tokenizer) if model is None else ModelWriter(model, self.tokenizer)
+        self.writer: ModelWriter | EndpointWriter
+        if model is None:
+            with input_errors(RuntimeError):
+                self.writer = EndpointWriter(config, self.tokenizer)
+        else:
+            self.writer = ModelWriter(lambda: model, self.tokenizer)
         self.ranking: Ranking | None = None
         self.reference: Reference | None = None
         if self.run.negatives_ranking != "none":
@@ -120,7 +81,7 @@ class Job:
 
     def parts(self) -> list[Part]:
         """All of them, in order."""
-        common = [self.writer.identity(), asdict(self.sampling), self.run.negatives_count, self.as_text]
+        common = [self.writer.identity, asdict(self.sampling), self.run.negatives_count, self.as_text]
         common += [None if self.ranking is None else ["similarity", self.ranking.config.embedding_model]]
         parts = []
         for start in range(0, len(self.data), self.run.negatives_part):
@@ -134,12 +95,20 @@ class Job:
         """The negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
-        drawn = self.writer(prompts, part.start, self.run.negatives_count, self.sampling)
+        drawn = self._draw(prompts, part)
         kept = [
             [ids for ids in own if not self._is_truth(ids, truth)] for own, truth in zip(drawn, truths, strict=True)
         ]
         ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
         return {"negatives": self._as_written(kept), "ranks": ranks}
+
+    def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
+        keys, count = range(part.start, part.stop), self.run.negatives_count
+        if isinstance(self.writer, ModelWriter):
+            return self.writer(prompts, keys, count, self.sampling)
+        sampling = replace(self.sampling, seed=part_seed(self.sampling.seed, part.start))
+        with input_errors(RuntimeError):
+            return self.writer(prompts, keys, count, sampling)
 
     def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:
         """Whether what was drawn is the ground truth in the form that it is written in; EOS alone is a fair draw."""

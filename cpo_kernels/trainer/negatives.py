@@ -16,7 +16,7 @@ from .along_truth import Passage, Reading, read
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .reference import Sources
-from .writing import Store, Write, endpoint_of, sampling_of, write_with_endpoint, write_with_model
+from .writing import EndpointWriter, ModelWriter, Store, sampling_of
 
 EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
 
@@ -113,7 +113,11 @@ class Negatives:
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
-        self._endpoint = None if self.config.autoregressive_url is None else endpoint_of(self.config)
+        self._writer: ModelWriter | EndpointWriter
+        if self.config.autoregressive_url is None:
+            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
+        else:
+            self._writer = EndpointWriter(self.config, self.tokenizer)
 
     @property
     def seed(self) -> int:
@@ -232,13 +236,7 @@ class Negatives:
         prompts = [examples.prompts[index] for index in indices]
         sampling = sampling_of(self.config, examples, self.seed, step)
         with self.sources.autocast():
-            return self._writer()(prompts, indices, sampling)
-
-    def _writer(self) -> Write:
-        count = self.config.num_autoregressive_negatives
-        if self._endpoint is not None:
-            return write_with_endpoint(self._endpoint, self.tokenizer, count)
-        return write_with_model(self.sources.policy(), self.tokenizer, count, self.sources.synced_gpus)
+            return self._writer(prompts, indices, self.config.num_autoregressive_negatives, sampling)
 
 
 def with_reference(drawn: Drawn, reading: Reading) -> Drawn:
