@@ -106,7 +106,7 @@ def _judge(settings: Settings) -> Judge | None:
 
 
 def _callable(name: str) -> Judge:
-    """The function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
+    """Find the function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

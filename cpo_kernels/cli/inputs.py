@@ -47,7 +47,7 @@ class Inputs:
         return self._tokenizer() if self._given_tokenizer is None else self._given_tokenizer
 
     def _source(self, source: str | None) -> str | None:
-        """Where to read; a dry run does not ask the hub."""
+        """Say where to read; a dry run does not ask the hub."""
         if source is None or not self.run.tiny or _is_local(source):
             return source
         if self.run.tiny_data is not None:
@@ -71,7 +71,7 @@ class Inputs:
         return load_tokenizer(name, self.run)
 
     def model(self) -> Any:
-        """The model to start from."""
+        """Make the model to start from."""
         training = self.settings.training
         if self.run.tiny:
             return tiny_model(self.run, self.tokenizer, training.max_length, training.seed)
@@ -80,7 +80,7 @@ class Inputs:
         return load_model(self.run.model, self.run)
 
     def adapted_model(self) -> Any:
-        """The model to train, with LoRA adapters if ``lora_r`` is not 0."""
+        """Make the model to train, with LoRA adapters if ``lora_r`` is not 0."""
         model = self.model()
         if self.run.lora_r == 0:
             return model
@@ -98,7 +98,7 @@ class Inputs:
             return peft.get_peft_model(model, config)
 
     def trained_model(self, name: str) -> Any:
-        """A trained model; adapters are put on the model to start from."""
+        """Load a trained model; adapters are put on the model to start from."""
         if not Path(name, ADAPTERS).is_file():
             return load_model(name, self.run)
         import peft
@@ -107,14 +107,14 @@ class Inputs:
             return peft.PeftModel.from_pretrained(self.model(), name)
 
     def train_examples(self) -> Sequence[Any]:
-        """All of the data but what is held out."""
+        """Load all of the data but what is held out."""
         if self.data is None:
             raise InputError(NO_DATA)
         examples = self._load(self.data, self.run.data_split, self.run.max_examples)
         return examples if not self.run.eval_fraction else self._split(examples)[0]
 
     def eval_examples(self) -> Sequence[Any] | None:
-        """What is held out; None where the configuration has nothing of the kind."""
+        """Load what is held out; None where the configuration has nothing of the kind."""
         run = self.run
         if run.eval_fraction and self.data is not None:
             examples = self._split(self._load(self.data, run.data_split, run.max_examples))[1]
@@ -168,7 +168,7 @@ def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
 
 
 def load_tokenizer(name: str, run: RunConfig) -> Any:
-    """A tokenizer from a directory or the hub."""
+    """Load a tokenizer from a directory or the hub."""
     from transformers import AutoTokenizer
 
     revision = run.revision if name == run.model else None
@@ -177,7 +177,7 @@ def load_tokenizer(name: str, run: RunConfig) -> Any:
 
 
 def load_model(name: str, run: RunConfig) -> Any:
-    """A model from a directory or the hub."""
+    """Load a model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
     with input_errors(OSError, ImportError, RuntimeError):

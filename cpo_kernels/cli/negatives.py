@@ -63,7 +63,7 @@ def _target(settings: Settings) -> Path:
 
 
 def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
-    """The parts as one file that training reads."""
+    """Join the parts to one file that training reads."""
     written = [json.loads(_read(folder / part.name)) for part in parts]
     negatives = [own for part in written for own in part["negatives"]]
     ranks = None if job.ranking is None else [own for part in written for own in part["ranks"]]

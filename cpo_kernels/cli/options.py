@@ -23,15 +23,17 @@ class ModelOptions:
     _argument_group_name = "Model"
 
     model: str | None = _option(None, "Model to start from: a directory, or a name on the hub.")
-    tokenizer: str | None = _option(None, "Its tokenizer. None: the model's own.")
+    tokenizer: str | None = _option(None, "Tokenizer, a directory or a name on the hub. None: the model's own.")
     revision: str | None = _option(None, "Revision of the model on the hub.")
     torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
-        "float32", "Type of the weights; auto: as they are stored."
+        "float32", "Type of the weights; auto takes them as they are stored."
     )
-    attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flex_attention, flash_attention_2, ...")
+    attn_implementation: str | None = _option(
+        None, "Implementation of attention: sdpa, eager, flex_attention, flash_attention_2, ..."
+    )
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
     lora_r: int = _option(0, "Train LoRA adapters of this rank in place of the weights; 0 trains the weights.")
-    lora_alpha: int = _option(16, "Scale of the adapters, over their rank.")
+    lora_alpha: int = _option(16, "Scale of the adapters, which is divided by their rank.")
     lora_dropout: float = _option(0.0, "Dropout in front of the adapters.")
     lora_targets: list[str] | None = field(
         default=None,
@@ -52,23 +54,33 @@ class DataOptions:
         "Training examples: a .jsonl, .json, .parquet or .txt file, a pattern such as 'data/*.jsonl', a directory that "
         "datasets saved, or the name of a data set on the hub.",
     )
-    data_name: str | None = _option(None, "Configuration of a data set on the hub.")
-    data_split: str = _option("train", "Its split; slices such as train[:1000] work.")
-    eval_data: str | None = _option(None, "Held-out examples, as data. None: data, with eval_split.")
+    data_name: str | None = _option(None, "Name of a configuration of the data set on the hub.")
+    data_split: str = _option("train", "Split of the data set; slices such as train[:1000] work.")
+    eval_data: str | None = _option(
+        None, "Held-out examples, from the same places as data. None: data, with eval_split."
+    )
     eval_split: str | None = _option(None, "Split of the held-out examples.")
-    eval_fraction: float = _option(0.0, "Share of data to hold out, where it has no part for that.")
-    max_examples: int | None = _option(None, "Use the first so many rows of data; of negatives_file, all are.")
-    max_eval_examples: int | None = _option(None, "Use the first so many rows of the held-out examples.")
+    eval_fraction: float = _option(0.0, "Share of data to hold out where it has no split for that.")
+    max_examples: int | None = _option(
+        None, "Use only so many rows of data, the first ones; of negatives_file all are used."
+    )
+    max_eval_examples: int | None = _option(None, "Use only so many rows of the held-out examples, the first ones.")
     columns: dict | str | None = field(
         default=None,
-        metadata={"help": "Names of the fields where they are others, as {prompt: question, completion: answer}."},
+        metadata={
+            "help": "Names of the data's own fields, where they differ, as {prompt: question, completion: answer}."
+        },
     )
     prompt_template: str | None = _option(None, "A Jinja template over a row's fields that makes its prompt.")
-    completion_template: str | None = _option(None, "Likewise for its completion.")
+    completion_template: str | None = _option(None, "A Jinja template over a row's fields that makes its completion.")
     text_column: str = _option("text", "Field of a document to be cut into prompt and completion.")
     prompt_fraction: float = _option(0.5, "Share of a document's words that is its prompt.")
-    prompt_tokens: int | None = _option(None, "Cut documents into pieces that have so many tokens of prompt ...")
-    completion_tokens: int | None = _option(None, "... and so many of completion. Give both or neither.")
+    prompt_tokens: int | None = _option(
+        None, "Cut documents into pieces whose prompt has so many tokens; needs completion_tokens."
+    )
+    completion_tokens: int | None = _option(
+        None, "Cut documents into pieces whose completion has so many tokens; needs prompt_tokens."
+    )
 
 
 @dataclass
@@ -84,13 +96,13 @@ class NegativesOptions:
     negatives_count: int = _option(4, "Negatives written for each example.")
     negatives_format: Literal["ids", "text"] = _option(
         "ids",
-        "ids: as they were drawn, those that were cut off without an end; of use with one tokenizer only. text: of use "
-        "with any, but every text counts as ended.",
+        "ids keeps the tokens as they were drawn, also of texts that were cut off, and is of use with one tokenizer "
+        "only; text is of use with any tokenizer, but every text counts as ended.",
     )
     negatives_ranking: Literal["none", "similarity"] = _option(
-        "none", "similarity: rank them by likeness to the ground truth, for training that reads ranks; or none."
+        "none", "similarity ranks them by likeness to the ground truth, for training that reads ranks."
     )
-    negatives_part: int = _option(256, "Examples between two times that what there is gets saved.")
+    negatives_part: int = _option(256, "Save what is written after every so many examples.")
 
 
 @dataclass
@@ -100,11 +112,17 @@ class EvaluationOptions:
     _argument_group_name = "Evaluation"
 
     checkpoint: str | None = _option(None, "Model to evaluate. None: what train left in output_dir.")
-    eval_reference: bool = _option(False, "Compare log-likelihoods as ratios to model, the one trained from.")
-    eval_generations: int | None = _option(None, "Continue so many prompts freely; 0 for none. None: all of them.")
-    eval_temperature: float = _option(1.0, "Temperature of the continuations.")
-    eval_top_p: float = _option(1.0, "Nucleus that they are sampled from.")
-    eval_max_new_tokens: int | None = _option(None, "Their length, at most. None: the longest ground truth's.")
+    eval_reference: bool = _option(
+        False, "Compare log-likelihoods as ratios to those of model, which training started from."
+    )
+    eval_generations: int | None = _option(
+        None, "Continue so many prompts freely; 0 continues none. None: all of them."
+    )
+    eval_temperature: float = _option(1.0, "Temperature that continuations are sampled at.")
+    eval_top_p: float = _option(1.0, "Nucleus (top-p) that continuations are sampled from.")
+    eval_max_new_tokens: int | None = _option(
+        None, "Tokens of a continuation, at most. None: as many as the longest ground truth has."
+    )
     eval_dir: str | None = _option(None, "Where reports and verdicts go. None: evaluation in output_dir.")
     judge: str = _option(
         "none",
@@ -133,7 +151,7 @@ class DryRunOptions:
             "help": "Configuration of the tiny model, as {model_type: gpt2}; needed where model is a name on the hub."
         },
     )
-    tiny_data: str | None = _option(None, "A file to take in place of data on the hub.")
+    tiny_data: str | None = _option(None, "A file that a dry run takes in place of data on the hub.")
 
 
 @dataclass
@@ -142,11 +160,13 @@ class CourseOptions:
 
     _argument_group_name = "Course of a run"
 
-    resume: str = _option("auto", "auto: go on from the last checkpoint in output_dir; none; or a checkpoint.")
+    resume: str = _option(
+        "auto", "auto goes on from the last checkpoint in output_dir; none begins anew; or the path of a checkpoint."
+    )
     ensemble_with: str | None = _option(
         None, "At the end, also write the average of the weights with those of this model, to ensemble in output_dir."
     )
-    ensemble_alpha: float = _option(0.5, "Weight of the trained model in it.")
+    ensemble_alpha: float = _option(0.5, "Weight of the trained model in the average with ensemble_with.")
 
 
 # In the order that help shows them.

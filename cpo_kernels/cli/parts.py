@@ -80,7 +80,7 @@ class Job:
                 self.reference = Reference(lambda: model, adapters=False)
 
     def parts(self) -> list[Part]:
-        """All of them, in order."""
+        """Cut the data into parts, in order."""
         common = [self.writer.identity, asdict(self.sampling), self.run.negatives_count, self.as_text]
         common += [None if self.ranking is None else ["similarity", self.ranking.config.embedding_model]]
         parts = []
@@ -92,7 +92,7 @@ class Job:
         return parts
 
     def write(self, part: Part) -> dict[str, Any]:
-        """The negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
+        """Write the negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
         drawn = self._draw(prompts, part)
@@ -111,7 +111,7 @@ class Job:
             return self.writer(prompts, keys, count, sampling)
 
     def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:
-        """Whether what was drawn is the ground truth in the form that it is written in; EOS alone is a fair draw."""
+        """Tell whether what was drawn is the ground truth in the form it is written in; EOS alone is a fair draw."""
         if self.as_text:
             first, second = self.tokenizer.batch_decode([list(ids), list(truth)], skip_special_tokens=True)
             return first == second
@@ -124,7 +124,7 @@ class Job:
         return [self.tokenizer.batch_decode(own, skip_special_tokens=True) if own else [] for own in negatives]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The examples that negatives are put to, in the form that these have."""
+        """Return the examples that negatives are put to, in the form that these have."""
         if self.as_text:
             return self.examples
         data, rows = self.data, []

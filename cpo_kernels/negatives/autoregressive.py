@@ -135,7 +135,7 @@ def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
 
 
 def _most_of_all(number: int, device: torch.device) -> int:
-    """The largest of all processes' numbers."""
+    """Find the largest of all processes' numbers."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return number
     most = torch.tensor(number, device=device)
@@ -153,7 +153,7 @@ def _generate(
     pad_token_id: int,
     synced_gpus: bool,
 ) -> list[list[int]]:
-    """One completion of each prompt (B), drawn with its seed (B,)."""
+    """Generate one completion of each prompt (B), drawn with its seed (B,)."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     device, width = model.device, max(map(len, prompts))
@@ -180,7 +180,7 @@ def _generate(
 
 
 def _ended(completion: list[int], eos: int) -> list[int]:
-    """The completion up to its EOS; what follows in a batch is padding."""
+    """Cut the completion behind its EOS; what follows in a batch is padding."""
     return completion[: completion.index(eos) + 1] if eos in completion else completion
 
 
@@ -207,7 +207,7 @@ class _SeededChoice:
         self.seeds, self.width = seeds, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V), -inf but for the chosen token."""
+        """Return scores (B, V), -inf but for the chosen token."""
         place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
         chosen = reference.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
         if bool((chosen < 0).any()):
@@ -217,7 +217,7 @@ class _SeededChoice:
 
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Evaluation mode, and a generation configuration that adds nothing; both are put back."""
+    """Put the model in evaluation mode, with a generation configuration that adds nothing; both are put back."""
     from transformers import GenerationConfig
 
     trained = [module for module in model.modules() if module.training]

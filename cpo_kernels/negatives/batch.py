@@ -46,7 +46,7 @@ def batch_negatives(
 
 
 def _random_order(size: int, rng: Random) -> Iterator[int]:
-    """Every index of range(size) once, in random order, at a cost that grows with what is consumed only."""
+    """Yield every index of range(size) once, in random order, at a cost that grows with what is consumed only."""
     moved: dict[int, int] = {}  # the Fisher-Yates shuffle's array, where it differs from range(size)
     for i in range(size):
         j = rng.randrange(i, size)

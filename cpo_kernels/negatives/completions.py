@@ -26,7 +26,7 @@ class CompletionsEndpoint(Endpoint):
     """A language model behind an endpoint ``/completions``; see :class:`~.endpoint.Endpoint` for its arguments."""
 
     def negatives(self, prompts: Sequence[str], count: int, sampling: Sampling | None = None) -> list[list[Completion]]:
-        """``count`` completions of each prompt, in their order.
+        """Ask for ``count`` completions of each prompt, in their order.
 
         A request holds as many prompts as make ``sampling.batch_size`` completions, one at least, and a seed that is a
         function of ``sampling.seed`` and of its first prompt's index; whether the same seed gives the same completions
@@ -57,7 +57,7 @@ class CompletionsEndpoint(Endpoint):
         return [completions for place in range(len(starts)) for completions in answers[place]]
 
     def _ask(self, prompts: list[str], first: int, count: int, sampling: Sampling) -> list[list[Completion]]:
-        """The completions of some prompts, the first of which has the index ``first``."""
+        """Ask for the completions of some prompts, the first of which has the index ``first``."""
         last = first + len(prompts) - 1
         which = f"prompt {first}" if first == last else f"prompts {first} to {last}"
         answer = self._request(
@@ -80,7 +80,7 @@ class CompletionsEndpoint(Endpoint):
 
 
 def _problem(answer: Any, expected: int) -> str | None:
-    """What is wrong with an answer that should have so many choices, or None."""
+    """Say what is wrong with an answer that should have so many choices, or None."""
     choices = getattr(answer, "choices", None)
     if not isinstance(choices, list):
         return f"no choices: {str(answer)[:200]!r}"

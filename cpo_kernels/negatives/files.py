@@ -78,7 +78,7 @@ def write_negatives(
 def _extended(
     example: dict[str, Any], index: int, negatives: list[Any], kind: str, ranks: list[int] | None
 ) -> dict[str, Any]:
-    """An example with more negatives; ``"ranks"`` is None where nothing is ranked."""
+    """Add negatives to an example; ``"ranks"`` is None where nothing is ranked."""
     field = "rejected" if example.get("chosen") is not None else "negatives"
     old = _as_list(example.get(field), field, index)
     forms = {"texts" if isinstance(value, str) else "token ids" for value in (*old, *negatives)}
@@ -96,7 +96,7 @@ def _extended(
 
 
 def _as_list(value: Any, field: str, index: int) -> list[Any]:
-    """The negatives of an example: TRL has a single one without a list around it."""
+    """Read the negatives of an example: TRL has a single one without a list around it."""
     if value is None:
         return []
     if isinstance(value, str) or (len(value) and isinstance(value[0], int)):

@@ -53,7 +53,7 @@ def mean_field_negatives(
 
 
 def finish(samples: Tensor, eos_token_id: int) -> list[list[int]]:
-    """The drawn sequences (count, T) of one ground truth as completions, each cut behind its first EOS.
+    """Make completions of the sequences (count, T) drawn for one ground truth, each cut behind its first EOS.
 
     A token that could not be drawn, -100 (its row has no distribution: NaN), ends its sequence before it.
     """
@@ -70,7 +70,7 @@ def _cut(sequence: list[int], eos_token_id: int) -> list[int]:
 
 
 def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:
-    """Whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
+    """Tell whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
 
     A model that is sure of the ground truth draws it; such a draw has to be left out.
     """

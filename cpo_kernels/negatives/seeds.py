@@ -35,7 +35,7 @@ def chosen(seed: int, total: int, count: int) -> list[int]:
 
 
 def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
-    """Seeds (length,), int64 on the CPU, of the tokens of an example: a pure function, all of whose bits are mixed.
+    """Derive seeds (length,), int64 on the CPU, for the tokens of an example; all bits of them are mixed.
 
     Args:
         seed: any integer, as are the next two.

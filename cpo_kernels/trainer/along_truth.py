@@ -107,7 +107,7 @@ def scheduled_conditions(
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[list[int]]:
-    """What parallel scheduled sampling conditions on in place of each completion (Duckworth et al. 2019, algorithm 1).
+    """Draw what parallel scheduled sampling conditions on for each completion (Duckworth et al. 2019, algorithm 1).
 
     In every pass each token of the completion is replaced, with ``probability``, by one that the model draws at its
     place, conditioned on what the pass before has left there.

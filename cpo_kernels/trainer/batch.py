@@ -111,7 +111,7 @@ class ContrastBatch:
         return sum(len(segment.tokens) for segment in self.segments if segment.rank == 0)
 
     def tensors(self) -> dict[str, Any]:
-        """The batch.
+        """Pack the batch.
 
         Returns:
             input_ids (B, L) int64, right-padded, with attention_mask (B, L) int64 or, for shared prefixes, the parts
@@ -135,7 +135,7 @@ class ContrastBatch:
         }
 
     def reference_tensors(self) -> dict[str, Any]:
-        """What the reference is asked where it has read the ground truths already, to draw along them.
+        """Say what the reference is still asked where it has read the ground truths already, to draw along them.
 
         Returns:
             Nothing where it has not. Else ref_logps (S,) float32, 0 where they are not known; unknown, the places of
@@ -163,7 +163,7 @@ class ContrastBatch:
         return separate >= WORTH_SHARING * shared
 
     def _separate(self) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Inputs of the body, and for each sequence the rows that predict its completion."""
+        """Pack the inputs of the body, and find for each sequence the rows that predict its completion."""
         # The last token predicts nothing, so the body does not see it.
         sequences = [[*p, *c[:-1]] for p, own in zip(self.prompts, self.completions, strict=True) for c in own]
         longest = max(map(len, sequences))
@@ -191,12 +191,12 @@ class ContrastBatch:
 
 
 def layout_of(inputs: Mapping[str, Any]) -> CandidateLayout:
-    """The layout of a batch's tensors."""
+    """Make the layout of a batch's tensors."""
     return CandidateLayout(inputs["cu_tokens"], inputs["cu_groups"], rows=inputs["rows"], ranks=inputs["ranks"])
 
 
 def body_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a model's forward among a batch's tensors."""
+    """Pick the keywords of a model's forward from a batch's tensors."""
     if "tree_groups" not in inputs:
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     tree = PrefixTree(inputs["tree_groups"], inputs["tree_branches"], inputs["tree_positions"])

@@ -38,7 +38,7 @@ class Preset:
     negatives: Mapping[str, int] = field(default_factory=lambda: {"batch": 1})
 
     def fields(self) -> dict[str, Any]:
-        """The fields of the configuration that a preset fills in."""
+        """Return the fields of the configuration that a preset fills in."""
         values = asdict(self)
         del values["negatives"]
         return values
@@ -101,9 +101,9 @@ class CPOConfig(TrainingArguments):
     reference: str | None = _option(
         None,
         "frozen: the model as it was at the start (for adapters, the model without them); precomputed: the same, "
-        "scored once before training and kept on disk; none.",
+        "with scores that are computed once before training and kept on disk; none: no reference.",
     )
-    reference_cache: str | None = _option(None, "Directory of precomputed scores. None: in output_dir.")
+    reference_cache: str | None = _option(None, "Directory of precomputed scores. None: a folder in output_dir.")
 
     num_batch_negatives: int | None = _count("batch")
     num_truncation_negatives: int | None = _count("truncation")
@@ -116,11 +116,12 @@ class CPOConfig(TrainingArguments):
     given_weight: float = _weight("given")
     resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
     mean_field_source: str | None = _option(
-        None, "Which draws mean-field negatives: reference, or the model itself. None: reference where it is frozen."
+        None,
+        "The model that draws mean-field negatives: reference, or the trained model. None: reference where it is frozen.",
     )
     autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
-    autoregressive_top_p: float = _option(1.0, "Nucleus that autoregressive negatives are sampled from.")
+    autoregressive_top_p: float = _option(1.0, "Nucleus (top-p) that autoregressive negatives are sampled from.")
     autoregressive_max_new_tokens: int | None = _option(
         None, "Tokens of an autoregressive negative, at most. None: those of the longest ground truth beside it."
     )
@@ -129,14 +130,16 @@ class CPOConfig(TrainingArguments):
         None, "An OpenAI-compatible completions endpoint that writes them in place of the model, .../v1."
     )
     autoregressive_model: str | None = _option(None, "The model's name at that endpoint.")
-    ranking: str = _option("none", "similarity: negatives are ranked by cosine similarity to the ground truth.")
+    ranking: str = _option(
+        "none", "similarity ranks negatives by cosine similarity to the ground truth; none does not."
+    )
     embedding_model: str | None = _option(
         None, "A sentence-transformers model for the ranking. None: mean hidden states of the reference."
     )
     prefix_sharing: str = _option(
         "auto",
         "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
-        "where the model cannot; off.",
+        "where the model cannot; off: never.",
     )
     scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
     scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
@@ -174,7 +177,7 @@ class CPOConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: examples are text, which no model's forward takes")
 
     def _fill_in(self) -> None:
-        """The preset's values for the fields that are None."""
+        """Give the fields that are None the preset's values."""
         if self.objective not in PRESETS:
             raise ValueError(f"objective must be one of {', '.join(PRESETS)}, got {self.objective!r}")
         for name, value in PRESETS[self.objective].fields().items():
@@ -220,7 +223,7 @@ class CPOConfig(TrainingArguments):
         return {"backend": self.backend, "max_logits_bytes": self.max_logits_bytes, "logits_dtype": dtype}
 
     def negative_counts(self, data_brings_negatives: bool) -> dict[str, int]:
-        """Negatives of each kind drawn for an example, at most; those of the data itself come on top.
+        """Count the negatives of each kind drawn for an example, at most; those of the data itself come on top.
 
         Args:
             data_brings_negatives: whether the examples have negatives of their own.

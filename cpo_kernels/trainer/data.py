@@ -101,14 +101,14 @@ class TokenizedExamples(Dataset):
 
 
 def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The collator of the data loader: {"index": (B,)}; tensors are built once negatives are drawn."""
+    """Collate for the data loader: {"index": (B,)}; tensors are built once negatives are drawn."""
     return {"index": torch.tensor([item["index"] for item in items])}
 
 
 def tokenize_examples(
     examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int, max_prompt_length: int
 ) -> TokenizedExamples:
-    """Token ids of examples.
+    """Turn examples into token ids.
 
     A prompt is tokenised with the special tokens that the tokenizer puts before a text; an empty one becomes BOS. Of
     a prompt over ``max_prompt_length`` the end is kept, after BOS if it began with it. A completion is tokenised
@@ -171,7 +171,7 @@ def tokenize_examples(
 
 
 def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
-    """Lists of examples, each with the index of its first: tokenizers are fast on many texts at a time."""
+    """Yield lists of examples, each with the index of its first: tokenizers are fast on many texts at a time."""
     start, chunk = 0, []
     for example in examples:
         chunk.append(example)
@@ -183,7 +183,7 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
 
 
 def _encode(values: Sequence[tuple[str, int, Any]], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of (name, index of the example, string or token ids)."""
+    """Turn values of (name, index of the example, string or token ids) into token ids."""
     texts = [value for _, _, value in values if isinstance(value, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
     appends_eos = add_special_tokens and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
@@ -220,5 +220,5 @@ def _finish_negative(ids: list[int], given: Any, kind: str, eos: int, limit: int
 
 
 def _end(ids: list[int], eos: int, limit: int) -> list[int]:
-    """The completion ended with EOS, of at most ``limit`` tokens."""
+    """End the completion with EOS and leave at most ``limit`` tokens."""
     return (ids if ids and ids[-1] == eos else [*ids, eos])[:limit]

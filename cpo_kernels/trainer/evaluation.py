@@ -65,7 +65,7 @@ class GenerationStatistics:
 def generation_statistics(
     completions: Sequence[Sequence[int]], eos_token_id: int | None = None
 ) -> GenerationStatistics:
-    """Length, end and repetition of completions.
+    """Measure length, end and repetition of completions.
 
     Args:
         completions: token ids of each; what follows an EOS is no part of it.
@@ -121,11 +121,11 @@ class Report:
     judge: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values for JSON; a number that is not finite is None."""
+        """Return nested dictionaries of plain values for JSON; a number that is not finite is None."""
         return _plain(asdict(self))
 
     def markdown(self) -> str:
-        """A report to read: a table of scores, a table of generations, and the win rate in a sentence."""
+        """Write a report to read: a table of scores, a table of generations, and the win rate in a sentence."""
         return "\n\n".join(filter(None, [self._scores(), self._generations(), self._verdict()])) + "\n"
 
     def _scores(self) -> str:
@@ -247,7 +247,7 @@ def _check_options(
 
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
-    """How :func:`evaluate` continues prompts where it is not told."""
+    """Say how :func:`evaluate` continues prompts where it is not told."""
     return Sampling(
         temperature=1.0,
         top_p=1.0,
@@ -258,7 +258,7 @@ def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
 
 
 def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
-    """The configuration of the trainer that evaluates: no reports, and no reference but the one that was given."""
+    """Configure the trainer that evaluates: no reports, and no reference but the one that was given."""
     config = copy.copy(config)
     config.report_to, config.push_to_hub = [], False
     if has_reference:
@@ -281,7 +281,7 @@ def _generations(
     sampling: Sampling,
     directory: Path | None,
 ) -> list[list[int]]:
-    """One continuation of each prompt, as token ids; read from ``directory`` if it has those of this call.
+    """Continue each prompt once, as token ids; read from ``directory`` if it has those of this call.
 
     A continuation is a function of the example's index and not of which others are drawn beside it.
     """

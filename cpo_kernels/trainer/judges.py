@@ -97,7 +97,7 @@ class ChatJudge(Endpoint):
         return f"chat {self.url} {self.model} {hashlib.sha256(sent.encode()).hexdigest()[:16]}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """The verdict in this order; a chat model's depends on the order."""
+        """Give the verdict in this order; a chat model's depends on the order."""
         return self._ask(Question(0, prompt, first, second))
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
@@ -127,7 +127,7 @@ class ChatJudge(Endpoint):
 
 
 def parse_verdict(answer: str) -> Verdict:
-    """1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
+    """Read 1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
     match = ANSWER.fullmatch(answer)
     return VERDICTS[match[1].lower()] if match else None
 
@@ -174,11 +174,11 @@ class LikelihoodJudge:
         return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """The verdict on one pair."""
+        """Give the verdict on one pair."""
         return next(self.verdicts([Question(0, prompt, first, second)]))[1]
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """``(index, verdict)``, batch by batch, pairs of like length together."""
+        """Yield ``(index, verdict)``, batch by batch, pairs of like length together."""
         tokens = self._tokenize(questions)
         order = sorted(range(len(questions)), key=lambda i: max(len(p) + len(c) for p, c in tokens[i]))
         for start in range(0, len(order), self.batch_size):
@@ -193,7 +193,7 @@ class LikelihoodJudge:
                 yield i, 0.5 if equal else float(first > second)
 
     def _tokenize(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
-        """For each question its prompt with the first and with the second continuation, as token ids."""
+        """Tokenize each question's prompt with the first and with the second continuation."""
         eos = self.tokenizer.eos_token_id
         # Only the prompts are taken from here: a continuation may be empty, a completion to train on may not.
         examples = [{"prompt": question.prompt, "completion": [eos, eos]} for question in questions]
@@ -208,7 +208,7 @@ class LikelihoodJudge:
         return pairs
 
     def _scores(self, texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Log-likelihood per token (len(texts),) float32 of continuations behind their prompts."""
+        """Score continuations behind their prompts: log-likelihoods per token, (len(texts),) float32."""
         # The last token predicts nothing, so the body does not see it.
         inputs = [torch.tensor([*prompt, *text[:-1]]) for prompt, text in texts]
         ids = pad_sequence(inputs, batch_first=True)

@@ -125,7 +125,7 @@ class Negatives:
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
 
     def sampler(self, examples: TokenizedExamples) -> NegativeSampler:
-        """What draws the negatives of these examples that need no model."""
+        """Make what draws the negatives of these examples that need no model."""
         counts = self.config.negative_counts(examples.brings_negatives)
         return NegativeSampler(
             examples=examples,
@@ -156,11 +156,11 @@ class Negatives:
                 raise ValueError(f"example {index} brings no negatives and none are drawn for it")
 
     def any_for(self, examples: TokenizedExamples) -> bool:
-        """Whether these examples have negatives."""
+        """Tell whether these examples have negatives."""
         return examples.brings_negatives or any(self.config.negative_counts(examples.brings_negatives).values())
 
     def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[Drawn]:
-        """The negatives of some examples as they are contrasted at ``step``."""
+        """Draw the negatives of some examples as they are contrasted at ``step``."""
         step = self._effective(step)
         sampler = self.sampler(examples)
         drawn = [Drawn(sampler.draw(index, step)) for index in indices]
@@ -206,7 +206,7 @@ class Negatives:
             self.store.negatives |= dict(gather_object([(key, self.store.negatives[key]) for key in missing]))
 
     def _effective(self, step: int) -> int:
-        """The step that decides what is drawn."""
+        """Return the step that decides what is drawn."""
         return step if self.config.resample_negatives or step == EVALUATION_STEP else 0
 
     @property
@@ -216,7 +216,7 @@ class Negatives:
     def _read(
         self, examples: TokenizedExamples, indices: Sequence[int], step: int, drawn: Sequence[Drawn]
     ) -> list[Reading]:
-        """One forward pass over the ground truths and, in the same rows, over their truncations."""
+        """Read the ground truths and, in the same rows, their truncations, in one forward pass."""
         passages = []
         for index, own in zip(indices, drawn, strict=True):
             completion = examples.completions[index]
@@ -240,7 +240,7 @@ class Negatives:
 
 
 def with_reference(drawn: Drawn, reading: Reading) -> Drawn:
-    """The same negatives with what the reference has said of the ground truth and its truncations."""
+    """Add to negatives what the reference has said of the ground truth and its truncations."""
     cut_logps = iter(reading.cut_logps)
     negatives = [own if own.cut is None else replace(own, ref_logp=next(cut_logps)) for own in drawn.negatives]
     return Drawn(negatives, reading.logp)

@@ -42,7 +42,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The model as it is to be asked."""
+        """Give the model as it is to be asked."""
         with evaluating(self._model()) as model:
             if not self.adapters:
                 yield model
@@ -55,7 +55,7 @@ class Reference:
                 yield model
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
-        """Log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
+        """Compute log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
         with self.active() as model:
             # Before training, Trainer may have left the model on the CPU.
             device = next(model.parameters()).device
@@ -86,7 +86,7 @@ class Sources:
 
     @contextmanager
     def asking(self, who: str = "model") -> Iterator[nn.Module]:
-        """The model, or the reference where there is one, in evaluation mode and without gradients."""
+        """Give the model, or the reference where there is one, in evaluation mode and without gradients."""
         of_reference = self.reference if who == "reference" else None
         source = evaluating(self.policy()) if of_reference is None else of_reference.active()
         with source as model, self.autocast():
@@ -96,8 +96,7 @@ class Sources:
 def make_reference(
     config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
 ) -> tuple[nn.Module | None, Reference | None]:
-    """The model that a configuration takes as reference, where it is another than the one that is trained, and the
-    reference itself.
+    """Make the reference, and its model where that is another than the one that is trained.
 
     Args:
         config: whether there is one.
@@ -125,12 +124,12 @@ def make_reference(
 
 
 def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
-    """Log-likelihoods (S,) divided by the numbers of tokens."""
+    """Divide log-likelihoods (S,) by the numbers of tokens."""
     return logps / torch.tensor(cu_tokens, device=logps.device).diff()
 
 
 def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) -> str:
-    """A digest of a model's parameters, or of those that are not trained: names, shapes and ``samples`` values each."""
+    """Digest a model's parameters, or those that are not trained: names, shapes and ``samples`` values each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if frozen_only and parameter.requires_grad:
@@ -143,7 +142,7 @@ def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) 
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What besides its parameters decides what a model says."""
+    """Return what besides its parameters decides what a model says."""
     config: Any = model.config
     return {"config": config.to_dict(), "dtypes": sorted({str(p.dtype) for p in model.parameters()})}
 
