@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cpo_kernels.negatives.seeds import chosen
-from cpo_kernels.trainer.loading import load_examples, read_rows
+from cpo_kernels.trainer.loading import ExampleOptions, load_examples, read_rows
 
 from .errors import InputError, input_errors
 from .options import RunConfig
@@ -137,13 +138,7 @@ class Inputs:
                 name=run.data_name,
                 tokenizer=self.tokenizer,
                 max_examples=count,
-                columns=run.columns,
-                prompt_template=run.prompt_template,
-                completion_template=run.completion_template,
-                text_column=run.text_column,
-                prompt_fraction=run.prompt_fraction,
-                prompt_tokens=run.prompt_tokens,
-                completion_tokens=run.completion_tokens,
+                **{item.name: getattr(run, item.name) for item in dataclasses.fields(ExampleOptions)},
             )
 
     def _split(self, examples: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -117,7 +117,7 @@ class CPOConfig(TrainingArguments):
     resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
     mean_field_source: str | None = _option(
         None,
-        "The model that draws mean-field negatives: reference, or the trained model. None: reference where it is frozen.",
+        "Who draws mean-field negatives: reference, or model, the trained one. None: reference where it is frozen.",
     )
     autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
