@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     judge = _judge(settings) if generates else None
     model, reference = inputs.trained_model(name), inputs.model() if options.eval_reference else None
     with input_errors(RuntimeError):
-        attach_linear_loss(model)  # raises for a model that cannot be read
+        attach_linear_loss(model)  # This raises for a model that cannot be read.
     with input_errors():
         report = evaluate_model(
             model,

@@ -18,11 +18,11 @@ from .options import RunConfig
 from .parsing import Settings
 from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-TOKENIZER_ROWS = 64  # of a dry run
+TOKENIZER_ROWS = 64  # A dry run makes its tokenizer of so many rows.
 ADAPTERS = "adapter_config.json"
 NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
-HELD_OUT_SEED = 0  # the same examples are held out by every command
+HELD_OUT_SEED = 0  # Every command holds out the same examples.
 
 
 class Inputs:

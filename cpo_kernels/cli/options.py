@@ -18,7 +18,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelOptions:
-    """Model."""
+    """Which model and tokenizer a command starts from, and which adapters are trained on it."""
 
     _argument_group_name = "Model"
 
@@ -45,7 +45,7 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """Data."""
+    """Where examples come from and how rows become examples."""
 
     _argument_group_name = "Data"
 
@@ -85,7 +85,7 @@ class DataOptions:
 
 @dataclass
 class NegativesOptions:
-    """Negatives made ahead of time."""
+    """What ``cpo-kernels negatives`` writes."""
 
     _argument_group_name = "Negatives made ahead of time"
 
@@ -107,7 +107,7 @@ class NegativesOptions:
 
 @dataclass
 class EvaluationOptions:
-    """Evaluation."""
+    """What ``cpo-kernels evaluate`` measures and where its report goes."""
 
     _argument_group_name = "Evaluation"
 
@@ -135,7 +135,7 @@ class EvaluationOptions:
 
 @dataclass
 class DryRunOptions:
-    """Dry run."""
+    """Whether a configuration is only tried out, and on what."""
 
     _argument_group_name = "Dry run"
 
@@ -156,7 +156,7 @@ class DryRunOptions:
 
 @dataclass
 class CourseOptions:
-    """Course of a run."""
+    """How ``cpo-kernels train`` begins and ends."""
 
     _argument_group_name = "Course of a run"
 

@@ -32,7 +32,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Its file."""
+        """The name of the part's file."""
         return f"{self.start:09d}-{self.digest[:16]}.json"
 
 

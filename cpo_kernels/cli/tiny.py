@@ -98,7 +98,8 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
         if str(values.get("attn_implementation", "")).startswith("flash"):
             values["attn_implementation"] = "sdpa"
     if values.get("eval_fraction"):
-        values["eval_fraction"] = max(values["eval_fraction"], 0.25)  # of so few, one alone has no batch negatives
+        # A single held-out example would have no batch negatives.
+        values["eval_fraction"] = max(values["eval_fraction"], 0.25)
     values["output_dir"] = f"{str(values.get('output_dir') or 'trainer_output').rstrip('/')}-tiny"
     if values.get("negatives_file") is not None:
         path = Path(values["negatives_file"])
@@ -140,7 +141,7 @@ def _variables(template: str | None) -> set[str]:
     try:
         return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
     except jinja2.TemplateSyntaxError:
-        return set()  # told of where the template is used
+        return set()  # The error is told where the template is used.
 
 
 def _paragraphs() -> Iterator[str]:

@@ -138,5 +138,5 @@ def _load(name_or_path: str, device: str | None) -> Any:
         ) from error
     try:
         return SentenceTransformer(name_or_path, device=device)
-    except Exception as error:  # the library passes on whatever the hub, the file or a module raises
+    except Exception as error:  # The library passes on whatever the hub, a file or a module raises.
         raise RuntimeError(f"embedding model {name_or_path!r} cannot be loaded: {error}") from error

@@ -50,7 +50,8 @@ class ContrastBatch:
     max_length: int | None = None
     share_prefixes: bool = False
     prompts: list[Sequence[int]] = field(default_factory=list)
-    completions: list[list[Sequence[int]]] = field(default_factory=list)  # of each group, those with their own rows
+    # For each group, the completions that have rows of their own.
+    completions: list[list[Sequence[int]]] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     groups: list[int] = field(default_factory=lambda: [0])
 
@@ -102,7 +103,7 @@ class ContrastBatch:
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """The number G of groups."""
         return len(self.groups) - 1
 
     @property

@@ -63,7 +63,7 @@ class BatchBuilder:
         }
         if ref_logps is not None:
             inputs["ref_logps"] = ref_logps
-        elif not self.ranking.by_reference:  # which has to see every candidate
+        elif not self.ranking.by_reference:  # A reference that ranks has to see every candidate.
             inputs |= batch.reference_tensors()
         self.ranking.rank_texts(batch, inputs)
         return inputs

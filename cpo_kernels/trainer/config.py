@@ -48,7 +48,7 @@ PRESETS = {
     "cpo": Preset(alpha=0.5, reference="frozen", negatives={"batch": 1, "truncation": 1}),
     "dpo": Preset(reference="frozen"),
     "xu_cpo": Preset(mle_weight=1.0),
-    # beta and gamma of the published SimPO recipes: gamma / beta = 0.5
+    # These are beta and gamma of the published SimPO recipes, where gamma / beta = 0.5.
     "simpo": Preset(beta=2.0, margin=1.0, length_normalized=True),
     "mle": Preset(alpha=0.0, negatives={}),
     "scheduled_sampling": Preset(alpha=0.0, negatives={}),
@@ -195,7 +195,7 @@ class CPOConfig(TrainingArguments):
 
     @property
     def prompt_budget(self) -> int:
-        """Tokens that a prompt may have."""
+        """How many tokens a prompt may have."""
         return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
 
     @property
@@ -269,7 +269,7 @@ class CPOConfig(TrainingArguments):
     def _check_objective(self) -> None:
         if not 0 <= self.alpha <= 1:  # type: ignore[operator]
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        Objective(**self.objective_options)  # raises for the rest
+        Objective(**self.objective_options)  # This raises for wrong values of the other options.
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} smooths cross entropy, which this trainer does "

@@ -69,7 +69,7 @@ class TokenizedExamples(Dataset):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # input_ids is there for samplers that group by length
+        # Samplers that group by length read input_ids.
         return {"index": index, "input_ids": [*self.prompts[index], *self.completions[index]]}
 
     @property
@@ -79,12 +79,12 @@ class TokenizedExamples(Dataset):
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
+        """How many tokens the longest prompt has."""
         return max(map(len, self.prompts))
 
     @cached_property
     def longest_completion(self) -> int:
-        """Tokens of the longest completion."""
+        """How many tokens the longest completion has."""
         return max(map(len, self.completions))
 
     @cached_property

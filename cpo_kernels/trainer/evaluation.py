@@ -20,7 +20,7 @@ from transformers import PrinterCallback
 
 from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives import seeds
-from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
+from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.kinds import counted_kinds
 
 from .config import CPOConfig
@@ -30,12 +30,13 @@ from .judges import Judge
 from .reference import fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
-from .writing import room_for
+from .writing import ModelWriter, room_for
 
 __all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
 
-DEFAULT_COUNT = 1  # negatives of each kind whose number is left to the objective, for a model trained without any
-ORDERS = (1, 2, 3, 4)  # of the n-grams that are counted
+# A model that was trained without negatives is evaluated with so many of each kind that the objective counts.
+DEFAULT_COUNT = 1
+ORDERS = (1, 2, 3, 4)  # The n of the n-grams that are counted.
 GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
 
 
@@ -210,7 +211,7 @@ def evaluate(
         processing_class=tokenizer,
         ref_model=ref_model,
     )
-    trainer.remove_callback(PrinterCallback)  # the report says it all
+    trainer.remove_callback(PrinterCallback)  # The report has what it would print.
     data: Any = trainer.eval_dataset
     folder = None if directory is None else Path(directory)
     with evaluating(model):
@@ -243,7 +244,7 @@ def _check_options(
     if num_generations is not None and num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
     if judge is not None and directory is not None:
-        judge_identity(judge)  # raises for a judge whose verdicts cannot be kept, before anything is computed
+        judge_identity(judge)  # Before anything is computed, this raises if verdicts of the judge cannot be kept.
 
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
@@ -292,11 +293,7 @@ def _generations(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["completions"]
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    drawn = autoregressive_negatives(
-        model, prompts, 1, eos_token_id=eos, pad_token_id=eos if pad is None else pad, sampling=sampling, keys=indices
-    )
-    completions = [list(candidates[0]) for candidates in drawn]
+    completions = [drawn for (drawn,) in ModelWriter(lambda: model, tokenizer)(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))
     return completions

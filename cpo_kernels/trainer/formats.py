@@ -8,7 +8,7 @@ from typing import Any
 
 from cpo_kernels.negatives import KINDS
 
-Value = Any  # a text, a list of token ids, or a conversation: a list of {"role", "content"}
+Value = Any  # A text, a list of token ids, or a conversation: a list of {"role", "content"}
 
 
 def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class _Renderer:
         kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(kept, tokenize=False, **options, **self.options)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # A template may raise anything.
             message = f"the chat template does not take the messages of example {self.index}: {error}"
             raise ValueError(message) from error
 

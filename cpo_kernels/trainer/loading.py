@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 Row = Mapping[str, Any]
-Place = Callable[[int], str]  # from a row's number to where it stands, for messages
+Place = Callable[[int], str]  # Says for messages where the row of a number stands.
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 
     try:
         return datasets.load_dataset(source, name, split=split)
-    except Exception as error:  # of the network, of the hub, of the data set's own files
+    except Exception as error:  # The network, the hub and the data set's files raise many.
         asked = f"the data set {source!r} (configuration {name!r}, split {split!r})"
         raise RuntimeError(
             f"there is no file or directory {source!r}, and datasets could not load {asked}: "

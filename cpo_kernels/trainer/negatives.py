@@ -18,7 +18,7 @@ from .data import TokenizedExamples
 from .reference import Sources
 from .writing import EndpointWriter, ModelWriter, Store, sampling_of
 
-EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
+EVALUATION_STEP = -1  # Every evaluation draws alike, though models may have changed.
 
 
 class NegativeSampler:
@@ -121,7 +121,7 @@ class Negatives:
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn."""
+        """The seed of everything that is drawn."""
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
 
     def sampler(self, examples: TokenizedExamples) -> NegativeSampler:
@@ -202,7 +202,7 @@ class Negatives:
         if missing or self.sources.synced_gpus:
             written = self._write(examples, [index for _, index in missing], self._effective(steps[0][0]))
             self.store.negatives.update(zip(missing, written, strict=True))
-        if not self.config.resample_negatives:  # another process may see these examples next time
+        if not self.config.resample_negatives:  # Another process may see these examples next time.
             self.store.negatives |= dict(gather_object([(key, self.store.negatives[key]) for key in missing]))
 
     def _effective(self, step: int) -> int:

@@ -113,7 +113,7 @@ def make_reference(
     model = accelerator.unwrap_model(policy())
     if ref_model is None and hasattr(model, "disable_adapter"):
         return None, Reference(policy, adapters=True)
-    if ref_model is None and config.reference == "precomputed":  # it is asked before it is trained, and no longer
+    if ref_model is None and config.reference == "precomputed":  # The model is asked before it is trained, not later.
         return None, Reference(policy, adapters=False)
     frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
     frozen = frozen.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .judges import Judge, Question, Verdict
 
-Z95 = 1.959963984540054  # the standard normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # The 97.5 % quantile of the standard normal distribution.
 VALUES = (0.0, 0.5, 1.0)
 
 
@@ -205,7 +205,7 @@ def _score_interval(wins: int, losses: int, n: int) -> tuple[float, float]:
     """Compute Tango's interval of (wins - losses) / n: the differences that the score test at 5 % does not reject."""
 
     def kept(difference: float) -> bool:
-        # the probability of a loss under this difference with the largest likelihood: a root of a x^2 + b x + c
+        # The likeliest probability of a loss under this difference is a root of a x^2 + b x + c.
         a, c = 2 * n, -losses * difference * (1 - difference)
         b = (2 * n - wins + losses) * difference - wins - losses
         loss = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)

@@ -22,7 +22,7 @@ KEY_VARIABLE = "CPO_KERNELS_COMPLETIONS_KEY"
 
 Key = tuple[int, int]  # (step, index of the example)
 Ids = Sequence[int]
-Written = list[list[list[int]]]  # token ids of each completion of each prompt
+Written = list[list[list[int]]]  # Token ids of each completion of each prompt.
 
 
 class Store:
