@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from .cli import help as texts
-from .cli.errors import InputError
+from .cli.errors import InputError, unknown
 from .cli.processes import leave_process_group
 
 # What the commands need beside the package itself: the extra "trainer".
@@ -23,16 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in texts.COMMANDS:
-        near = difflib.get_close_matches(command, texts.COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(texts.COMMANDS)}"
-        print(f"cpo-kernels: there is no command {command!r}; {hint}", file=sys.stderr)
+        message = f"{unknown('command', command, texts.COMMANDS)}; expected one of {', '.join(texts.COMMANDS)}"
+        print(f"cpo-kernels: {message}", file=sys.stderr)
         return 2
     if command == "info":
         return _info(rest)
-    if command != "ensemble" and ({"-h", "--help"} & set(rest) or not rest):
-        print(texts.of(command))
-        return 0
     try:
+        if command in texts.DESCRIPTIONS and ({"-h", "--help"} & set(rest) or not rest):
+            print(importlib.import_module("cpo_kernels.cli.parsing").help_of(command))
+            return 0
         importlib.import_module(f"cpo_kernels.cli.{command}").run(rest)
     except InputError as error:
         print(f"cpo-kernels {command}: {error}", file=sys.stderr)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -12,7 +13,7 @@ class InputError(ValueError):
 
 @contextmanager
 def input_errors(*more: type[Exception]) -> Iterator[None]:
-    """What goes wrong inside is about the input: ``ValueError``, and the types in ``more``."""
+    """Raise what goes wrong inside, a ``ValueError`` or a type in ``more``, as an error about the input."""
     caught: tuple[type[Exception], ...] = (ValueError, *more)
     try:
         yield
@@ -20,3 +21,9 @@ def input_errors(*more: type[Exception]) -> Iterator[None]:
         raise
     except caught as error:
         raise InputError(str(error)) from error
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """Say that there is no ``what`` of this name, and which known name was probably meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

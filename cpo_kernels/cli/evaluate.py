@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> None:
     judge = _judge(settings) if generates else None
     model, reference = inputs.trained_model(name), inputs.model() if options.eval_reference else None
     with input_errors(RuntimeError):
-        attach_linear_loss(model)  # raises for a model that cannot be read
+        attach_linear_loss(model)  # This raises for a model that cannot be read.
     with input_errors():
         report = evaluate_model(
             model,
@@ -106,7 +106,7 @@ def _judge(settings: Settings) -> Judge | None:
 
 
 def _callable(name: str) -> Judge:
-    """The function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
+    """Find the function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -42,7 +42,7 @@ def _extension_lines() -> list[tuple[str, str]]:
 
 
 def report() -> str:
-    """The text of ``python -m cpo_kernels info``."""
+    """Write the text of ``python -m cpo_kernels info``."""
     lines = [
         ("cpo-kernels", cpo_kernels.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
-from cpo_kernels.trainer.loading import load_examples, read_rows
+from cpo_kernels.negatives.seeds import chosen
+from cpo_kernels.trainer.loading import ExampleOptions, load_examples, read_rows
 
 from .errors import InputError, input_errors
 from .options import RunConfig
 from .parsing import Settings
 from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-TOKENIZER_ROWS = 64  # of a dry run
+TOKENIZER_ROWS = 64  # A dry run makes its tokenizer of so many rows.
 ADAPTERS = "adapter_config.json"
-DTYPES = ("float32", "bfloat16", "float16", "auto")
 NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
-HELD_OUT_SEED = 0  # the same examples are held out by every command
+HELD_OUT_SEED = 0  # Every command holds out the same examples.
 
 
 class Inputs:
@@ -48,7 +48,7 @@ class Inputs:
         return self._tokenizer() if self._given_tokenizer is None else self._given_tokenizer
 
     def _source(self, source: str | None) -> str | None:
-        """Where to read; a dry run does not ask the hub."""
+        """Say where to read; a dry run does not ask the hub."""
         if source is None or not self.run.tiny or _is_local(source):
             return source
         if self.run.tiny_data is not None:
@@ -72,7 +72,7 @@ class Inputs:
         return load_tokenizer(name, self.run)
 
     def model(self) -> Any:
-        """The model to start from."""
+        """Make the model to start from."""
         training = self.settings.training
         if self.run.tiny:
             return tiny_model(self.run, self.tokenizer, training.max_length, training.seed)
@@ -81,7 +81,7 @@ class Inputs:
         return load_model(self.run.model, self.run)
 
     def adapted_model(self) -> Any:
-        """The model to train, with LoRA adapters if ``lora_r`` is not 0."""
+        """Make the model to train, with LoRA adapters if ``lora_r`` is not 0."""
         model = self.model()
         if self.run.lora_r == 0:
             return model
@@ -99,7 +99,7 @@ class Inputs:
             return peft.get_peft_model(model, config)
 
     def trained_model(self, name: str) -> Any:
-        """A trained model; adapters are put on the model to start from."""
+        """Load a trained model; adapters are put on the model to start from."""
         if not Path(name, ADAPTERS).is_file():
             return load_model(name, self.run)
         import peft
@@ -108,14 +108,14 @@ class Inputs:
             return peft.PeftModel.from_pretrained(self.model(), name)
 
     def train_examples(self) -> Sequence[Any]:
-        """All of the data but what is held out."""
+        """Load all of the data but what is held out."""
         if self.data is None:
             raise InputError(NO_DATA)
         examples = self._load(self.data, self.run.data_split, self.run.max_examples)
         return examples if not self.run.eval_fraction else self._split(examples)[0]
 
     def eval_examples(self) -> Sequence[Any] | None:
-        """What is held out; None where the configuration has nothing of the kind."""
+        """Load what is held out; None where the configuration has nothing of the kind."""
         run = self.run
         if run.eval_fraction and self.data is not None:
             examples = self._split(self._load(self.data, run.data_split, run.max_examples))[1]
@@ -138,22 +138,16 @@ class Inputs:
                 name=run.data_name,
                 tokenizer=self.tokenizer,
                 max_examples=count,
-                columns=run.columns,
-                prompt_template=run.prompt_template,
-                completion_template=run.completion_template,
-                text_column=run.text_column,
-                prompt_fraction=run.prompt_fraction,
-                prompt_tokens=run.prompt_tokens,
-                completion_tokens=run.completion_tokens,
+                **{item.name: getattr(run, item.name) for item in dataclasses.fields(ExampleOptions)},
             )
 
     def _split(self, examples: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         count = max(1, round(len(examples) * self.run.eval_fraction))
         if count == len(examples):
             raise InputError(f"eval_fraction={self.run.eval_fraction} of {count} examples leaves none to train on")
-        chosen = set(Random(HELD_OUT_SEED).sample(range(len(examples)), count))
-        kept = [i for i in range(len(examples)) if i not in chosen]
-        return _take(examples, kept), _take(examples, sorted(chosen))
+        held_out = chosen(HELD_OUT_SEED, len(examples), count)
+        kept = sorted({*range(len(examples))} - {*held_out})
+        return _take(examples, kept), _take(examples, held_out)
 
 
 def _is_local(source: str) -> bool:
@@ -169,7 +163,7 @@ def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
 
 
 def load_tokenizer(name: str, run: RunConfig) -> Any:
-    """A tokenizer from a directory or the hub."""
+    """Load a tokenizer from a directory or the hub."""
     from transformers import AutoTokenizer
 
     revision = run.revision if name == run.model else None
@@ -178,11 +172,9 @@ def load_tokenizer(name: str, run: RunConfig) -> Any:
 
 
 def load_model(name: str, run: RunConfig) -> Any:
-    """A model from a directory or the hub."""
+    """Load a model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
-    if run.torch_dtype not in DTYPES:
-        raise InputError(f"torch_dtype must be one of {', '.join(DTYPES)}, got {run.torch_dtype!r}")
     with input_errors(OSError, ImportError, RuntimeError):
         return AutoModelForCausalLM.from_pretrained(
             name,

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cpo_kernels.negatives.autoregressive import write_negatives
+from cpo_kernels.negatives import write_negatives
 from cpo_kernels.trainer.files import write_whole
 
 from .errors import InputError, input_errors
@@ -63,10 +63,10 @@ def _target(settings: Settings) -> Path:
 
 
 def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
-    """The parts as one file that training reads."""
+    """Join the parts to one file that training reads."""
     written = [json.loads(_read(folder / part.name)) for part in parts]
     negatives = [own for part in written for own in part["negatives"]]
-    ranks = None if job.likeness is None else [own for part in written for own in part["ranks"]]
+    ranks = None if job.ranking is None else [own for part in written for own in part["ranks"]]
     with input_errors():
         write_negatives(path, job.rows(), negatives, ranks=ranks)
     bare = sum(not own for own in negatives)

@@ -1,17 +1,15 @@
 """What a configuration file says beside the fields of ``CPOConfig``: the model, the data, and what each command writes.
 
-Nothing heavy is imported here: ``--help`` reads these fields.
+The text of a field is what ``--help`` shows; ``_argument_group_name`` is the title above the fields of a class.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 RESUME = ("auto", "none")
 JUDGES = ("none", "chat", "likelihood")
-FORMATS = ("ids", "text")
-RANKINGS = ("none", "similarity")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -20,84 +18,112 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class ModelOptions:
-    """Model."""
+    """Which model and tokenizer a command starts from, and which adapters are trained on it."""
+
+    _argument_group_name = "Model"
 
     model: str | None = _option(None, "Model to start from: a directory, or a name on the hub.")
-    tokenizer: str | None = _option(None, "Its tokenizer. Default: the model's own.")
+    tokenizer: str | None = _option(None, "Tokenizer, a directory or a name on the hub. None: the model's own.")
     revision: str | None = _option(None, "Revision of the model on the hub.")
-    torch_dtype: str = _option("float32", "Type of the weights: float32, bfloat16, float16, or auto, as stored.")
-    attn_implementation: str | None = _option(None, "Attention: sdpa, eager, flex_attention, flash_attention_2, ...")
+    torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
+        "float32", "Type of the weights; auto takes them as they are stored."
+    )
+    attn_implementation: str | None = _option(
+        None, "Implementation of attention: sdpa, eager, flex_attention, flash_attention_2, ..."
+    )
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
     lora_r: int = _option(0, "Train LoRA adapters of this rank in place of the weights; 0 trains the weights.")
-    lora_alpha: int = _option(16, "Scale of the adapters, over their rank.")
+    lora_alpha: int = _option(16, "Scale of the adapters, which is divided by their rank.")
     lora_dropout: float = _option(0.0, "Dropout in front of the adapters.")
     lora_targets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Modules that get adapters, by name, or all-linear. Default: those that peft knows for the model."
+            "help": "Modules that get adapters, by name, or all-linear. None: those that peft knows for the model."
         },
     )
 
 
 @dataclass
 class DataOptions:
-    """Data."""
+    """Where examples come from and how rows become examples."""
+
+    _argument_group_name = "Data"
 
     data: str | None = _option(
         None,
         "Training examples: a .jsonl, .json, .parquet or .txt file, a pattern such as 'data/*.jsonl', a directory that "
         "datasets saved, or the name of a data set on the hub.",
     )
-    data_name: str | None = _option(None, "Configuration of a data set on the hub.")
-    data_split: str = _option("train", "Its split; slices such as train[:1000] work.")
-    eval_data: str | None = _option(None, "Held-out examples, as data. Default: data, with eval_split.")
+    data_name: str | None = _option(None, "Name of a configuration of the data set on the hub.")
+    data_split: str = _option("train", "Split of the data set; slices such as train[:1000] work.")
+    eval_data: str | None = _option(
+        None, "Held-out examples, from the same places as data. None: data, with eval_split."
+    )
     eval_split: str | None = _option(None, "Split of the held-out examples.")
-    eval_fraction: float = _option(0.0, "Share of data to hold out, where it has no part for that.")
-    max_examples: int | None = _option(None, "Use the first so many rows of data; of negatives_file, all are.")
-    max_eval_examples: int | None = _option(None, "Use the first so many rows of the held-out examples.")
+    eval_fraction: float = _option(0.0, "Share of data to hold out where it has no split for that.")
+    max_examples: int | None = _option(
+        None, "Use only so many rows of data, the first ones; of negatives_file all are used."
+    )
+    max_eval_examples: int | None = _option(None, "Use only so many rows of the held-out examples, the first ones.")
     columns: dict | str | None = field(
         default=None,
-        metadata={"help": "Names of the fields where they are others, as {prompt: question, completion: answer}."},
+        metadata={
+            "help": "Names of the data's own fields, where they differ, as {prompt: question, completion: answer}."
+        },
     )
     prompt_template: str | None = _option(None, "A Jinja template over a row's fields that makes its prompt.")
-    completion_template: str | None = _option(None, "Likewise for its completion.")
+    completion_template: str | None = _option(None, "A Jinja template over a row's fields that makes its completion.")
     text_column: str = _option("text", "Field of a document to be cut into prompt and completion.")
     prompt_fraction: float = _option(0.5, "Share of a document's words that is its prompt.")
-    prompt_tokens: int | None = _option(None, "Cut documents into pieces that have so many tokens of prompt ...")
-    completion_tokens: int | None = _option(None, "... and so many of completion. Give both or neither.")
+    prompt_tokens: int | None = _option(
+        None, "Cut documents into pieces whose prompt has so many tokens; needs completion_tokens."
+    )
+    completion_tokens: int | None = _option(
+        None, "Cut documents into pieces whose completion has so many tokens; needs prompt_tokens."
+    )
 
 
 @dataclass
 class NegativesOptions:
-    """Negatives made ahead of time."""
+    """What ``cpo-kernels negatives`` writes."""
+
+    _argument_group_name = "Negatives made ahead of time"
 
     negatives_file: str | None = _option(
         None,
         "A .jsonl or .parquet file. The command negatives writes it; train reads its examples in place of data.",
     )
     negatives_count: int = _option(4, "Negatives written for each example.")
-    negatives_format: str = _option(
+    negatives_format: Literal["ids", "text"] = _option(
         "ids",
-        "ids: as they were drawn, those that were cut off without an end; of use with one tokenizer only. text: of use "
-        "with any, but every text counts as ended.",
+        "ids keeps the tokens as they were drawn, also of texts that were cut off, and is of use with one tokenizer "
+        "only; text is of use with any tokenizer, but every text counts as ended.",
     )
-    negatives_ranking: str = _option(
-        "none", "similarity: rank them by likeness to the ground truth, for training that reads ranks; or none."
+    negatives_ranking: Literal["none", "similarity"] = _option(
+        "none", "similarity ranks them by likeness to the ground truth, for training that reads ranks."
     )
-    negatives_part: int = _option(256, "Examples between two times that what there is gets saved.")
+    negatives_part: int = _option(256, "Save what is written after every so many examples.")
 
 
 @dataclass
 class EvaluationOptions:
-    """Evaluation."""
+    """What ``cpo-kernels evaluate`` measures and where its report goes."""
 
-    checkpoint: str | None = _option(None, "Model to evaluate. Default: what train left in output_dir.")
-    eval_reference: bool = _option(False, "Compare log-likelihoods as ratios to model, the one trained from.")
-    eval_generations: int | None = _option(None, "Continue so many prompts freely; 0 for none. Default: all.")
-    eval_temperature: float = _option(1.0, "Temperature of the continuations.")
-    eval_top_p: float = _option(1.0, "Nucleus that they are sampled from.")
-    eval_max_new_tokens: int | None = _option(None, "Their length, at most. Default: the longest ground truth's.")
-    eval_dir: str | None = _option(None, "Where reports and verdicts go. Default: evaluation in output_dir.")
+    _argument_group_name = "Evaluation"
+
+    checkpoint: str | None = _option(None, "Model to evaluate. None: what train left in output_dir.")
+    eval_reference: bool = _option(
+        False, "Compare log-likelihoods as ratios to those of model, which training started from."
+    )
+    eval_generations: int | None = _option(
+        None, "Continue so many prompts freely; 0 continues none. None: all of them."
+    )
+    eval_temperature: float = _option(1.0, "Temperature that continuations are sampled at.")
+    eval_top_p: float = _option(1.0, "Nucleus (top-p) that continuations are sampled from.")
+    eval_max_new_tokens: int | None = _option(
+        None, "Tokens of a continuation, at most. None: as many as the longest ground truth has."
+    )
+    eval_dir: str | None = _option(None, "Where reports and verdicts go. None: evaluation in output_dir.")
     judge: str = _option(
         "none",
         "Compares continuations with ground truths. chat: an OpenAI-compatible chat endpoint; likelihood: a model's "
@@ -109,7 +135,9 @@ class EvaluationOptions:
 
 @dataclass
 class DryRunOptions:
-    """Dry run."""
+    """Whether a configuration is only tried out, and on what."""
+
+    _argument_group_name = "Dry run"
 
     tiny: bool = _option(
         False,
@@ -123,18 +151,26 @@ class DryRunOptions:
             "help": "Configuration of the tiny model, as {model_type: gpt2}; needed where model is a name on the hub."
         },
     )
-    tiny_data: str | None = _option(None, "A file to take in place of data on the hub.")
+    tiny_data: str | None = _option(None, "A file that a dry run takes in place of data on the hub.")
 
 
 @dataclass
 class CourseOptions:
-    """Course of a run."""
+    """How ``cpo-kernels train`` begins and ends."""
 
-    resume: str = _option("auto", "auto: go on from the last checkpoint in output_dir; none; or a checkpoint.")
+    _argument_group_name = "Course of a run"
+
+    resume: str = _option(
+        "auto", "auto goes on from the last checkpoint in output_dir; none begins anew; or the path of a checkpoint."
+    )
     ensemble_with: str | None = _option(
         None, "At the end, also write the average of the weights with those of this model, to ensemble in output_dir."
     )
-    ensemble_alpha: float = _option(0.5, "Weight of the trained model in it.")
+    ensemble_alpha: float = _option(0.5, "Weight of the trained model in the average with ensemble_with.")
+
+
+# In the order that help shows them.
+GROUPS = (ModelOptions, DataOptions, NegativesOptions, CourseOptions, EvaluationOptions, DryRunOptions)
 
 
 @dataclass
@@ -160,10 +196,6 @@ class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, 
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if self.negatives_format not in FORMATS:
-            raise ValueError(f"negatives_format must be one of {', '.join(FORMATS)}, got {self.negatives_format!r}")
-        if self.negatives_ranking not in RANKINGS:
-            raise ValueError(f"negatives_ranking must be one of {', '.join(RANKINGS)}, got {self.negatives_ranking!r}")
         if self.judge not in JUDGES and ":" not in self.judge:
             raise ValueError(f"judge must be one of {', '.join(JUDGES)} or MODULE:FUNCTION, got {self.judge!r}")
         if self.judge == "chat" and not (self.judge_url and self.judge_model):

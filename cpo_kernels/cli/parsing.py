@@ -1,28 +1,28 @@
-"""A configuration file and the command line, read into ``RunConfig`` and ``CPOConfig``."""
+"""Reads a configuration file and the command line into ``RunConfig`` and ``CPOConfig``; prints their help.
+
+``transformers.HfArgumentParser`` makes an option of every field, with the field's text and default. Values of a file
+go through the same options, as if they had been written on the command line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
+import inspect
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from cpo_kernels.trainer.config import CPOConfig
 
-from .errors import InputError, input_errors
-from .options import RunConfig
+from .errors import InputError, input_errors, unknown
+from .help import DESCRIPTIONS, FILE
+from .options import GROUPS, RunConfig
 from .tiny import cut_down
-
-BOOLEANS = ("true", "false", "yes", "no", "1", "0", "y", "n", "t", "f")
-# TrainingArguments annotates it as ``str | None``, for values of old, and wants True.
-MISANNOTATED: dict[str, Any] = {"fsdp": bool | str | None}
+from .yaml12 import read_yaml
 
 
 @dataclass
@@ -47,9 +47,10 @@ def parse(arguments: Sequence[str]) -> Settings:
         InputError: a file that is not there or not YAML, a field that nothing is known of, or a value of a wrong type
             or outside its range; the message names the field.
     """
-    parser = _Parser()
-    path, overrides = parser.read_command_line(arguments)
-    given = {} if path is None else parser.convert_all(_read_yaml(path), path)
+    parser = OptionParser()
+    overrides = parser.read(arguments)
+    path = overrides.pop("config", None)
+    given = {} if path is None else parser.read_file(path)
     if overrides.get("tiny", given.get("tiny", False)):
         given = cut_down(given)
     given |= overrides
@@ -60,16 +61,10 @@ def parse(arguments: Sequence[str]) -> Settings:
     return Settings(run, training, given)
 
 
-def field_types() -> dict[str, Any]:
-    """Every field that a configuration file may have, with its type."""
-    types = {
-        item.name: hints[item.name]
-        for cls in (RunConfig, CPOConfig)
-        for hints in [get_type_hints(cls)]
-        for item in dataclasses.fields(cls)
-        if item.init
-    }
-    return types | MISANNOTATED
+def help_of(command: str) -> str:
+    """Return the text of ``cpo-kernels COMMAND --help``."""
+    usage = f"cpo-kernels {command} CONFIG.yaml [--option value ...]"
+    return OptionParser(usage=usage, description=f"{DESCRIPTIONS[command]}\n{FILE}").format_help()
 
 
 def _construct(cls: type, given: Mapping[str, Any]) -> Any:
@@ -81,7 +76,10 @@ def _construct(cls: type, given: Mapping[str, Any]) -> Any:
 
 
 def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
-    """The lengths that pieces of documents have; one from within a document fills them, so that no EOS ends it."""
+    """Return the lengths that follow where documents are cut into pieces by tokens.
+
+    A piece from within a document has to fill ``max_length``, so that no EOS is put behind it.
+    """
     prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens")
     if not prompt or not completion:
         return {}
@@ -93,163 +91,108 @@ def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
     return {"max_length": prompt + completion, "max_prompt_length": prompt}
 
 
-class _Parser(HfArgumentParser):
-    """The options of both classes, without defaults: what is not given stays out."""
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows every default, and descriptions with their own line breaks."""
 
-    def __init__(self) -> None:
-        self.by_name: dict[str, argparse.Action] = {}
-        classes: Any = (RunConfig, CPOConfig)
-        super().__init__(classes, allow_abbrev=False, add_help=False)
-        self.types = field_types()
-        for action in self._actions:
-            action.default, action.required = argparse.SUPPRESS, False
 
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        action = super().add_argument(*names, **options)
-        self.by_name.setdefault(action.dest, action)
-        return action
+class OptionParser(HfArgumentParser):
+    """The options of ``RunConfig`` and ``CPOConfig``, in groups for the help text.
+
+    Attributes:
+        types: every option with the type of its field.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
+        own = {*inspect.get_annotations(CPOConfig)}
+        groups: Any = [
+            *GROUPS,
+            _subset(CPOConfig, own, "Objective, negatives and memory (CPOConfig)"),
+            _subset(CPOConfig, inherited - own, "Training (transformers.TrainingArguments)"),
+        ]
+        options |= {"allow_abbrev": False, "add_help": False, "formatter_class": _Formatter}
+        super().__init__(groups, **options)
+        self.add_argument(
+            "config", nargs="?", metavar="CONFIG.yaml", default=argparse.SUPPRESS, help="may hold every option below"
+        )
+        self.types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+        # The first action of a name: those behind it are its --no_NAME.
+        self._by_name = {action.dest: action for action in reversed(self._actions)}
+        for name, hint in self.types.items():
+            if dict in _kinds(hint):
+                self._by_name[name].type = _mapping_or_text
+        # TrainingArguments annotates it as a text, for values of old, and wants True.
+        self.types["fsdp"] = bool | str | None
+        self._by_name["fsdp"].type = _boolean_or_text
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``InputError`` in place of leaving the program."""
         raise InputError(message)
 
-    def read_command_line(self, arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-        """The configuration's path, and the values that are given beside it."""
-        namespace, others = self.parse_known_args(list(self._join_booleans(arguments)))
+    def read(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Read options and the path of a configuration; only what is given is in the answer."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        namespace, others = self.parse_known_args(list(arguments))
         for argument in others:
             if argument.startswith("-"):
-                raise InputError(self._unknown(argument.lstrip("-").partition("=")[0].replace("-", "_"), "option"))
-        if len(others) > 1:
-            raise InputError(f"expected one configuration file and options --key value, got {' '.join(others)!r}")
-        values = {name: self._from_text(name, value) for name, value in vars(namespace).items()}
-        return (others[0] if others else None), values
+                name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+                raise InputError(unknown("option", name, self.types))
+        if others:
+            raise InputError(f"expected one configuration file and options --key value, got {' '.join(others)!r} more")
+        return vars(namespace)
 
-    def _join_booleans(self, arguments: Sequence[str]) -> Iterable[str]:
-        """``--flag FILE`` as ``--flag=true FILE``: argparse would take the file for the flag's value."""
-        position = 0
-        while position < len(arguments):
-            argument = arguments[position]
-            action = self.by_name.get(argument[2:].replace("-", "_")) if argument.startswith("--") else None
-            if action is not None and _is_boolean(self.types[action.dest]):
-                following = arguments[position + 1 : position + 2]
-                says = bool(following) and following[0].lower() in BOOLEANS
-                yield f"{argument}={following[0] if says else 'true'}"
-                position += says
-            else:
-                yield argument
-            position += 1
-
-    def _from_text(self, name: str, value: Any) -> Any:
-        """A value of the command line: a mapping is written as JSON; true is no text where a boolean may stand."""
-        kinds = _kinds(self.types[name])
-        if isinstance(value, str) and bool in kinds and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
-            with input_errors():
-                return json.loads(value)
-        return value
-
-    def convert_all(self, values: Mapping[Any, Any], source: str) -> dict[str, Any]:
-        """The values of a file as their fields take them."""
-        converted = {}
-        for name, value in values.items():
+    def read_file(self, path: str) -> dict[str, Any]:
+        """Read the values of a configuration file."""
+        taken: dict[str, Any] = {}
+        arguments: list[str] = []
+        for name, value in read_yaml(path).items():
             if name not in self.types:
-                raise InputError(f"{source}: {self._unknown(str(name), 'field')}")
-            try:
-                converted[name] = self._convert(self.by_name[name], _kinds(self.types[name]), value)
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise InputError(f"{source}: {name} must be {self._expected(name)}, got {value!r}") from error
-        return converted
+                raise InputError(f"{path}: {unknown('field', str(name), self.types)}")
+            if isinstance(value, list) and value and self._by_name[name].nargs == "+":
+                arguments += [f"--{name}", *map(str, value)]
+            elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+                arguments.append(f"--{name}={value}")
+            elif type(value) in _kinds(self.types[name]):
+                taken[name] = value
+            else:
+                raise InputError(f"{path}: {name} cannot be {json.dumps(value, default=str)}")
+        try:
+            return taken | self.read(arguments)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
-    def _convert(self, action: argparse.Action, kinds: set[Any], value: Any) -> Any:
-        if type(value) in kinds and not isinstance(value, str) and action.nargs != "+":
-            return value
-        if value is None and type(None) in kinds:
-            return None
-        if action.nargs == "+":
-            return [self._convert_one(action, item) for item in (value if isinstance(value, list) else [value])]
-        if isinstance(value, bool) and bool not in kinds:
-            raise TypeError("bool")
-        return self._convert_one(action, value)
 
-    @staticmethod
-    def _convert_one(action: argparse.Action, value: Any) -> Any:
-        if not isinstance(value, (str, int, float)):
-            raise TypeError(type(value).__name__)
-        convert: Any = action.type or str
-        converted = convert(str(value))
-        if action.choices is not None and converted not in action.choices:
-            raise ValueError(converted)
-        return converted
+def _subset(cls: type, names: set[str], title: str) -> type:
+    """Make a dataclass of some of a dataclass's fields, which ``HfArgumentParser`` shows under a title."""
+    hints = get_type_hints(cls)
+    fields: Any = [
+        (item.name, hints[item.name], _copy(item))
+        for item in dataclasses.fields(cls)
+        if item.init and item.name in names
+    ]
+    return dataclasses.make_dataclass(cls.__name__, fields, namespace={"_argument_group_name": title})
 
-    def _expected(self, name: str) -> str:
-        choices = self.by_name[name].choices
-        return _describe(self.types[name]) if choices is None else f"one of {', '.join(map(str, choices))}"
 
-    def _unknown(self, name: str, what: str) -> str:
-        near = difflib.get_close_matches(name, self.types, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"there is no {what} {name!r}{hint}"
+def _copy(item: Any) -> Any:
+    return dataclasses.field(default=item.default, default_factory=item.default_factory, metadata=item.metadata)
 
 
 def _kinds(hint: Any) -> set[Any]:
-    """The types that a field may have, ``list[str]`` as ``list``."""
+    """Return the types that a field may have, ``list[str]`` as ``list``."""
     parts = get_args(hint) if get_origin(hint) not in (None, list, dict) else (hint,)
     return {get_origin(part) or part for part in parts}
 
 
-def _is_boolean(hint: Any) -> bool:
-    return bool in _kinds(hint) and _kinds(hint) <= {bool, type(None)}
-
-
-def _describe(hint: Any) -> str:
-    names = {type(None): "null", dict: "a mapping", list: "a list", bool: "true or false", int: "an integer"}
-    names |= {float: "a number", str: "a string"}
-    return " or ".join(sorted(names.get(kind, getattr(kind, "__name__", str(kind))) for kind in _kinds(hint)))
-
-
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as 1.2 has it: ``no`` and ``off`` are words, ``1e-5`` is a number, and no field comes twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    "while reading a mapping", node.start_mark, f"found {key.value!r} twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "float")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def _read_yaml(path: str) -> dict[Any, Any]:
+def _mapping_or_text(text: str) -> Any:
+    """Read a mapping, which the command line has as JSON; anything else stays a text."""
+    if not text.lstrip().startswith("{"):
+        return text
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, _Loader)
-    except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must have fields, as 'model: gpt2', got {type(values).__name__}")
-    return values
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+
+
+def _boolean_or_text(text: str) -> bool | str:
+    return {"true": True, "false": False}.get(text.lower(), text)

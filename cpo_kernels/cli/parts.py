@@ -1,4 +1,4 @@
-"""A data set whose negatives are written ahead of time, in parts that do not depend on each other."""
+"""A data set whose negatives are written ahead of time, in parts that do not depend on each other, and by whom."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cpo_kernels.models import attach_linear_loss
+from cpo_kernels.negatives.seeds import part_seed
+from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.formats import normalize_example
-from cpo_kernels.trainer.writing import sampling_of
+from cpo_kernels.trainer.ranking import Ranking
+from cpo_kernels.trainer.reference import Reference
+from cpo_kernels.trainer.writing import EndpointWriter, ModelWriter, Written, sampling_of
 
-from .errors import input_errors
+from .errors import InputError, input_errors
 from .inputs import Inputs
-from .likeness import Likeness
 from .parsing import Settings
-from .writers import EndpointWriter, ModelWriter
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Its file."""
+        """The name of the part's file."""
         return f"{self.start:09d}-{self.digest[:16]}.json"
 
 
@@ -53,13 +56,33 @@ class Job:
         # The same for all parts, so that they do not depend on where one begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
-        self.writer = EndpointWriter(config, self.tokenizer) if model is None else ModelWriter(model, self.tokenizer)
-        self.likeness = Likeness(config, self.tokenizer, model) if self.run.negatives_ranking != "none" else None
+        self.writer: ModelWriter | EndpointWriter
+        if model is None:
+            with input_errors(RuntimeError):
+                self.writer = EndpointWriter(config, self.tokenizer)
+        else:
+            self.writer = ModelWriter(lambda: model, self.tokenizer)
+        self.ranking: Ranking | None = None
+        self.reference: Reference | None = None
+        if self.run.negatives_ranking != "none":
+            self._rank(config, model)
+
+    def _rank(self, config: CPOConfig, model: Any) -> None:
+        """Get ready to rank what is written."""
+        if config.embedding_model is None and model is None:
+            raise InputError(
+                "negatives_ranking='similarity' needs an embedding_model where a server writes the negatives"
+            )
+        with input_errors(RuntimeError):
+            self.ranking = Ranking(config, self.tokenizer, config.device, wanted=True)
+            if self.ranking.by_reference:
+                attach_linear_loss(model)
+                self.reference = Reference(lambda: model, adapters=False)
 
     def parts(self) -> list[Part]:
-        """All of them, in order."""
-        common = [self.writer.identity(), asdict(self.sampling), self.run.negatives_count, self.as_text]
-        common += [None if self.likeness is None else ["similarity", self.likeness.config.embedding_model]]
+        """Cut the data into parts, in order."""
+        common = [self.writer.identity, asdict(self.sampling), self.run.negatives_count, self.as_text]
+        common += [None if self.ranking is None else ["similarity", self.ranking.config.embedding_model]]
         parts = []
         for start in range(0, len(self.data), self.run.negatives_part):
             stop = min(start + self.run.negatives_part, len(self.data))
@@ -69,18 +92,26 @@ class Job:
         return parts
 
     def write(self, part: Part) -> dict[str, Any]:
-        """The negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
+        """Write the negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
-        drawn = self.writer(prompts, part.start, self.run.negatives_count, self.sampling)
+        drawn = self._draw(prompts, part)
         kept = [
             [ids for ids in own if not self._is_truth(ids, truth)] for own, truth in zip(drawn, truths, strict=True)
         ]
-        ranks = None if self.likeness is None else self.likeness.ranks(prompts, truths, kept)
+        ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
         return {"negatives": self._as_written(kept), "ranks": ranks}
 
+    def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
+        keys, count = range(part.start, part.stop), self.run.negatives_count
+        if isinstance(self.writer, ModelWriter):
+            return self.writer(prompts, keys, count, self.sampling)
+        sampling = replace(self.sampling, seed=part_seed(self.sampling.seed, part.start))
+        with input_errors(RuntimeError):
+            return self.writer(prompts, keys, count, sampling)
+
     def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:
-        """Whether what was drawn is the ground truth in the form that it is written in; EOS alone is a fair draw."""
+        """Tell whether what was drawn is the ground truth in the form it is written in; EOS alone is a fair draw."""
         if self.as_text:
             first, second = self.tokenizer.batch_decode([list(ids), list(truth)], skip_special_tokens=True)
             return first == second
@@ -93,7 +124,7 @@ class Job:
         return [self.tokenizer.batch_decode(own, skip_special_tokens=True) if own else [] for own in negatives]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The examples that negatives are put to, in the form that these have."""
+        """Return the examples that negatives are put to, in the form that these have."""
         if self.as_text:
             return self.examples
         data, rows = self.data, []

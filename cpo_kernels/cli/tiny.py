@@ -81,7 +81,7 @@ DROPPED = (
 
 
 def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a configuration file as a dry run takes them."""
+    """Cut the values of a configuration file down to what a dry run takes."""
     import torch
 
     values: dict[str, Any] = {name: value for name, value in given.items() if name not in DROPPED} | REPLACED
@@ -98,7 +98,8 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
         if str(values.get("attn_implementation", "")).startswith("flash"):
             values["attn_implementation"] = "sdpa"
     if values.get("eval_fraction"):
-        values["eval_fraction"] = max(values["eval_fraction"], 0.25)  # of so few, one alone has no batch negatives
+        # A single held-out example would have no batch negatives.
+        values["eval_fraction"] = max(values["eval_fraction"], 0.25)
     values["output_dir"] = f"{str(values.get('output_dir') or 'trainer_output').rstrip('/')}-tiny"
     if values.get("negatives_file") is not None:
         path = Path(values["negatives_file"])
@@ -110,7 +111,7 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_rows(run: RunConfig) -> Iterator[dict[str, str]]:
-    """Rows with the fields that the configuration's columns and templates ask for, of text that comes with Python."""
+    """Yield rows with the fields that the configuration's columns and templates ask for, of text that Python ships."""
     firsts, seconds = _fields(run)
     for paragraph in _paragraphs():
         words = paragraph.split()
@@ -120,7 +121,7 @@ def tiny_rows(run: RunConfig) -> Iterator[dict[str, str]]:
 
 
 def _fields(run: RunConfig) -> tuple[set[str], set[str]]:
-    """Fields that the prompt is made of, and those that are in the completion and not in the prompt."""
+    """Find the fields that the prompt is made of, and those that only the completion has."""
     columns: Mapping[str, str] = run.columns if isinstance(run.columns, dict) else {}
     firsts, seconds = _variables(run.prompt_template), _variables(run.completion_template)
     firsts |= {columns[name] for name in ("prompt",) if name in columns}
@@ -140,7 +141,7 @@ def _variables(template: str | None) -> set[str]:
     try:
         return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
     except jinja2.TemplateSyntaxError:
-        return set()  # told of where the template is used
+        return set()  # The error is told where the template is used.
 
 
 def _paragraphs() -> Iterator[str]:
@@ -154,7 +155,7 @@ def _paragraphs() -> Iterator[str]:
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, count: int) -> str:
-    """The first ``count`` rows as JSON lines; returns the path."""
+    """Write the first ``count`` rows as JSON lines; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row, _ in zip(rows, range(count), strict=False)]
     path.write_text("".join(lines), encoding="utf-8")
@@ -165,7 +166,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, count: int) -> str
 
 
 def tiny_tokenizer(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """A byte-level BPE of the texts in some rows, with a plain chat template; the same rows give the same tokenizer."""
+    """Train a byte-level BPE on the texts in some rows; it has a plain chat template and depends on nothing else."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -188,7 +189,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def tiny_model(run: RunConfig, tokenizer: Any, max_length: int, seed: int) -> Any:
-    """A random model of the family that the configuration names."""
+    """Make a random model of the family that the configuration names."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -11,9 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cpo_kernels.trainer import CPOTrainer
-from cpo_kernels.trainer.checkpoints import last_complete_checkpoint
 from cpo_kernels.trainer.ensemble import EnsembleCallback
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.trainer.files import last_complete_checkpoint, write_whole
 from cpo_kernels.trainer.loading import load_examples
 
 from .errors import InputError, input_errors
@@ -49,7 +48,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def make_trainer(settings: Settings) -> CPOTrainer:
-    """The trainer with its model and data; what is wrong with them is told before the first step."""
+    """Make the trainer with its model and data; what is wrong with them is told before the first step."""
     inputs = Inputs(settings)
     examples, held_out = _train_examples(inputs), inputs.eval_examples()
     given = settings.given.get("eval_strategy", "no")
@@ -86,7 +85,7 @@ def _train_examples(inputs: Inputs) -> Sequence[Any]:
 
 
 def find_checkpoint(settings: Settings) -> str | None:
-    """What to go on from: the last checkpoint that was written to its end, the one that is named, or nothing."""
+    """Find what to go on from: the last checkpoint that was written to its end, the one that is named, or nothing."""
     training = settings.training
     asked = training.resume_from_checkpoint or settings.run.resume
     if asked not in RESUME:
@@ -100,13 +99,13 @@ def find_checkpoint(settings: Settings) -> str | None:
 
 
 def _save_settings(settings: Settings) -> None:
-    """What was asked for, beside what came of it, which may be published; `cpo-kernels train` takes the file."""
+    """Keep what was asked for beside what came of it, which may be published; `cpo-kernels train` takes the file."""
     path = Path(str(settings.training.output_dir), SETTINGS)
     write_whole(path, yaml.safe_dump(_without_secrets(settings.given), sort_keys=True))
 
 
 def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be shown of a configuration: all but tokens and keys, also within mappings."""
+    """Leave out what must not be shown of a configuration: tokens and keys, also within mappings."""
     return {
         name: _without_secrets(value) if isinstance(value, Mapping) else value
         for name, value in values.items()

@@ -11,11 +11,9 @@ products, which may depend on the number of rows: a draw on the very boundary of
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, sampling
 
-from .mean_field import token_seeds
+from .seeds import token_seeds
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
 
 
 def _most_of_all(number: int, device: torch.device) -> int:
-    """The largest of all processes' numbers."""
+    """Find the largest of all processes' numbers."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return number
     most = torch.tensor(number, device=device)
@@ -155,7 +153,7 @@ def _generate(
     pad_token_id: int,
     synced_gpus: bool,
 ) -> list[list[int]]:
-    """One completion of each prompt (B), drawn with its seed (B,)."""
+    """Generate one completion of each prompt (B), drawn with its seed (B,)."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     device, width = model.device, max(map(len, prompts))
@@ -182,7 +180,7 @@ def _generate(
 
 
 def _ended(completion: list[int], eos: int) -> list[int]:
-    """The completion up to its EOS; what follows in a batch is padding."""
+    """Cut the completion behind its EOS; what follows in a batch is padding."""
     return completion[: completion.index(eos) + 1] if eos in completion else completion
 
 
@@ -209,7 +207,7 @@ class _SeededChoice:
         self.seeds, self.width = seeds, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (B, V), -inf but for the chosen token."""
+        """Return scores (B, V), -inf but for the chosen token."""
         place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
         chosen = sampling.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
         if bool((chosen < 0).any()):
@@ -219,7 +217,7 @@ class _SeededChoice:
 
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Evaluation mode, and a generation configuration that adds nothing; both are put back."""
+    """Put the model in evaluation mode, with a generation configuration that adds nothing; both are put back."""
     from transformers import GenerationConfig
 
     trained = [module for module in model.modules() if module.training]
@@ -236,105 +234,3 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
             module.training = True
         for owner, config in zip(owners, configs, strict=True):
             owner.generation_config = config
-
-
-# Files of negatives
-
-Negatives = Sequence[Sequence[str]] | Sequence[Sequence[Sequence[int]]]
-
-
-def write_negatives(
-    path: str | os.PathLike[str],
-    examples: Any,
-    negatives: Negatives,
-    *,
-    kind: str = "autoregressive",
-    ranks: Sequence[Sequence[int]] | None = None,
-) -> None:
-    """Write examples with negatives to a file that training reads.
-
-    Negatives go into the field ``"negatives"``, behind those that an example has already, or into ``"rejected"`` of an
-    example that has ``"chosen"``; ``"kinds"`` and, where given or there already, ``"ranks"`` are kept beside them.
-
-    Args:
-        path: ends with ``.parquet`` or ``.jsonl``; overwritten in one go.
-        examples: a ``datasets.Dataset`` or a list of mappings.
-        negatives: for each example its new negatives, texts or token ids, as its old ones are.
-        kind: what they are; a name of "batch", "mean_field", "truncation", "autoregressive", "given".
-        ranks: for each example the ranks of its new negatives, 1 or more. If they are given and the old negatives have
-            none, those get rank 1; if only the old ones have ranks, the new ones share the rank behind them.
-
-    Raises:
-        ValueError: another suffix, another number of negatives than of examples or of ranks than of negatives, or
-            negatives of another form than the example's own; the message names the example.
-        RuntimeError: ``datasets`` is not installed.
-    """
-    path = Path(path)
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise ValueError(f"negatives are written to a file that ends with .parquet or .jsonl, got {str(path)!r}")
-    for name, values in (("lists of negatives", negatives), ("lists of ranks", ranks)):
-        if values is not None and len(values) != len(examples):
-            raise ValueError(f"expected {len(examples)} {name}, one per example, got {len(values)}")
-    rows = [
-        _extended(dict(example), index, list(negatives[index]), kind, None if ranks is None else list(ranks[index]))
-        for index, example in enumerate(examples)
-    ]
-    if any(row["ranks"] is not None for row in rows):
-        rows = [row | {"ranks": row["ranks"] or [1] * len(row["kinds"])} for row in rows]
-    else:
-        rows = [{name: value for name, value in row.items() if name != "ranks"} for row in rows]
-    _write(path, rows)
-
-
-def _extended(
-    example: dict[str, Any], index: int, negatives: list[Any], kind: str, ranks: list[int] | None
-) -> dict[str, Any]:
-    """An example with more negatives; ``"ranks"`` is None where nothing is ranked."""
-    field = "rejected" if example.get("chosen") is not None else "negatives"
-    old = _as_list(example.get(field), field, index)
-    forms = {"texts" if isinstance(value, str) else "token ids" for value in (*old, *negatives)}
-    if len(forms) > 1:
-        raise ValueError(f"{field!r} of example {index} would hold texts and token ids; expected one of them")
-    if ranks is not None and len(ranks) != len(negatives):
-        raise ValueError(f"example {index} has {len(negatives)} new negatives, got {len(ranks)} ranks for them")
-    old_ranks = example.get("ranks")
-    if old_ranks is not None or ranks is not None:
-        before = list(old_ranks) if old_ranks is not None else [1] * len(old)
-        behind = max([0, *before]) + 1
-        ranks = before + (ranks if ranks is not None else [behind] * len(negatives))
-    kinds = [*(example.get("kinds") or ["given"] * len(old)), *[kind] * len(negatives)]
-    return example | {field: old + negatives, "kinds": kinds, "ranks": ranks}
-
-
-def _as_list(value: Any, field: str, index: int) -> list[Any]:
-    """The negatives of an example: TRL has a single one without a list around it."""
-    if value is None:
-        return []
-    if isinstance(value, str) or (len(value) and isinstance(value[0], int)):
-        return [value]
-    if len(value) and (isinstance(value[0], Mapping) or (len(value[0]) and isinstance(value[0][0], Mapping))):
-        raise ValueError(
-            f"{field!r} of example {index} holds conversations, beside which there is no room for texts or token ids"
-        )
-    return list(value)
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        from datasets import Dataset
-    except ImportError as error:
-        raise RuntimeError(
-            f"writing {str(path)!r} needs datasets, which is not installed: pip install datasets"
-        ) from error
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    dataset = Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
-    # Beside its place and moved there, so that a reader never sees half a file.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if path.suffix == ".parquet":
-            dataset.to_parquet(str(part))
-        else:
-            dataset.to_json(str(part), lines=True, force_ascii=False)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

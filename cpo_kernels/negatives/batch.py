@@ -46,8 +46,9 @@ def batch_negatives(
 
 
 def _random_order(size: int, rng: Random) -> Iterator[int]:
-    """Every index of range(size) once, in random order, at a cost that grows with what is consumed only."""
-    moved: dict[int, int] = {}  # the Fisher-Yates shuffle's array, where it differs from range(size)
+    """Yield every index of range(size) once, in random order, at a cost that grows with what is consumed only."""
+    # The array of a Fisher-Yates shuffle, where it differs from range(size).
+    moved: dict[int, int] = {}
     for i in range(size):
         j = rng.randrange(i, size)
         yield moved.get(j, j)

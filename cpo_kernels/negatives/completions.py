@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from .autoregressive import Sampling
-from .mean_field import token_seeds
-
-SEED_MASK = 2**31 - 1  # servers differ in how many bits of a seed they take; all take these
+from .endpoint import Endpoint
+from .seeds import request_seed
 
 
 class Completion(NamedTuple):
@@ -24,49 +22,11 @@ class Completion(NamedTuple):
     ended: bool
 
 
-class CompletionsEndpoint:
-    """A language model behind an endpoint ``/completions``, asked through the ``openai`` package.
-
-    Args:
-        url: base URL of the endpoint, such as ``http://localhost:8000/v1``.
-        model: its name there.
-        api_key: sent to ``url``. None sends a placeholder, which local servers accept, and never a key from the
-            environment: that one may be another service's.
-        timeout: seconds for one request.
-        max_retries: of a request that timed out, could not connect or got status 408, 409, 429 or 500 and above; the
-            pauses between grow, or are those that the server asks for.
-        workers: requests in flight at once.
-
-    Raises:
-        RuntimeError: ``openai`` is not installed.
-        ValueError: ``workers`` below 1.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        api_key: str | None = None,
-        timeout: float = 60.0,
-        max_retries: int = 3,
-        workers: int = 8,
-    ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
-        try:
-            import openai
-        except ImportError as error:
-            raise RuntimeError(
-                f"completions from {url} need the openai package, which is not installed: pip install openai"
-            ) from error
-        self.url, self.model, self.workers = url, model, workers
-        # ValueError is what an answer that is no JSON gives.
-        self._failures = (openai.OpenAIError, ValueError)
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=max_retries)
+class CompletionsEndpoint(Endpoint):
+    """A language model behind an endpoint ``/completions``; see :class:`~.endpoint.Endpoint` for its arguments."""
 
     def negatives(self, prompts: Sequence[str], count: int, sampling: Sampling | None = None) -> list[list[Completion]]:
-        """``count`` completions of each prompt, in their order.
+        """Ask for ``count`` completions of each prompt, in their order.
 
         A request holds as many prompts as make ``sampling.batch_size`` completions, one at least, and a seed that is a
         function of ``sampling.seed`` and of its first prompt's index; whether the same seed gives the same completions
@@ -88,35 +48,28 @@ class CompletionsEndpoint:
             return [[] for _ in prompts]
         sampling = sampling or Sampling()
         size = max(1, sampling.batch_size // count)
-        with ThreadPoolExecutor(self.workers) as pool:
-            requests = [
-                pool.submit(self._ask, list(prompts[start : start + size]), start, count, sampling)
-                for start in range(0, len(prompts), size)
-            ]
-            try:
-                return [completions for request in requests for completions in request.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        starts = range(0, len(prompts), size)
+        answers = dict(
+            self._in_flight(
+                lambda start: self._ask(list(prompts[start : start + size]), start, count, sampling), starts
+            )
+        )
+        return [completions for place in range(len(starts)) for completions in answers[place]]
 
     def _ask(self, prompts: list[str], first: int, count: int, sampling: Sampling) -> list[list[Completion]]:
-        """The completions of some prompts, the first of which has the index ``first``."""
+        """Ask for the completions of some prompts, the first of which has the index ``first``."""
         last = first + len(prompts) - 1
         which = f"prompt {first}" if first == last else f"prompts {first} to {last}"
-        try:
-            answer = self._client.completions.create(
-                model=self.model,
-                prompt=prompts,
-                n=count,
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                seed=int(token_seeds(sampling.seed, 0, first, 1)) & SEED_MASK,
-            )
-        except self._failures as error:
-            raise RuntimeError(
-                f"{self.url} gave no completions of {self.model} for {which}: {type(error).__name__}: {error}"
-            ) from error
+        answer = self._request(
+            self._client.completions.create,
+            f"completions of {self.model} for {which}",
+            prompt=prompts,
+            n=count,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=request_seed(sampling.seed, first),
+        )
         problem = _problem(answer, len(prompts) * count)
         if problem is not None:
             raise RuntimeError(f"{self.url} answered {which} with {problem}; expected {len(prompts) * count} choices")
@@ -127,7 +80,7 @@ class CompletionsEndpoint:
 
 
 def _problem(answer: Any, expected: int) -> str | None:
-    """What is wrong with an answer that should have so many choices, or None."""
+    """Say what is wrong with an answer that should have so many choices, or None."""
     choices = getattr(answer, "choices", None)
     if not isinstance(choices, list):
         return f"no choices: {str(answer)[:200]!r}"

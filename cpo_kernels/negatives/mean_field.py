@@ -10,15 +10,12 @@ Where no EOS is drawn, not even in the place of the ground truth's own, it is a 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from cpo_kernels.engine.statistics import linear_token_statistics
-from cpo_kernels.kernels import counter_random
 
 
 class MeanField(NamedTuple):
@@ -42,8 +39,8 @@ def mean_field_negatives(
         hidden: (N, H), the rows that predict the tokens of the ground truths, one after the other.
         weight: (V, H), the head of the model, or of the reference, that the tokens are drawn from.
         targets: (N,) int64, the ground truths; -100 for no token.
-        seeds: one for the call, or (N,) int64 of :func:`token_seeds`, one for each token, so that what is drawn for an
-            example does not depend on which others share the call.
+        seeds: one for the call, or (N,) int64 of :func:`~.seeds.token_seeds`, one for each token, so that what is
+            drawn for an example does not depend on which others share the call.
         count: how many negatives of each ground truth.
         **head: bias and options as for :func:`cpo_kernels.linear_token_statistics`.
 
@@ -55,22 +52,8 @@ def mean_field_negatives(
     return MeanField(out.logps, out.samples.T)
 
 
-def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
-    """Seeds (length,), int64 on the CPU, of the tokens of an example: a pure function, all of whose bits are mixed.
-
-    Args:
-        seed: any integer, as are the next two.
-        step: of training; -1, say, for an evaluation.
-        example: index of the example.
-        length: tokens of the ground truth; a longer one begins with the seeds of a shorter.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{example}".encode(), digest_size=8).digest()
-    key = torch.tensor(int.from_bytes(digest, "little", signed=True), device="cpu")
-    return counter_random.counted(key, torch.arange(length, device="cpu"))
-
-
 def finish(samples: Tensor, eos_token_id: int) -> list[list[int]]:
-    """The drawn sequences (count, T) of one ground truth as completions, each cut behind its first EOS.
+    """Make completions of the sequences (count, T) drawn for one ground truth, each cut behind its first EOS.
 
     A token that could not be drawn, -100 (its row has no distribution: NaN), ends its sequence before it.
     """
@@ -87,7 +70,7 @@ def _cut(sequence: list[int], eos_token_id: int) -> list[int]:
 
 
 def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:
-    """Whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
+    """Tell whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
 
     A model that is sure of the ground truth draws it; such a draw has to be left out.
     """

@@ -20,7 +20,7 @@ from cpo_kernels.layout import check_boundaries
 def similarity_ranks(
     embeddings: Tensor, cu_groups: Sequence[int], base_ranks: Sequence[int] | None = None
 ) -> list[int]:
-    """Ranks of candidates by cosine similarity to the first of their group.
+    """Rank candidates by cosine similarity to the first of their group.
 
     The first candidate of a group has rank 0. The others have 1, 2, ... by descending similarity, the same rank where
     it is the same to the last bit of float64 as computed here, with no rank left out.
@@ -64,7 +64,7 @@ def _ranks_of_group(similarities: Sequence[float], base: Sequence[int]) -> list[
 
 
 def _directions(embeddings: Tensor, cu_groups: Sequence[int]) -> Tensor:
-    """Unit vectors (S, H) of float64 embeddings; raises for those that have none."""
+    """Scale float64 embeddings (S, H) to unit vectors; raises for those that have none."""
     # Divided by the largest entry first, so that no square overflows or vanishes.
     size = embeddings.abs().amax(1) if embeddings.shape[1] else embeddings.new_zeros(embeddings.shape[0])
     bad = ~(size.isfinite() & (size > 0))
@@ -81,7 +81,7 @@ def _directions(embeddings: Tensor, cu_groups: Sequence[int]) -> Tensor:
 
 
 def mean_pool(hidden: Tensor, rows: Tensor, cu_tokens: Sequence[int]) -> Tensor:
-    """Mean hidden state of each candidate's tokens, an embedding that costs no further pass.
+    """Average the hidden states of each candidate's tokens, an embedding that costs no further pass.
 
     Args:
         hidden: (R, H) floating point, hidden states of a model over the candidates.
@@ -119,7 +119,7 @@ class SentenceEmbedder:
         self.model = _load(name_or_path, None if device is None else str(device))
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (S, H) float32 of S texts, on the CPU."""
+        """Embed S texts: (S, H) float32, on the CPU."""
         if not len(texts):
             return torch.zeros(0, self.model.get_embedding_dimension() or 0, device="cpu")
         embeddings = self.model.encode(
@@ -138,5 +138,5 @@ def _load(name_or_path: str, device: str | None) -> Any:
         ) from error
     try:
         return SentenceTransformer(name_or_path, device=device)
-    except Exception as error:  # the library passes on whatever the hub, the file or a module raises
+    except Exception as error:  # The library passes on whatever the hub, a file or a module raises.
         raise RuntimeError(f"embedding model {name_or_path!r} cannot be loaded: {error}") from error

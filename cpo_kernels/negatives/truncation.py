@@ -41,7 +41,7 @@ def truncation_negatives(completion: Sequence[int], eos_token_id: int, count: in
 def truncate(
     completion: Sequence[int], rows: Sequence[Row], cut: int, eos_token_id: int
 ) -> tuple[list[int], list[Row]]:
-    """Tokens of the truncated candidate as a :class:`~cpo_kernels.CandidateLayout` takes them.
+    """Return the truncated candidate's tokens as a :class:`~cpo_kernels.CandidateLayout` takes them.
 
     Args:
         completion: (T,) token ids of the ground truth.

@@ -1,12 +1,14 @@
 """Training a Hugging Face causal language model with the fused objective."""
 
-from .batch import ContrastBatch, Negative
+from cpo_kernels.negatives import Negative
+
+from .batch import ContrastBatch
 from .config import CPOConfig
 from .data import TokenizedExamples, tokenize_examples
 from .ensemble import EnsembleCallback, ensemble_checkpoints
 from .evaluation import Report, evaluate
 from .judges import ChatJudge, LikelihoodJudge
-from .sampler import NegativeSampler
+from .negatives import NegativeSampler
 from .trainer import CPOTrainer
 from .verdicts import judge_pairs, win_rate
 

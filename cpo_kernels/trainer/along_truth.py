@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpo_kernels.models import StatisticsRequest
-from cpo_kernels.negatives import token_seeds
+from cpo_kernels.negatives.seeds import generator, pass_seed, token_seeds
 
 from .batch import ContrastBatch, body_inputs
 
@@ -108,7 +107,7 @@ def scheduled_conditions(
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[list[int]]:
-    """What parallel scheduled sampling conditions on in place of each completion (Duckworth et al. 2019, algorithm 1).
+    """Draw what parallel scheduled sampling conditions on for each completion (Duckworth et al. 2019, algorithm 1).
 
     In every pass each token of the completion is replaced, with ``probability``, by one that the model draws at its
     place, conditioned on what the pass before has left there.
@@ -126,12 +125,12 @@ def scheduled_conditions(
     conditions = [list(completion) for _, completion in texts]
     for number in range(passes):
         passages = [
-            Passage(prompt, completion, token_seeds(seed + (number << 64), step, index, len(completion)), condition)
+            Passage(prompt, completion, token_seeds(pass_seed(seed, number), step, index, len(completion)), condition)
             for (prompt, completion), (seed, step, index), condition in zip(texts, keys, conditions, strict=True)
         ]
         readings = read(model, passages, 1, eos_token_id, head, device)
         for i, ((_, completion), key) in enumerate(zip(texts, keys, strict=True)):
-            rng = Random(f"{key}/{number}")
+            rng = generator(key, number)
             conditions[i] = [
                 # -100: a model whose logits are NaN draws nothing
                 new if rng.random() < probability and new >= 0 else old

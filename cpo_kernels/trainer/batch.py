@@ -12,32 +12,12 @@ from torch import Tensor
 
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import PrefixTree, pack_groups
-from cpo_kernels.negatives import truncate
+from cpo_kernels.negatives import Negative, truncate
 
 TRUTH = "truth"
 
 # Rows with a tree mask run without the fastest attention kernels, so a small saving of tokens is none of time.
 WORTH_SHARING = 1.2
-
-
-@dataclass(frozen=True)
-class Negative:
-    """A candidate besides the ground truth.
-
-    Args:
-        kind: "batch", "mean_field", "truncation", "autoregressive" or "given".
-        tokens: its token ids.
-        cut: instead of tokens: the ground truth cut behind so many tokens and ended with EOS; it costs the body
-            nothing.
-        rank: 0 for as good as the ground truth; equal ranks express no preference.
-        ref_logp: its log-likelihood under the reference, where it is known already.
-    """
-
-    kind: str
-    tokens: Sequence[int] = ()
-    cut: int | None = None
-    rank: int = 1
-    ref_logp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,8 @@ class ContrastBatch:
     max_length: int | None = None
     share_prefixes: bool = False
     prompts: list[Sequence[int]] = field(default_factory=list)
-    completions: list[list[Sequence[int]]] = field(default_factory=list)  # of each group, those with their own rows
+    # For each group, the completions that have rows of their own.
+    completions: list[list[Sequence[int]]] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     groups: list[int] = field(default_factory=lambda: [0])
 
@@ -122,7 +103,7 @@ class ContrastBatch:
 
     @property
     def num_groups(self) -> int:
-        """G."""
+        """The number G of groups."""
         return len(self.groups) - 1
 
     @property
@@ -131,7 +112,7 @@ class ContrastBatch:
         return sum(len(segment.tokens) for segment in self.segments if segment.rank == 0)
 
     def tensors(self) -> dict[str, Any]:
-        """The batch.
+        """Pack the batch.
 
         Returns:
             input_ids (B, L) int64, right-padded, with attention_mask (B, L) int64 or, for shared prefixes, the parts
@@ -155,7 +136,7 @@ class ContrastBatch:
         }
 
     def reference_tensors(self) -> dict[str, Any]:
-        """What the reference is asked where it has read the ground truths already, to draw along them.
+        """Say what the reference is still asked where it has read the ground truths already, to draw along them.
 
         Returns:
             Nothing where it has not. Else ref_logps (S,) float32, 0 where they are not known; unknown, the places of
@@ -183,7 +164,7 @@ class ContrastBatch:
         return separate >= WORTH_SHARING * shared
 
     def _separate(self) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Inputs of the body, and for each sequence the rows that predict its completion."""
+        """Pack the inputs of the body, and find for each sequence the rows that predict its completion."""
         # The last token predicts nothing, so the body does not see it.
         sequences = [[*p, *c[:-1]] for p, own in zip(self.prompts, self.completions, strict=True) for c in own]
         longest = max(map(len, sequences))
@@ -211,12 +192,12 @@ class ContrastBatch:
 
 
 def layout_of(inputs: Mapping[str, Any]) -> CandidateLayout:
-    """The layout of a batch's tensors."""
+    """Make the layout of a batch's tensors."""
     return CandidateLayout(inputs["cu_tokens"], inputs["cu_groups"], rows=inputs["rows"], ranks=inputs["ranks"])
 
 
 def body_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords of a model's forward among a batch's tensors."""
+    """Pick the keywords of a model's forward from a batch's tensors."""
     if "tree_groups" not in inputs:
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
     tree = PrefixTree(inputs["tree_groups"], inputs["tree_branches"], inputs["tree_positions"])

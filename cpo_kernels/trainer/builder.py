@@ -35,7 +35,7 @@ class BatchBuilder:
     share_prefixes: bool
 
     def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
-        """The groups of some examples as they are at ``step``, with negatives if ``contrast``."""
+        """Make the groups of some examples as they are at ``step``, with negatives if ``contrast``."""
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         batch = ContrastBatch(eos, eos if pad is None else pad, self.config.max_length, self.share_prefixes)
         drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
@@ -48,12 +48,12 @@ class BatchBuilder:
     def inputs(
         self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
     ) -> dict[str, Any]:
-        """The tensors of a batch with the sizes of the whole step, which its loss is divided by.
+        """Join the tensors of a batch and the sizes of the whole step, which its loss is divided by.
 
         Args:
             batch: one micro-batch of this process.
             num_groups: groups of all micro-batches of all processes.
-            num_target_tokens: likewise, the tokens of rank 0.
+            num_target_tokens: tokens of rank 0 in all micro-batches of all processes.
             ref_logps: (S,) where they are known already.
         """
         inputs = batch.tensors() | {
@@ -63,7 +63,7 @@ class BatchBuilder:
         }
         if ref_logps is not None:
             inputs["ref_logps"] = ref_logps
-        elif not self.ranking.by_reference:  # which has to see every candidate
+        elif not self.ranking.by_reference:  # A reference that ranks has to see every candidate.
             inputs |= batch.reference_tensors()
         self.ranking.rank_texts(batch, inputs)
         return inputs
@@ -71,7 +71,7 @@ class BatchBuilder:
     def _conditions(
         self, examples: TokenizedExamples, indices: Sequence[int], step: int
     ) -> Sequence[Sequence[int] | None]:
-        """What the model is conditioned on in place of the completions: for scheduled sampling, partly its own text."""
+        """Find what stands for the completions in the model's input: for scheduled sampling, partly its own text."""
         if self.config.objective != "scheduled_sampling" or step == EVALUATION_STEP:
             return [None] * len(indices)
         sources = self.negatives.sources

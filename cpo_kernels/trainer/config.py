@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
+from cpo_kernels.negatives import KINDS
+from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.options import Objective
 
-from .presets import PRESETS, Preset
-
-KINDS = ("batch", "mean_field", "truncation", "autoregressive", "given")
 REFERENCES = ("frozen", "precomputed", "none")
 SAMPLERS = ("reference", "model")
 RANKINGS = ("none", "similarity")
 PREFIX_SHARING = ("auto", "required", "off")
 
 
+@dataclass(frozen=True)
+class Preset:
+    """Defaults of the fields of the same names of :class:`~cpo_kernels.trainer.CPOConfig`.
+
+    Attributes:
+        mle_weight: None for ``1 - alpha``.
+        negatives: the numbers of negatives by their kinds, where no others are given and the data brings none.
+    """
+
+    alpha: float = 1.0
+    mle_weight: float | None = None
+    beta: float = 0.1
+    margin: float = 0.0
+    length_normalized: bool = False
+    reference: str = "none"
+    negatives: Mapping[str, int] = field(default_factory=lambda: {"batch": 1})
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the configuration that a preset fills in."""
+        values = asdict(self)
+        del values["negatives"]
+        return values
+
+
+PRESETS = {
+    "cpo": Preset(alpha=0.5, reference="frozen", negatives={"batch": 1, "truncation": 1}),
+    "dpo": Preset(reference="frozen"),
+    "xu_cpo": Preset(mle_weight=1.0),
+    # These are beta and gamma of the published SimPO recipes, where gamma / beta = 0.5.
+    "simpo": Preset(beta=2.0, margin=1.0, length_normalized=True),
+    "mle": Preset(alpha=0.0, negatives={}),
+    "scheduled_sampling": Preset(alpha=0.0, negatives={}),
+}
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _count(kind: str) -> Any:
+    own = KINDS[kind]
+    unset = " None: as the objective says; 0 where the data or a model brings others." if own.default is None else ""
+    return _option(own.default, f"Negatives of this kind for an example: {own.text}. One costs {own.cost}.{unset}")
+
+
+def _weight(kind: str) -> Any:
+    return _option(1.0, f"A negative of the kind {kind} counts in the contrast as much as this many of it.")
 
 
 @dataclass
@@ -46,7 +91,7 @@ class CPOConfig(TrainingArguments):
 
     objective: str = _option("cpo", f"One of {', '.join(PRESETS)}: the defaults of the fields below that say None.")
     alpha: float | None = _option(None, "Weight of the contrast, in [0, 1].")
-    mle_weight: float | None = _option(None, "Weight of the MLE part, per token. Default: 1 - alpha; for xu_cpo, 1.")
+    mle_weight: float | None = _option(None, "Weight of the MLE part, per token. None: 1 - alpha; for xu_cpo, 1.")
     beta: float | None = _option(None, "Factor of the log-likelihood ratios in the contrast.")
     margin: float | None = _option(None, "Added to the score of every negative.")
     label_smoothing: float = _option(0.0, "Probability of a flipped pair; one negative only.")
@@ -61,59 +106,54 @@ class CPOConfig(TrainingArguments):
     reference: str | None = _option(
         None,
         "frozen: the model as it was at the start (for adapters, the model without them); precomputed: the same, "
-        "scored once before training and kept on disk; none.",
+        "with scores that are computed once before training and kept on disk; none: no reference.",
     )
-    reference_cache: str | None = _option(None, "Directory of precomputed scores. Default: in output_dir.")
+    reference_cache: str | None = _option(None, "Directory of precomputed scores. None: a folder in output_dir.")
 
-    num_batch_negatives: int | None = _option(
-        None,
-        "Completions of other training examples contrasted with each ground truth. Default: 1, or 0 where the data "
-        "brings negatives of its own.",
-    )
-    num_truncation_negatives: int | None = _option(
-        None, "Truncations of the ground truth contrasted with it; no extra forward pass. Default: as above, for cpo."
-    )
-    num_mean_field_negatives: int = _option(
-        0, "Negatives whose tokens are drawn independently, along the ground truth."
-    )
-    num_autoregressive_negatives: int = _option(0, "Negatives that the model writes itself.")
-    batch_weight: float = _option(1.0, "A batch negative counts in the contrast as much as this many of it.")
-    truncation_weight: float = _option(1.0, "Likewise for truncations.")
-    mean_field_weight: float = _option(1.0, "Likewise for mean-field negatives.")
-    autoregressive_weight: float = _option(1.0, "Likewise for autoregressive negatives.")
-    given_weight: float = _option(1.0, "Likewise for the negatives that the data brings.")
+    num_batch_negatives: int | None = _count("batch")
+    num_truncation_negatives: int | None = _count("truncation")
+    num_mean_field_negatives: int = _count("mean_field")
+    num_autoregressive_negatives: int = _count("autoregressive")
+    batch_weight: float = _weight("batch")
+    truncation_weight: float = _weight("truncation")
+    mean_field_weight: float = _weight("mean_field")
+    autoregressive_weight: float = _weight("autoregressive")
+    given_weight: float = _weight("given")
     resample_negatives: bool = _option(True, "Draw new negatives every time an example is seen, not once for all.")
     mean_field_source: str | None = _option(
-        None, "Which draws mean-field negatives: reference, or the model itself. Default: reference where it is frozen."
+        None,
+        "Who draws mean-field negatives: reference, or model, the trained one. None: reference where it is frozen.",
     )
     autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
-    autoregressive_top_p: float = _option(1.0, "Nucleus that autoregressive negatives are sampled from.")
+    autoregressive_top_p: float = _option(1.0, "Nucleus (top-p) that autoregressive negatives are sampled from.")
     autoregressive_max_new_tokens: int | None = _option(
-        None, "Tokens of an autoregressive negative, at most. Default: those of the longest ground truth beside it."
+        None, "Tokens of an autoregressive negative, at most. None: those of the longest ground truth beside it."
     )
     autoregressive_batch_size: int = _option(32, "Autoregressive negatives written at a time.")
     autoregressive_url: str | None = _option(
         None, "An OpenAI-compatible completions endpoint that writes them in place of the model, .../v1."
     )
     autoregressive_model: str | None = _option(None, "The model's name at that endpoint.")
-    ranking: str = _option("none", "similarity: negatives are ranked by cosine similarity to the ground truth.")
+    ranking: str = _option(
+        "none", "similarity ranks negatives by cosine similarity to the ground truth; none does not."
+    )
     embedding_model: str | None = _option(
-        None, "A sentence-transformers model for the ranking. Default: mean hidden states of the reference."
+        None, "A sentence-transformers model for the ranking. None: mean hidden states of the reference."
     )
     prefix_sharing: str = _option(
         "auto",
         "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
-        "where the model cannot; off.",
+        "where the model cannot; off: never.",
     )
     scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
     scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
 
     max_length: int = _option(1024, "Tokens of prompt and completion together, at most.")
     max_prompt_length: int | None = _option(
-        None, "Tokens of the prompt, at most; its end is kept. Default: half of max_length."
+        None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
-    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. Default: the backend's.")
+    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. None: the backend's.")
     candidate_eps: float | None = _option(
         None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.options."
     )
@@ -167,7 +207,7 @@ class CPOConfig(TrainingArguments):
 
     @property
     def prompt_budget(self) -> int:
-        """Tokens that a prompt may have."""
+        """How many tokens a prompt may have."""
         return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
 
     @property
@@ -195,7 +235,7 @@ class CPOConfig(TrainingArguments):
         return {"backend": self.backend, "max_logits_bytes": self.max_logits_bytes, "logits_dtype": dtype}
 
     def negative_counts(self, data_brings_negatives: bool) -> dict[str, int]:
-        """Negatives of each kind drawn for an example, at most; those of the data itself come on top.
+        """Count the negatives of each kind drawn for an example, at most; those of the data itself come on top.
 
         Args:
             data_brings_negatives: whether the examples have negatives of their own.
@@ -204,21 +244,17 @@ class CPOConfig(TrainingArguments):
             ValueError: a contrast without any negatives, more than one for a loss of pairs, or changing ones for a
                 precomputed reference.
         """
-        drawn_anyway = data_brings_negatives or self.num_mean_field_negatives or self.num_autoregressive_negatives
-        default = (0, 0) if drawn_anyway else self.preset.negatives
-        counts = {
-            "batch": default[0] if self.num_batch_negatives is None else self.num_batch_negatives,
-            "truncation": default[1] if self.num_truncation_negatives is None else self.num_truncation_negatives,
-            "mean_field": self.num_mean_field_negatives,
-            "autoregressive": self.num_autoregressive_negatives,
-        }
+        given = {kind.name: getattr(self, name) for name, kind in counted_kinds().items()}
+        drawn_anyway = data_brings_negatives or any(given[name] for name in given if KINDS[name].by_model)
+        default = {} if drawn_anyway else self.preset.negatives
+        counts = {name: default.get(name, 0) if count is None else count for name, count in given.items()}
         if self.contrasts and not data_brings_negatives and not any(counts.values()):
             raise ValueError(
                 f"alpha={self.alpha} contrasts the ground truth with negatives, but there are none: the data brings "
                 "none and the numbers of all kinds are 0; set one of them, or objective='mle'"
             )
         self._check_pairs(counts, data_brings_negatives)
-        if self.reference == "precomputed" and self.resample_negatives and (counts["batch"] or counts["truncation"]):
+        if self.reference == "precomputed" and self.resample_negatives and any(counts.values()):
             raise ValueError(
                 "reference='precomputed' scores every candidate once, but resample_negatives=True draws new ones along "
                 "the way; use resample_negatives=False, negatives of the data alone, or reference='frozen'"
@@ -240,12 +276,12 @@ class CPOConfig(TrainingArguments):
     @property
     def negative_weights(self) -> dict[str, float]:
         """Weight of each kind of negative in the contrast."""
-        return {kind: getattr(self, f"{kind}_weight") for kind in KINDS}
+        return {kind.name: getattr(self, kind.weight_field) for kind in KINDS.values()}
 
     def _check_objective(self) -> None:
         if not 0 <= self.alpha <= 1:  # type: ignore[operator]
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
-        Objective(**self.objective_options)  # raises for the rest
+        Objective(**self.objective_options)  # This raises for wrong values of the other options.
         if self.label_smoothing_factor != 0:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} smooths cross entropy, which this trainer does "
@@ -270,14 +306,14 @@ class CPOConfig(TrainingArguments):
             raise ValueError(f"objective='scheduled_sampling' has no contrast; expected alpha=0, got {self.alpha}")
 
     def _check_negatives(self) -> None:
-        for kind in KINDS[:-1]:
-            count = getattr(self, f"num_{kind}_negatives")
+        counts = {name: getattr(self, name) for name in counted_kinds()}
+        for name, count in counts.items():
             if count is not None and count < 0:
-                raise ValueError(f"num_{kind}_negatives must not be negative, got {count}")
+                raise ValueError(f"{name} must not be negative, got {count}")
         for kind, weight in self.negative_weights.items():
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(f"{kind}_weight must be a positive number, got {weight}")
-        self._check_pairs({kind: getattr(self, f"num_{kind}_negatives") or 0 for kind in KINDS[:-1]})
+        self._check_pairs({kind.name: counts[name] or 0 for name, kind in counted_kinds().items()})
         self._check_autoregressive()
         self._check_reference()
 
@@ -310,11 +346,11 @@ class CPOConfig(TrainingArguments):
                 f"ranking='similarity' needs an embedding_model or the hidden states of reference='frozen', got "
                 f"reference={self.reference!r}"
             )
-        for kind in ("mean_field", "autoregressive"):
-            if self.reference == "precomputed" and getattr(self, f"num_{kind}_negatives"):
+        for name, kind in counted_kinds().items():
+            if self.reference == "precomputed" and kind.by_model and getattr(self, name):
                 raise ValueError(
-                    f"reference='precomputed' scores every candidate before training, but num_{kind}_negatives="
-                    f"{getattr(self, f'num_{kind}_negatives')} makes new ones along the way; use reference='frozen'"
+                    f"reference='precomputed' scores every candidate before training, but {name}={getattr(self, name)} "
+                    "makes new ones along the way; use reference='frozen'"
                 )
 
     def _check_lengths(self) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cpo_kernels.negatives import KINDS
+
 from .formats import normalize_example
 
 TOKENIZER_BATCH = 1000
@@ -67,7 +69,7 @@ class TokenizedExamples(Dataset):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        # input_ids is there for samplers that group by length
+        # Samplers that group by length read input_ids.
         return {"index": index, "input_ids": [*self.prompts[index], *self.completions[index]]}
 
     @property
@@ -77,12 +79,12 @@ class TokenizedExamples(Dataset):
 
     @cached_property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt."""
+        """How many tokens the longest prompt has."""
         return max(map(len, self.prompts))
 
     @cached_property
     def longest_completion(self) -> int:
-        """Tokens of the longest completion."""
+        """How many tokens the longest completion has."""
         return max(map(len, self.completions))
 
     @cached_property
@@ -99,14 +101,14 @@ class TokenizedExamples(Dataset):
 
 
 def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The collator of the data loader: {"index": (B,)}; tensors are built once negatives are drawn."""
+    """Collate for the data loader: {"index": (B,)}; tensors are built once negatives are drawn."""
     return {"index": torch.tensor([item["index"] for item in items])}
 
 
 def tokenize_examples(
     examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int, max_prompt_length: int
 ) -> TokenizedExamples:
-    """Token ids of examples.
+    """Turn examples into token ids.
 
     A prompt is tokenised with the special tokens that the tokenizer puts before a text; an empty one becomes BOS. Of
     a prompt over ``max_prompt_length`` the end is kept, after BOS if it began with it. A completion is tokenised
@@ -169,7 +171,7 @@ def tokenize_examples(
 
 
 def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
-    """Lists of examples, each with the index of its first: tokenizers are fast on many texts at a time."""
+    """Yield lists of examples, each with the index of its first: tokenizers are fast on many texts at a time."""
     start, chunk = 0, []
     for example in examples:
         chunk.append(example)
@@ -181,7 +183,7 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
 
 
 def _encode(values: Sequence[tuple[str, int, Any]], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
-    """Token ids of (name, index of the example, string or token ids)."""
+    """Turn values of (name, index of the example, string or token ids) into token ids."""
     texts = [value for _, _, value in values if isinstance(value, str)]
     encoded = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
     appends_eos = add_special_tokens and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
@@ -213,10 +215,10 @@ def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> li
 
 
 def _finish_negative(ids: list[int], given: Any, kind: str, eos: int, limit: int) -> list[int]:
-    drawn = kind in ("autoregressive", "mean_field") and not isinstance(given, str)
+    drawn = KINDS[kind].by_model and not isinstance(given, str)
     return ids[:limit] if drawn and ids else _end(ids, eos, limit)
 
 
 def _end(ids: list[int], eos: int, limit: int) -> list[int]:
-    """The completion ended with EOS, of at most ``limit`` tokens."""
+    """End the completion with EOS and leave at most ``limit`` tokens."""
     return (ids if ids and ids[-1] == eos else [*ids, eos])[:limit]

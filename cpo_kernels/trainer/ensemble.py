@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 
 
 def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Tensor]:
-    """The state of a model between two others: ``alpha * first + (1 - alpha) * second``, entry by entry.
+    """Average the states of two models: ``alpha * first + (1 - alpha) * second``, entry by entry.
 
     Args:
         first: a model, such as one trained with CPO.
@@ -42,7 +42,7 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
 
     Args:
         first_dir: what ``save_pretrained`` wrote.
-        second_dir: likewise.
+        second_dir: what ``save_pretrained`` wrote of the other model.
         out_dir: where to write, as safetensors; neither of the two.
         alpha: weight of the first, in [0, 1].
 
@@ -78,7 +78,7 @@ class EnsembleCallback(TrainerCallback):
 
     Raises:
         ValueError: from the beginning of training on, what :func:`ensemble` says of the two models.
-        OSError: likewise, a directory that holds no model.
+        OSError: from the beginning of training on, a directory that holds no model.
     """
 
     def __init__(self, other: Source | nn.Module, alpha: float) -> None:
@@ -136,7 +136,7 @@ def check_alike(first: Weights, second: Weights) -> None:
 
 
 def _average_states(first: Weights, second: Weights, alpha: float) -> dict[str, Tensor]:
-    """Averages by name; entries that are the same tensor in the first state are the same in the result."""
+    """Average by name; entries that are the same tensor in the first state are the same in the result."""
     check_alpha(alpha)
     check_alike(first, second)
     averages: dict[str, Tensor] = {}
@@ -160,12 +160,12 @@ def _average(own: Tensor, other: Tensor, alpha: float) -> Tensor:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Every entry by name; entries that are tied are the same tensor."""
+    """Return every entry by name; entries that are tied are the same tensor."""
     return model.state_dict(keep_vars=True)
 
 
 def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the host from the shards of all processes, in those where they are wanted; ties stay."""
+    """Gather whole tensors on the host from the shards of all processes, where they are wanted; ties stay."""
     whole: dict[Tensor, Tensor] = {}
     for tensor in state.values():
         if tensor not in whole:
@@ -175,7 +175,7 @@ def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
 
 
 def _common_tokenizer(first: Source, second: Source) -> Any:
-    """The tokenizer saved with the first model, or None; it must be that of the second if that has one too."""
+    """Load the tokenizer saved with the first model, or None; it must be that of the second if that has one too."""
     own, other = (
         AutoTokenizer.from_pretrained(path) if Path(path, "tokenizer_config.json").is_file() else None
         for path in (first, second)

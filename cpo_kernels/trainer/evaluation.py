@@ -10,31 +10,94 @@ import copy
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from transformers import PrinterCallback
 
 from cpo_kernels.models.head import evaluating
-from cpo_kernels.negatives.autoregressive import Sampling, autoregressive_negatives
+from cpo_kernels.negatives import seeds
+from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.negatives.kinds import counted_kinds
 
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .files import write_whole
-from .generations import GenerationStatistics, generation_statistics
 from .judges import Judge
 from .reference import fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
-from .writing import room_for
+from .writing import ModelWriter, room_for
 
 __all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
 
-DEFAULT_COUNT = 1  # negatives of each kind that costs little, for a model trained without any
+# A model that was trained without negatives is evaluated with so many of each kind that the objective counts.
+DEFAULT_COUNT = 1
+ORDERS = (1, 2, 3, 4)  # The n of the n-grams that are counted.
 GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
+
+
+@dataclass(frozen=True)
+class GenerationStatistics:
+    """Of some completions; their EOS counts as no token. NaN where there is nothing to average.
+
+    Attributes:
+        count: completions.
+        mean_length, median_length: tokens of a completion.
+        ended: share of completions that EOS ended; None where no EOS was named.
+        repetition: by n, the mean over completions of ``1 - distinct n-grams / n-grams``, those with fewer than n
+            tokens left out: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
+        distinct: by n, the n-grams of all completions together, distinct ones over all: distinct-n of Li et al. 2016,
+            "A Diversity-Promoting Objective Function for Neural Conversation Models", with the number of n-grams in
+            place of that of tokens below, so that 1 is reached. It falls with the size of a corpus.
+    """
+
+    count: int
+    mean_length: float
+    median_length: float
+    ended: float | None
+    repetition: dict[int, float]
+    distinct: dict[int, float]
+
+
+def generation_statistics(
+    completions: Sequence[Sequence[int]], eos_token_id: int | None = None
+) -> GenerationStatistics:
+    """Measure length, end and repetition of completions.
+
+    Args:
+        completions: token ids of each; what follows an EOS is no part of it.
+        eos_token_id: the token that ends a completion, if one does.
+    """
+    texts = [_before(completion, eos_token_id) for completion in completions]
+    lengths = [len(text) for text in texts]
+    ended = sum(len(text) < len(completion) for text, completion in zip(texts, completions, strict=True))
+    repetition, distinct = {}, {}
+    for n in ORDERS:
+        grams = [[text[i : i + n] for i in range(len(text) - n + 1)] for text in texts]
+        repetition[n] = _mean([1 - len(set(own)) / len(own) for own in grams if own])
+        total = sum(map(len, grams))
+        distinct[n] = len(set().union(*grams)) / total if total else float("nan")
+    return GenerationStatistics(
+        count=len(texts),
+        mean_length=_mean(lengths),
+        median_length=float(statistics.median(lengths)) if lengths else float("nan"),
+        ended=None if eos_token_id is None or not texts else ended / len(texts),
+        repetition=repetition,
+        distinct=distinct,
+    )
+
+
+def _before(completion: Sequence[int], eos_token_id: int | None) -> tuple[int, ...]:
+    tokens = tuple(completion)
+    return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else float("nan")
 
 
 @dataclass(frozen=True)
@@ -59,11 +122,11 @@ class Report:
     judge: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries of plain values for JSON; a number that is not finite is None."""
+        """Return nested dictionaries of plain values for JSON; a number that is not finite is None."""
         return _plain(asdict(self))
 
     def markdown(self) -> str:
-        """A report to read: a table of scores, a table of generations, and the win rate in a sentence."""
+        """Write a report to read: a table of scores, a table of generations, and the win rate in a sentence."""
         return "\n\n".join(filter(None, [self._scores(), self._generations(), self._verdict()])) + "\n"
 
     def _scores(self) -> str:
@@ -148,7 +211,7 @@ def evaluate(
         processing_class=tokenizer,
         ref_model=ref_model,
     )
-    trainer.remove_callback(PrinterCallback)  # the report says it all
+    trainer.remove_callback(PrinterCallback)  # The report has what it would print.
     data: Any = trainer.eval_dataset
     folder = None if directory is None else Path(directory)
     with evaluating(model):
@@ -157,7 +220,8 @@ def evaluate(
         if not generate:
             return report
         sampling = sampling or default_sampling(data, config)
-        indices = _chosen(len(data), num_generations, sampling.seed)
+        count = len(data) if num_generations is None else num_generations
+        indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
         completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
     generated, true = (generation_statistics(side, tokenizer.eos_token_id) for side in (completions, truths))
@@ -180,11 +244,11 @@ def _check_options(
     if num_generations is not None and num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
     if judge is not None and directory is not None:
-        judge_identity(judge)  # raises for a judge whose verdicts cannot be kept, before anything is computed
+        judge_identity(judge)  # Before anything is computed, this raises if verdicts of the judge cannot be kept.
 
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
-    """How :func:`evaluate` continues prompts where it is not told."""
+    """Say how :func:`evaluate` continues prompts where it is not told."""
     return Sampling(
         temperature=1.0,
         top_p=1.0,
@@ -195,7 +259,7 @@ def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
 
 
 def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
-    """The configuration of the trainer that evaluates: no reports, and no reference but the one that was given."""
+    """Configure the trainer that evaluates: no reports, and no reference but the one that was given."""
     config = copy.copy(config)
     config.report_to, config.push_to_hub = [], False
     if has_reference:
@@ -204,15 +268,10 @@ def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
         config.reference, config.mean_field_source, config.length_normalized = "none", "model", True
         config.ranking = "none" if config.embedding_model is None else config.ranking
     if not config.contrasts:
-        for name in ("num_batch_negatives", "num_truncation_negatives"):
-            if getattr(config, name) is None:
+        for name, kind in counted_kinds().items():
+            if kind.default is None and getattr(config, name) is None:
                 setattr(config, name, DEFAULT_COUNT)
     return config
-
-
-def _chosen(total: int, count: int | None, seed: int) -> list[int]:
-    """The examples to continue, in their order: all, or ``count`` of them."""
-    return list(range(total)) if count is None or count >= total else sorted(Random(seed).sample(range(total), count))
 
 
 def _generations(
@@ -223,7 +282,7 @@ def _generations(
     sampling: Sampling,
     directory: Path | None,
 ) -> list[list[int]]:
-    """One continuation of each prompt, as token ids; read from ``directory`` if it has those of this call.
+    """Continue each prompt once, as token ids; read from ``directory`` if it has those of this call.
 
     A continuation is a function of the example's index and not of which others are drawn beside it.
     """
@@ -234,11 +293,7 @@ def _generations(
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["completions"]
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    drawn = autoregressive_negatives(
-        model, prompts, 1, eos_token_id=eos, pad_token_id=eos if pad is None else pad, sampling=sampling, keys=indices
-    )
-    completions = [list(candidates[0]) for candidates in drawn]
+    completions = [drawn for (drawn,) in ModelWriter(lambda: model, tokenizer)(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))
     return completions

@@ -6,19 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import KINDS
+from cpo_kernels.negatives import KINDS
 
-Value = Any  # a text, a list of token ids, or a conversation: a list of {"role", "content"}
+Value = Any  # A text, a list of token ids, or a conversation: a list of {"role", "content"}
 
 
 def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) -> dict[str, Any]:
-    """One example in the form that training reads.
+    """Bring one example to the form that training reads.
 
     Accepted are ``{"prompt", "completion"}`` and TRL's preference data ``{"prompt", "chosen", "rejected"}``, each value
     a text, a list of token ids, or a conversation (a list of ``{"role", "content"}``); ``rejected`` is one value or a
     list of them. Beside a completion, ``"negatives"`` is a list of values. Both may have ``"ranks"``, one integer a
-    negative (0: as good as the ground truth), and ``"kinds"``, one of :data:`.config.KINDS` a negative. A field that
-    is ``None`` counts as absent; any other field is ignored.
+    negative (0: as good as the ground truth), and ``"kinds"``, for each negative a name in
+    :data:`cpo_kernels.negatives.KINDS`. A field that is ``None`` counts as absent; any other field is ignored.
 
     - Without a prompt, what ``chosen`` and every ``rejected`` begin with is the prompt, by TRL's rule; so also where
       the prompt is a text and the others are conversations that repeat it.
@@ -63,7 +63,7 @@ def check_example(example: Mapping[str, Any], index: int) -> None:
 
 
 def _candidates(fields: Mapping[str, Any], index: int) -> tuple[Value, Value, list[Value], str]:
-    """Prompt, completion and negatives as the example has them, and the name of the field of negatives."""
+    """Read prompt, completion and negatives as the example has them, and the name of the field of negatives."""
     preference = [name for name in ("chosen", "rejected") if name in fields]
     if not preference:
         prompt, completion = (_value(fields, name, index) for name in ("prompt", "completion"))
@@ -99,7 +99,7 @@ def _value(fields: Mapping[str, Any], name: str, index: int) -> Value:
 
 
 def _values(fields: Mapping[str, Any], name: str, index: int) -> list[Value]:
-    """The negatives in a field; one of TRL's ``rejected`` may stand without a list around it."""
+    """Read the negatives in a field; one of TRL's ``rejected`` may stand without a list around it."""
     if name not in fields:
         raise ValueError(f"example {index} has no {name!r}, only {sorted(fields)}")
     values = fields[name]
@@ -147,7 +147,7 @@ def _check_forms(index: int, values: Mapping[str, Sequence[Value]]) -> None:
 
 
 def _shared_prefix(chosen: Sequence[Any], rejected: Sequence[Any], index: int) -> int:
-    """Where the implicit prompt of a pair ends: ``trl.data_utils.extract_prompt``.
+    """Find where the implicit prompt of a pair ends, by the rule of ``trl.data_utils.extract_prompt``.
 
     That is before the first difference and, in texts, before a space that precedes it; where one value begins with
     the whole other, before the last item of the shorter.
@@ -169,7 +169,7 @@ def _shared_prefix(chosen: Sequence[Any], rejected: Sequence[Any], index: int) -
 def _apply_template(
     fields: Mapping[str, Any], index: int, prompt: Value, completion: Value, negatives: list[Value], tokenizer: Any
 ) -> tuple[list[int], list[int], list[list[int]]]:
-    """Token ids of prompt, completion and negatives that are conversations."""
+    """Turn prompt, completion and negatives that are conversations into token ids."""
     if not _is_conversation(prompt):
         raise ValueError(f"the conversations of example {index} do not begin with the same message; expected a prompt")
     render = _Renderer(fields, index, tokenizer)
@@ -198,7 +198,7 @@ class _Renderer:
         self.options = {"tools": tools or None, **fields.get("chat_template_kwargs", {})}
 
     def prompt(self, messages: list[Mapping[str, Any]]) -> str:
-        """A prompt with the header of the answer; one that ends with an assistant's words leaves them open."""
+        """Render a prompt with the header of the answer; one that ends with an assistant's words leaves them open."""
         role = messages[-1]["role"]
         if role == "assistant":
             return self._render(messages, continue_final_message=True)
@@ -209,7 +209,7 @@ class _Renderer:
         return self._render(messages, add_generation_prompt=True)
 
     def whole(self, messages: list[Mapping[str, Any]]) -> str:
-        """A prompt and an answer, without white space behind the EOS token that ends it."""
+        """Render a prompt and an answer, without white space behind the EOS token that ends it."""
         text = self._render(messages)
         eos = self.tokenizer.eos_token
         return text.rstrip() if eos and text.rstrip().endswith(eos) else text
@@ -219,7 +219,7 @@ class _Renderer:
         kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
         try:
             return self.tokenizer.apply_chat_template(kept, tokenize=False, **options, **self.options)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # A template may raise anything.
             message = f"the chat template does not take the messages of example {self.index}: {error}"
             raise ValueError(message) from error
 

@@ -17,8 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
 from cpo_kernels.models.head import evaluating
+from cpo_kernels.negatives.endpoint import Endpoint
 
 from .data import tokenize_examples
 from .reference import fingerprint
@@ -58,20 +58,14 @@ class Question(NamedTuple):
     second: str
 
 
-class ChatJudge:
-    """A chat model behind an OpenAI-compatible endpoint, asked through the ``openai`` package.
+class ChatJudge(Endpoint):
+    """A chat model behind an OpenAI-compatible endpoint.
 
     The answer must be ``A``, ``B`` or ``tie`` but for case and punctuation. Any other answer is asked for once more
     with a reminder of the form; after a second one there is no verdict.
 
     Args:
-        url: base URL of the endpoint, such as ``http://localhost:8000/v1``.
-        model: its name there.
-        api_key: sent to ``url``. None sends a placeholder, which local servers accept, and never a key from the
-            environment: that one may be another service's.
-        timeout: seconds for one request.
-        max_retries: of a request that timed out, could not connect or got status 408, 409, 429 or 500 and above.
-        workers: requests in flight at once.
+        url, model, endpoint: as for :class:`~cpo_kernels.negatives.endpoint.Endpoint`.
         instructions: the system message. It must ask for ``A``, ``B`` or ``tie``.
         options: further keywords of ``chat.completions.create``. Default: ``{"temperature": 0}``.
 
@@ -88,24 +82,13 @@ class ChatJudge:
         url: str,
         model: str,
         *,
-        api_key: str | None = None,
-        timeout: float = 60.0,
-        max_retries: int = 3,
-        workers: int = 8,
         instructions: str = INSTRUCTIONS,
         options: Mapping[str, Any] | None = None,
+        **endpoint: Any,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
-        try:
-            import openai
-        except ImportError as error:
-            raise RuntimeError("ChatJudge needs the openai package: pip install openai") from error
-        self.url, self.model, self.workers, self.instructions = url, model, workers, instructions
+        super().__init__(url, model, **endpoint)
+        self.instructions = instructions
         self.options: dict[str, Any] = {"temperature": 0} if options is None else dict(options)
-        # ValueError is what an answer that is no JSON gives.
-        self._failures = (openai.OpenAIError, ValueError)
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=max_retries)
 
     @property
     def identity(self) -> str:
@@ -114,28 +97,12 @@ class ChatJudge:
         return f"chat {self.url} {self.model} {hashlib.sha256(sent.encode()).hexdigest()[:16]}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """The verdict in this order; a chat model's depends on the order."""
+        """Give the verdict in this order; a chat model's depends on the order."""
         return self._ask(Question(0, prompt, first, second))
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """``(index, verdict)`` as they come. Before an error is raised, what was in flight beside it is yielded."""
-        waiting = iter(enumerate(questions))
-        running: dict[Future[Verdict], int] = {}
-        failure: BaseException | None = None
-        with ThreadPoolExecutor(self.workers) as pool:
-            while True:
-                if failure is None:
-                    for index, question in islice(waiting, self.workers - len(running)):
-                        running[pool.submit(self._ask, question)] = index
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    index, error = running.pop(future), future.exception()
-                    if error is None:
-                        yield index, future.result()
-                    failure = failure or error
-        if failure is not None:
-            raise failure
+        """Yield ``(index, verdict)`` as they come, before an error also those that were in flight beside it."""
+        return self._in_flight(self._ask, questions)
 
     def _ask(self, question: Question) -> Verdict:
         text = QUESTION.format(prompt=question.prompt, first=question.first, second=question.second)
@@ -147,16 +114,12 @@ class ChatJudge:
         return parse_verdict(answer)
 
     def _answer(self, messages: list[dict[str, str]], pair: int) -> str:
-        try:
-            response = self._client.chat.completions.create(
-                model=self.model,
-                messages=messages,  # type: ignore[arg-type]
-                **self.options,
-            )
-        except self._failures as error:
-            raise RuntimeError(
-                f"{self.url} gave no verdict of {self.model} on pair {pair}: {type(error).__name__}: {error}"
-            ) from error
+        response = self._request(
+            self._client.chat.completions.create,
+            f"verdict of {self.model} on pair {pair}",
+            messages=messages,
+            **self.options,
+        )
         choices = getattr(response, "choices", None)
         if not choices:
             raise RuntimeError(f"{self.url} answered without choices on pair {pair}: {str(response)[:200]!r}")
@@ -164,7 +127,7 @@ class ChatJudge:
 
 
 def parse_verdict(answer: str) -> Verdict:
-    """1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
+    """Read 1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
     match = ANSWER.fullmatch(answer)
     return VERDICTS[match[1].lower()] if match else None
 
@@ -211,11 +174,11 @@ class LikelihoodJudge:
         return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """The verdict on one pair."""
+        """Give the verdict on one pair."""
         return next(self.verdicts([Question(0, prompt, first, second)]))[1]
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """``(index, verdict)``, batch by batch, pairs of like length together."""
+        """Yield ``(index, verdict)``, batch by batch, pairs of like length together."""
         tokens = self._tokenize(questions)
         order = sorted(range(len(questions)), key=lambda i: max(len(p) + len(c) for p, c in tokens[i]))
         for start in range(0, len(order), self.batch_size):
@@ -230,7 +193,7 @@ class LikelihoodJudge:
                 yield i, 0.5 if equal else float(first > second)
 
     def _tokenize(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
-        """For each question its prompt with the first and with the second continuation, as token ids."""
+        """Tokenize each question's prompt with the first and with the second continuation."""
         eos = self.tokenizer.eos_token_id
         # Only the prompts are taken from here: a continuation may be empty, a completion to train on may not.
         examples = [{"prompt": question.prompt, "completion": [eos, eos]} for question in questions]
@@ -245,7 +208,7 @@ class LikelihoodJudge:
         return pairs
 
     def _scores(self, texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Log-likelihood per token (len(texts),) float32 of continuations behind their prompts."""
+        """Score continuations behind their prompts: log-likelihoods per token, (len(texts),) float32."""
         # The last token predicts nothing, so the body does not see it.
         inputs = [torch.tensor([*prompt, *text[:-1]]) for prompt, text in texts]
         ids = pad_sequence(inputs, batch_first=True)

@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 Row = Mapping[str, Any]
-Place = Callable[[int], str]  # from a row's number to where it stands, for messages
+Place = Callable[[int], str]  # Says for messages where the row of a number stands.
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def load_examples(
     max_examples: int | None = None,
     **options: Any,
 ) -> Sequence[Row]:
-    r"""Examples that training reads, every one of them checked.
+    r"""Load examples that training reads, every one of them checked.
 
     Args:
         source: what to read:
@@ -101,7 +101,7 @@ def load_examples(
 
 
 def read_rows(source: str, *, split: str = "train", name: str | None = None) -> tuple[Any, Place]:
-    """The rows of a source as they are, and a function that says where a row stands; see :func:`load_examples`."""
+    """Read the rows of a source as they are; the second value says where a row stands. See :func:`load_examples`."""
     path = Path(source)
     if path.is_dir():
         return _read_saved(path, split), lambda i: f"{source}, row {i}"
@@ -123,7 +123,7 @@ def read_rows(source: str, *, split: str = "train", name: str | None = None) -> 
 
 
 def _read_lines(file: str) -> Iterator[tuple[int, Row]]:
-    """Rows of one file, each with the number of its line."""
+    """Yield the rows of one file, each with the number of its line."""
     suffix = Path(file).suffix
     if suffix == ".txt":
         yield from _documents(file)
@@ -160,7 +160,7 @@ def _object(value: Any, place: str) -> Row:
 
 
 def _documents(file: str) -> Iterator[tuple[int, Row]]:
-    """The documents of a text file, separated by blank lines, each with the number of its first line."""
+    """Yield the documents of a text file, separated by blank lines, each with the number of its first line."""
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -217,7 +217,7 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 
     try:
         return datasets.load_dataset(source, name, split=split)
-    except Exception as error:  # of the network, of the hub, of the data set's own files
+    except Exception as error:  # The network, the hub and the data set's files raise many.
         asked = f"the data set {source!r} (configuration {name!r}, split {split!r})"
         raise RuntimeError(
             f"there is no file or directory {source!r}, and datasets could not load {asked}: "
@@ -322,7 +322,7 @@ def _cut(example: Row, how: ExampleOptions, tokenizer: Any, where: str) -> list[
 
 
 def _cut_words(text: str, fraction: float) -> Iterator[Row]:
-    """A text as prompt and completion, cut before the white space in front of a word; its layout is kept."""
+    """Cut a text into prompt and completion before the white space in front of a word; its layout is kept."""
     text = text.strip()
     starts = [i for i in range(1, len(text)) if text[i - 1].isspace() and not text[i].isspace()]
     if not starts:
@@ -334,7 +334,7 @@ def _cut_words(text: str, fraction: float) -> Iterator[Row]:
 
 
 def _cut_tokens(ids: Sequence[int], prompt: int, completion: int) -> Iterator[Row]:
-    """Consecutive pieces of a document; what is left at its end is a piece too if a completion begins in it."""
+    """Cut a document into consecutive pieces; what is left at its end is one too if a completion begins in it."""
     for start in range(0, len(ids), prompt + completion):
         piece = list(ids[start : start + prompt + completion])
         if len(piece) > prompt:

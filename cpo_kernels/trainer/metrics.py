@@ -26,7 +26,7 @@ class MetricSums:
         self.nonfinite[name] = self.nonfinite.get(name, zero) + ~torch.isfinite(value)
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, int]]:
-        """The metrics that have any weight, and how many of the values added were NaN or Inf, by name where any were.
+        """Return the metrics that have any weight, and by name how many of the values added were NaN or Inf.
 
         Args:
             reduce: sums a tensor over processes, all of which must have added the same names, be it with weight 0.
@@ -47,7 +47,7 @@ class MetricSums:
 def contrast_metrics(
     rewards: Tensor, cu_groups: Sequence[int], ranks: Sequence[int], kinds: Sequence[str], known: Sequence[str]
 ) -> dict[str, tuple[Tensor, int]]:
-    """How the candidates of rank 0 do against the others, over all and by kind of negative.
+    """Measure how the candidates of rank 0 do against the others, over all and by kind of negative.
 
     Args:
         rewards: (S,) ``beta * (logp - ref_logp)``.

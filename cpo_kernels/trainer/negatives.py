@@ -8,17 +8,79 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
-from cpo_kernels.negatives import finish, is_wrong, token_seeds
+from cpo_kernels.negatives import Negative, finish, is_wrong
+from cpo_kernels.negatives.kinds import Task, counted_kinds
+from cpo_kernels.negatives.seeds import generator, token_seeds
 
 from .along_truth import Passage, Reading, read
-from .batch import Negative
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .sampler import NegativeSampler
-from .sources import Sources
-from .writing import Store, Write, endpoint_of, sampling_of, write_with_endpoint, write_with_model
+from .reference import Sources
+from .writing import EndpointWriter, ModelWriter, Store, sampling_of
 
-EVALUATION_STEP = -1  # the same draws in every evaluation, of models that may have changed
+EVALUATION_STEP = -1  # Every evaluation draws alike, though models may have changed.
+
+
+class NegativeSampler:
+    """Draws the negatives of an example that need no model: a function of (seed, step, example) alone.
+
+    Batch negatives come from the whole data set. A batch is a random sample of it, so their distribution is that of
+    the other completions in a batch, but they do not depend on how a batch is split into micro-batches, on the number
+    of processes, or on where a run was resumed, and a batch of one example has them too.
+
+    Args:
+        examples: the data.
+        eos_token_id: the token that ends a completion.
+        num_batch_negatives: how many of the kind batch are drawn.
+        num_truncation_negatives: how many of the kind truncation are drawn.
+        seed: any integer.
+        max_length: tokens of prompt and completion together, at most.
+        more: numbers of further kinds that are drawn from the data, as ``num_KIND_negatives=...``.
+    """
+
+    def __init__(
+        self,
+        examples: TokenizedExamples,
+        eos_token_id: int,
+        num_batch_negatives: int,
+        num_truncation_negatives: int,
+        seed: int,
+        max_length: int | None = None,
+        **more: int,
+    ) -> None:
+        self.examples, self.eos_token_id, self.seed, self.max_length = examples, eos_token_id, seed, max_length
+        self.counts = more | {
+            "num_batch_negatives": num_batch_negatives,
+            "num_truncation_negatives": num_truncation_negatives,
+        }
+
+    def draw(self, index: int, step: int) -> list[Negative]:
+        """Draw the negatives of example ``index`` as it is contrasted at ``step``; those that it brings come first."""
+        room = None if self.max_length is None else self.max_length - len(self.examples.prompts[index])
+        task = Task(self.examples.completions, index, self.eos_token_id, room, self.rank_of_drawn(index))
+        rng = generator(self.seed, step, index)
+        drawn = self.given(index)
+        for name, kind in counted_kinds().items():
+            if kind.draw is not None and self.counts.get(name):
+                drawn += kind.draw(task, self.counts[name], rng)
+        return drawn
+
+    def given(self, index: int) -> list[Negative]:
+        """Return the negatives that the example brings."""
+        if self.examples.negatives is None:
+            return []
+        negatives = self.examples.negatives[index]
+        ranks = None if self.examples.ranks is None else self.examples.ranks[index]
+        kinds = ["given"] * len(negatives) if self.examples.kinds is None else self.examples.kinds[index]
+        return [
+            Negative(kind, tokens, rank=1 if ranks is None else ranks[number])
+            for number, (kind, tokens) in enumerate(zip(kinds, negatives, strict=True))
+        ]
+
+    def rank_of_drawn(self, index: int) -> int:
+        """Return the rank of a negative that was drawn: behind those that the example ranks."""
+        ranks = None if self.examples.ranks is None else self.examples.ranks[index]
+        return 1 + max(ranks, default=0) if ranks is not None else 1
 
 
 @dataclass
@@ -51,23 +113,26 @@ class Negatives:
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
-        self._endpoint = None if self.config.autoregressive_url is None else endpoint_of(self.config)
+        self._writer: ModelWriter | EndpointWriter
+        if self.config.autoregressive_url is None:
+            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
+        else:
+            self._writer = EndpointWriter(self.config, self.tokenizer)
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn."""
+        """The seed of everything that is drawn."""
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
 
     def sampler(self, examples: TokenizedExamples) -> NegativeSampler:
-        """What draws the negatives of these examples that need no model."""
+        """Make what draws the negatives of these examples that need no model."""
         counts = self.config.negative_counts(examples.brings_negatives)
         return NegativeSampler(
             examples=examples,
             eos_token_id=self.tokenizer.eos_token_id,
-            num_batch_negatives=counts["batch"],
-            num_truncation_negatives=counts["truncation"],
             seed=self.seed,
             max_length=self.config.max_length,
+            **{name: counts[kind.name] for name, kind in counted_kinds().items()},
         )
 
     def check(self, examples: TokenizedExamples) -> None:
@@ -91,11 +156,11 @@ class Negatives:
                 raise ValueError(f"example {index} brings no negatives and none are drawn for it")
 
     def any_for(self, examples: TokenizedExamples) -> bool:
-        """Whether these examples have negatives."""
+        """Tell whether these examples have negatives."""
         return examples.brings_negatives or any(self.config.negative_counts(examples.brings_negatives).values())
 
     def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[Drawn]:
-        """The negatives of some examples as they are contrasted at ``step``."""
+        """Draw the negatives of some examples as they are contrasted at ``step``."""
         step = self._effective(step)
         sampler = self.sampler(examples)
         drawn = [Drawn(sampler.draw(index, step)) for index in indices]
@@ -137,11 +202,11 @@ class Negatives:
         if missing or self.sources.synced_gpus:
             written = self._write(examples, [index for _, index in missing], self._effective(steps[0][0]))
             self.store.negatives.update(zip(missing, written, strict=True))
-        if not self.config.resample_negatives:  # another process may see these examples next time
+        if not self.config.resample_negatives:  # Another process may see these examples next time.
             self.store.negatives |= dict(gather_object([(key, self.store.negatives[key]) for key in missing]))
 
     def _effective(self, step: int) -> int:
-        """The step that decides what is drawn."""
+        """Return the step that decides what is drawn."""
         return step if self.config.resample_negatives or step == EVALUATION_STEP else 0
 
     @property
@@ -151,7 +216,7 @@ class Negatives:
     def _read(
         self, examples: TokenizedExamples, indices: Sequence[int], step: int, drawn: Sequence[Drawn]
     ) -> list[Reading]:
-        """One forward pass over the ground truths and, in the same rows, over their truncations."""
+        """Read the ground truths and, in the same rows, their truncations, in one forward pass."""
         passages = []
         for index, own in zip(indices, drawn, strict=True):
             completion = examples.completions[index]
@@ -171,17 +236,11 @@ class Negatives:
         prompts = [examples.prompts[index] for index in indices]
         sampling = sampling_of(self.config, examples, self.seed, step)
         with self.sources.autocast():
-            return self._writer()(prompts, indices, sampling)
-
-    def _writer(self) -> Write:
-        count = self.config.num_autoregressive_negatives
-        if self._endpoint is not None:
-            return write_with_endpoint(self._endpoint, self.tokenizer, count)
-        return write_with_model(self.sources.policy(), self.tokenizer, count, self.sources.synced_gpus)
+            return self._writer(prompts, indices, self.config.num_autoregressive_negatives, sampling)
 
 
 def with_reference(drawn: Drawn, reading: Reading) -> Drawn:
-    """The same negatives with what the reference has said of the ground truth and its truncations."""
+    """Add to negatives what the reference has said of the ground truth and its truncations."""
     cut_logps = iter(reading.cut_logps)
     negatives = [own if own.cut is None else replace(own, ref_logp=next(cut_logps)) for own in drawn.negatives]
     return Drawn(negatives, reading.logp)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from cpo_kernels.engine.losses import check_loss
 from cpo_kernels.models import LinearLossOutput, SequenceLossRequest
+from cpo_kernels.negatives import KINDS
 from cpo_kernels.objective import LossTerms, make_groups, make_problem, summarize
 from cpo_kernels.options import Objective
 
 from .batch import body_inputs, layout_of
-from .config import KINDS, CPOConfig
+from .config import CPOConfig
 
 LossFn = Callable[[Tensor, range], Tensor]
 

@@ -18,6 +18,7 @@ from tqdm.auto import trange
 
 from .builder import BatchBuilder
 from .data import TokenizedExamples
+from .files import whole_file
 
 ScoreExamples = Callable[[Sequence[int]], list[Tensor]]
 
@@ -34,14 +35,14 @@ class ReferenceScores:
         self.starts, self.logps = starts.tolist(), logps
 
     def of(self, indices: Sequence[int]) -> Tensor:
-        """The log-likelihoods of the candidates of some examples, one after the other."""
+        """Return the log-likelihoods of the candidates of some examples, one after the other."""
         return torch.cat([self.logps[self.starts[i] : self.starts[i + 1]] for i in indices])
 
 
 def precompute(
     directory: Path, batches: BatchBuilder, examples: TokenizedExamples, step: int, accelerator: Accelerator
 ) -> ReferenceScores:
-    """The scores of a data set whose negatives never change.
+    """Score a data set whose negatives never change.
 
     Args:
         directory: where scores are kept.
@@ -72,14 +73,14 @@ def precompute(
 
 
 def cache_key(**parts: Any) -> str:
-    """A digest of what the scores depend on: model, data, negatives, precision."""
+    """Digest what the scores depend on: model, data, negatives, precision."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def load_or_compute(
     directory: Path, key: str, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator
 ) -> ReferenceScores:
-    """The scores kept under ``key``, computed by all processes together where there are none.
+    """Load the scores kept under ``key``, computed by all processes together where there are none.
 
     Args:
         directory: where scores are kept; one file per key.
@@ -111,8 +112,5 @@ def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExample
         return
     starts = torch.tensor([0, *(len(logps) for _, logps in scores)]).cumsum(0)
     logps = torch.tensor([value for _, own in scores for value in own], dtype=torch.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A run that is killed while it writes must not leave half a file under the final name.
-    unfinished = path.with_suffix(".part")
-    save_file({"starts": starts, "logps": logps}, unfinished)
-    unfinished.replace(path)
+    with whole_file(path) as partial:
+        save_file({"starts": starts, "logps": logps}, partial)

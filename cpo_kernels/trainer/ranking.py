@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from cpo_kernels.negatives import SentenceEmbedder, similarity_ranks
+from cpo_kernels.negatives import Negative, SentenceEmbedder, similarity_ranks
 
 from .batch import ContrastBatch
 from .config import CPOConfig
+from .reference import Reference
+
+Ids = Sequence[int]
 
 
 class Ranking:
-    """Ranks the negatives of a batch by cosine similarity to their ground truth, if the configuration says so."""
+    """Ranks negatives by cosine similarity to their ground truth.
 
-    def __init__(self, config: CPOConfig, tokenizer: Any, device: Any) -> None:
-        self.tokenizer = tokenizer
-        self.wanted = config.ranking == "similarity"
+    Args:
+        config: whether they are ranked, and by which model of sentences; without one, by hidden states.
+        tokenizer: of the candidates.
+        device: of the model of sentences.
+        wanted: whether they are ranked, in place of what the configuration says of training.
+
+    Raises:
+        RuntimeError: a model of sentences that cannot be loaded.
+    """
+
+    def __init__(self, config: CPOConfig, tokenizer: Any, device: Any, wanted: bool | None = None) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.wanted = config.ranking == "similarity" if wanted is None else wanted
         name = config.embedding_model if self.wanted else None
         self._embedder = None if name is None else SentenceEmbedder(name, device=str(device))
 
@@ -35,7 +49,41 @@ class Ranking:
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         inputs["ranks"] = ranks_by_similarity(self._embedder.embed(texts), inputs)
 
+    def rank_written(
+        self,
+        reference: Reference | None,
+        prompts: Sequence[Ids],
+        truths: Sequence[Ids],
+        negatives: Sequence[Sequence[Ids]],
+    ) -> list[list[int]]:
+        """Rank negatives that were written ahead of time.
+
+        Args:
+            reference: whose hidden states are taken where no model of sentences is named.
+            prompts: token ids of each example's prompt.
+            truths: token ids of each ground truth.
+            negatives: token ids of each example's negatives.
+
+        Returns:
+            For each example the ranks of its negatives, from 1; equal ones have the same rank.
+        """
+        ranks: list[list[int]] = []
+        eos, size = self.tokenizer.eos_token_id, self.config.per_device_eval_batch_size
+        for start in range(0, len(negatives), size):
+            some = slice(start, start + size)
+            batch = ContrastBatch(eos, eos, self.config.max_length)
+            for prompt, truth, own in zip(prompts[some], truths[some], negatives[some], strict=True):
+                batch.add_group(prompt, truth, [Negative("autoregressive", ids) for ids in own])
+            inputs = batch.tensors()
+            self.rank_texts(batch, inputs)
+            if self.by_reference and reference is not None:
+                embeddings = reference.score(inputs, {}, pool=True).embeddings
+                assert embeddings is not None
+                inputs["ranks"] = ranks_by_similarity(embeddings, inputs)
+            ranks += [inputs["ranks"][first + 1 : last] for first, last in pairwise(batch.groups)]
+        return ranks
+
 
 def ranks_by_similarity(embeddings: Tensor, inputs: Mapping[str, Any]) -> list[int]:
-    """Ranks (S,) by cosine similarity to the first of each group, among those that the data ranks equal."""
+    """Rank candidates (S,) by cosine similarity to the first of each group, among those that the data ranks equal."""
     return similarity_ranks(embeddings, inputs["cu_groups"], base_ranks=inputs["ranks"])

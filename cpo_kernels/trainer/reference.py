@@ -1,4 +1,4 @@
-"""The frozen reference: which model it is, what it says of a batch, and that a resumed run has the same one."""
+"""The models that a run asks: the one that it trains, and its frozen reference, which a resumed run must have too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """The model as it is to be asked."""
+        """Give the model as it is to be asked."""
         with evaluating(self._model()) as model:
             if not self.adapters:
                 yield model
@@ -54,7 +55,7 @@ class Reference:
                 yield model
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
-        """Log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
+        """Compute log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
         with self.active() as model:
             # Before training, Trainer may have left the model on the CPU.
             device = next(model.parameters()).device
@@ -63,11 +64,39 @@ class Reference:
             return model(**body_inputs(inputs), linear_loss=request)
 
 
+@dataclass
+class Sources:
+    """The model that is trained and its reference.
+
+    Args:
+        policy: returns the model that is trained.
+        reference: its frozen reference, if there is one.
+        head: options of the head: backend and budget.
+        autocast: the context of forward passes.
+        device: of the models.
+        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+    """
+
+    policy: Callable[[], nn.Module]
+    reference: Reference | None
+    head: dict[str, Any]
+    autocast: Callable[[], AbstractContextManager]
+    device: torch.device
+    synced_gpus: bool = False
+
+    @contextmanager
+    def asking(self, who: str = "model") -> Iterator[nn.Module]:
+        """Give the model, or the reference where there is one, in evaluation mode and without gradients."""
+        of_reference = self.reference if who == "reference" else None
+        source = evaluating(self.policy()) if of_reference is None else of_reference.active()
+        with source as model, self.autocast():
+            yield model
+
+
 def make_reference(
     config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
 ) -> tuple[nn.Module | None, Reference | None]:
-    """The model that a configuration takes as reference, where it is another than the one that is trained, and the
-    reference itself.
+    """Make the reference, and its model where that is another than the one that is trained.
 
     Args:
         config: whether there is one.
@@ -84,7 +113,7 @@ def make_reference(
     model = accelerator.unwrap_model(policy())
     if ref_model is None and hasattr(model, "disable_adapter"):
         return None, Reference(policy, adapters=True)
-    if ref_model is None and config.reference == "precomputed":  # it is asked before it is trained, and no longer
+    if ref_model is None and config.reference == "precomputed":  # The model is asked before it is trained, not later.
         return None, Reference(policy, adapters=False)
     frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
     frozen = frozen.eval().requires_grad_(False)
@@ -95,12 +124,12 @@ def make_reference(
 
 
 def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
-    """Log-likelihoods (S,) divided by the numbers of tokens."""
+    """Divide log-likelihoods (S,) by the numbers of tokens."""
     return logps / torch.tensor(cu_tokens, device=logps.device).diff()
 
 
 def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) -> str:
-    """A digest of a model's parameters, or of those that are not trained: names, shapes and ``samples`` values each."""
+    """Digest a model's parameters, or those that are not trained: names, shapes and ``samples`` values each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if frozen_only and parameter.requires_grad:
@@ -113,7 +142,7 @@ def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) 
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What besides its parameters decides what a model says."""
+    """Return what besides its parameters decides what a model says."""
     config: Any = model.config
     return {"config": config.to_dict(), "dtypes": sorted({str(p.dtype) for p in model.parameters()})}
 

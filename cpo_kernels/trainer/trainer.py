@@ -15,19 +15,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
+from cpo_kernels.negatives import KINDS
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
-from .checkpoints import last_complete_checkpoint
-from .config import KINDS, CPOConfig
+from .config import CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
+from .files import last_complete_checkpoint
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
 from .own_loss import LossFn, check_own_loss, own_loss
 from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
-from .reference import check_fingerprint, make_reference, per_token, save_fingerprint
-from .sources import Sources
+from .reference import Sources, check_fingerprint, make_reference, per_token, save_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -314,7 +314,7 @@ class CPOTrainer(Trainer):
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
         if self.args.candidate_eps is not None or self.args.grad_filter_eps is not None:
             sums.add("dropped", out.dropped, tokens)
-        metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], KINDS)
+        metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], [*KINDS])
         contrasted = metrics["accuracy"][1]
         total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has none
         metrics = {"contrastive_loss": (total / max(contrasted, 1), contrasted), **metrics}

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .judges import Judge, Question, Verdict
 
-Z95 = 1.959963984540054  # the standard normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # The 97.5 % quantile of the standard normal distribution.
 VALUES = (0.0, 0.5, 1.0)
 
 
@@ -26,7 +26,7 @@ def judge_pairs(
     *,
     cache: str | Path | None = None,
 ) -> list[Verdict]:
-    """Whether each generated continuation is better than the true one.
+    """Judge whether each generated continuation is better than the true one.
 
     A judge is asked twice, with the two in either order, unless its attribute ``symmetric`` is true: then once.
     Verdicts that disagree are a tie, so a judge that always prefers the first of two gives ties only. Two equal texts
@@ -72,7 +72,7 @@ def judge_pairs(
 
 
 def judge_identity(judge: Judge) -> str:
-    """What cached verdicts of a judge are kept under: its attribute ``identity``, or the name of a plain function.
+    """Name what cached verdicts of a judge are kept under: its ``identity``, or the name of a plain function.
 
     Raises:
         ValueError: neither is there; two lambdas, say, cannot be told apart.
@@ -96,7 +96,7 @@ def _key(identity: str, question: Question) -> str:
 def _answers(
     judge: Judge, identity: str, questions: dict[str, Question], cache: str | Path | None
 ) -> dict[str, Verdict]:
-    """A verdict for every key, from the cache or from the judge."""
+    """Find a verdict for every key, in the cache or by asking the judge."""
     if cache is None:
         return dict(_ask(judge, questions))
     known = _read_cache(Path(cache))
@@ -131,7 +131,7 @@ def _checked(verdict: Any, name: str) -> Verdict:
 
 
 def _read_cache(path: Path) -> dict[str, Verdict]:
-    """The verdicts in a file, by key. A last line that a killed run left unfinished is cut off the file."""
+    """Read the verdicts in a file, by key. A last line that a killed run left unfinished is cut off the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
@@ -153,7 +153,7 @@ def _oriented(verdict: Verdict, swapped: bool) -> Verdict:
 
 
 def _combine(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict from those of the orders that were asked; none was where the texts are equal."""
+    """Combine the verdicts of the orders that were asked; none was where the texts are equal."""
     if None in verdicts:
         return None
     return verdicts[0] if len(set(verdicts)) == 1 else 0.5
@@ -180,7 +180,7 @@ class WinRate:
 
 
 def win_rate(judgements: Sequence[Verdict]) -> WinRate:
-    """The win rate over independent pairs.
+    """Compute the win rate over independent pairs.
 
     With w wins and l losses of n, the rate is ``(1 + d) / 2`` for the difference of paired proportions
     ``d = (w - l) / n``. The interval is the score interval of that difference (Tango, Statistics in Medicine 17,
@@ -202,10 +202,10 @@ def win_rate(judgements: Sequence[Verdict]) -> WinRate:
 
 
 def _score_interval(wins: int, losses: int, n: int) -> tuple[float, float]:
-    """Tango's interval of (wins - losses) / n: the differences that the score test at 5 % does not reject."""
+    """Compute Tango's interval of (wins - losses) / n: the differences that the score test at 5 % does not reject."""
 
     def kept(difference: float) -> bool:
-        # the probability of a loss under this difference with the largest likelihood: a root of a x^2 + b x + c
+        # The likeliest probability of a loss under this difference is a root of a x^2 + b x + c.
         a, c = 2 * n, -losses * difference * (1 - difference)
         b = (2 * n - wins + losses) * difference - wins - losses
         loss = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,16 +11,18 @@ from typing import Any
 from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
+from cpo_kernels.negatives.seeds import call_seed
 
 from .config import CPOConfig
 from .data import TokenizedExamples
+from .reference import fingerprint
 
 FILE_NAME = "autoregressive-{process}.json"
 KEY_VARIABLE = "CPO_KERNELS_COMPLETIONS_KEY"
 
 Key = tuple[int, int]  # (step, index of the example)
-# From prompts, the indices of their examples, and how to sample, to negatives of each.
-Write = Callable[[Sequence[Sequence[int]], Sequence[int], Sampling], list[list[list[int]]]]
+Ids = Sequence[int]
+Written = list[list[list[int]]]  # Token ids of each completion of each prompt.
 
 
 class Store:
@@ -31,7 +32,7 @@ class Store:
         self.negatives: dict[Key, list[list[int]]] = {}
 
     def missing(self, keys: Sequence[Key]) -> list[Key]:
-        """The keys without negatives."""
+        """Return the keys without negatives."""
         return [key for key in keys if key not in self.negatives]
 
     def forget_before(self, step: int) -> None:
@@ -52,12 +53,12 @@ class Store:
 
 
 def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
-    """Tokens that ``max_length`` leaves for a continuation behind any prompt of the data, 1 at least."""
+    """Count the tokens that ``max_length`` leaves for a continuation behind any prompt of the data, 1 at least."""
     return max(1, config.max_length - examples.longest_prompt)
 
 
 def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:
-    """How negatives of some examples are sampled, as a function of ``key``.
+    """Say how negatives of some examples are sampled, as a function of ``key``.
 
     Their length is at most the configured one, or else that of the longest ground truth, and never more than what
     ``max_length`` leaves behind the longest prompt: of all the data, so that no example depends on its neighbours.
@@ -68,45 +69,75 @@ def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sa
         top_p=config.autoregressive_top_p,
         max_new_tokens=min(longest, room_for(config, examples)),
         batch_size=config.autoregressive_batch_size,
-        seed=int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little"),
+        seed=call_seed(*key),
     )
 
 
-def write_with_model(model: nn.Module, tokenizer: Any, count: int, synced_gpus: bool) -> Write:
-    """A writer that samples from the model itself."""
-    eos = tokenizer.eos_token_id
-    pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+class ModelWriter:
+    """A model that samples; what it writes for an example depends on nothing but the example's key and the sampling.
 
-    def write(prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> list[list[list[int]]]:
+    Args:
+        model: returns a causal language model.
+        tokenizer: its tokenizer.
+        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False) -> None:
+        self.model, self.tokenizer, self.synced_gpus = model, tokenizer, synced_gpus
+
+    @property
+    def identity(self) -> str:
+        """What tells its negatives from those of another."""
+        return fingerprint(self.model())
+
+    def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
+        """Write ``count`` completions of each prompt, which has a key of its own."""
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         return autoregressive_negatives(
-            model,
+            self.model(),
             prompts,
             count,
             eos_token_id=eos,
-            pad_token_id=pad,
+            pad_token_id=eos if pad is None else pad,
             sampling=sampling,
-            keys=indices,
-            synced_gpus=synced_gpus,
+            keys=keys,
+            synced_gpus=self.synced_gpus,
         )
 
-    return write
 
+class EndpointWriter:
+    """A server that is asked with texts; the configuration names it.
 
-def endpoint_of(config: CPOConfig) -> CompletionsEndpoint:
-    """The server that a configuration names; its key is read from the variable ``CPO_KERNELS_COMPLETIONS_KEY``.
+    Its key is read from the variable ``CPO_KERNELS_COMPLETIONS_KEY``.
 
     Raises:
         RuntimeError: ``openai`` is not installed.
         ValueError: a configuration that names no server.
     """
-    url, model = config.autoregressive_url, config.autoregressive_model
-    if url is None or model is None:
-        raise ValueError(f"expected autoregressive_url and autoregressive_model, got {url!r} and {model!r}")
-    return CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
+
+    def __init__(self, config: CPOConfig, tokenizer: Any) -> None:
+        url, model = config.autoregressive_url, config.autoregressive_model
+        if url is None or model is None:
+            raise ValueError(f"expected autoregressive_url and autoregressive_model, got {url!r} and {model!r}")
+        self.tokenizer = tokenizer
+        self.endpoint = CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
+
+    @property
+    def identity(self) -> str:
+        """What tells its negatives from those of another."""
+        return f"{self.endpoint.url} {self.endpoint.model}"
+
+    def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
+        """Write ``count`` completions of each prompt; a server knows no keys."""
+        answers = self.endpoint.negatives(prompt_texts(self.tokenizer, prompts), count, sampling)
+        texts = [completion.text for own in answers for completion in own]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        eos = self.tokenizer.eos_token_id
+        return [[_ended(next(encoded), completion.ended, eos) for completion in own] for own in answers]
 
 
-def prompt_texts(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The texts that a server makes these token ids of: special tokens are written out, as chat templates have them.
+def prompt_texts(tokenizer: Any, prompts: Sequence[Ids]) -> list[str]:
+    """Return the texts that a server makes these token ids of, special tokens written out as chat templates have them.
 
     A BOS in front is left out where the tokenizer, and so the server's, puts it there by itself.
     """
@@ -119,19 +150,6 @@ def prompt_texts(tokenizer: Any, prompts: Sequence[Sequence[int]]) -> list[str]:
     ]
 
 
-def write_with_endpoint(endpoint: CompletionsEndpoint, tokenizer: Any, count: int) -> Write:
-    """A writer that asks a server, which takes and gives text."""
-    eos = tokenizer.eos_token_id
-
-    def write(prompts: Sequence[Sequence[int]], indices: Sequence[int], sampling: Sampling) -> list[list[list[int]]]:
-        answers = endpoint.negatives(prompt_texts(tokenizer, prompts), count, sampling)
-        texts = [completion.text for own in answers for completion in own]
-        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        return [[_ended(next(encoded), completion.ended, eos) for completion in own] for own in answers]
-
-    return write
-
-
 def _ended(tokens: Sequence[int], ended: bool, eos: int) -> list[int]:
-    """A completion with the EOS that ended it; one without any tokens is EOS alone."""
+    """Put the EOS behind a completion that it ended; one without any tokens is EOS alone."""
     return [*tokens, eos] if ended or not tokens else list(tokens)

@@ -133,6 +133,47 @@ def test_what_is_held_out_is_not_trained_on(shared, tmp_path):
     assert inputs.eval_examples() == held_out
 
 
+def test_no_more_than_max_eval_examples_are_held_out(shared, tmp_path):
+    """The first rows, in their order, of what is held out either way."""
+    rows = tiny_models.examples(4, seed=9)
+    for values in ({"eval_fraction": 0.25}, {"eval_data": write_examples(tmp_path / "held_out.jsonl", 4, seed=9)}):
+        whole, two, many = (
+            Inputs(parse([write_config(tmp_path / "run.yaml", **shared, **values, **limit)]))
+            for limit in ({}, {"max_eval_examples": 2}, {"max_eval_examples": 99})
+        )
+        expected = rows if "eval_data" in values else whole.eval_examples()
+        assert list(two.eval_examples()) == list(expected[:2])
+        assert list(many.eval_examples()) == list(expected)
+        if "eval_fraction" in values:  # the rest of what is held out is not trained on either
+            assert two.train_examples() == whole.train_examples()
+
+
+def test_the_revision_is_that_of_the_model(shared, tmp_path):
+    """A cache of the hub with two revisions of one name; a tokenizer of another name has none of them."""
+    repository = tmp_path / "hub" / "models--some--name"
+    for number, reference in enumerate(("main", "older")):
+        commit = str(number) * 40
+        save_model(repository / "snapshots" / commit, seed=number)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / reference).write_text(commit)
+    values = {"model": "some/name", "data": shared["data"], "revision": "older", "tokenizer": shared["model"]}
+    config = write_config(tmp_path / "run.yaml", **values)
+    program = (
+        "import sys; from cpo_kernels.cli.inputs import Inputs; from cpo_kernels.cli.parsing import parse; "
+        "inputs = Inputs(parse(sys.argv[1:])); inputs.tokenizer; inputs.model().save_pretrained(inputs.run.checkpoint)"
+    )
+    for options, seed in ([], 1), (["--revision", "main"], 0):
+        run = subprocess.run(
+            [sys.executable, "-c", program, config, "--checkpoint", str(tmp_path / "loaded"), *options],
+            env=os.environ
+            | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        assert_equal(weights(tmp_path / "loaded"), weights(repository / "snapshots" / (str(seed) * 40)))
+
+
 def test_an_ensemble_at_the_end(shared, tmp_path):
     other = save_model(tmp_path / "other", seed=1)
     config = write_config(tmp_path / "run.yaml", **shared, ensemble_with=other, ensemble_alpha=0.25)
@@ -189,7 +230,7 @@ MISTAKES = {
     ),
     "no prompts": ({"columns": {"prompt": "question"}}, "data.jsonl:1 has no 'question', which columns takes"),
     "too long": ({"max_length": 999}, "max_length=999 exceeds the 64 positions"),
-    "dtype": ({"torch_dtype": "float12"}, "torch_dtype must be one of float32, bfloat16, float16, auto"),
+    "dtype": ({"torch_dtype": "float12"}, "--torch_dtype/--torch-dtype: invalid choice: 'float12'"),
     "adapters": ({"lora_r": 2, "lora_targets": ["nothing"]}, "nothing"),
     "tiny": ({"model": "some/name", "tiny": True}, "--tiny cannot ask the hub what family 'some/name' is of"),
     "family": ({"tiny_model": {"model_type": "magic"}, "tiny": True}, "transformers knows no model_type 'magic'"),
@@ -209,7 +250,7 @@ def test_a_model_that_cannot_be_read_is_told(shared, tmp_path, capsys, monkeypat
     def refuse(model, **options):
         raise RuntimeError("no head is known of this model")
 
-    modules = {"train": "trainer.trainer", "evaluate": "cli.evaluate", "negatives": "cli.likeness"}
+    modules = {"train": "trainer.trainer", "evaluate": "cli.evaluate", "negatives": "cli.parts"}
     monkeypatch.setattr(f"cpo_kernels.{modules[command]}.attach_linear_loss", refuse)
     config = write_config(tmp_path / "run.yaml", **shared, eval_fraction=0.25, checkpoint=shared["model"])
     arguments = ["--negatives_ranking", "similarity", "--negatives_file", str(tmp_path / "n.jsonl")]
@@ -322,6 +363,26 @@ def test_evaluate(shared, tmp_path, capsys, monkeypatch):
     ):
         assert main(["evaluate", config, "--judge", name]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_small_nucleus_leaves_the_likeliest_token(shared, tmp_path):
+    """With eval_top_p next to 0 the continuations are greedy, computed here token by token."""
+    values = {"eval_data": write_examples(tmp_path / "held_out.jsonl", 4, seed=9), "checkpoint": shared["model"]}
+    config = write_config(tmp_path / "run.yaml", **shared, **values, eval_max_new_tokens=5, eval_top_p=1e-6)
+    assert main(["evaluate", config]) == 0
+    model = AutoModelForCausalLM.from_pretrained(shared["model"])
+    tokenizer = AutoTokenizer.from_pretrained(shared["model"])
+    want = []
+    for row in tiny_models.examples(4, seed=9):
+        prompt = text = tokenizer(row["prompt"])["input_ids"]
+        while len(text) < len(prompt) + 5 and (len(text) == len(prompt) or text[-1] != tokenizer.eos_token_id):
+            text = [*text, int(model(torch.tensor([text])).logits[0, -1].argmax())]
+        want.append(text[len(prompt) :])
+    folder = tmp_path / "run" / "evaluation"
+    assert json.loads((folder / "generations.json").read_text())["completions"] == want
+    assert json.loads((folder / "report.json").read_text())["sampling"]["top_p"] == 1e-6
+    assert main(["evaluate", config, "--eval_top_p", "1"]) == 0
+    assert json.loads((folder / "generations.json").read_text())["completions"] != want
 
 
 def test_a_chat_endpoint_judges(shared, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_kernels.__main__ import main
-from cpo_kernels.cli import writers
 from cpo_kernels.cli.parsing import parse
 from cpo_kernels.cli.train import make_trainer
 from cpo_kernels.negatives import similarity_ranks
@@ -55,15 +54,15 @@ def calls(monkeypatch):
     class Calls(list):
         fail_at = None
 
-    calls, call = Calls(), writers.ModelWriter.__call__
+    calls, call = Calls(), writing.ModelWriter.__call__
 
-    def counted(self, prompts, first, count, sampling):
+    def counted(self, prompts, keys, count, sampling):
         if len(calls) == calls.fail_at:
             raise KeyboardInterrupt
-        calls.append(first)
-        return call(self, prompts, first, count, sampling)
+        calls.append(keys[0])
+        return call(self, prompts, keys, count, sampling)
 
-    monkeypatch.setattr(writers.ModelWriter, "__call__", counted)
+    monkeypatch.setattr(writing.ModelWriter, "__call__", counted)
     return calls
 
 
@@ -165,9 +164,9 @@ def test_the_ground_truth_is_left_out(config, tmp_path, monkeypatch, capsys, neg
     truth = tokenizer(tiny_models.examples(1)[0]["completion"])["input_ids"]
     eos = tokenizer.eos_token_id
     monkeypatch.setattr(
-        writers.ModelWriter,
+        writing.ModelWriter,
         "__call__",
-        lambda self, prompts, first, count, sampling: [[truth, [*truth, eos]] for _ in prompts],
+        lambda self, prompts, keys, count, sampling: [[truth, [*truth, eos]] for _ in prompts],
     )
     assert main(["negatives", path]) == 0
     assert "1 examples got none: what was written for them was the ground truth itself" in capsys.readouterr().out
@@ -264,7 +263,7 @@ def test_a_server_writes(config, tmp_path, monkeypatch, capsys):
     assert [row["negatives"] for row in got] == [[[*text, tokenizer.eos_token_id], text] for text in texts]
 
 
-def test_training_and_the_command_ask_a_server_alike(shared, tmp_path, monkeypatch):
+def test_a_server_is_asked_with_the_texts_of_the_prompts(shared, tmp_path, monkeypatch):
     """With special tokens that are part of a prompt, without the BOS that the server adds, and not with what is cut."""
     tokenizer = tiny_models.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<user>"]})
@@ -279,11 +278,8 @@ def test_training_and_the_command_ask_a_server_alike(shared, tmp_path, monkeypat
     options = {"autoregressive_url": "http://127.0.0.1:1/v1", "autoregressive_model": "big", "use_cpu": True}
     config = CPOConfig(output_dir=str(tmp_path), max_length=32, **options)
     Server.asked, Server.fails = [], False
-    written = writing.write_with_endpoint(writing.endpoint_of(config), tokenizer, 2)(
-        data.prompts, range(4), writing.sampling_of(config, data)
-    )
-    assert writers.EndpointWriter(config, tokenizer)(data.prompts, 0, 2, Sampling()) == written
-    assert [asked[0] for asked in Server.asked] == [expected] * 2
+    writing.EndpointWriter(config, tokenizer)(data.prompts, range(4), 2, writing.sampling_of(config, data))
+    assert [asked[0] for asked in Server.asked] == [expected]
     # What the server tokenises is what training sees.
     assert tokenizer(expected)["input_ids"] == [*prompts, prompts[0]]
 
@@ -295,7 +291,7 @@ def test_a_bos_that_the_tokenizer_does_not_add_is_sent():
 
 def test_a_configuration_without_a_server_has_no_endpoint(tmp_path):
     with pytest.raises(ValueError, match="expected autoregressive_url and autoregressive_model, got None and None"):
-        writing.endpoint_of(CPOConfig(output_dir=str(tmp_path), use_cpu=True))
+        writing.EndpointWriter(CPOConfig(output_dir=str(tmp_path), use_cpu=True), tiny_models.tokenizer())
 
 
 def test_a_continuation_has_room_behind_the_longest_prompt(tmp_path):

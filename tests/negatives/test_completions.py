@@ -210,7 +210,7 @@ def test_nothing_asked_for(stub):
 
 def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(RuntimeError, match=r"completions from http://x/v1 .* pip install openai"):
+    with pytest.raises(RuntimeError, match=r"CompletionsEndpoint asks http://x/v1 .* pip install openai"):
         CompletionsEndpoint("http://x/v1", "tiny")
     with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
         CompletionsEndpoint("http://x/v1", "tiny", workers=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +15,7 @@ import torch
 
 from cpo_kernels import CandidateLayout, contrastive_loss, linear_sequence_logps, linear_sequence_loss
 from cpo_kernels.negatives import (
+    KINDS,
     Sampling,
     autoregressive_negatives,
     batch_negatives,
@@ -26,6 +28,7 @@ from cpo_kernels.negatives import (
     truncate,
     truncation_negatives,
 )
+from cpo_kernels.negatives.kinds import Task
 
 POOL = [[5, 6, 2], [7, 2], [5, 6, 2], [8, 9, 2], [7, 2], [4, 2]]  # 0 and 2 are equal, so are 1 and 4
 EOS = 2
@@ -197,3 +200,32 @@ def test_a_weighted_mixture_in_a_plain_loop():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# The table of kinds
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_a_kind_has_its_fields_and_their_texts(kind):
+    """The configuration has a number and a weight for every kind, with the table's defaults and texts."""
+    pytest.importorskip("transformers")
+    from cpo_kernels import CPOConfig
+
+    fields = {item.name: item for item in dataclasses.fields(CPOConfig)}
+    assert fields[kind.weight_field].default == 1.0
+    assert (kind.count_field is None) == (kind.name == "given")
+    if kind.count_field is not None:
+        field = fields[kind.count_field]
+        assert field.default == kind.default
+        assert kind.text in field.metadata["help"]
+        assert kind.cost in field.metadata["help"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS.values() if kind.draw], ids=lambda kind: kind.name)
+def test_what_a_kind_draws_from_the_data_is_wrong_and_of_its_kind(kind):
+    task = Task(POOL, 0, EOS, rank=3)
+    drawn = kind.draw(task, 1, Random(0))
+    assert [(own.kind, own.rank) for own in drawn] == [(kind.name, 3)]
+    tokens = list(drawn[0].tokens) if drawn[0].cut is None else [*POOL[0][: drawn[0].cut], EOS]
+    assert tokens != POOL[0]
+    assert kind.draw(task, 1, Random(0)) == drawn

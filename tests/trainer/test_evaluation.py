@@ -302,7 +302,7 @@ def test_an_interrupted_evaluation_generates_and_asks_nothing_twice(tmp_path, mo
         raise AssertionError("generated twice")
 
     with monkeypatch.context() as patch:
-        patch.setattr("cpo_kernels.trainer.evaluation.autoregressive_negatives", fail)
+        patch.setattr("cpo_kernels.trainer.writing.autoregressive_negatives", fail)
         judge.limit = None
         report = run()
         assert len(asked) == len(set(asked))

@@ -13,6 +13,7 @@ from trainer_runs import steps, trainer
 from trainer_steps import GIVEN, NONE, candidates, dense_logps, micro_batch
 
 from cpo_kernels import contrastive_loss
+from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.trainer import CPOConfig
 from cpo_kernels.trainer.metrics import contrast_metrics
 
@@ -57,6 +58,24 @@ def test_a_weight_of_two_counts_a_negative_twice(tmp_path):
         )
         losses.append(run._forward(run.model, micro_batch(run, [0, 1])).contrastive_loss)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["batch", "truncation", "mean_field", "autoregressive"])
+def test_a_drawn_negative_has_the_weight_of_its_kind(tmp_path, kind):
+    """One negative of each kind: the contrast of dense log-likelihoods, with the one kind's score shifted by log w."""
+    model, reference = tiny_models.llama(), tiny_models.llama(seed=1)
+    counts = {name: 1 for name in counted_kinds()}
+    options = {f"{kind}_weight": 5.0, "beta": 0.5, "autoregressive_max_new_tokens": 4}
+    run = trainer(tmp_path, copy.deepcopy(model), ref_model=reference, **counts, **options)
+    inputs = micro_batch(run, [2])
+    ((*group,),) = candidates(run, inputs)
+    prompt = run.train_dataset.prompts[2]
+    assert inputs["kinds"] == ["truth", "batch", "truncation", "mean_field", "autoregressive"]
+    scores = torch.stack([dense_logps(model, prompt, own) - dense_logps(reference, prompt, own) for own in group])
+    shifts = torch.tensor([math.log(5.0) / 0.5 * (own == kind) for own in inputs["kinds"]])
+    got = run._forward(run.model, inputs).contrastive_loss
+    torch.testing.assert_close(got, contrastive_loss((scores + shifts)[None], beta=0.5), rtol=1e-5, atol=1e-5)
+    assert abs(got - contrastive_loss(scores[None], beta=0.5)) > 1e-2, "the weight makes a difference"
 
 
 def test_preference_pairs_train_by_dpo(tmp_path):

@@ -103,3 +103,26 @@ def test_scheduled_sampling_conditions_on_the_models_own_tokens(tmp_path, probab
     evaluated = trainer(tmp_path, model, alpha=None, eval_dataset=tiny_models.examples(4, 5), **options).evaluate()
     plain = trainer(tmp_path, model, alpha=0.0, eval_dataset=tiny_models.examples(4, 5), **NONE).evaluate()
     assert evaluated["eval_nll_loss"] == pytest.approx(plain["eval_nll_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_every_pass_of_scheduled_sampling_reads_what_the_pass_before_has_drawn(tmp_path, passes):
+    """A model that is sure of a successor of every token; with probability 1 all tokens are drawn."""
+    model = tiny_models.llama()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        directions = torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=1)
+        model.lm_head.weight.copy_(1000 * directions.roll(1, 0))  # the token i + 1 follows the token i
+    options = {"objective": "scheduled_sampling", "scheduled_sampling_probability": 1.0, **NONE}
+    run = trainer(tmp_path, model, alpha=None, scheduled_sampling_passes=passes, **options)
+    inputs = micro_batch(run, [3])
+    prompt, completion = list(run.train_dataset.prompts[3]), list(run.train_dataset.completions[3])
+    text = [*prompt, *completion]
+    want = list(completion)
+    for place in range(len(completion)):
+        steps_back = min(passes, place + 1)  # the first drawn tokens lead back to the prompt after fewer passes
+        want[place] = (text[len(prompt) + place - steps_back] + steps_back) % tiny_models.VOCAB
+    assert inputs["input_ids"][0].tolist() == [*prompt, *want[:-1]]

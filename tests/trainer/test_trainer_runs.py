@@ -21,7 +21,7 @@ from trainer_runs import parameters, steps, trainer
 from trainer_steps import NONE, candidates, dense_logps, micro_batch
 
 from cpo_kernels import contrastive_loss
-from cpo_kernels.trainer.checkpoints import last_complete_checkpoint
+from cpo_kernels.trainer.files import last_complete_checkpoint
 
 pytestmark = pytest.mark.cpu
 

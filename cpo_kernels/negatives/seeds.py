@@ -1,0 +1,71 @@
+"""Randomness: whatever is drawn is a function of a key, such as (seed, step, example), and of nothing around it.
+
+A key says what is drawn and for whom: never the place in a batch, the process, or how often something was drawn before.
+It becomes randomness in three ways, by who needs it:
+
+- :func:`generator`: a ``random.Random`` for choices on the host (which completions, where to cut, what to hold out);
+- :func:`token_seeds`: 64-bit seeds, one for each token, for draws of kernels and of ``generate``;
+- :func:`call_seed` and :func:`request_seed`: the seed of one call, and of one request to a server.
+
+The texts and digests behind them differ for no better reason than that recorded runs have to stay repeatable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpo_kernels.kernels import counter_random
+
+REQUEST_MASK = 2**31 - 1  # Servers differ in how many bits of a seed they take; all take these.
+
+
+def generator(*key: Any) -> Random:
+    """Make the generator of a key, whose parts are told apart by their text."""
+    return Random("/".join(map(str, key)))
+
+
+def chosen(seed: int, total: int, count: int) -> list[int]:
+    """Choose ``count`` of ``range(total)`` by a seed, in ascending order; all of them where there are no more."""
+    return list(range(total)) if count >= total else sorted(Random(seed).sample(range(total), count))
+
+
+def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
+    """Derive seeds (length,), int64 on the CPU, for the tokens of an example; all bits of them are mixed.
+
+    Args:
+        seed: any integer, as are the next two.
+        step: of training; -1, say, for an evaluation.
+        example: index of the example.
+        length: tokens of the ground truth; a longer one begins with the seeds of a shorter.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{example}".encode(), digest_size=8).digest()
+    key = torch.tensor(int.from_bytes(digest, "little", signed=True), device="cpu")
+    return counter_random.counted(key, torch.arange(length, device="cpu"))
+
+
+def pass_seed(seed: int, number: int) -> int:
+    """Derive the seed of one of several sampling passes over the same examples; the first keeps ``seed``."""
+    return seed + (number << 64)
+
+
+def call_seed(*key: int) -> int:
+    """Derive the seed, of 32 bits, of a call that samples for many examples."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+def request_seed(seed: int, first: int) -> int:
+    """Derive the seed of a request to a server from that of the call and the place of its first prompt."""
+    return int(token_seeds(seed, 0, first, 1)) & REQUEST_MASK
+
+
+def part_seed(seed: int, first: int) -> int:
+    """Derive the seed of a call for a part of the data from the number of the part's first example.
+
+    A server's seeds depend on the place in a call, so that two calls would otherwise ask for the same draws.
+    """
+    return seed + first
