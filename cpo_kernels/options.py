@@ -66,11 +66,11 @@ class Head:
     frozen_columns: int = 0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.logit_scale):
+        if not abs(self.logit_scale) < math.inf:
             raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
-        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
+        if self.softcap is not None and not (0 < self.softcap < math.inf):
             raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
         if self.max_logits_bytes is not None and self.max_logits_bytes <= 0:
             raise ValueError(f"max_logits_bytes must be positive, got {self.max_logits_bytes}")
@@ -155,7 +155,7 @@ class Objective:
         if not self.label_smoothing and smoothing == "required":
             raise ValueError(f"loss_type={self.loss_type!r} needs label_smoothing in (0, 0.5), got 0")
         for name in ("margin", "contrast_weight", "mle_weight"):
-            if not math.isfinite(getattr(self, name)):
+            if not abs(getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         for name in ("num_groups", "num_target_tokens"):
             value = getattr(self, name)

@@ -7,8 +7,10 @@ another size compiles nothing anew.
 
 from __future__ import annotations
 
+import math
 from ast import literal_eval
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +30,31 @@ from .tokens import check_targets_in
 
 # Options that change with the batch.
 COUNTS = ("num_groups", "num_target_tokens")
+NUMBERS = (
+    *("beta", "margin", "label_smoothing", "contrast_weight", "mle_weight"),
+    *("logit_scale", "softcap", "temperature", "grad_filter_eps", "candidate_eps"),
+)
 
 
-def pack(options: Head | Objective) -> str:
-    """Write options as the text of a dictionary, which the compiler takes for a constant."""
+class Packed(NamedTuple):
+    """Options as an operator can carry them: a text of names and values, and beside it the real numbers by position.
+
+    The compiler may hold a real number back as a symbol, which has no text.
+    """
+
+    text: str
+    numbers: list[float]
+
+
+def pack(options: Head | Objective) -> Packed:
+    """Take options apart; counts travel by themselves, and a process group cannot travel at all."""
     if isinstance(options, Head):
         options.check_whole("torch.compile")
     names = HEAD_OPTIONS if isinstance(options, Head) else OBJECTIVE_OPTIONS
-    values = [(name, getattr(options, name)) for name in names if name not in ("vocab_shard", *COUNTS)]
-    return "{" + ", ".join([f"{name!r}: {text_of(value)}" for name, value in values]) + "}"
+    constants = [name for name in names if name not in (*NUMBERS, *COUNTS, "vocab_shard")]
+    text = ", ".join([f"{name!r}: {text_of(getattr(options, name))}" for name in constants])
+    values = [getattr(options, name) for name in names if name in NUMBERS]
+    return Packed("{" + text + "}", [math.nan if value is None else value for value in values])
 
 
 def text_of(value: object) -> str:
@@ -44,11 +62,27 @@ def text_of(value: object) -> str:
     return "'float32'" if isinstance(value, torch.dtype) else repr(value)
 
 
-def unpack_head(text: str) -> Head:
-    """Read what :func:`pack` wrote of a head."""
-    options = literal_eval(text)
+def unpack(names: Sequence[str], text: str, numbers: Sequence[float]) -> dict[str, Any]:
+    """Read what :func:`pack` made of options with these names."""
+    values = [None if math.isnan(number) else number for number in numbers]
+    return literal_eval(text) | dict(zip([name for name in names if name in NUMBERS], values, strict=True))
+
+
+def unpack_head(text: str, numbers: Sequence[float]) -> Head:
+    """Put a head together again."""
+    options = unpack(HEAD_OPTIONS, text, numbers)
     options["logits_dtype"] = None if options["logits_dtype"] is None else torch.float32
     return Head(**options)
+
+
+def logits_dtype_of(text: str, hidden: Tensor) -> torch.dtype:
+    """Read the dtype of the logits, and no number, from what :func:`pack` made of a head."""
+    return hidden.dtype if literal_eval(text)["logits_dtype"] is None else torch.float32
+
+
+def counted(count: float | None) -> Tensor | None:
+    """Make a host tensor of a count, which changes with the batch: a number would be compiled for."""
+    return None if count is None else torch.full((), count, dtype=torch.float64, device="cpu")
 
 
 def needs_of(text: str) -> Needs:
@@ -127,12 +161,12 @@ def linear_cpo_loss(
     needs: Needs,
 ) -> CPOOutput:
     """Trace :func:`cpo_kernels.linear_cpo_loss` as one operator; the arguments are those, cast by autocast."""
-    if layout is not None:
-        ranks = merge_ranks(ranks, layout.ranks, (layout.num_segments,), hidden)
+    if layout is not None and layout.ranks is not None:
+        ranks = merge_ranks(ranks, layout.ranks, (layout.boundaries[0].shape[0] - 1,), hidden)
     outputs = linear_cpo(
         *(hidden, weight, bias, targets, *layout_tensors(layout), ref_logps, ranks),
-        *(objective.num_groups, objective.num_target_tokens),
-        *("".join(["1" if need else "0" for need in needs]), pack(objective), pack(head)),
+        *(counted(objective.num_groups), counted(objective.num_target_tokens)),
+        *("".join(["1" if need else "0" for need in needs]), *pack(objective), *pack(head)),
     )
     return CPOOutput(*outputs[: len(CPOOutput._fields)])
 
@@ -148,19 +182,24 @@ def linear_cpo(
     cu_groups: Tensor | None,
     ref_logps: Tensor | None,
     ranks: Tensor | None,
-    num_groups: float | None,
-    num_target_tokens: float | None,
+    num_groups: Tensor | None,
+    num_target_tokens: Tensor | None,
     needs: str,
     objective: str,
+    objective_numbers: Sequence[float],
     head: str,
+    head_numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of ``CPOOutput``, the gain of the gradients, and those of hidden, weight and bias.
 
     A gradient is empty where ``needs`` says so. Backward divides by the gain once it knows the upstream gradient.
     """
-    options = Objective(num_groups=num_groups, num_target_tokens=num_target_tokens, **literal_eval(objective))
-    inputs = prepare(hidden, weight, targets, bound_layout(rows, cu_tokens, cu_groups), bias, unpack_head(head))
-    out, result = run_cpo(inputs, ref_logps, ranks, options, needs_of(needs))
+    options = unpack(OBJECTIVE_OPTIONS, objective, objective_numbers)
+    for name, count in zip(COUNTS, (num_groups, num_target_tokens), strict=True):
+        options[name] = None if count is None else float(count)
+    layout, head_options = bound_layout(rows, cu_tokens, cu_groups), unpack_head(head, head_numbers)
+    inputs = prepare(hidden, weight, targets, layout, bias, head_options)
+    out, result = run_cpo(inputs, ref_logps, ranks, Objective(**options), needs_of(needs))
     gain = (out.loss.new_ones(()) * result.gain).to(out.loss.dtype)
     loss, contrastive, nll, logps, rewards, accuracy, margin, dropped = out
     of_hidden, of_weight, of_bias = given(result.grads, hidden)
@@ -182,8 +221,9 @@ def run_cpo(
 
 
 @linear_cpo.register_fake
-def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, ranks, counts, tokens, needs, _, head):
-    dtype = accumulate_dtype(unpack_head(head).logits_dtype or hidden.dtype)
+def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, ranks, *options):
+    _num_groups, _num_target_tokens, needs, _objective, _numbers, head, _head_numbers = options
+    dtype = accumulate_dtype(logits_dtype_of(head, hidden))
     shape = targets.shape[:-1] if cu_tokens is None else (cu_tokens.shape[0] - 1,)
     scalar, per_segment = (lambda: hidden.new_empty((), dtype=dtype)), (lambda: hidden.new_empty(shape, dtype=dtype))
     accuracy = hidden.new_empty((), dtype=torch.float32)
@@ -214,7 +254,7 @@ def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
 ) -> Tensor:
     """Trace :func:`cpo_kernels.linear_token_logps` as one operator; the arguments are cast by autocast."""
-    return linear_token_logps(hidden, weight, bias, targets, *layout_tensors(layout), pack(head))
+    return linear_token_logps(hidden, weight, bias, targets, *layout_tensors(layout), *pack(head))
 
 
 @custom_op("cpo_kernels::linear_token_logps", mutates_args=())
@@ -227,17 +267,18 @@ def linear_token_logps(
     cu_tokens: Tensor | None,
     cu_groups: Tensor | None,
     head: str,
+    numbers: Sequence[float],
 ) -> Tensor:
     """Return the log-probabilities of all tokens, in the shape of targets; the gradient recomputes the logits."""
     layout = bound_layout(rows, cu_tokens, cu_groups)
-    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head), grouped=False)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head, numbers), grouped=False)
     call = resolve(inputs, (False, False, False), whole_groups=False)
     return run_token_logps(call, call.bind(*inputs.tensors)).logps.reshape(targets.shape)
 
 
 @linear_token_logps.register_fake
-def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, head):
-    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(unpack_head(head).logits_dtype or hidden.dtype))
+def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, head, numbers):
+    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(logits_dtype_of(head, hidden)))
 
 
 @custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
@@ -252,10 +293,11 @@ def linear_token_logps_backward(
     cu_groups: Tensor | None,
     needs: str,
     head: str,
+    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where ``needs`` says so."""
     layout = bound_layout(rows, cu_tokens, cu_groups)
-    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head), grouped=False)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head, numbers), grouped=False)
     call = resolve(inputs, needs_of(needs), whole_groups=False)
     grads = token_logps_grads(call, call.bind(*inputs.tensors), None, grad_logps.reshape(-1))
     of_hidden, of_weight, of_bias = given(grads, hidden)
@@ -263,13 +305,14 @@ def linear_token_logps_backward(
 
 
 @linear_token_logps_backward.register_fake
-def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, needs, head):
+def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, needs, head, numbers):
     return tuple(fake_grads(needs, hidden, weight, bias))
 
 
 def save_inputs(ctx, inputs, output) -> None:
     """Keep what the gradient is recomputed from."""
-    *tensors, ctx.head = inputs
+    *tensors, head, numbers = inputs
+    ctx.options = head, numbers
     ctx.save_for_backward(*tensors)
 
 
@@ -277,7 +320,7 @@ def token_logps_backward(ctx, grad_logps):
     """Recompute the logits and form the gradients."""
     wanted = ctx.needs_input_grad[:3]
     needs = "".join(["1" if need else "0" for need in wanted])
-    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, ctx.head)
+    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
     others = [None] * (len(ctx.needs_input_grad) - 3)
     return (*[grad if need else None for grad, need in zip(grads, wanted, strict=True)], *others)
 

@@ -18,8 +18,10 @@ from problems import (
     random_problem,
 )
 from tolerance import relative_error
+from torch._dynamo.testing import CompileCounter
 
 from cpo_kernels import (
+    CandidateLayout,
     CPOLoss,
     LinearCPOLoss,
     contrastive_loss,
@@ -209,3 +211,32 @@ def test_groups_without_a_contrast_are_errors_in_compiled_code_too(name, backend
         targets[absent] = -100
         with pytest.raises((ValueError, RuntimeError), match=message):
             compiled(*good, targets, backend)
+
+
+def packed_call(rows_per_group: list[int]) -> tuple[torch.Tensor, torch.Tensor, CandidateLayout]:
+    """Hidden states, targets and layout of groups with so many candidates, of two tokens each."""
+    cu_groups = torch.tensor([0, *rows_per_group]).cumsum(0).tolist()
+    layout = CandidateLayout(list(range(0, 2 * cu_groups[-1] + 1, 2)), cu_groups)
+    return torch.randn(layout.num_tokens, 8), torch.randint(13, (layout.num_tokens,)), layout
+
+
+def test_a_batch_of_another_size_compiles_nothing_anew():
+    """The compiler makes sizes symbolic when it meets a second one; no third is compiled, nor other counts."""
+    counter, weight = CompileCounter(), torch.randn(13, 8)
+    compiled = torch.compile(linear_cpo_loss, backend=counter, fullgraph=True)
+    for step, (groups, length) in enumerate([(2, 4), (3, 5), (4, 6), (7, 3)]):
+        hidden, targets = torch.randn(groups, 3, length, 8), torch.randint(13, (groups, 3, length))
+        counts = {"num_groups": 10 + step, "num_target_tokens": 50 + step, "mle_weight": 0.5}
+        want = linear_cpo_loss(hidden, weight, targets, **counts)
+        torch.testing.assert_close(compiled(hidden, weight, targets, **counts), want, equal_nan=True)
+    assert counter.frame_count == 2
+
+
+def test_other_boundaries_compile_nothing_anew():
+    counter, weight = CompileCounter(), torch.randn(13, 8)
+    compiled = torch.compile(linear_cpo_loss, backend=counter, fullgraph=True)
+    for rows_per_group in ([2, 2], [2, 3, 2], [4, 2], [2, 2, 2, 2], [5, 3]):
+        hidden, targets, layout = packed_call(rows_per_group)
+        want = linear_cpo_loss(hidden, weight, targets, layout=layout)
+        torch.testing.assert_close(compiled(hidden, weight, targets, layout=layout), want, equal_nan=True)
+    assert counter.frame_count == 2
