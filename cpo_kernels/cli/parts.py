@@ -1,4 +1,4 @@
-"""A data set whose negatives are written ahead of time, in parts that do not depend on each other, and by whom."""
+"""A data set whose negatives are written ahead of time, in parts that do not depend on each other."""
 
 from __future__ import annotations
 

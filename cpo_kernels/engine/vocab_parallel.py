@@ -191,7 +191,6 @@ def column_gradient(
         bias: scalar or None.
         logit_scale: as in :class:`cpo_kernels.options.Head`, like the two that follow.
         softcap: 0 for none.
-        temperature: see above.
     """
     y = transform_logits(logits, bias, logit_scale, softcap, temperature)
     grad = row_sums(own, row_starts) - row_sums(coef, row_starts) * (y - stats[0] - stats[1]).exp()

@@ -13,7 +13,7 @@ from . import ops, plain
 
 
 def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Torch's products do not tell."""
+    """Return 0: what torch's products take besides their operands is not known."""
     return 0
 
 

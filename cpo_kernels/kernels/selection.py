@@ -66,7 +66,7 @@ class Choice:
             raise ValueError(f"operation {self.operation!r} needs a backend")
 
     def matches(self, arch: str, sizes: Sizes) -> bool:
-        """Whether it is about these."""
+        """Tell whether the choice was measured for this architecture and these sizes."""
         return (
             self.arch == arch
             and self.dtype in ("any", str(sizes.dtype_of(self.operation)).removeprefix("torch."))

@@ -72,16 +72,8 @@ def row_backward(
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here.
-        targets: see above.
-        row_starts: see above.
         stats: (2, R) float32, from :func:`row_forward` with the same arguments.
         coef: (N,) float32.
-        bias: see above.
-        logit_scale: see above.
-        softcap: see above.
-        temperature: see above.
-        isa: see above.
-        threads: see above.
 
     Raises:
         ValueError: as :func:`row_forward`.

@@ -52,12 +52,6 @@ def contrast(
         ref_logps: (S,) float32 or None.
         ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
         beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
-        margin: see ``beta``.
-        label_smoothing: see ``beta``.
-        loss_type: see ``beta``.
-        length_normalized: see ``beta``.
-        contrast_weight: see ``beta``.
-        mle_weight: see ``beta``.
         num_groups: denominator of the contrast.
         num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
         gain: factor on every coefficient.
@@ -119,14 +113,7 @@ def cpo_loss(
         grad: (R, V) of the dtype of the logits and unit column stride, or the logits themselves; receives
             ``gain * dloss / dlogits``. None: the gradient is not computed, and the logits are read once.
         token_starts: as in :func:`contrast`, like all arguments that are not listed here.
-        segment_starts: see above.
-        lengths: see above.
-        ref_logps: see above.
-        ranks: see above.
         bias: as in ``cuda_rows.row_forward``, like the numbers after it.
-        logit_scale: see above.
-        softcap: see above.
-        temperature: see above.
         threads: of a block, a multiple of 32; 0: the kernel's choice.
         **options: as in :func:`contrast`.
 

@@ -204,13 +204,8 @@ def linear_backward_(
     Args:
         kept: filled by :func:`linear_forward`.
         targets: as given there, like row_starts, logit_scale, softcap and temperature.
-        row_starts: see above.
         stats: as returned there, like logps.
-        logps: see above.
         coef: (N,) float32, the derivative of the loss with respect to each log-probability.
-        logit_scale: see above.
-        softcap: see above.
-        temperature: see above.
 
     Raises:
         ValueError: a tensor or number that does not fit this description; the message has the offending value.

@@ -84,15 +84,8 @@ def row_backward(
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here.
-        targets: see above.
-        row_starts: see above.
         stats: (2, R) float32, from :func:`row_forward`.
         coef: (N,) float32, the derivative of the loss with respect to each log-probability.
-        bias: see above.
-        logit_scale: see above.
-        softcap: see above.
-        temperature: see above.
-        threads: see above.
 
     Raises:
         ValueError: as :func:`row_forward`.
@@ -155,15 +148,8 @@ def row_gradient_(
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
-        targets: see above.
-        row_starts: see above.
         coef: (N,) float32.
-        bias: see above.
-        logit_scale: see above.
-        softcap: see above.
-        temperature: see above.
         grad_dtype: as in :func:`row_backward_`.
-        threads: see above.
         slice_bytes: what a block holds of a row at most, so long as a cluster has blocks; 0: the kernel's choice.
 
     Returns:

@@ -243,12 +243,6 @@ def contrast(
         ref_logps: (S,) float32 or None.
         ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
         beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
-        margin: see ``beta``.
-        label_smoothing: see ``beta``.
-        loss_type: see ``beta``.
-        length_normalized: see ``beta``.
-        contrast_weight: see ``beta``.
-        mle_weight: see ``beta``.
         num_groups: denominator of the contrast.
         num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
         gain: factor on every coefficient.
