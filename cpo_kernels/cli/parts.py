@@ -37,7 +37,7 @@ class Part:
 
 
 class Job:
-    """What is written, by whom, and how.
+    """Negatives to write: the examples, who draws them, and into which parts.
 
     Raises:
         InputError: data, a model or a server that cannot be used; the message says which.

@@ -51,7 +51,7 @@ def contrast(
         lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
         ref_logps: (S,) float32 or None.
         ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
-        beta: as the other options a number of :class:`cpo_kernels.objective.Objective`.
+        beta: as the other options a number of :class:`cpo_kernels.options.Objective`.
         num_groups: denominator of the contrast.
         num_target_tokens: denominator of the negative log-likelihood; a number or a () float64 tensor on the device.
         gain: factor on every coefficient.

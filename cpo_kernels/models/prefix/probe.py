@@ -139,7 +139,7 @@ def _shared_states(
 
 
 def _separate_states(body: nn.Module, prompts: list[list[int]], completions: list[list[list[int]]]) -> Tensor:
-    """Compute the log-likelihoods from one row for each candidate, one candidate at a time."""
+    """Compute the hidden states from one row for each candidate, one candidate at a time."""
     device, states = next(body.parameters()).device, []
     for prompt, candidates in zip(prompts, completions, strict=True):
         for candidate in candidates:
