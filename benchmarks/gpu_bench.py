@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import cuda_cases, environment, gpu_cases
+from benchmarks import environment, gpu_cases
 from benchmarks.environment import log
 from benchmarks.gpu_cases import Figure, NotHereError, Setting
+from benchmarks.kernels import cuda_cases
 from benchmarks.tables import markdown
 
 

@@ -255,7 +255,16 @@ def sanitizer(settings: Settings) -> Outcome:
         return Outcome("sanitizer", "failed", notes=["compute-sanitizer was not found"])
     started, notes, bad = time.monotonic(), [], []
     for name in TOOLS:
-        command = [tool, "--tool", name, "--error-exitcode", str(FOUND), sys.executable, "-m", "benchmarks.small_run"]
+        command = [
+            tool,
+            "--tool",
+            name,
+            "--error-exitcode",
+            str(FOUND),
+            sys.executable,
+            "-m",
+            "benchmarks.kernels.small_run",
+        ]
         left = settings.limit - (time.monotonic() - started)
         # Blocks that torch's allocator hands out again would hide accesses beyond their ends.
         run = run_command([*command, "cuda"], settings, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -281,13 +290,13 @@ def bench_cuda(settings: Settings) -> Outcome:
 def tune(settings: Settings) -> Outcome:
     """Measure block sizes into tuning.json in the results' folder; the committed table stays as it is."""
     note = "tuning.json; to adopt it, copy it over cpo_kernels/kernels/triton/tuning.json"
-    return measured("tune", settings, "tune", settings.out / "tuning.json", note)
+    return measured("tune", settings, "kernels.tune", settings.out / "tuning.json", note)
 
 
 def choose(settings: Settings) -> Outcome:
     """Measure backends into selection.json in the results' folder, with the committed block sizes."""
     note = "selection.json; to adopt it, after tuning.json, copy it over cpo_kernels/kernels/selection.json"
-    return measured("choose", settings, "choose", settings.out / "selection.json", note)
+    return measured("choose", settings, "kernels.choose", settings.out / "selection.json", note)
 
 
 def measured(part: str, settings: Settings, module: str, out: Path, note: str, *options: str) -> Outcome:

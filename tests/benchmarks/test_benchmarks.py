@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import mmap
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from project import ROOT
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -436,27 +431,6 @@ def test_shapes_are_those_of_the_bars():
     assert (pairs.candidates, pairs.num_tokens) == (2, 1024)
     with pytest.raises(ValueError, match="1000"):
         shapes.BARS[0].with_tokens(1000)
-
-
-@pytest.mark.slow
-def test_every_round_of_pytest_benchmark_has_a_floor_before_it(tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    pytest.importorskip("liger_kernel")  # beside whose DPO ours is measured
-    path = tmp_path / "benchmark.json"
-    some = "quick-half-prompt-fp32 and (eager or DPO) and not Liger"
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_loss.py", "--benchmark-only", "-p", "no:cacheprovider"]
-    root = ROOT
-    # Of the tests around it nothing: pytest-benchmark measures nothing in a worker of pytest-xdist.
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    arguments = [*command, "-k", some, f"--benchmark-json={path}"]
-    subprocess.run(arguments, cwd=root, check=True, capture_output=True, env=alone)
-    found = {entry["params"]["name"]: entry for entry in json.loads(path.read_text())["benchmarks"]}
-    assert found.keys() == {"eager", contestants.OURS_DPO}
-    for entry in found.values():
-        assert entry["stats"]["rounds"] == 2
-        info = entry["extra_info"]
-        assert info["x floor"] == pytest.approx(entry["stats"]["min"] / info[contestants.FLOOR])
-        assert info["x floor, median of the rounds"] > 0
 
 
 @pytest.mark.parametrize("cases", [(*shapes.CASES, *shapes.WIDE), shapes.GPU_CASES])

@@ -11,9 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import choose
-from benchmarks.choose import Measured, Size, Task
 from benchmarks.gpu_cases import Setting
+from benchmarks.kernels import choose
+from benchmarks.kernels.choose import Measured, Size, Task
 from cpo_kernels.kernels import selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.selection import Choice, Sizes
@@ -153,7 +153,7 @@ def test_measurements_take_the_place_of_choices_of_their_own_kind_only():
     contrast = Measured("contrast", Size(), {"G=1": {"triton": 1.0, "cuda": 2.0}})
     new = choose.merged(table, [rows(triton=1.0, cuda=0.5), contrast], "sm_90", "here")
     assert new["measurements"] == {"sm_80": "there", "sm_90": "here"}
-    assert new["source"].startswith("cpu: x. choices: benchmarks/choose.py")
+    assert new["source"].startswith("cpu: x. choices: benchmarks/kernels/choose.py")
     assert new["choices"][:3] == [choices[0], choices[3], choices[5]]
     assert [(c["operation"], c["dtype"]) for c in new["choices"][3:]] == [
         ("row_forward", "bfloat16"),

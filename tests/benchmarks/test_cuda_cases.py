@@ -10,10 +10,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks import cuda_cases, gpu_bench, kernel_calls
+from benchmarks import gpu_bench
 from benchmarks.contestants import FLOOR, Contestant, contestant, floor
-from benchmarks.cuda_cases import LLAMA3, OURS_CUDA, OURS_KEPT, OURS_ONE_PASS, OURS_TRITON, sized
 from benchmarks.gpu_cases import Setting, WrongResultError
+from benchmarks.kernels import calls as kernel_calls
+from benchmarks.kernels import cuda_cases
+from benchmarks.kernels.cuda_cases import LLAMA3, OURS_CUDA, OURS_KEPT, OURS_ONE_PASS, OURS_TRITON, sized
 from benchmarks.measure import AnotherLossError, ContestantError
 from benchmarks.peers import ours
 from benchmarks.problem import draw

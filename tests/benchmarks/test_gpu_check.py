@@ -14,11 +14,12 @@ from project import ROOT
 
 pytest.importorskip("triton")
 
-from benchmarks import bars, contestants, gpu_bench, gpu_cases, gpu_check, records, suite, tune
+from benchmarks import bars, contestants, gpu_bench, gpu_cases, gpu_check, records, suite
 from benchmarks.contestants import FLOOR, OURS, OURS_DPO
 from benchmarks.environment import NOTHING_TO_DO
 from benchmarks.gpu_cases import Figure, Setting
 from benchmarks.gpu_check import Outcome, Settings
+from benchmarks.kernels import tune
 from benchmarks.measure import CaseResult, ContestantError, Row
 from benchmarks.peers import BUILDERS, Peer
 from benchmarks.records import Part, Record

@@ -16,8 +16,8 @@ from project import ROOT
 
 pytest.importorskip("triton")
 
-from benchmarks import aot, aot_versions
-from benchmarks.aot_cases import CASES, WGMMA, WIDE_LOAD, WIDE_STORE
+from benchmarks.kernels import aot, aot_versions
+from benchmarks.kernels.aot_cases import CASES, WGMMA, WIDE_LOAD, WIDE_STORE
 from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
@@ -37,7 +37,7 @@ GOOD = aot.Kernel(
 # Groups of 32 in tiles so large that a thread cannot hold its share of the vectors.
 SPILLING = """
 from functools import partial
-from benchmarks import aot, aot_cases
+from benchmarks.kernels import aot, aot_cases
 
 if __name__ == "__main__":
     config = {"TILE": 65536, "num_warps": 4, "num_stages": 1}
@@ -67,7 +67,7 @@ def run_compiler(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
 )
 def test_kernels_compile_without_problems(tmp_path, target, cases):
     done = run_compiler(
-        tmp_path, "-m", "benchmarks.aot", "--targets", target, "--out", str(tmp_path), "--cases", *cases
+        tmp_path, "-m", "benchmarks.kernels.aot", "--targets", target, "--out", str(tmp_path), "--cases", *cases
     )
     if "ROCm linker" in done.stdout:
         pytest.skip("this version of Triton brings no linker for AMD's GPUs")

@@ -1,6 +1,6 @@
 """Row kernels of every instruction set against the bandwidth that torch reaches on the same logits, all taking turns.
 
-`python -m benchmarks.bench_row_kernels --rows 256 1024 --threads 2`. Forward counts the bytes read and is compared with
+`python -m benchmarks.kernels.rows --rows 256 1024 --threads 2`. Forward counts the bytes read and is compared with
 `logits.sum(1)`; backward, in place, counts bytes read and written and is compared with `out.copy_(logits)`.
 """
 

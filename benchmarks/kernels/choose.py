@@ -1,11 +1,11 @@
 """The developer's command that measures backends against each other on the GPU at hand and rewrites their choices.
 
-`python -m benchmarks.choose` rewrites cpo_kernels/kernels/selection.json; `--out FILE` leaves that alone and writes
-the new table elsewhere. Operation by operation and size by size it times every backend that has the operation, holds
-each result against float64 first, and writes a choice for this architecture where another than the default is faster by
-more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs. Where a
-choice is between ways of a whole call, the call is timed as users make it, with what was chosen for its rows before.
-The table is written after every measurement, so that a time limit loses nothing.
+`python -m benchmarks.kernels.choose` rewrites cpo_kernels/kernels/selection.json; `--out FILE` leaves that alone and
+writes the new table elsewhere. Operation by operation and size by size it times every backend that has the operation,
+holds each result against float64 first, and writes a choice for this architecture where another than the default is
+faster by more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs.
+Where a choice is between ways of a whole call, the call is timed as users make it, with what was chosen for its rows
+before. The table is written after every measurement, so that a time limit loses nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from benchmarks.contestants import contestant
 from benchmarks.environment import NOTHING_TO_DO, log
 from benchmarks.gpu_cases import LLAMA3, LOGITS_BYTES, Setting
-from benchmarks.kernel_calls import (
+from benchmarks.kernels.calls import (
     CONTRASTS,
     CUDA,
     TRITON,
@@ -41,12 +41,12 @@ from benchmarks.kernel_calls import (
     time_entries,
     under_choices,
 )
+from benchmarks.kernels.tune import describe_source
 from benchmarks.measure import free_memory, summary
 from benchmarks.peers import ours
 from benchmarks.problem import draw
 from benchmarks.shapes import NO_GRAD, TRAINED
 from benchmarks.timing import Call
-from benchmarks.tune import describe_source
 from cpo_kernels.kernels import registry, selection
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.selection import AUTO, Choice
@@ -312,7 +312,7 @@ def merged(table: Mapping[str, Any], measured: Sequence[Measured], arch: str, so
 
     kept = [choice for choice in table["choices"] if not replaced(choice)]
     sources = table.get("measurements", {}) | {arch: source}
-    said = re.sub(r"choices: .*", "choices: benchmarks/choose.py, on what `measurements` names", table["source"])
+    said = re.sub(r"choices: .*", "choices: benchmarks/kernels/choose.py, as `measurements` says", table["source"])
     return {**table, "source": said, "measurements": sources, "choices": [*kept, *entries(measured, arch)]}
 
 

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel for seven architectures without a GPU, and says what the compilers made of it.
 
-`python -m benchmarks.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not compile,
-on a register spill, on more shared memory than a program can have, and where the machine code lacks an instruction that
-a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes elsewhere;
-`--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.aot_versions runs it with each
-version that is supported.
+`python -m benchmarks.kernels.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not
+compile, on a register spill, on more shared memory than a program can have, and where the machine code lacks an
+instruction that a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes
+elsewhere; `--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.kernels.aot_versions
+runs it with each version that is supported.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_cases import CASES, Case
 from benchmarks.environment import log
+from benchmarks.kernels.aot_cases import CASES, Case
 from cpo_kernels.kernels.triton import linear, tuning
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REPORT = "triton-aot"
 KIB, MIB = 2**10, 2**20
@@ -315,7 +315,7 @@ def markdown(report: Report) -> str:
     lines = [
         "# Triton kernels compiled ahead of time",
         "",
-        f"Made by `python -m benchmarks.aot` with triton {report.triton}{checked}; without a GPU, with",
+        f"Made by `python -m benchmarks.kernels.aot` with triton {report.triton}{checked}; without a GPU, with",
         "the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local",
         "memory per thread, shared memory bytes per program. Moved scalars, on AMD: scalar registers kept in lanes of",
         "vector registers, which costs an instruction and no memory.",

@@ -1,7 +1,7 @@
 """What backends compute, kernel by kernel and call by call: tensors, checked calls without arguments, turns in time.
 
-A call is handed out only after its result was held against float64. benchmarks.cuda_cases makes figures of them, and
-benchmarks.choose choices between backends.
+A call is handed out only after its result was held against float64. benchmarks.kernels.cuda_cases makes figures of
+them, and benchmarks.kernels.choose choices between backends.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A small forward and backward of everything that a backend computes: what compute-sanitizer watches.
 
-`python -m benchmarks.small_run cuda`. Sizes are odd, so that tails, masks and unaligned rows are among what runs.
+`python -m benchmarks.kernels.small_run cuda`. Sizes are odd, so that tails, masks and unaligned rows are among what
+runs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ For bf16, torch.mm can only write bf16 (G3 without accumulating); ours writes G1
 and the rows "fp32 out" give fp32 logits, which torch.mm cannot. A ratio is torch's best time over ours: above 1, ours
 is faster.
 
-    python -m benchmarks.bench_gemm [--rows 128 512] [--shapes 50257x768] [--dtypes float32] [--rounds 5] [--threads 2]
+    python -m benchmarks.kernels.gemm [--rows 128 512] [--shapes 50257x768] [--dtypes float32] [--rounds 5]
 """
 
 from __future__ import annotations

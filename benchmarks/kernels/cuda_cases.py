@@ -34,7 +34,7 @@ from benchmarks.gpu_cases import (
     token_logps_in_float64,
     triton_kernels,
 )
-from benchmarks.kernel_calls import (
+from benchmarks.kernels.calls import (
     CONTRASTS,
     CUDA,
     FORWARD_ERROR,

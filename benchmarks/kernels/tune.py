@@ -1,10 +1,10 @@
 """The developer's command that measures block sizes on the GPU at hand and rewrites their table.
 
-`python -m benchmarks.tune` rewrites cpo_kernels/kernels/triton/tuning.json; `--out FILE` leaves that alone and writes
-the new table elsewhere. For each kernel, vocabulary and dtype it times a small grid of sizes, holds each result against
-the reference first, and writes the fastest as entries of this architecture in place of those it had for that kernel and
-dtype; other architectures keep theirs. The table is written after every measurement, so that a time limit loses
-nothing. Nothing else ever tunes: users' runs read the table.
+`python -m benchmarks.kernels.tune` rewrites cpo_kernels/kernels/triton/tuning.json; `--out FILE` leaves that alone and
+writes the new table elsewhere. For each kernel, vocabulary and dtype it times a small grid of sizes, holds each result
+against the reference first, and writes the fastest as entries of this architecture in place of those it had for that
+kernel and dtype; other architectures keep theirs. The table is written after every measurement, so that a time limit
+loses nothing. Nothing else ever tunes: users' runs read the table.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def merged(table: dict[str, Any], measured: Sequence[Entry], arch: str, source: 
 
 def describe_source(device: torch.device) -> str:
     """Device, versions and commit, in a line."""
-    described = environment.describe(["tune"], device.type)
+    described = environment.describe(["kernels.tune"], device.type)
     gpu = described.get("gpu", {"name": described["device"]})
     assert isinstance(gpu, dict)
     versions = f"torch {environment.version('torch')}, triton {environment.version('triton')}"
