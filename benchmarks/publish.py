@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from benchmarks import bars, columns, page, records, scaling
+from benchmarks import bars, page, records, scaling, tables
 from benchmarks.records import Parts, Record
 from benchmarks.suite import ON_REQUEST
 from benchmarks.tables import markdown
@@ -41,7 +41,7 @@ def one_value(parts: Parts, where: str) -> str:
     """A number, by `PART | CASE | CONTESTANT | VALUE`; several records of that name differ in their conditions."""
     part, case, contestant, name = (word.strip() for word in where.split("|"))
     record = records.only(parts[part].select(contestant, case=case), where)
-    return columns.shown(name, record.values[name])
+    return tables.shown(name, record.values[name])
 
 
 def short_matrix(parts: Parts, where: str) -> str:
@@ -75,7 +75,7 @@ def lives(parts: Parts, case: str) -> str:
     records = [r for r in parts["lengths"].select(case=case.strip()) if "total" in r.values and not is_floor(r)]
     names = ("total", "batches", "first")
     rows = [
-        [r.contestant, *(columns.shown(name, r.values.get(name)) for name in names)]
+        [r.contestant, *(tables.shown(name, r.values.get(name)) for name in names)]
         for r in records
         if r.conditions.get("run") != "last"
     ]
@@ -90,12 +90,12 @@ def minutes(parts: Parts, _: str) -> str:
 def case_of(parts: Parts, where: str) -> str:
     """The table of a case, by `PART | CASE`."""
     part, case = (word.strip() for word in where.split("|"))
-    return columns.case_table(parts[part].select(case=case))
+    return tables.case_table(parts[part].select(case=case))
 
 
 def part_of(parts: Parts, name: str) -> str:
     """All tables of a part, and the line that says where they come from."""
-    return "\n\n".join([*columns.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
+    return "\n\n".join([*tables.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
 
 
 BLOCKS: dict[str, Callable[[Parts, str], str]] = {

@@ -11,9 +11,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu_cases import Setting
 from benchmarks.kernels import choose
 from benchmarks.kernels.choose import Measured, Size, Task
+from benchmarks.kernels.tune import write_table
+from benchmarks.setting import Setting
 from cpo_kernels.kernels import selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.selection import Choice, Sizes
@@ -166,7 +167,7 @@ def test_measurements_take_the_place_of_choices_of_their_own_kind_only():
 @pytest.mark.parametrize("measured", [[], [rows(triton=1.0, cuda=0.5)]], ids=["none", "one"])
 def test_the_table_is_written_so_that_it_can_be_read(tmp_path, measured):
     table = choose.merged(json.loads(choose.TABLE.read_text()), measured, "sm_90", "here")
-    choose.write(table, tmp_path / "selection.json")
+    write_table(table, "choices", tmp_path / "selection.json")
     text = (tmp_path / "selection.json").read_text()
     assert json.loads(text) == table
     assert text.count('"operation"') == sum('"operation"' in line for line in text.splitlines())
@@ -180,7 +181,7 @@ LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss
 
 def run(tmp_path, *arguments: str) -> tuple[int, dict]:
     out = tmp_path / "selection.json"
-    status = choose.main(["--quick", "--device", "cpu", "--rounds", "1", "--out", str(out), *arguments])
+    status = choose.main(["--quick", "--device", "cpu", "--out", str(out), *arguments])
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
@@ -263,7 +264,7 @@ def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu, table):
         task(0.5, seen, operation="row_gradient_"),
         task(0.5, seen, operation="linear_kept"),
     ]
-    list(choose.measure(tasks, Setting(CPU, quick=True), FOREVER, table))
+    list(choose.measure_all(tasks, Setting(CPU, quick=True), FOREVER, table))
     assert seen == [[], *[[("row_forward", "cuda", 100)]] * 3]
 
 
@@ -276,7 +277,7 @@ def test_a_measurement_alone_builds_upon_the_committed_choices(gpu, table):
         {"operation": "row_backward", "arch": arch, "backend": "cuda"},
         {"operation": "linear_kept", "arch": arch, "backend": "cuda"},
     ]
-    list(choose.measure([task(0.5, seen, operation="linear_kept")], Setting(CPU, quick=True), FOREVER, table))
+    list(choose.measure_all([task(0.5, seen, operation="linear_kept")], Setting(CPU, quick=True), FOREVER, table))
     assert seen == [[("row_forward", "cuda", 7), ("row_backward", "cuda", None)]]
 
 
