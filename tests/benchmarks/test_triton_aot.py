@@ -177,15 +177,6 @@ def test_programs_share_out_the_registers_of_an_nvidia_multiprocessor(monkeypatc
             assert options == tuning.LAUNCH | given
 
 
-@pytest.mark.parametrize("statuses", [[0, 0, 0], [1, 0, 0]])
-def test_one_version_with_a_problem_fails_all(tmp_path, monkeypatch, statuses):
-    left = iter(statuses)
-    monkeypatch.setattr(aot_versions, "install", lambda version: tmp_path)
-    done = lambda command, **_: subprocess.CompletedProcess(command, next(left))  # noqa: E731
-    monkeypatch.setattr(aot_versions.subprocess, "run", done)
-    assert aot_versions.main([]) == max(statuses)
-
-
 def test_what_other_versions_found_is_in_the_report(tmp_path):
     other = aot.Report("3.6.0", [replace(GOOD, spill_bytes=8)])
     other.write(tmp_path)
