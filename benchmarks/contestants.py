@@ -43,7 +43,7 @@ class LineUp:
         call = Floor.of(problem, self.budget, fresh=fresh)
         warm_up = call if problem.hidden.is_cuda else Floor.of(tiny_problem(problem), None)
         name = FLOORS[work] if fresh else FLOOR_REUSED
-        return Contestant(name, lambda: call, warm_up=warm_up, needed=True, **self.described(work))
+        return Contestant(name, lambda: call, warm_up=warm_up, needed=True, fresh=fresh, **self.described(work))
 
     def peer(self, peer: Peer, work: str, *, needed: bool = False) -> Contestant:
         """Describe a peer that does some work on these tensors."""

@@ -43,6 +43,7 @@ class Contestant:
         ratios: value and the contestant over whose seconds its own are; in place of the case's.
         conditions: of its record, besides those of the case.
         values: makes more values from its seconds.
+        fresh: whether its gradients are new memory, without which it has no peak.
         absent: why it does not run, where that is known beforehand.
     """
 
@@ -54,6 +55,7 @@ class Contestant:
     ratios: Mapping[str, str] | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
     values: Callable[[float], Mapping[str, float]] = lambda seconds: {}
+    fresh: bool = True
     absent: str = ""
 
 
@@ -157,7 +159,7 @@ class Measurement:
         if name in self.found:
             return
         values: dict[str, float] = {}
-        if self.case.peaks:
+        if self.case.peaks and self.contestants[name].fresh:
             beyond = self.meter.growth() - sum(grad.nbytes for grad in result[1])
             values["peak_mib"] = beyond / MIB
         check = self.contestants[name].check
