@@ -58,11 +58,9 @@ def run_compiler(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     ("target", "cases"),
     [
-        ("sm_90", ["row_backward_ bf16, shared rows", "contrast of 5, ranked", "linear_forward bf16, odd V"]),
-        ("sm_80", ["row_forward bf16, shared rows", "contrast of 5, default"]),
-        ("sm_100", ["row_backward_ bf16 over fp32, shared rows", "linear_forward bf16, H = 4100, sample and entropy"]),
-        ("sm_120", ["contrast of 2, ranked"]),
-        ("gfx942", ["row_forward fp32, odd V", "contrast of 2, ipo"]),
+        ("sm_90", ["row_backward_ bf16, shared rows", "linear_forward bf16, odd V"]),
+        ("sm_100", ["row_backward_ bf16 over fp32, shared rows"]),
+        ("gfx942", ["contrast of 2, ipo"]),
     ],
 )
 def test_kernels_compile_without_problems(tmp_path, target, cases):
