@@ -1,4 +1,4 @@
-"""What a trained, a frozen, a low-rank and a tied head cost: the CPO loss with its gradients, taking turns.
+"""Part `adapters`: what a trained, a frozen, a low-rank and a tied head cost, by the CPO loss with its gradients.
 
 Before they are timed, the loss and every gradient of each head are compared with dense float64.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,11 +17,12 @@ from torch.nn import functional
 import cpo_kernels
 from benchmarks.contestants import FLOOR
 from benchmarks.floor import Floor
+from benchmarks.measure import AnotherLossError, Case, Contestant, measure, ready
 from benchmarks.problem import BETA, Problem, contrast, draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.shapes import Shape
-from benchmarks.timing import Effort, clock_for, round_robin
+from benchmarks.timing import Call
 from cpo_kernels.models.adapters import apply_head
 
 CPU = Shape("heads", 16381, 512, 4, 64, torch.float32, "a prime vocabulary, and seconds for all of it")
@@ -30,13 +32,9 @@ SHORT = 8  # tokens of a candidate that is compared with dense float64
 SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # rounding is below, another loss far above
 
 
-class WrongHeadError(Exception):
-    """A head's loss or gradients are not those of its logits, so its time would mean nothing."""
-
-
 @dataclass
-class Case:
-    """A head and its inputs.
+class Head:
+    """Holds a head and its inputs.
 
     Attributes:
         module: holds the head as `head`.
@@ -50,66 +48,67 @@ class Case:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """What gets a gradient."""
+        """Return what gets a gradient."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         return [self.inputs, *trained] if self.inputs.requires_grad else trained
 
     def hidden(self) -> Tensor:
-        """(G, C, T, H); of a tied head its rows, moved so that they do not predict themselves."""
+        """Return (G, C, T, H); of a tied head its rows, moved so that they do not predict themselves."""
         if self.inputs.is_floating_point():
             return self.inputs
         return functional.embedding(self.inputs, self.module.head.weight).roll(1, -1)
 
-    def fused(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Our loss and the gradients of the leaves."""
+    def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """Return what our loss is called with."""
         hidden = self.hidden()
         applied = apply_head(self.module.head, hidden.flatten(0, 2))
-        features = applied.features.view(*hidden.shape[:3], -1)
-        options = {**applied.options, "ref_logps": self.problem.ref_logps, "beta": BETA}
-        loss = cpo_kernels.linear_cpo_loss(features, applied.weight, self.problem.targets, **options).loss
+        return (applied.features.view(*hidden.shape[:3], -1), applied.weight, self.problem.targets), applied.options
+
+    def fused(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run our loss and the gradients of the leaves."""
+        tensors, options = self.arguments()
+        options = {**options, "ref_logps": self.problem.ref_logps, "beta": BETA}
+        loss = cpo_kernels.linear_cpo_loss(*tensors, **options).loss
         return loss, torch.autograd.grad(loss, self.leaves)
 
     def dense(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The same from all logits."""
+        """Run the same from all logits."""
         logits = self.module.head(self.hidden())
         logps = torch.log_softmax(logits, -1).gather(-1, self.problem.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        sums = (logps * (self.problem.targets >= 0)).sum(-1)
-        loss = contrast(sums, self.problem.ref_logps)
+        loss = contrast((logps * (self.problem.targets >= 0)).sum(-1), self.problem.ref_logps)
         return loss, torch.autograd.grad(loss, self.leaves)
 
-    def gemms(self) -> float:
-        """Products of the plan."""
-        hidden = self.hidden()
-        applied = apply_head(self.module.head, hidden.flatten(0, 2))
-        features = applied.features.view(*hidden.shape[:3], -1)
-        return cpo_kernels.plan(features, applied.weight, self.problem.targets, **applied.options).gemms
+    def products(self) -> float:
+        """Count those of the plan."""
+        tensors, options = self.arguments()
+        return cpo_kernels.plan(*tensors, **options).gemms
 
 
-def plain(problem: Problem, *, trained: bool = True) -> Case:
-    """A linear head without bias."""
+def plain(problem: Problem, *, trained: bool = True) -> Head:
+    """Make a linear head without bias."""
     module = nn.Module()
     module.head = nn.Linear(problem.weight.shape[1], problem.weight.shape[0], bias=False)
     module.head.weight = nn.Parameter(problem.weight.detach().clone(), requires_grad=trained)
-    return Case(module, problem.hidden.detach().clone().requires_grad_(), problem)
+    return Head(module, problem.hidden.detach().clone().requires_grad_(), problem)
 
 
-def low_rank(problem: Problem, rank: int = 16) -> Case:
-    """A frozen head with a LoRA adapter whose two factors are trained."""
-    case = plain(problem, trained=False)
+def low_rank(problem: Problem, rank: int = 16) -> Head:
+    """Make a frozen head with a LoRA adapter whose two factors are trained."""
+    head = plain(problem, trained=False)
     torch.manual_seed(1)
     config = LoraConfig(r=rank, target_modules=["head"], init_lora_weights=False)
-    case.module = inject_adapter_in_model(config, case.module).to(problem.weight.dtype)
-    return case
+    head.module = inject_adapter_in_model(config, head.module).to(problem.weight.dtype)
+    return head
 
 
-def tied(problem: Problem) -> Case:
-    """A head that is the embedding of the inputs as well."""
-    case = plain(problem)
-    case.inputs = problem.targets.clamp(min=0)
-    return case
+def tied(problem: Problem) -> Head:
+    """Make a head that is the embedding of the inputs as well."""
+    head = plain(problem)
+    head.inputs = problem.targets.clamp(min=0)
+    return head
 
 
-CASES: dict[str, Callable[[Problem], Case]] = {
+HEADS: dict[str, Callable[[Problem], Head]] = {
     "trained": plain,
     "frozen": lambda problem: plain(problem, trained=False),
     "LoRA, rank 16": low_rank,
@@ -117,50 +116,52 @@ CASES: dict[str, Callable[[Problem], Case]] = {
 }
 
 
-def worst_error(make: Callable[[Problem], Case], problem: Problem) -> float:
-    """Largest ||out - ref|| / ||ref|| of the loss and the gradients, against dense float64 of the same numbers."""
+def worst_error(make: Callable[[Problem], Head], problem: Problem) -> float:
+    """Return the largest ||out - ref|| / ||ref|| of loss and gradients, against dense float64 of the same numbers.
+
+    Raises:
+        AnotherLossError: it is more than rounding explains.
+    """
     loss, grads = make(problem).fused()
-    case = make(problem)
-    case.module.double()
-    if case.inputs.is_floating_point():
-        case.inputs = case.inputs.detach().double().requires_grad_()
-    exact_loss, exact_grads = case.dense()
+    exact = make(problem)
+    exact.module.double()
+    if exact.inputs.is_floating_point():
+        exact.inputs = exact.inputs.detach().double().requires_grad_()
+    exact_loss, exact_grads = exact.dense()
     pairs = zip((loss, *grads), (exact_loss, *exact_grads), strict=True)
-    return max(((out.double() - ref).norm() / ref.norm()).item() for out, ref in pairs)
+    errors = torch.stack([(out.double() - ref).norm() / ref.norm() for out, ref in pairs])
+    if not errors.max() <= SAME_LOSS[problem.shape.dtype]:  # not `>`: NaN is another loss too
+        raise AnotherLossError(f"relative error {errors.max().item():.2g}")
+    return errors.max().item()
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Every head in both dtypes."""
-    shape = QUICK if setting.quick else GPU if setting.on_gpu else CPU
+    """Measure every head in both dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
-        yield from measure(replace(shape, dtype=dtype), setting)
+        shape = replace(setting.choose(QUICK, CPU, GPU), dtype=dtype)
+        problem, short = (draw(s, device=setting.device) for s in (shape, replace(shape, tokens=SHORT)))
+        contestants = [contestant(name, make, problem, short) for name, make in HEADS.items()]
+        name = f"heads, {shape.sizes['dtype']}"
+        case = Case(
+            name,
+            [ready(FLOOR, Floor.of(problem, None)), *contestants],
+            shape.sizes,
+            {"floor": FLOOR},
+            rounds=setting.rounds(5, 5),
+            peaks=True,
+        )
+        yield from measure(case, setting.device)
 
 
-def measure(shape: Shape, setting: Setting) -> Iterator[Record]:
-    """Time and errors of every head of one dtype.
+def contestant(name: str, make: Callable[[Problem], Head], problem: Problem, short: Problem) -> Contestant:
+    """Describe a head, which is checked on a short problem."""
+    head = make(problem)
 
-    Raises:
-        WrongHeadError: a head computes something else.
-    """
-    problem, short = (draw(s, device=setting.device) for s in (shape, replace(shape, tokens=SHORT)))
-    errors = {name: checked_error(name, make, short) for name, make in CASES.items()}
-    cases = {name: make(problem) for name, make in CASES.items()}
-    calls = {FLOOR: Floor(problem, None, fresh=True)} | {name: case.fused for name, case in cases.items()}
-    for call in calls.values():
-        call()
-    effort = Effort(rounds=1 if setting.quick else 5, seconds=5.0)
-    times = round_robin(calls, effort, reference=FLOOR, always=calls, clock=clock_for(setting.device))
-    sizes = {"V": shape.vocab, "H": shape.hidden, "N": shape.num_tokens, "K": shape.candidates - 1}
-    for name, timing in times.items():
-        values = {"seconds": timing.best, "median": timing.median, "floor": timing.best / times[FLOOR].best}
-        if name in cases:
-            values |= {"products": cases[name].gemms(), "error_worst": errors[name]}
-        yield Record(f"heads, {shape.dtype_name}", name, values, sizes | {"dtype": shape.dtype_name})
+    def build() -> Call:
+        worst_error(make, short)
+        return head.fused
 
+    def values(seconds: float) -> dict[str, float]:
+        return {"products": head.products(), "error_worst": worst_error(make, short)}
 
-def checked_error(name: str, make: Callable[[Problem], Case], problem: Problem) -> float:
-    """The worst error of a head."""
-    error = worst_error(make, problem)
-    if not error <= SAME_LOSS[problem.shape.dtype]:  # not `>`: NaN is another loss too
-        raise WrongHeadError(f"{name}: relative error {error:.2g}")
-    return error
+    return Contestant(name, build, needed=True, values=values)

@@ -1,35 +1,48 @@
-"""Every bar of the contract against what was measured: value, bar, met or not, and why not.
+"""Holds what was measured against every bar of the contract: value, bar, met or not, and why not.
 
-The suite's parts are held against them here, and by :func:`on_a_gpu` what benchmarks.gpu_bench measures, which takes
-its bars from the numbers below.
+Every function of :data:`BARS` is a row of the contract and reads the parts of the suite. Those of :data:`ON_GPU` read
+the parts `gpu` and `cuda`, which have the shapes that an H200's bars are for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from benchmarks.contestants import OURS, OURS_FP32_LOGITS
+from benchmarks.contestants import FLOOR, OURS, OURS_FP32_LOGITS
 from benchmarks.records import Part, Parts, Record, heads, value
+from benchmarks.shapes import BAR_4K, BAR_8K, BAR_LOSSES, BAR_NARROW, BAR_PEERS, BAR_QWEN, FROZEN
 from benchmarks.tables import markdown
 
 NOT_MEASURED = "not measured"
 GPU = "needs an H200"
 NO_PROMPT = 0.0
+NOTHING = Part("", {})
 
 # Over one product, over the budget, nats, separate rows over shared ones, over an MLE step.
 NO_GRAD, PEAK_MEMORY, ACCURACY, SHARING, AUTOREGRESSIVE = 1.03, 1.02, 2e-3, 1.6, 3.0
 # On an H200 with H = 4096 in bfloat16: over three products at N = 8192 and at N = 4096, where milliseconds are a bar
-# too; GiB beyond inputs and gradients at N = 8192; share of the bandwidth of a copy.
+# too; GiB beyond inputs and gradients at N = 8192; share of the bandwidth of a copy; the loss of given logits over one.
 H200_LOSS, H200_SHORT_LOSS, H200_SHORT_MS = 1.05, 1.04, 17.0
 H200_TRAINED_GIB, H200_FROZEN_GIB = 2.1, 1.0
-H200_ROWS = 0.9
+H200_ROWS, H200_LOGITS = 0.9, 1.1
+
+# Why a bar is missed where it is; shown beside it only then.
+WHY = {
+    "noise": "see median and rounds in the tables: on a virtual machine the same call varies by 10 to 20 %, more where "
+    "it touches a gigabyte of fresh memory",
+    "peers": "level within the machine's noise: the products are most of the time, and are alike",
+    "filters": "at H = 128 softmax takes as long as a product, and the forward is not shortened by a filter; the same "
+    "logits from H = 768 (wide) meet the bar",
+    "eager": "a model's own eager function computes all scores of a packed row, also those that the mask hides",
+    "writing": "the model writes a token at a time",
+    "steps": "where the body is most of the step: its products are torch's in both trainers, 1.33 times ours in TRL",
+}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One line.
+    """Holds one line.
 
     Attributes:
         what: the bar's row of the contract, and to what it was applied.
@@ -47,44 +60,43 @@ class Bar:
 
     @property
     def verdict(self) -> str:
-        """Met, missed or not measured."""
+        """Return met, missed or not measured."""
         return NOT_MEASURED if self.met is None else "met" if self.met else "**missed**"
 
 
 def missing(what: str, bar: str, why: str) -> Bar:
-    """A bar without a value."""
+    """Return a bar without a value."""
     return Bar(what, "", bar, None, why)
 
 
-def at_most(what: str, found: float, bar: float, unit: str, why: str = "") -> Bar:
-    """A bar from below."""
-    why = why or WHY["noise"]
+def at_most(what: str, found: float, bar: float, unit: str, why: str = WHY["noise"]) -> Bar:
+    """Hold a value against a bar from below."""
     return Bar(what, f"{found:.3g}{unit}", f"<= {bar:g}{unit}", found <= bar, "" if found <= bar else why)
 
 
 def at_least(what: str, found: float, bar: float, unit: str, why: str = "") -> Bar:
-    """A bar from above."""
+    """Hold a value against a bar from above."""
     return Bar(what, f"{found:.3g}{unit}", f">= {bar:g}{unit}", found >= bar, "" if found >= bar else why)
 
 
 def on_gpu(part: Part) -> bool:
-    """Whether a part was measured on one."""
+    """Return whether a part was measured on a GPU."""
     return "gpu" in part.environment
 
 
 def is_peer(record: Record) -> bool:
-    """Neither ours nor a floor."""
+    """Return whether a record is neither of ours nor of a floor."""
     return not record.contestant.startswith(("cpo-kernels", "floor"))
 
 
 def sizes(record: Record) -> str:
-    """A record's case, with its head and tokens."""
+    """Return a record's case, with its head and tokens."""
     given = record.conditions
     return f"{record.case} (V={given['V']}, H={given['H']}, N={given['N']})" if "V" in given else record.case
 
 
 def exact_loss(parts: Parts) -> Iterator[Bar]:
-    """Loss and gradients against three bare products."""
+    """Check loss and gradients against three bare products."""
     part = heads(parts)
     what = "exact loss and gradients against three bare products"
     if part is None:
@@ -102,7 +114,7 @@ def exact_loss(parts: Parts) -> Iterator[Bar]:
 
 
 def peers(parts: Parts) -> Iterator[Bar]:
-    """Faster than each peer on the same work."""
+    """Check that ours is faster than each peer on the same work."""
     part = heads(parts)
     what = "faster than every peer"
     if part is None:
@@ -114,7 +126,7 @@ def peers(parts: Parts) -> Iterator[Bar]:
 
 
 def against_all(what: str, part: Part) -> Iterator[Bar]:
-    """A line for every case that has peers."""
+    """Check every case that has peers."""
     for case in part.cases():
         rivals = [r for r in part.select(case=case) if is_peer(r) and "of_ours" in r.values]
         if rivals:
@@ -122,25 +134,25 @@ def against_all(what: str, part: Part) -> Iterator[Bar]:
 
 
 def named(rivals: Sequence[Record]) -> str:
-    """Few peers by name, many by number."""
+    """Name few peers, and count many."""
     return f"{len(rivals)} peers" if len(rivals) > 2 else " and ".join(record.contestant for record in rivals)
 
 
 def against_fastest(what: str, rivals: Sequence[Record]) -> Bar:
-    """The peer that comes closest."""
+    """Check the peer that comes closest."""
     nearest = min(rivals, key=lambda record: record.values["of_ours"])
     found = nearest.values["of_ours"]
     return Bar(what, f"{nearest.contestant}: {found:.2f}x ours", "> 1", found > 1, "" if found > 1 else WHY["peers"])
 
 
 def row_kernels(parts: Parts) -> Iterator[Bar]:
-    """Measured by benchmarks.gpu_bench only, into a page of its own."""
+    """Point to where row kernels are measured: see :func:`gpu_rows`."""
     what = "row kernels against the copy bandwidth of an H200"
     yield missing(what, f">= {H200_ROWS:g}", f"{GPU}: `make gpu-check`")
 
 
 def peak_memory(parts: Parts) -> Iterator[Bar]:
-    """Beyond inputs and gradients, at few and at many tokens."""
+    """Check peaks beyond inputs and gradients, at few and at many tokens."""
     part = heads(parts)
     records = [r for r in part.select(OURS) if r.case.startswith("peak memory")] if part else []
     if not records:
@@ -151,7 +163,7 @@ def peak_memory(parts: Parts) -> Iterator[Bar]:
 
 
 def without_gradients(parts: Parts) -> Iterator[Bar]:
-    """Log-likelihoods against one product."""
+    """Check log-likelihoods against one product."""
     part = heads(parts)
     records = part.select(OURS, mode="no_grad") if part else []
     if not records:
@@ -162,7 +174,7 @@ def without_gradients(parts: Parts) -> Iterator[Bar]:
 
 
 def natural_lengths(parts: Parts) -> Iterator[Bar]:
-    """Fifty batches, compilation included; a peer that was stopped beyond our time is slower."""
+    """Check fifty batches, compilation included; a peer that was stopped beyond our time is slower."""
     what = "50 batches of natural lengths, first call included, against every peer"
     part = parts.get("lengths")
     if part is None:
@@ -172,7 +184,7 @@ def natural_lengths(parts: Parts) -> Iterator[Bar]:
 
 
 def filters(parts: Parts) -> Iterator[Bar]:
-    """The fastest filter within the error, after 200 steps and later."""
+    """Check the fastest filter within the error, after 200 steps and later."""
     what = "candidate_eps and grad_filter_eps on a real run, error <= 1e-3"
     part = parts.get("filters")
     if part is None:
@@ -191,7 +203,7 @@ def filters(parts: Parts) -> Iterator[Bar]:
 
 
 def accuracy(parts: Parts) -> Iterator[Bar]:
-    """Of a sum of 1,024 tokens' log-probabilities."""
+    """Check the error of a sum of 1,024 tokens' log-probabilities."""
     what = "sequence log-likelihood against fp64, T = 1024, bf16 inputs, fp32 logits"
     part = heads(parts)
     records = [r for r in part.select(OURS_FP32_LOGITS) if "nats_largest" in r.values] if part else []
@@ -202,7 +214,7 @@ def accuracy(parts: Parts) -> Iterator[Bar]:
 
 
 def sharing(parts: Parts) -> Iterator[Bar]:
-    """The body on shared rows."""
+    """Check the body on shared rows."""
     what = "prefix sharing, K = 4, the body against K + 1 rows"
     part = parts.get("sharing")
     shared = [record for record in part.select("shared") if "ratio" in record.values] if part else []
@@ -216,7 +228,7 @@ def sharing(parts: Parts) -> Iterator[Bar]:
 
 
 def steps(parts: Parts) -> Iterator[Bar]:
-    """Our best trainer on the very pairs that TRL's gets."""
+    """Check our best trainer on the very pairs that TRL's gets."""
     what = "a training step against TRL's, K = 1, half the tokens prompt"
     part = parts.get("steps")
     if part is None:
@@ -231,7 +243,7 @@ def steps(parts: Parts) -> Iterator[Bar]:
 
 
 def against_trl(what: str, stock: Record, ours: Record) -> Bar:
-    """Time and peak memory of two records."""
+    """Check time and peak memory of two records."""
     ratio, (theirs, own) = ours.values["of_trl"], value((stock, ours), "peak_mib")
     met = ratio >= 2 and own < theirs
     measured = f"{ours.contestant}: {ratio:.2f}x, {own:.0f} of {theirs:.0f} MiB"
@@ -239,7 +251,7 @@ def against_trl(what: str, stock: Record, ours: Record) -> Bar:
 
 
 def truncation(parts: Parts) -> Iterator[Bar]:
-    """A step with truncations against the step without."""
+    """Check a step with truncations against the step without."""
     what = "truncation negatives against the step without them"
     part = parts.get("negatives")
     records = [r for r in part.records if "of_base" in r.values and "truncation" in r.contestant] if part else []
@@ -250,7 +262,7 @@ def truncation(parts: Parts) -> Iterator[Bar]:
 
 
 def autoregressive(parts: Parts) -> Iterator[Bar]:
-    """A step with one negative that the model writes against an MLE step."""
+    """Check a step with one negative that the model writes against an MLE step."""
     what = "autoregressive negatives, K = 1, against an MLE step"
     part = parts.get("negatives")
     records = [r for r in part.select("autoregressive 1") if "of_mle" in r.values] if part else []
@@ -260,18 +272,8 @@ def autoregressive(parts: Parts) -> Iterator[Bar]:
         yield at_most(f"{what}: {record.case}", record.values["of_mle"], AUTOREGRESSIVE, "x", WHY["writing"])
 
 
-# Why a bar is missed where it is; shown beside it only then.
-WHY = {
-    "noise": "see median and rounds in the tables: on a virtual machine the same call varies by 10 to 20 %, more where "
-    "it touches a gigabyte of fresh memory",
-    "peers": "level within the machine's noise: the products are most of the time, and are alike",
-    "filters": "at H = 128 softmax takes as long as a product, and the forward is not shortened by a filter; the same "
-    "logits from H = 768 (wide) meet the bar",
-    "eager": "a model's own eager function computes all scores of a packed row, also those that the mask hides",
-    "writing": "the model writes a token at a time",
-    "steps": "where the body is most of the step: its products are torch's in both trainers, 1.33 times ours in TRL",
-}
-BARS: tuple[Callable[[Parts], Iterable[Bar]], ...] = (
+Row = Callable[[Parts], Iterable[Bar]]
+BARS: tuple[Row, ...] = (
     exact_loss,
     peers,
     row_kernels,
@@ -288,77 +290,128 @@ BARS: tuple[Callable[[Parts], Iterable[Bar]], ...] = (
 
 
 def verdicts(parts: Parts) -> list[Bar]:
-    """Every bar in the order of the contract."""
+    """Return every bar in the order of the contract."""
     return [bar for of in BARS for bar in list(of(parts)) or [missing(summary_of(of), "", "no result: see its part")]]
 
 
-class Measured(Protocol):
-    """A figure of benchmarks.gpu_cases."""
+# Of the loss on a GPU: case, value, its factor, unit and bar.
+LOSS_BARS = (
+    (BAR_4K.name, "seconds", 1e3, "ms", H200_SHORT_MS),
+    (BAR_4K.name, "floor", 1.0, "x floor", H200_SHORT_LOSS),
+    *((shape.name, "floor", 1.0, "x floor", H200_LOSS) for shape in BAR_LOSSES[1:]),
+    *(
+        (
+            shape.name,
+            "peak_mib",
+            1 / 1024,
+            "GiB beyond gradients",
+            H200_FROZEN_GIB if shape.mode == FROZEN else H200_TRAINED_GIB,
+        )
+        for shape in BAR_LOSSES[1:]
+    ),
+)
 
-    name: str
-    value: float
-    unit: str
-    bar: float | None
-    at_least: bool
-    verdict: str
-    detail: str
+
+def gpu_losses(parts: Parts) -> Iterator[Bar]:
+    """Check loss and gradients on a GPU: time, milliseconds and memory; and the ways of the CUDA kernels."""
+    gpu, cuda = parts.get("gpu", NOTHING), parts.get("cuda", NOTHING)
+    for case, name, factor, unit, bar in LOSS_BARS:
+        found = value(gpu.select(OURS, case=case), name)
+        what = f"{OURS}, {case}"
+        yield at_most(what, factor * found[0], bar, f" {unit}", "") if found else lacking(what, bar, unit)
+    for case in [case for case in cuda.cases() if case.endswith(", kept")]:
+        ways = [r for r in cuda.select(case=case) if "floor" in r.values and r.contestant != FLOOR]
+        if ways:
+            best = min(ways, key=lambda record: record.values["floor"])
+            what = f"the fastest by the CUDA kernels, {case} ({best.contestant})"
+            yield at_most(what, best.values["floor"], H200_LOSS, "x floor", "")
+    for record in cuda.select("cpo-kernels cuda"):
+        if record.case.startswith("loss of logits") and not record.case.endswith("in L2"):
+            yield at_most(f"cpo_loss, {record.case}", record.values["of_copy"], H200_LOGITS, "x copy", "")
 
 
-# Which cases of benchmarks.gpu_cases decide a bar.
-CASES_OF: dict[Callable[[Parts], Iterable[Bar]], tuple[str, ...]] = {
-    exact_loss: ("loss",),
-    peers: ("loss beside peers",),
-    row_kernels: ("row kernels bf16", "row kernels fp32"),
-    peak_memory: ("peak memory",),
-    without_gradients: ("no_grad",),
-    accuracy: ("accuracy",),
+def gpu_peers(parts: Parts) -> Iterator[Bar]:
+    """Check that ours is faster than every peer that is installed, without a prompt and with half of it."""
+    for shape in BAR_PEERS:
+        rivals = [r for r in parts.get("gpu", NOTHING).select(case=shape.name) if is_peer(r) and "of_ours" in r.values]
+        what = f"faster than every peer, {shape.name}"
+        yield against_fastest(what, rivals) if rivals else missing(what, "> 1", NOT_MEASURED)
+
+
+def gpu_rows(parts: Parts) -> Iterator[Bar]:
+    """Check row kernels against a copy, and CUDA's that the table picks against Triton's."""
+    found = [r for name in ("gpu", "cuda") for r in parts.get(name, NOTHING).records]
+    rows = [r for r in found if r.case.startswith("row kernels") and ", " in r.contestant]
+    if not rows:
+        yield missing("row kernels against a copy of the logits", f">= {H200_ROWS:g}", NOT_MEASURED)
+    for record in rows:
+        what = f"{record.contestant}, {record.case.removeprefix('row kernels, ')}"
+        if record.contestant.endswith("cuda") or "picked" not in record.conditions:
+            yield at_least(what, record.values["of_gbs"], H200_ROWS, " of copy", "")
+        if record.conditions.get("picked") and "of_triton" in record.values:
+            yield at_least(what, record.values["of_triton"], 1.0, "x Triton", "")
+
+
+def gpu_peaks(parts: Parts) -> Iterator[Bar]:
+    """Check peaks beyond inputs and gradients against the plan and the budget."""
+    records = [r for r in parts.get("gpu", NOTHING).select(OURS) if "of_plan" in r.values]
+    if not records:
+        yield missing("peak memory on a GPU, of the plan and of the budget", f"<= {PEAK_MEMORY:g}", NOT_MEASURED)
+    for record in records:
+        yield at_most(record.case, record.values["of_plan"], PEAK_MEMORY, " of the plan", "")
+        yield at_most(record.case, record.values["of_budget"], PEAK_MEMORY, " of the budget", "")
+
+
+def gpu_no_grad(parts: Parts) -> Iterator[Bar]:
+    """Check log-likelihoods against one product: ours as users call it, and Hopper's fused linear path."""
+    for shape in (BAR_8K, BAR_QWEN, BAR_NARROW):
+        found = value(parts.get("gpu", NOTHING).select(OURS, case=f"no_grad, {shape.name}"), "of_product")
+        what, unit = f"no_grad, {OURS}, {shape.name}", "x one product"
+        yield at_most(what, found[0], NO_GRAD, f" {unit}", "") if found else lacking(what, NO_GRAD, unit)
+    for record in parts.get("cuda", NOTHING).select("fused linear, cuda"):
+        if "of_product" in record.values:
+            what = f"{record.case}, {record.contestant}"
+            yield at_most(what, record.values["of_product"], NO_GRAD, " x one product", "")
+
+
+def gpu_accuracy(parts: Parts) -> Iterator[Bar]:
+    """Check sequence log-likelihoods of 1,024 bf16 tokens with fp32 logits on a GPU."""
+    found = value(parts.get("gpu", NOTHING).select(OURS_FP32_LOGITS), "nats_largest")
+    what = f"{OURS_FP32_LOGITS}, log-likelihood"
+    yield at_most(what, found[0], ACCURACY, " nats", "") if found else lacking(what, ACCURACY, "nats")
+
+
+def lacking(what: str, bar: float, unit: str) -> Bar:
+    """Return a bar from below that was not measured."""
+    return missing(f"{what}, {unit}", f"<= {bar:g} {unit}", NOT_MEASURED)
+
+
+ON_GPU: dict[Row, Row] = {
+    exact_loss: gpu_losses,
+    peers: gpu_peers,
+    row_kernels: gpu_rows,
+    peak_memory: gpu_peaks,
+    without_gradients: gpu_no_grad,
+    accuracy: gpu_accuracy,
 }
 
 
-def on_a_gpu(
-    figures: Mapping[str, Sequence[Measured]],
-    expected: Mapping[str, Mapping[tuple[str, str], float]],
-    parts: Parts,
-) -> list[Bar]:
-    """Every bar that a GPU decides, in the order of the contract: met, missed or not measured.
-
-    Args:
-        figures: of benchmarks.gpu_cases, by case.
-        expected: bars by name and unit of the figures that a case must have.
-        parts: of the suite, measured on the same device.
-    """
+def on_a_gpu(parts: Parts) -> list[Bar]:
+    """Return every bar that a GPU decides, in the order of the contract: met, missed or not measured."""
     found = []
-    for of in BARS:
-        cases, told = CASES_OF.get(of, ()), list(of(parts))
-        measured = [figure for case in cases for figure in figures.get(case, ()) if figure.bar is not None]
-        found += [as_bar(figure) for figure in measured] + [bar for bar in told if bar.met is not None]
-        named = {(figure.name, figure.unit) for figure in measured}
-        lacking = [
-            missing(f"{name}, {unit}", f"<= {bar:g} {unit}", NOT_MEASURED)
-            for case in cases
-            for (name, unit), bar in expected.get(case, {}).items()
-            if (name, unit) not in named
-        ]
-        if not measured and not lacking and all(bar.met is None for bar in told):
-            lacking = told or [missing(summary_of(of), "", NOT_MEASURED)]
-        found += lacking
+    for row in BARS:
+        told = list(row(parts)) or [missing(summary_of(row), "", NOT_MEASURED)]
+        measured = [bar for bar in told if bar.met is not None]
+        found += list(ON_GPU[row](parts)) + measured if row in ON_GPU else measured or told
     return found
 
 
-def as_bar(figure: Measured) -> Bar:
-    """A figure that has a bar."""
-    sign = ">=" if figure.at_least else "<="
-    unit = f" {figure.unit}".rstrip()
-    measured = f"{figure.value:.3g}{unit}"
-    return Bar(figure.name, measured, f"{sign} {figure.bar:g}{unit}", figure.verdict == "met", figure.detail)
-
-
-def summary_of(of: Callable[[Parts], Iterable[Bar]]) -> str:
-    """What a row of the contract is about, for one that has no line."""
+def summary_of(of: Row) -> str:
+    """Say what a row of the contract is about, for one that has no line."""
     return str(of.__doc__).splitlines()[0]
 
 
 def table(bars: Iterable[Bar]) -> str:
-    """A row a bar."""
+    """Return a table with a row a bar."""
     rows = [[bar.what, bar.measured, bar.bar, bar.verdict, bar.why] for bar in bars]
     return markdown(["what", "measured", "bar", "", "why"], rows, left=range(5))

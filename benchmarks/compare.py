@@ -1,4 +1,4 @@
-"""Two result files side by side: `python -m benchmarks.compare BEFORE.json AFTER.json`.
+"""Puts two result files side by side: `python -m benchmarks.compare BEFORE.json AFTER.json`.
 
 Of everything that both files have measured, the value in each and the ratio of the two. Where a contestant has a
 multiple (of the floor, of an MLE step, of TRL's step) that is what is compared and not seconds, so that files of
@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import records
-from benchmarks.columns import condition, heading, shown
 from benchmarks.records import Parts, Record
-from benchmarks.tables import markdown
+from benchmarks.tables import condition, heading, markdown, shown
 
 # The first of these that a record has is compared; of the floor itself it is the seconds.
 COMPARED = (
@@ -25,6 +24,8 @@ COMPARED = (
     "ratio",
     "total",
     "of_plan",
+    "of_product",
+    "of_copy",
     "nats_largest",
     "tflops",
     "gbs",
@@ -34,7 +35,7 @@ Key = tuple[str, str, str]  # part, case with its conditions, contestant
 
 
 def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
-    """What a result file says, as the name of a value and the value."""
+    """Return what a result file says, as the name of a value and the value."""
     return {
         (name, case_of(record), record.contestant): found
         for name, part in parts.items()
@@ -44,7 +45,7 @@ def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
 
 
 def compared(record: Record) -> Iterator[tuple[str, float]]:
-    """The value of a record that is compared, if it has one."""
+    """Yield the value of a record that is compared, if it has one."""
     for name in ("seconds",) if record.contestant.startswith("floor") else COMPARED:
         if name in record.values:
             yield name, record.values[name]
@@ -52,13 +53,13 @@ def compared(record: Record) -> Iterator[tuple[str, float]]:
 
 
 def case_of(record: Record) -> str:
-    """A case with all that distinguishes it from others of its name."""
+    """Return a case with all that distinguishes it from others of its name."""
     sizes = ", ".join(f"{key}={condition(value)}" for key, value in record.conditions.items())
     return f"{record.case}; {sizes}" if sizes else record.case
 
 
 def compare(before: Parts, after: Parts) -> str:
-    """The table, and what only one of the files has."""
+    """Return the table, and what only one of the files has."""
     first, second = figures(before), figures(after)
     rows = []
     for key in (key for key in first if key in second and first[key][0] == second[key][0]):

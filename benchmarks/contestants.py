@@ -1,17 +1,18 @@
-"""Everything that is run on one shape: the floor, ours, and the peers, as calls without arguments."""
+"""Lines up everything that is run on one shape: the floor, ours, and the peers, held against one oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.floor import Floor, plan_of
-from benchmarks.peers import BUILDERS, Peer, ours, ours_dpo
+from benchmarks.floor import Floor, plan_of, products
+from benchmarks.measure import Case, Contestant
+from benchmarks.oracle import Oracles
+from benchmarks.peers import BUILDERS, Peer, build, ours, ours_dpo
 from benchmarks.problem import Problem, draw
-from benchmarks.shapes import CPO, DPO, NLL, NO_GRAD, PAIRS, tiny
+from benchmarks.shapes import CPO, DPO, NLL, NO_GRAD, PAIRS, TRAINED, Shape, tiny
 
 FLOOR = "floor (bare torch.mm)"
 FLOOR_REUSED = "floor, outputs reused"
@@ -25,75 +26,120 @@ OURS_DPO = "cpo-kernels, DPO"
 FLOORS = {CPO: FLOOR, NLL: FLOOR, PAIRS: FLOOR, DPO: FLOOR_DPO}
 OURS_ON = {CPO: OURS, NLL: OURS, PAIRS: OURS_PAIRS, DPO: OURS_DPO}
 
-
-@dataclass(frozen=True)
-class Contestant:
-    """One entry of a shape: a call that returns (loss, gradients), with None for the loss of a floor."""
-
-    name: str
-    call: Callable[[], tuple[Tensor | None, tuple[Tensor, ...]]]
-    warm_up: Callable[[], object]
-    work: str
-    fresh: bool = True  # its gradients are new memory
+Ceilings = Mapping[str, float]  # TFLOP/s by the name of a dtype, and GB/s as "copy"
 
 
-def contestant(peer: Peer, problem: Problem) -> Contestant:
-    """A peer bound to its tensors; `problem` is read as the work that the peer does."""
-    work = peer.work_on(problem.shape)
-    if work is None:
-        raise ValueError(f"{peer.name} does no work that compares with {problem.shape.work}, {problem.shape.mode}")
-    problem = problem.as_work(work)
+class LineUp:
+    """Binds contestants to the tensors of one problem."""
 
-    def warm_up() -> object:
-        # What a first call costs besides work: compilation needs the real shape, libraries and threads do not.
-        # On a GPU, libraries choose their kernels by shape and the allocator grows to it.
-        if peer.compiles or problem.hidden.is_cuda:
-            return peer.run(problem)
-        return peer.run(tiny_problem(problem))
+    def __init__(self, problem: Problem, ceilings: Ceilings | None = None) -> None:
+        self.problem, self.ceilings = problem, ceilings or {}
+        self.oracles = Oracles(problem)
+        self.budget = smallest_budget(problem) if problem.shape.smallest_budget else None
 
-    return Contestant(peer.name, lambda: peer.run(problem), warm_up, work)
+    def floor(self, work: str, *, fresh: bool = True) -> Contestant:
+        """Describe the bare products of some work; with `fresh` outputs as any call that returns gradients has them."""
+        problem = self.problem.as_work(work)
+        call = Floor.of(problem, self.budget, fresh=fresh)
+        warm_up = call if problem.hidden.is_cuda else Floor.of(tiny_problem(problem), None)
+        name = FLOORS[work] if fresh else FLOOR_REUSED
+        return Contestant(name, lambda: call, warm_up=warm_up, needed=True, fresh=fresh, **self.described(work))
+
+    def peer(self, peer: Peer, work: str, *, needed: bool = False) -> Contestant:
+        """Describe a peer that does some work on these tensors."""
+        problem = self.problem.as_work(work)
+
+        def warm_up() -> object:
+            # What a first call costs besides work: compilation needs the real shape, libraries and threads do not.
+            # On a GPU, libraries choose their kernels by shape and the allocator grows to it.
+            return peer.run(problem if peer.compiles or problem.hidden.is_cuda else tiny_problem(problem))
+
+        check = partial(self.oracles.check, work)
+        call = partial(peer.run, problem)
+        return Contestant(peer.name, lambda: call, check, warm_up, needed, **self.described(work))
+
+    def described(self, work: str) -> dict[str, object]:
+        """Return conditions, ratios and further values of who does some work."""
+        shape = self.problem.shape
+        conditions = {"K": shape.negatives if work == shape.work else 1, "work": work}
+        ratios = {"floor": FLOORS[work], "of_ours": OURS_ON[work]}
+        return {"conditions": conditions, "ratios": ratios, "values": partial(rates, shape, work, self.ceilings)}
+
+    def everyone(self, names: Sequence[str], builders: Mapping[str, Callable[[], Peer]] = BUILDERS) -> list[Contestant]:
+        """Describe floor, ours and the named peers. Where a peer's work has one negative, ours does that work too.
+
+        A peer that has no form of the work is left out; one that is not installed is absent.
+        """
+        shape, problem = self.problem.shape, self.problem
+        found = [self.floor(shape.work), self.peer(ours(OURS, self.budget), shape.work, needed=True)]
+        if shape.variants and shape.mode != NO_GRAD:
+            found.append(self.floor(shape.work, fresh=False))
+        if shape.variants and shape.dtype.itemsize < 4:
+            fp32_logits = ours(OURS_FP32_LOGITS, self.budget, torch.float32)
+            found.append(self.peer(fp32_logits, shape.work, needed=True))
+        peers, works = [], set()
+        for name in names:
+            peer = build(name, builders)
+            if isinstance(peer, str):
+                peers.append(Contestant(name, lambda: lambda: None, absent=peer))
+            elif work := peer.work_on(problem.shape):
+                works.add(work)
+                peers.append(self.peer(peer, work))
+        if PAIRS in works - {shape.work}:
+            found.append(self.peer(ours(OURS_PAIRS, self.budget), PAIRS, needed=True))
+        if DPO in works - {shape.work}:
+            found += [self.floor(DPO), self.peer(ours_dpo(OURS_DPO, self.budget), DPO, needed=True)]
+        return [*found, *peers]
+
+    def case(self, contestants: Sequence[Contestant], **options: object) -> Case:
+        """Compare them on this problem."""
+        shape = self.problem.shape
+        given = {"conditions": shape.conditions, "rounds": shape.rounds, "note": shape.note}
+        return Case(shape.name, contestants, peaks=True, **given | options)
+
+
+def asked_of(shape: Shape) -> tuple[str, ...]:
+    """Return the peers that a shape asks for, installed or not, able or not."""
+    return tuple(name for name in (BUILDERS if shape.peers is None else shape.peers) if name not in shape.without)
 
 
 def tiny_problem(problem: Problem) -> Problem:
-    """The same work on few numbers."""
+    """Draw the same work on few numbers."""
+    work = problem.shape.work
     small = draw(tiny(problem.shape))
-    return small.as_dpo() if problem.shape.work == DPO else small
-
-
-def floor(problem: Problem, budget: int | None, *, fresh: bool = True) -> Contestant:
-    """The bare products; with `fresh` outputs as any call that returns gradients has them."""
-    call, work = Floor(problem, budget, fresh=fresh), problem.shape.work
-    warm_up = call if problem.hidden.is_cuda else Floor(tiny_problem(problem), None, fresh=True)
-    return Contestant(FLOORS[work] if fresh else FLOOR_REUSED, call, warm_up, work, fresh)
-
-
-def line_up(problem: Problem, peer_names: Sequence[str]) -> list[Contestant]:
-    """Floor, ours and the named peers. Where a peer's work has one negative, ours does that work too."""
-    shape = problem.shape
-    budget = smallest_budget(problem) if shape.smallest_budget else None
-    entries = [floor(problem, budget), contestant(ours(OURS, budget), problem)]
-    if shape.variants and shape.mode != NO_GRAD:
-        entries.append(floor(problem, budget, fresh=False))
-    if shape.variants and shape.dtype.itemsize < 4:
-        entries.append(contestant(ours(OURS_FP32_LOGITS, budget, torch.float32), problem))
-    peers = [contestant(BUILDERS[name](), problem) for name in peer_names]
-    works = {peer.work for peer in peers} - {shape.work}
-    if PAIRS in works:
-        entries.append(contestant(ours(OURS_PAIRS, budget), problem.as_pairs()))
-    if DPO in works:
-        pairs = problem.as_dpo()
-        entries += [floor(pairs, budget), contestant(ours_dpo(OURS_DPO, budget), pairs)]
-    return [*entries, *peers]
+    return small.as_dpo() if work == DPO else small
 
 
 def smallest_budget(problem: Problem) -> int:
-    """Bytes of the logits of one group: the least that needs no second pass."""
-    plan = plan_of(problem, None)
+    """Return the bytes of the logits of one group: the least that needs no second pass."""
+    plan, shape = plan_of(problem, None), problem.shape
     row_bytes = plan.logits_bytes // max(min(chunk.num_rows, chunk.rows_per_block) for chunk in plan.chunks)
-    shape = problem.shape
-    return row_bytes * shape.candidates * (shape.tokens - shape.prompt_tokens)
+    return row_bytes * (shape.predicted_tokens // shape.groups)
 
 
 def forget_compiled() -> None:
     """Drop compiled code, so that no shape is run with what was compiled for another."""
     torch._dynamo.reset()
+
+
+def rates(shape: Shape, work: str, ceilings: Ceilings, seconds: float) -> dict[str, float]:
+    """Return products and bytes a second, and their shares of the ceilings."""
+    tflops = products(shape, work) * product_flops(shape) / seconds * 1e-12
+    gbs = compulsory_bytes(shape, work) / seconds * 1e-9
+    values, dtype = {"tflops": tflops, "gbs": gbs}, shape.sizes["dtype"]
+    if dtype in ceilings:
+        values |= {"of_tflops": tflops / ceilings[dtype], "of_gbs": gbs / ceilings["copy"]}
+    return values
+
+
+def product_flops(shape: Shape) -> int:
+    """Count those of one product of the rows that predict a token."""
+    return 2 * shape.predicted_tokens * shape.vocab * shape.hidden
+
+
+def compulsory_bytes(shape: Shape, work: str) -> int:
+    """Count every input that is needed as read once, every gradient as written once; no logits."""
+    hidden, weight = (n * shape.hidden * shape.dtype.itemsize for n in (shape.predicted_tokens, shape.vocab))
+    of_hidden = 1 + (shape.mode != NO_GRAD) + (work == DPO)
+    of_weight = 1 + (shape.mode == TRAINED) + (work == DPO)
+    return of_hidden * hidden + of_weight * weight

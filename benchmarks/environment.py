@@ -1,4 +1,4 @@
-"""What a result depends on besides the code: device, versions, commit, load."""
+"""Says what a result depends on besides the code: device, versions, commit, load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROOT = Path(__file__).parent.parent
 
 
 def describe(argv: list[str], kind: str = "cpu") -> dict[str, object]:
-    """JSON-ready description of a run of `python -m benchmarks.` + argv on a device of this kind."""
+    """Describe, ready for JSON, a run of `python -m benchmarks.` + argv on a device of this kind."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks." + argv[0], *argv[1:]]),
         "commit": commit(),
@@ -39,14 +39,14 @@ def describe(argv: list[str], kind: str = "cpu") -> dict[str, object]:
 
 
 def device() -> str:
-    """Model of the CPU, with the number of cores this process may use."""
+    """Return the model of the CPU, with the number of cores this process may use."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return f"{found.group(1) if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def gpu() -> dict[str, object]:
-    """The current GPU, its driver and the CUDA version of torch."""
+    """Describe the current GPU, its driver and the CUDA version of torch."""
     if not torch.cuda.is_available():
         return {"name": "none"}
     properties = torch.cuda.get_device_properties()
@@ -62,14 +62,14 @@ def gpu() -> dict[str, object]:
 
 
 def slug(described: dict[str, object]) -> str:
-    """A file name for the device of a description: its GPU, or its processor."""
+    """Return a file name for the device of a description: its GPU, or its processor."""
     found = described.get("gpu")
     name = str(found["name"]) if isinstance(found, dict) else str(described["device"]).split(",")[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def driver() -> str:
-    """Version of the NVIDIA driver."""
+    """Return the version of the NVIDIA driver."""
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
@@ -78,7 +78,7 @@ def driver() -> str:
 
 
 def sources() -> str:
-    """Digest of the code that runs, which names it where there is no checkout to name a commit."""
+    """Return a digest of the code that runs, which names it where there is no checkout to name a commit."""
     digest = hashlib.sha256()
     files = (f for folder in ("csrc", "cpo_kernels", "benchmarks") for f in (_ROOT / folder).rglob("*"))
     for path in sorted(f for f in files if f.suffix in SOURCE_SUFFIXES):
@@ -87,7 +87,7 @@ def sources() -> str:
 
 
 def as_markdown(described: dict[str, object]) -> str:
-    """A list of what :func:`describe` found."""
+    """List what :func:`describe` found."""
     lines = []
     for name, value in described.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -96,7 +96,7 @@ def as_markdown(described: dict[str, object]) -> str:
 
 
 def commit() -> str:
-    """Hash of HEAD, marked when the tree has changes besides results; without git CPO_KERNELS_COMMIT, or "unknown"."""
+    """Return HEAD, marked when the tree has changes besides results; without git CPO_KERNELS_COMMIT, or "unknown"."""
     git = ["git", "-C", str(_ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
@@ -111,7 +111,7 @@ def commit() -> str:
 
 
 def version(package: str) -> str | None:
-    """Installed version, or None."""
+    """Return the installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -119,5 +119,5 @@ def version(package: str) -> str | None:
 
 
 def log(message: str) -> None:
-    """Progress, on stderr: stdout carries the table."""
+    """Tell progress on stderr: stdout carries the table."""
     print(message, file=sys.stderr, flush=True)

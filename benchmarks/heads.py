@@ -1,169 +1,136 @@
 """Part `heads`: the head's loss and gradients beside every peer, on the heads of real models.
 
-Every contestant is held against fp64 before its time counts. A floor has a record in every case; the values of the
-others are ratios to the floor and to ours on the same work, taken in turns in one process.
+Every contestant is held against float64 before its time counts. Ratios are to the floor and to ours on the same work,
+taken in turns in one process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
-from benchmarks import accuracy, memory, shapes
-from benchmarks.ceilings import Ceilings
-from benchmarks.contestants import FLOORS, OURS, OURS_ON
-from benchmarks.floor import products
-from benchmarks.measure import CaseResult, Row, free_memory, measure_those_that_run, summary
-from benchmarks.oracle import Errors
-from benchmarks.peers import asked_of, does, installed
-from benchmarks.problem import draw
-from benchmarks.records import Record
+import torch
+
+from benchmarks import shapes
+from benchmarks.contestants import OURS, OURS_FP32_LOGITS, LineUp, asked_of, forget_compiled
+from benchmarks.floor import plan_of
+from benchmarks.measure import MIB, Case, Contestant, dtype_name, each, free_memory, measure, ready, summary
+from benchmarks.oracle import dense_of, sequence_sums
+from benchmarks.peers import BUILDERS, Peer, ours
+from benchmarks.problem import Problem, draw
+from benchmarks.records import Record, value
 from benchmarks.setting import Setting
-from benchmarks.shapes import CPO, DPO, NO_GRAD, TRAINED, Shape
-from benchmarks.timing import FOREVER, Effort
+from benchmarks.shapes import CPO, Shape
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
-MIB = 2**20
-LOGPS = "log-likelihoods of 1024 tokens"
+CEILINGS, LOGPS = "ceilings", "log-likelihoods of 1024 tokens"
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Ceilings, every case, accuracy of log-likelihoods, peak memory in processes of their own."""
-    ceilings = Ceilings()
-    yield from ceilings.measure(setting)
-    for shape in cases(setting):
-        yield from measure(shape, setting, ceilings)
-        free_memory()
-    yield from accuracies(setting)
-    yield from peaks(setting)
+    """Measure ceilings, every case, accuracy of log-likelihoods, peak memory in processes of their own."""
+    found = ceilings(setting)
+    yield from found
+    best = best_of(found)
+    chosen = setting.choose(shapes.QUICK_CASES, shapes.CASES, shapes.GPU_CASES)
+    cases = {shape.name: partial(beside_peers, shape, setting, best) for shape in chosen}
+    yield from each(cases | {LOGPS: partial(accuracies, setting), "peak memory": partial(peaks, setting)})
 
 
-def cases(setting: Setting) -> tuple[Shape, ...]:
-    """The shapes of a setting."""
-    if setting.quick:
-        return shapes.QUICK_CASES
-    return shapes.GPU_CASES if setting.on_gpu else shapes.CASES
+def beside_peers(shape: Shape, setting: Setting, best: dict[str, float] | None = None) -> Iterator[Record]:
+    """Measure one shape with the peers that it asks for."""
+    forget_compiled()
+    line_up = LineUp(draw(shape, device=setting.device), best)
+    yield from measure(line_up.case(line_up.everyone(asked_of(shape))), setting.device)
 
 
-def effort(shape: Shape, setting: Setting) -> Effort:
-    """Rounds: on a GPU a call is short enough for everyone to get all of them, on a CPU for those that are close."""
-    if setting.on_gpu:
-        return Effort(shape.rounds, seconds=3.0, far=FOREVER, very_far=FOREVER)
-    return Effort(shape.rounds, far=1.25, very_far=1.6)
+def ceilings(setting: Setting) -> list[Record]:
+    """Measure what the device does at best: products of each dtype, torch's and ours, and a copy."""
+    size, device, records = setting.choose(64, 4096, 8192), setting.device, []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out, name = torch.empty_like(a), dtype_name(dtype)
+        calls = {"torch.mm": partial(torch.mm, a, b, out=out)}
+        if not setting.on_gpu and cpu_gemm.gemm_supported(dtype, dtype):
+            calls["our product"] = partial(cpu_gemm.gemm, a, b, out)
+        products = [
+            ready(f"{who} {name}", call, values=lambda seconds: {"tflops": 2e-12 * size**3 / seconds})
+            for who, call in calls.items()
+        ]
+        records += measure(Case(CEILINGS, products, {"dtype": name, "size": size}), device)
+    source = torch.ones(setting.choose(2**12, 2**27, 2**29), device=device)
+    target = torch.empty_like(source)
+    copy = ready("copy", lambda: target.copy_(source), values=lambda s: {"gbs": 2e-9 * source.nbytes / s})
+    return records + measure(Case(CEILINGS, [copy], {"bytes": source.nbytes}), device)
 
 
-def measure(shape: Shape, setting: Setting, ceilings: Ceilings) -> Iterator[Record]:
-    """The records of one case; a peer that is not there or fails has one that says why."""
-    asked, (names, missing) = asked_of(shape), installed()
-    able = [name for name in asked if name in names and does(name, shape)]
-    result = measure_those_that_run(shape, able, effort(shape, setting), setting.device)
-    for row in result.rows:
-        yield Record(shape.name, row.contestant, values(row, result, ceilings), conditions(shape, row.work), shape.note)
-    reasons = {name: why for name, why in missing.items() if name in asked} | dict(result.failed)
-    for name, why in reasons.items():
-        yield Record(shape.name, name, conditions=conditions(shape, shape.work), note=why)
+def best_of(found: list[Record]) -> dict[str, float]:
+    """Return the fastest product of each dtype and the copy."""
+    best = {"copy": value(found, "gbs")[-1]}
+    for record in found:
+        if "tflops" in record.values:
+            dtype = record.conditions["dtype"]
+            best[dtype] = max(best.get(dtype, 0.0), record.values["tflops"])
+    return best
 
 
-def conditions(shape: Shape, work: str) -> dict[str, Any]:
-    """What a record of a shape depends on; work other than the shape's own has one negative."""
-    how = {"prompt": shape.prompt_share, "mode": shape.mode, "work": work}
-    return sizes(shape) | {"K": shape.negatives if work == shape.work else 1} | how
-
-
-def sizes(shape: Shape) -> dict[str, Any]:
-    """Of head and tokens."""
-    return {"V": shape.vocab, "H": shape.hidden, "N": shape.num_tokens, "dtype": shape.dtype_name}
-
-
-def values(row: Row, result: CaseResult, ceilings: Ceilings) -> dict[str, float]:
-    """What was measured of one contestant, and its ratios."""
-    shape, seconds = result.shape, row.timing.best
-    count = products(replace(shape, work=row.work))
-    tflops = count * product_flops(shape) / seconds * 1e-12
-    gbs = compulsory_bytes(shape, row.work) / seconds * 1e-9
-    over_floor = seconds / result.seconds(FLOORS[row.work])
-    measured = {
-        "seconds": seconds,
-        "median": row.timing.median,
-        "rounds": len(row.timing.seconds),
-        "floor": over_floor,
-        "gemms": over_floor * count,
-        "tflops": tflops,
-        "of_tflops": tflops / ceilings.tflops[shape.dtype_name],
-        "gbs": gbs,
-        "of_gbs": gbs / ceilings.gbs,
-        "of_ours": seconds / result.seconds(OURS_ON[row.work]),
-    }
-    if row.peak is not None:
-        measured["peak_mib"] = row.peak / MIB
-    return measured | ({} if row.errors is None else error_values(row.errors))
-
-
-def product_flops(shape: Shape) -> int:
-    """Of one product of the rows that predict a token."""
-    rows = shape.groups * shape.candidates * (shape.tokens - shape.prompt_tokens)
-    return 2 * rows * shape.vocab * shape.hidden
-
-
-def compulsory_bytes(shape: Shape, work: str) -> int:
-    """Every input that is needed read once, every gradient written once; no logits."""
-    rows = shape.groups * shape.candidates * (shape.tokens - shape.prompt_tokens)
-    hidden, weight = (count * shape.hidden * shape.dtype.itemsize for count in (rows, shape.vocab))
-    of_hidden = 1 + (shape.mode != NO_GRAD) + (work == DPO)
-    of_weight = 1 + (shape.mode == TRAINED) + (work == DPO)
-    return of_hidden * hidden + of_weight * weight
-
-
-def error_values(errors: Errors) -> dict[str, float]:
-    """Against fp64."""
-    if errors.nats is not None:
-        return {"nats_largest": errors.nats[0], "nats_mean": errors.nats[1]}
-    found = {"loss": errors.loss, "grad_hidden": errors.grad_hidden, "grad_weight": errors.grad_weight}
-    return {f"error_{name}": error for name, error in found.items() if error is not None}
-
-
-def accuracies(setting: Setting) -> Iterator[Record]:
-    """Errors of sequence log-likelihoods, of every contestant."""
-    shape = shapes.QUICK_ACCURACY if setting.quick else shapes.ACCURACY
+def accuracies(setting: Setting, shape: Shape | None = None) -> Iterator[Record]:
+    """Measure errors of sequence log-likelihoods: rounding of the logits adds up over a sum."""
+    shape = shape or (shapes.QUICK_ACCURACY if setting.quick else shapes.ACCURACY)
     problem = draw(shape, device=setting.device)
-    exact = accuracy.exact_logps(problem)
-    for name, build in accuracy.contestants(asked_of(shape)).items():
-        measured, note = {}, ""
+    exact = sequence_sums(problem, dense_of(problem).token_logps).flatten()
+    builders = {OURS: partial(ours, OURS)}
+    builders[OURS_FP32_LOGITS] = partial(ours, OURS_FP32_LOGITS, logits_dtype=torch.float32)
+    for name, build in (builders | {name: BUILDERS[name] for name in asked_of(shape)}).items():
+        values, note = {}, ""
         try:
-            peer = build()
-            if peer.sequence_logps is None:
-                note = "computes no log-likelihoods of sequences"
-            else:
-                error = accuracy.error_of(name, peer, problem, exact)
-                measured = {"nats_largest": error.largest, "nats_mean": error.mean}
+            values = errors_in_nats(build(), problem, exact)
         except Exception as error:  # a peer may fail in any way of its own
             note = summary(error)
-        yield Record(LOGPS, name, measured, sizes(shape), note)
+        yield Record(LOGPS, name, values, shape.sizes, note)
         free_memory()
+
+
+def errors_in_nats(peer: Peer, problem: Problem, exact: torch.Tensor) -> dict[str, float]:
+    """Compare one peer's log-likelihoods; one that knows only pairs reads the sequences two by two."""
+    if peer.sequence_logps is None:
+        raise NotImplementedError("computes no log-likelihoods of sequences")
+    view = problem if peer.work == CPO else problem.as_pairs()
+    with torch.no_grad():
+        logps = peer.sequence_logps(view.hidden, view.weight, view.targets)
+    error = (logps.flatten().double() - exact).abs()
+    return {"nats_largest": error.max().item(), "nats_mean": error.mean().item()}
 
 
 def peaks(setting: Setting) -> Iterator[Record]:
-    """Peak memory of ours at few and at many tokens."""
-    few_and_many = shapes.GPU_PEAK_MEMORY_TOKENS if setting.on_gpu else shapes.PEAK_MEMORY_TOKENS
-    measured = shapes.GPU_PEAK_MEMORY if setting.on_gpu else shapes.PEAK_MEMORY
-    if setting.quick:
-        few_and_many, measured = (256,), shapes.QUICK[:1]
-    asked = [(shape, count) for shape in measured for count in few_and_many]
-    with ThreadPoolExecutor(1 if setting.on_gpu else 2) as pool:  # a process has its memory to itself, not a GPU
-        found = pool.map(lambda one: memory.measure(OURS, *one, setting.device), asked)
-        for (shape, count), peak in zip(asked, found, strict=True):
-            case = f"peak memory, {'fp32' if shape.dtype.itemsize == 4 else 'bf16'}"
-            yield Record(case, OURS, peak_values(peak), conditions(shape.with_tokens(count), CPO))
+    """Measure the peak memory of ours at few and at many tokens, each in a process that has done nothing else."""
+    measured = setting.choose(shapes.QUICK_CASES[:1], shapes.PEAK_MEMORY, shapes.GPU_PEAK_MEMORY)
+    counts = setting.choose((256,), shapes.PEAK_MEMORY_TOKENS, shapes.GPU_PEAK_MEMORY_TOKENS)
+    for shape in measured:
+        case = f"peak memory, {'fp32' if shape.dtype.itemsize == 4 else 'bf16'}"
+        for count in counts:
+            sized = shape.with_tokens(count)
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                values = alone.submit(peak_of_ours, sized, setting.device).result()
+            yield Record(case, OURS, values, sized.conditions)
 
 
-def peak_values(peak: memory.Peak) -> dict[str, float]:
-    """Against the plan and the budget, which a measurement of ours has."""
-    held = {"planned": peak.planned, "budget": peak.budget}
-    known = {name: count for name, count in held.items() if count is not None}
-    ratios = {"of_plan": "planned", "of_budget": "budget"}
-    return (
-        {"peak_mib": peak.bytes / MIB}
-        | {f"{name}_mib": count / MIB for name, count in known.items()}
-        | {ratio: peak.bytes / known[name] for ratio, name in ratios.items() if name in known}
-    )
+def peak_of_ours(shape: Shape, device: torch.device) -> dict[str, float]:
+    """Measure the peak of one call in this process, against the plan and the budget."""
+    line_up = LineUp(draw(shape, device=device))
+    (record,) = measure(line_up.case([ours_alone(line_up)], rounds=1), device)
+    return against_plan(record.values["peak_mib"], line_up.problem)
+
+
+def ours_alone(line_up: LineUp) -> Contestant:
+    """Describe ours with its default budget."""
+    return line_up.peer(ours(OURS), line_up.problem.shape.work, needed=True)
+
+
+def against_plan(peak_mib: float, problem: Problem, max_logits_bytes: int | None = None) -> dict[str, float]:
+    """Return a peak, what the plan says it will hold and what it may, and the ratios of the peak to these."""
+    plan = plan_of(problem, max_logits_bytes)
+    planned, budget = plan.bytes / MIB, plan.budget_bytes / MIB
+    values = {"peak_mib": peak_mib, "planned_mib": planned, "budget_mib": budget}
+    return values | {"of_plan": peak_mib / planned, "of_budget": peak_mib / budget}

@@ -1,175 +1,179 @@
-"""The fp64 oracle that every contestant is held against."""
+"""Holds contestants against the loss in float64 over every token, and its gradients on a sample of rows.
+
+Sampling costs one float64 product instead of three; the sample is the same for every contestant.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import AnotherLossError
 from benchmarks.problem import IGNORE, Problem
 from benchmarks.shapes import DPO, NO_GRAD
 
-_BLOCK = 2048  # entries of the vocabulary at a time: their weights in fp64 stay in memory that is used again
-_COMPARED_ROWS = 512  # of two matrices, at a time
-_SAMPLED_ROWS = 64  # rows of grad_hidden that are compared
-_SAMPLED_COLUMNS = 2048  # rows of grad_weight that are compared
+BLOCK = 2048  # entries of the vocabulary at a time: their weights in fp64 stay in memory that is used again
+COMPARED_ROWS = 512  # of two matrices, at a time
+SAMPLED_ROWS = 64  # rows of grad_hidden that are compared
+SAMPLED_COLUMNS = 2048  # rows of grad_weight that are compared
+# Beyond this a contestant computes another loss; its rounding errors, which are printed, are half of it at most.
+SAME_LOSS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+
+Errors = dict[str, float]  # by the names of records' values
 
 
-@dataclass(frozen=True)
-class Errors:
-    """How far a contestant is from the fp64 oracle, each as ||out - ref|| / ||ref||; None for what is not computed.
-
-    `loss` is the error of the (G, C) log-likelihoods where those are all that is computed; `nats` holds the largest and
-    the mean error of one of them.
-    """
-
-    loss: float
-    grad_hidden: float | None = None
-    grad_weight: float | None = None
-    nats: tuple[float, float] | None = None
-
-    def worst(self) -> float:
-        """The largest of the ratios, NaN if one is."""
-        errors = [error for error in (self.loss, self.grad_hidden, self.grad_weight) if error is not None]
-        return math.nan if any(map(math.isnan, errors)) else max(errors)
-
-
-@dataclass(frozen=True)
 class Dense:
-    """What the logits say in fp64, by one pass over all of them in blocks of the vocabulary; no loss in it yet."""
+    """Holds what the logits say in float64, by one pass over all of them in blocks of the vocabulary."""
 
-    rows: Tensor  # (P,) positions, of N, that predict a token
-    targets: Tensor  # (P,)
-    lse: Tensor  # (P,)
-    token_logps: Tensor  # (P,)
-    columns: Tensor  # vocabulary entries whose logits were kept
-    column_logits: Tensor  # (P, len(columns))
-
-    @classmethod
-    def of(cls, problem: Problem) -> Dense:
-        """Run the pass; the kept columns are half targets, half any."""
-        rows = torch.nonzero(problem.targets.flatten() != IGNORE).squeeze(-1)
-        hidden, targets = _double(problem.hidden)[rows], problem.targets.flatten()[rows]
-        half = _SAMPLED_COLUMNS // 2
-        columns = torch.cat([targets[:half], _some(len(problem.weight), half, 1, targets.device)])
-        lse, logits_of_targets = hidden.new_full(rows.shape, -math.inf), hidden.new_empty(rows.shape)
-        kept = hidden.new_empty(len(rows), len(columns))
-        for start, block in blocks(problem.weight):
-            logits = hidden @ block.T
-            lse = torch.logaddexp(lse, torch.logsumexp(logits, dim=-1))
+    def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> None:
+        """Run the pass over rows (R, H) and a head (V, H), for targets (N,) and the row (N,) of each, or one a row."""
+        self.hidden, self.weight, self.targets = hidden.detach().double(), weight.detach(), targets
+        self.rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
+        half = SAMPLED_COLUMNS // 2  # half of the columns are targets, half are any
+        self.columns = torch.cat([targets[:half], some(len(weight), half, 1, targets.device)])
+        self.lse = self.hidden.new_full(self.hidden.shape[:1], -math.inf)
+        self.column_logits = self.hidden.new_empty(len(self.hidden), len(self.columns))
+        logits_of_targets = self.hidden.new_empty(targets.shape)
+        for start, block in self.blocks():
+            logits = self.hidden @ block.T
+            self.lse = torch.logaddexp(self.lse, torch.logsumexp(logits, dim=-1))
             here = inside(targets, start, block)
-            logits_of_targets[here] = logits[here, targets[here] - start]
-            here = inside(columns, start, block)
-            kept[:, here] = logits[:, columns[here] - start]
-        return cls(rows, targets, lse, logits_of_targets - lse, columns, kept)
+            logits_of_targets[here] = logits[self.rows[here], targets[here] - start]
+            here = inside(self.columns, start, block)
+            self.column_logits[:, here] = logits[:, self.columns[here] - start]
+        self.token_logps = logits_of_targets - self.lse[self.rows]
 
-    def sequence_logps(self, problem: Problem) -> Tensor:
-        """(G, C)."""
-        tokens = self.lse.new_zeros(problem.targets.numel())
-        tokens[self.rows] = self.token_logps
-        return tokens.view(problem.targets.shape).sum(-1)
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield first row and rows of the head in float64, in the memory of the block before."""
+        buffer = self.weight.new_empty(BLOCK, self.weight.shape[1], dtype=torch.float64)
+        for start in range(0, len(self.weight), BLOCK):
+            rows = self.weight[start : start + BLOCK]
+            yield start, buffer[: len(rows)].copy_(rows)
 
 
 class Oracle:
-    """The loss in fp64 over every token, and its gradients on a sample of rows of `hidden` and of `weight`.
+    """Has a loss of token log-probabilities (N,) in float64, and its gradients on a sample."""
 
-    Sampling costs one fp64 GEMM instead of three; the sample is the same for every contestant.
-    """
-
-    def __init__(self, problem: Problem, dense: Dense) -> None:
-        self.problem, self.columns = problem, dense.columns
-        self.logps = dense.sequence_logps(problem)
-        if problem.shape.mode == NO_GRAD:
-            return
-        logps = self.logps.clone().requires_grad_()
-        loss = problem.objective(logps, _exact_reference(problem))
+    def __init__(self, dense: Dense, objective: Callable[[Tensor], Tensor]) -> None:
+        logps = dense.token_logps.clone().requires_grad_()
+        loss = objective(logps)
         (coef,) = torch.autograd.grad(loss, logps)
-        coef = coef.unsqueeze(-1).expand(problem.targets.shape).flatten()[dense.rows]
-        hidden = _double(problem.hidden)[dense.rows]
-        self.loss = loss.item()
-        of_columns = _logit_grad(dense.column_logits, dense.lse, dense.targets, coef, self.columns)
-        self.grad_weight = of_columns.T @ hidden
-        some = _some(len(dense.rows), _SAMPLED_ROWS, 2, hidden.device)
-        self.rows = dense.rows[some]
-        self.grad_hidden = torch.zeros_like(hidden[some])
-        for start, block in blocks(problem.weight):
-            entries = torch.arange(start, start + len(block), device=hidden.device)
-            given = (hidden[some] @ block.T, dense.lse[some], dense.targets[some], coef[some], entries)
-            self.grad_hidden += _logit_grad(*given) @ block
+        self.loss, self.columns = loss.item(), dense.columns
+        total = torch.zeros_like(dense.lse).index_add_(0, dense.rows, coef)
+        of_columns = -total[:, None] * torch.exp(dense.column_logits - dense.lse[:, None])
+        hits = (dense.targets[:, None] == dense.columns).double()
+        self.grad_weight = of_columns.index_add_(0, dense.rows, coef[:, None] * hits).T @ dense.hidden
+        self.rows = some(len(dense.hidden), SAMPLED_ROWS, 2, coef.device)
+        place = torch.full_like(dense.lse, -1, dtype=torch.int64)
+        place[self.rows] = torch.arange(len(self.rows), device=coef.device)
+        place, hidden = place[dense.rows], dense.hidden[self.rows]
+        self.grad_hidden = torch.zeros_like(hidden)
+        for start, block in dense.blocks():
+            dlogits = -total[self.rows, None] * torch.exp(hidden @ block.T - dense.lse[self.rows, None])
+            here = inside(dense.targets, start, block) & (place >= 0)
+            dlogits.index_put_((place[here], dense.targets[here] - start), coef[here], accumulate=True)
+            self.grad_hidden += dlogits @ block
 
-    def errors(self, out: Tensor, grads: Sequence[Tensor]) -> Errors:
-        """Compare one contestant's results; a row that predicts nothing must have a gradient of exactly 0.
+    def errors(self, loss: float, grad_hidden: Tensor, grad_weight: Tensor | None) -> Errors:
+        """Compare a loss and gradients (R, H) and (V, H), None where the head is frozen."""
+        found = {"error_loss": abs(loss - self.loss) / abs(self.loss)}
+        found["error_grad_hidden"] = relative(grad_hidden[self.rows], self.grad_hidden)
+        if grad_weight is not None:
+            found["error_grad_weight"] = relative(grad_weight[self.columns], self.grad_weight)
+        return found
 
-        Args:
-            out: the loss; or the log-likelihoods (G, C) where no gradient is wanted.
-            grads: those of `problem.wanted`, in order.
+
+class Oracles:
+    """Holds results on a problem against the oracle of the work they do; the logits are computed once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.dense = problem, dense_of(problem)
+        self.of = cache(self._of)
+
+    def _of(self, work: str) -> Oracle:
+        """Return the oracle of some work on these tensors."""
+        problem = self.problem.as_work(work)
+        reference = exact_reference(problem)
+        return Oracle(self.dense, lambda logps: problem.objective(sequence_sums(problem, logps), reference))
+
+    def check(self, work: str, result: tuple[Tensor, tuple[Tensor, ...]]) -> Errors:
+        """Return the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
+
+        Raises:
+            AnotherLossError: they are more than rounding explains, or a row that predicts nothing has a gradient.
         """
-        if self.problem.shape.mode == NO_GRAD:
-            nats = (out.double() - self.logps).abs()
-            return Errors(relative(out, self.logps), nats=(nats.max().item(), nats.mean().item()))
-        for name, grad, tensor in zip(("grad_hidden", "grad_weight"), grads, self.problem.wanted, strict=False):
-            _check_like(name, grad, tensor)
-        grad_hidden, *of_weight = grads
-        if len(grads) != len(self.problem.wanted):
-            raise ValueError(f"{len(grads)} gradients, expected {len(self.problem.wanted)}")
-        if grad_hidden[self.problem.targets == IGNORE].any():
-            raise ValueError("a row that predicts nothing got a gradient")
-        return Errors(
-            loss=abs(out.item() - self.loss) / abs(self.loss),
-            grad_hidden=relative(grad_hidden.flatten(0, 2)[self.rows], self.grad_hidden),
-            grad_weight=relative(of_weight[0][self.columns], self.grad_weight) if of_weight else None,
+        problem, (out, grads) = self.problem.as_work(work), result
+        if problem.shape.mode == NO_GRAD:
+            exact = sequence_sums(problem, self.dense.token_logps)
+            nats = (out.double() - exact).abs()
+            errors = {"error_loss": relative(out, exact), "nats_largest": nats.max().item()}
+            errors["nats_mean"] = nats.mean().item()
+        else:
+            check_gradients(problem, grads)
+            predicting = problem.targets.flatten() != IGNORE
+            grad_hidden, *of_weight = grads
+            rows = grad_hidden.flatten(0, 2)[predicting]
+            errors = self.of(work).errors(out.item(), rows, of_weight[0] if of_weight else None)
+        require_same(errors, problem.shape.dtype)
+        return errors
+
+
+def require_same(errors: Mapping[str, float], dtype: torch.dtype) -> None:
+    """Raise :class:`AnotherLossError` where a relative error is more than rounding in a dtype explains."""
+    bounded = [error for name, error in errors.items() if name.startswith("error_")]
+    if not all(error <= SAME_LOSS[dtype] for error in bounded):  # not `>`: NaN is another loss too
+        raise AnotherLossError(f"computes another loss: {errors}, expected at most {SAME_LOSS[dtype]}")
+
+
+def check_gradients(problem: Problem, grads: tuple[Tensor, ...]) -> None:
+    """Raise :class:`AnotherLossError` for gradients of another form, or of a row that predicts nothing."""
+    if [(g.shape, g.dtype) for g in grads] != [(t.shape, t.dtype) for t in problem.wanted]:
+        raise AnotherLossError(
+            f"{len(grads)} gradients of other shapes or dtypes than the {len(problem.wanted)} wanted"
         )
+    if grads[0][problem.targets == IGNORE].any():
+        raise AnotherLossError("a row that predicts nothing got a gradient")
 
 
-def _exact_reference(problem: Problem) -> Tensor | None:
-    """Log-likelihoods of the reference in fp64, (G, C); None without one."""
+def dense_of(problem: Problem) -> Dense:
+    """Run the float64 pass over the rows of a problem that predict a token."""
+    rows = problem.targets.flatten() != IGNORE
+    return Dense(problem.hidden.flatten(0, 2)[rows], problem.weight, problem.targets.flatten()[rows])
+
+
+def sequence_sums(problem: Problem, token_logps: Tensor) -> Tensor:
+    """Add up the log-probabilities of predicted tokens to log-likelihoods (G, C)."""
+    there = problem.targets != IGNORE
+    return token_logps.new_zeros(there.shape).masked_scatter(there, token_logps).sum(-1)
+
+
+def exact_reference(problem: Problem) -> Tensor | None:
+    """Return the log-likelihoods (G, C) of the reference in float64; None without one."""
     if problem.shape.work == DPO:
         model = replace(problem, hidden=problem.ref_hidden, weight=problem.ref_weight)
-        return Dense.of(model).sequence_logps(problem)
+        return sequence_sums(problem, dense_of(model).token_logps)
     return None if problem.ref_logps is None else problem.ref_logps.double()
 
 
-def _double(hidden: Tensor) -> Tensor:
-    """(N, H) in fp64."""
-    return hidden.detach().flatten(0, 2).double()
-
-
-def blocks(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """First row and rows in fp64, the memory of the block before; all at once would be the largest tensor of a case."""
-    buffer = weight.new_empty(_BLOCK, weight.shape[1], dtype=torch.float64, requires_grad=False)
-    for start in range(0, len(weight), _BLOCK):
-        rows = weight.detach()[start : start + _BLOCK]
-        yield start, buffer[: len(rows)].copy_(rows)
-
-
 def inside(entries: Tensor, start: int, block: Tensor) -> Tensor:
-    """Which vocabulary entries are of the block that starts there."""
+    """Return which vocabulary entries are of the block that starts there."""
     return (entries >= start) & (entries < start + len(block))
 
 
-def _some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """At most `count` different indices below `size`, the same ones on every device."""
+def some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """Return at most `count` different indices below `size`, the same ones on every device."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].to(device)
 
 
-def _check_like(name: str, grad: Tensor, like: Tensor) -> None:
-    if grad.shape != like.shape or grad.dtype != like.dtype:
-        raise ValueError(f"{name} is {grad.dtype} {tuple(grad.shape)}, expected {like.dtype} {tuple(like.shape)}")
-
-
 def relative(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| of two matrices, in fp64 some rows at a time: all of them would be fresh memory."""
+    """Return ||out - ref|| / ||ref|| of two matrices, in float64 some rows at a time, for all would be fresh memory."""
     distances, norms = [], []
-    for own, right in zip(out.split(_COMPARED_ROWS), ref.split(_COMPARED_ROWS), strict=True):
+    for own, right in zip(out.split(COMPARED_ROWS), ref.split(COMPARED_ROWS), strict=True):
         distances.append(torch.linalg.vector_norm(own.double() - right.double()))
         norms.append(torch.linalg.vector_norm(right.double()))
     return (torch.linalg.vector_norm(torch.stack(distances)) / torch.linalg.vector_norm(torch.stack(norms))).item()
-
-
-def _logit_grad(logits: Tensor, lse: Tensor, targets: Tensor, coef: Tensor, columns: Tensor) -> Tensor:
-    """d loss / d logits on `columns`: coef * (1[column = target] - softmax)."""
-    onehot = columns == targets.unsqueeze(-1)
-    return coef.unsqueeze(-1) * (onehot.double() - torch.exp(logits - lse.unsqueeze(-1)))

@@ -1,16 +1,16 @@
-"""The report as Markdown: bars first, then every figure behind them."""
+"""Renders the report as Markdown: bars first, then every figure behind them."""
 
 from __future__ import annotations
 
-from benchmarks import bars, columns, records, scaling
+from benchmarks import bars, records, scaling, tables
 from benchmarks.contestants import FLOOR
 from benchmarks.records import Part, Parts, Record
 from benchmarks.suite import PARTS
 from benchmarks.tables import markdown
 
 
-def page(parts: Parts, name: str, plots: dict[str, str]) -> str:
-    """Everything; `plots` are file names by part."""
+def render(parts: Parts, name: str, plots: dict[str, str]) -> str:
+    """Return the whole page; `plots` are file names by part."""
     lines = [f"# Benchmarks: {name}", "## Bars", bars.table(bars.verdicts(parts))]
     if "heads" in parts:
         lines += ["## Times over the floor", MATRIX, matrix(records.heads(parts))]
@@ -18,7 +18,7 @@ def page(parts: Parts, name: str, plots: dict[str, str]) -> str:
         lines += [f"## {part.name}: {PARTS[part.name]}"]
         if part.name in plots:
             lines.append(f"![{PARTS[part.name]}]({plots[part.name]})")
-        lines += columns.part_tables(part)
+        lines += tables.part_tables(part)
         if part.error:
             lines.append(f"Not finished: {part.error}")
         lines.append(conditions(part))
@@ -29,17 +29,17 @@ def page(parts: Parts, name: str, plots: dict[str, str]) -> str:
 
 
 def ordered(parts: Parts) -> list[Part]:
-    """In the order of the suite."""
+    """Return the parts in the order of the suite."""
     return [parts[name] for name in PARTS if name in parts]
 
 
 MATRIX = """\
-Fewest seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in
-turn; the floor's own row is in seconds. Below 1 is possible because the products are our own."""
+Seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in turn;
+the floor's own row is in seconds. Below 1 is possible because the products are our own."""
 
 
 def matrix(part: Part) -> str:
-    """A row a contestant, a column a case."""
+    """Return times over the floor: a row a contestant, a column a case."""
     timed = [r for r in part.records if "floor" in r.values]
     cases = list(dict.fromkeys(record.case for record in timed))
     names = list(dict.fromkeys(record.contestant for record in timed))
@@ -48,14 +48,14 @@ def matrix(part: Part) -> str:
 
 
 def cell(record: Record) -> str:
-    """Seconds of the floor, multiples of it for the others."""
+    """Return seconds of the floor, multiples of it for the others."""
     if record.contestant == FLOOR:
         return f"{record.values['seconds']:.3g} s"
     return f"{record.values['floor']:.2f}"
 
 
 def conditions(part: Part) -> str:
-    """What the figures of a part depend on, and its command."""
+    """Say what the figures of a part depend on, with its command."""
     env = part.environment
     versions = ", ".join(f"{name} {number}" for name, number in env["versions"].items() if number)
     device = env["gpu"]["name"] if "gpu" in env else env["device"]
@@ -67,7 +67,7 @@ def conditions(part: Part) -> str:
 
 
 def headline(parts: Parts) -> str:
-    """What is printed at the end of a run."""
+    """Return what is printed at the end of a run."""
     lines = [bars.table(bars.verdicts(parts))]
     lines += [f"{part.name} did not finish: {part.error}" for part in parts.values() if part.error]
     return "\n\n".join(lines)

@@ -1,4 +1,4 @@
-"""Other implementations of the head, each composed into the same loss as ours.
+"""Composes other implementations of the head, each into the same loss as ours.
 
 Every contestant maps (hidden, weight, targets, *reference) to the loss of `Problem.objective`: unranked CPO over the
 summed token log-probabilities, beta 0.1, or the mean cross-entropy. A peer whose loss has one form only is compared
@@ -9,7 +9,7 @@ QuACK runs on an NVIDIA GPU of sm_90 or later and is in no extra of this project
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,10 +27,10 @@ Result = tuple[Tensor, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Peer:
-    """One contestant.
+    """Describes an implementation of the head.
 
     Attributes:
-        name: of the contestant.
+        name: in the results.
         loss: that of `work`.
         sequence_logps: log-likelihoods alone; None where it has none to give.
         nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
@@ -48,7 +48,7 @@ class Peer:
     compiles: bool = False
 
     def work_on(self, shape: Shape) -> str | None:
-        """The work it does on the tensors of a shape; None where it can do none that compares."""
+        """Return the work it does on the tensors of a shape; None where it can do none that compares."""
         if shape.mode == NO_GRAD:
             return shape.work if self.sequence_logps and self.work == CPO else None
         if shape.work == NLL:
@@ -56,7 +56,7 @@ class Peer:
         return {CPO: shape.work, NLL: None}.get(self.work, self.work)
 
     def run(self, problem: Problem) -> Result:
-        """Loss and the wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
+        """Return loss and wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
         tensors, shape = (problem.hidden, problem.weight, problem.targets), problem.shape
         if shape.mode == NO_GRAD:
             with torch.no_grad():
@@ -90,7 +90,7 @@ def _compiled() -> Peer:
 
 
 def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
-    """`policy`: how gradients are summed over chunks of the batch; None does not chunk."""
+    """Make a peer by `policy`, which says how gradients are summed over chunks; None does not chunk."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"F.linear_cross_entropy is not in torch {torch.__version__}")
     options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
@@ -150,7 +150,7 @@ def _quack() -> Peer:
 
 
 def _pairs_in_order(*tensors: Tensor) -> list[Tensor]:
-    """(G, 2, ...) as Liger wants it: (2 G, ...), all chosen sequences first, then all rejected ones."""
+    """Put (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first, then all rejected ones."""
     return [tensor.transpose(0, 1).flatten(0, 1) for tensor in tensors]
 
 
@@ -198,7 +198,7 @@ def ours(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Peer:
-    """This project's loss, within `max_logits_bytes` of logits held in `logits_dtype` (None: its defaults)."""
+    """Make this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps
 
     head = {"max_logits_bytes": max_logits_bytes, "logits_dtype": logits_dtype, "backend": backend}
@@ -218,7 +218,7 @@ def ours(
 
 
 def ours_dpo(name: str, max_logits_bytes: int | None = None) -> Peer:
-    """The same on the hidden states and the head of a reference model, whose log-likelihoods come first."""
+    """Make the same on hidden states and head of a reference model, whose log-likelihoods come first."""
     peer = ours(name, max_logits_bytes)
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
@@ -229,26 +229,22 @@ def ours_dpo(name: str, max_logits_bytes: int | None = None) -> Peer:
     return replace(peer, loss=loss, work=DPO)
 
 
-def installed() -> tuple[list[str], dict[str, str]]:
-    """Names of the peers that can be built here, and why the others cannot."""
-    names, missing = [], {}
-    for name, build in BUILDERS.items():
-        try:
-            build()
-            names.append(name)
-        except (ImportError, AttributeError, RuntimeError) as error:  # transformers raises RuntimeError for its imports
-            missing[name] = str(error).splitlines()[0]
-    return names, missing
+def compiled_for_varying(name: str, dynamic: bool | None) -> Peer:
+    """Compile eager for shapes that vary: every dimension dynamic, or (None) those that have been seen to change.
+
+    `BUILDERS` compiles for one shape, which is torch.compile's best where shapes stay; where they vary it would compile
+    for every shape until it gives up.
+    """
+    eager = _eager()
+    return replace(eager, name=name, loss=torch.compile(eager.loss, dynamic=dynamic), compiles=True)
 
 
-def does(name: str, shape: Shape) -> bool:
-    """Whether an installed peer does the work of a shape, or that of one negative on the same tensors."""
-    return BUILDERS[name]().work_on(shape) is not None
-
-
-def asked_of(shape: Shape) -> tuple[str, ...]:
-    """Names of the peers that a shape asks for, installed or not, able or not."""
-    return tuple(name for name in (BUILDERS if shape.peers is None else shape.peers) if name not in shape.without)
+def build(name: str, builders: Mapping[str, Callable[[], Peer]]) -> Peer | str:
+    """Return a peer, or why it cannot be built here."""
+    try:
+        return builders[name]()
+    except (ImportError, AttributeError, RuntimeError) as error:  # transformers raises RuntimeError for its imports
+        return str(error).splitlines()[0]
 
 
 def _from_logps(
@@ -259,7 +255,7 @@ def _from_logps(
     skips_ignored: bool = False,
     compiles: bool = False,
 ) -> Peer:
-    """A peer that only knows token log-probabilities: sum them, then contrast in plain torch."""
+    """Make a peer that only knows token log-probabilities: sum them, then contrast in plain torch."""
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         return contrast(sequence_logps(hidden, weight, targets), ref_logps)
@@ -278,4 +274,11 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     "TRL fused head": _trl,
     "Cut Cross-Entropy": _cut_cross_entropy,
     "QuACK": _quack,
+}
+
+COMPILED, DYNAMIC = "torch.compile", "torch.compile, dynamic=True"
+# For calls whose shapes vary: nobody is told a shape beforehand.
+VARYING = BUILDERS | {
+    COMPILED: partial(compiled_for_varying, COMPILED, None),
+    DYNAMIC: partial(compiled_for_varying, DYNAMIC, True),
 }

@@ -1,4 +1,4 @@
-"""Inputs of one shape, and the loss that is taken of them."""
+"""Draws the inputs of a shape, and defines the loss that is taken of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DRAWN_ROWS = 4096  # rows of a weight that are drawn number by number
 
 @dataclass(frozen=True)
 class Problem:
-    """Tensors of one shape, and the work that is done on them: `shape.work`."""
+    """Holds the tensors of one shape, for the work that is done on them: `shape.work`."""
 
     shape: Shape
     hidden: Tensor  # (G, C, T, H)
@@ -29,29 +29,29 @@ class Problem:
 
     @property
     def reference(self) -> tuple[Tensor | None, ...]:
-        """What the loss takes of a reference, after hidden states, head and targets."""
+        """Return what the loss takes of a reference, after hidden states, head and targets."""
         if self.shape.work == NLL:
             return ()
         return (self.ref_hidden, self.ref_weight) if self.shape.work == DPO else (self.ref_logps,)
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
-        """The tensors whose gradients are taken."""
+        """Return the tensors whose gradients are taken."""
         return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
 
     def as_work(self, work: str) -> Problem:
-        """The same tensors for other work; that of one negative reads the candidates of each group two by two."""
+        """Return the same for other work; that of one negative reads the candidates of each group two by two."""
         return self if work == self.shape.work else {PAIRS: self.as_pairs, DPO: self.as_dpo}[work]()
 
     def as_pairs(self) -> Problem:
-        """K = 1 without a reference (Xu et al.'s CPO)."""
+        """Return K = 1 without a reference (Xu et al.'s CPO)."""
         pairs = self.shape.pairs()
         dims = (pairs.groups, pairs.candidates, pairs.tokens)
         hidden = self.hidden.detach().view(*dims, pairs.hidden).requires_grad_(self.hidden.requires_grad)
         return Problem(pairs, hidden, self.weight, self.targets.view(dims))
 
     def as_dpo(self) -> Problem:
-        """K = 1 with hidden states and head of a reference model, which differ from the policy's."""
+        """Return K = 1 with hidden states and head of a reference model, which differ from the policy's."""
         pairs = self.as_pairs()
         hidden, drawn = pairs.hidden.detach(), torch.Generator(self.hidden.device).manual_seed(1)
         noise = torch.randn(hidden.shape, generator=drawn, device=hidden.device, dtype=hidden.dtype)
@@ -59,20 +59,20 @@ class Problem:
         return replace(pairs, shape=replace(pairs.shape, work=DPO), **reference)
 
     def objective(self, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        """The loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
+        """Return the loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
         if self.shape.work == NLL:
             return -logps.sum() / (self.targets != IGNORE).sum()
         return contrast(logps, ref_logps)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Unranked CPO: mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
+    """Return unranked CPO: the mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
     scores = BETA * (logps if ref_logps is None else logps - ref_logps)
     return (torch.logsumexp(scores, dim=-1) - scores[:, 0]).mean()
 
 
 def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
-    """Random inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
+    """Draw inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
 
     With that, a sequence's log-likelihood spreads by about 2 * sqrt(T) nats around -3 T; references spread by 10 more,
     so at beta 0.1 the contrast is not settled and every candidate has a gradient.
@@ -90,7 +90,7 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
 
 
 def random_rows(count: int, width: int, dtype: torch.dtype, drawn: dict[str, Any]) -> Tensor:
-    """(count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
+    """Draw (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
 
     Drawing every number takes most of the time of the largest heads: a host's generator runs on one thread.
     """

@@ -1,4 +1,4 @@
-"""Figures of README and docs from the result files: `python -m benchmarks.publish`, with --check to change nothing.
+"""Takes figures of README and docs from the result files: `python -m benchmarks.publish`, --check changes nothing.
 
 A figure stands between `<!-- from FILE: BLOCK -->` and `<!-- end -->`, where FILE is the name of a file in
 `benchmarks/results` and BLOCK says what of it; for one number `value: PART | CASE | CONTESTANT | VALUE`. With --check
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from benchmarks import bars, columns, page, records, scaling
+from benchmarks import bars, page, records, scaling, tables
 from benchmarks.records import Parts, Record
 from benchmarks.suite import ON_REQUEST
 from benchmarks.tables import markdown
@@ -27,7 +27,7 @@ BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 @lru_cache
 def results(path: Path) -> Parts:
-    """A result file.
+    """Read a result file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -38,14 +38,14 @@ def results(path: Path) -> Parts:
 
 
 def one_value(parts: Parts, where: str) -> str:
-    """A number, by `PART | CASE | CONTESTANT | VALUE`; several records of that name differ in their conditions."""
+    """Return a number, by `PART | CASE | CONTESTANT | VALUE`, of the one record of that name."""
     part, case, contestant, name = (word.strip() for word in where.split("|"))
     record = records.only(parts[part].select(contestant, case=case), where)
-    return columns.shown(name, record.values[name])
+    return tables.shown(name, record.values[name])
 
 
 def short_matrix(parts: Parts, where: str) -> str:
-    """Times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
+    """Return times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
     part, cases = records.heads(parts), [word.strip() for word in where.split("|")]
     timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and not is_floor(r)]
     names = list(dict.fromkeys(record.contestant for record in timed))
@@ -55,27 +55,27 @@ def short_matrix(parts: Parts, where: str) -> str:
 
 
 def same_work(record: Record) -> bool:
-    """Whether a record is of the work of most: K negatives with a reference."""
+    """Return whether a record is of the work of most: K negatives with a reference."""
     return record.conditions.get("work") == "cpo"
 
 
 def is_floor(record: Record) -> bool:
-    """Whether a record is of bare products."""
+    """Return whether a record is of bare products."""
     return record.contestant.startswith("floor")
 
 
 def emphasised(record: Record, best: float) -> str:
-    """The fastest in bold."""
+    """Write the fastest in bold."""
     text = f"{record.values['floor']:.2f}"
     return f"**{text}**" if record.values["floor"] == best else text
 
 
 def lives(parts: Parts, case: str) -> str:
-    """Batches of varying lengths in a few columns; those that were stopped show how far they had come."""
+    """Return batches of varying lengths in a few columns; those that were stopped show how far they had come."""
     records = [r for r in parts["lengths"].select(case=case.strip()) if "total" in r.values and not is_floor(r)]
     names = ("total", "batches", "first")
     rows = [
-        [r.contestant, *(columns.shown(name, r.values.get(name)) for name in names)]
+        [r.contestant, *(tables.shown(name, r.values.get(name)) for name in names)]
         for r in records
         if r.conditions.get("run") != "last"
     ]
@@ -83,19 +83,19 @@ def lives(parts: Parts, case: str) -> str:
 
 
 def minutes(parts: Parts, _: str) -> str:
-    """All parts of a usual run together."""
+    """Return the minutes of all parts of a usual run."""
     return f"{sum(part.seconds for part in parts.values() if part.name not in ON_REQUEST) / 60:.0f}"
 
 
 def case_of(parts: Parts, where: str) -> str:
-    """The table of a case, by `PART | CASE`."""
+    """Return the table of a case, by `PART | CASE`."""
     part, case = (word.strip() for word in where.split("|"))
-    return columns.case_table(parts[part].select(case=case))
+    return tables.case_table(parts[part].select(case=case))
 
 
 def part_of(parts: Parts, name: str) -> str:
-    """All tables of a part, and the line that says where they come from."""
-    return "\n\n".join([*columns.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
+    """Return all tables of a part, and the line that says where they come from."""
+    return "\n\n".join([*tables.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
 
 
 BLOCKS: dict[str, Callable[[Parts, str], str]] = {
@@ -116,7 +116,7 @@ BLOCKS: dict[str, Callable[[Parts, str], str]] = {
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:
-    """A document with the figures that the result files have now."""
+    """Return a document with the figures that the result files have now."""
 
     def replace(match: re.Match[str]) -> str:
         file, block, old = match.groups()
@@ -129,7 +129,7 @@ def rendered(text: str, folder: Path = RESULTS) -> str:
 
 
 def outdated(documents: Iterable[Path]) -> list[Path]:
-    """Documents that do not say what the files say."""
+    """Return the documents that do not say what the files say."""
     return [
         path for path in documents if path.read_text(encoding="utf-8") != rendered(path.read_text(encoding="utf-8"))
     ]

@@ -1,4 +1,4 @@
-"""A real CPO run of a small model on real text, and what its head is given at some steps of it.
+"""Makes a real CPO run of a small model on real text, and keeps what its head is given at some steps of it.
 
 The model is made here: first next-token prediction, whose end is the frozen reference, then CPO by
 :class:`cpo_kernels.CPOTrainer` with batch, truncation and mean-field negatives. Nothing in it is timed.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ import transformers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, TrainerCallback
 
+import cpo_kernels
 from benchmarks import texts
+from benchmarks.measure import dtype_name
 from benchmarks.setting import Setting, add_options
 from benchmarks.texts import Corpus, Example
-from cpo_kernels import CandidateLayout, CPOConfig, CPOTrainer
+from cpo_kernels import CandidateLayout, CPOConfig, CPOOutput, CPOTrainer
+from cpo_kernels.engine.plan import Plan
 from cpo_kernels.models import CPORequest
 from cpo_kernels.trainer import TokenizedExamples
 
@@ -37,7 +41,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": s
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model, of a step, and of the batch that is looked at.
+    """Holds the sizes of the model, of a step, and of the batch that is looked at.
 
     Attributes:
         width: H.
@@ -65,14 +69,9 @@ ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps
 QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(4, 8), held_out=4)
 
 
-def sizes_of(setting: Setting) -> Sizes:
-    """Those of a setting."""
-    return QUICK if setting.quick else ON_GPU if setting.on_gpu else ON_CPU
-
-
 @dataclass(frozen=True)
 class Looked:
-    """What the head is given for one batch at one step of the run, on the device of the run, in its dtype.
+    """Holds what the head is given for one batch at one step of the run, on the device of the run.
 
     Attributes:
         step: of CPO.
@@ -90,10 +89,61 @@ class Looked:
     layout: CandidateLayout
     options: dict[str, Any]
 
+    def to(self, dtype: torch.dtype, **options: float) -> Looked:
+        """Copy it in a dtype, with hidden states and head that require gradients, and with other options."""
+        hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight))
+        return replace(self, hidden=hidden, weight=weight, options=self.options | options)
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Return the sizes, for records; K is that of the first group."""
+        vocab, width = self.weight.shape
+        sizes = {"V": vocab, "H": width, "N": self.targets.numel(), "rows": self.hidden.shape[0]}
+        dtype = {"dtype": dtype_name(self.hidden.dtype), "mle_weight": self.options["mle_weight"]}
+        return sizes | {"K": self.layout.cu_groups[1] - 1} | dtype | {"step": self.step}
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the row (N,) of each token."""
+        rows = self.layout.rows
+        return torch.arange(self.targets.numel(), device=self.targets.device) if rows is None else rows
+
+    def output(self, **head: Any) -> CPOOutput:
+        """Call ours."""
+        tensors = (self.hidden, self.weight, self.targets)
+        return cpo_kernels.linear_cpo_loss(*tensors, layout=self.layout, **self.options, **head)
+
+    def plan(self) -> Plan:
+        """Return what our call will do."""
+        return cpo_kernels.plan(self.hidden, self.weight, self.targets, layout=self.layout, **self.options)
+
+    def run(self, **head: Any) -> tuple[Tensor, tuple[Tensor, ...], float]:
+        """Call ours: loss, gradients, and the share of the gradient's mass that a filter left out."""
+        out = self.output(**head)
+        return out.loss, torch.autograd.grad(out.loss, (self.hidden, self.weight)), out.dropped.item()
+
+    def run_by_token_logps(
+        self, token_logps: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...], float]:
+        """Call a peer that knows log-probabilities (N,) of tokens that each have a row (N, H)."""
+        loss = self.loss_of(token_logps(self.hidden[self.rows], self.weight, self.targets).float())
+        return loss, torch.autograd.grad(loss, (self.hidden, self.weight)), 0.0
+
+    def loss_of(self, logps: Tensor) -> Tensor:
+        """Take the objective by its definition, of token log-probabilities (N,); each group's first is the truth."""
+        options = self.options
+        sums = torch.stack([logps[a:b].sum() for a, b in pairwise(self.layout.cu_tokens)])
+        scores = options["beta"] * (sums - options["ref_logps"].to(sums))
+        bounds = list(pairwise(self.layout.cu_groups))
+        contrast = torch.stack([torch.logsumexp(scores[a:b], 0) - scores[a] for a, b in bounds]).mean()
+        truths = [a for a, _ in bounds]
+        tokens = sum(self.layout.cu_tokens[a + 1] - self.layout.cu_tokens[a] for a in truths)
+        return options["contrast_weight"] * contrast - options["mle_weight"] * sums[truths].sum() / tokens
+
 
 @dataclass
 class Run:
-    """What came of it.
+    """Holds what came of it.
 
     Attributes:
         source: the text.
@@ -114,18 +164,18 @@ class Spy:
         self.hidden = self.weight = torch.empty(0)
 
     def __call__(self, *args: Any, linear_loss: CPORequest, **kwargs: Any) -> Any:
-        """The answer of the model."""
+        """Return the answer of the model."""
         self.request = linear_loss
         return self.model(*args, linear_loss=self, **kwargs)
 
     def compute(self, hidden: Tensor, head: Any, transform: Any) -> Any:
-        """In place of the request's own."""
+        """Keep what the head is given, in place of the request's own."""
         self.hidden, self.weight = head.features.clone(), head.weight.detach().clone()
         return self.request.compute(hidden, head, transform)
 
 
 def look(trainer: CPOTrainer, step: int) -> Looked:
-    """What the head of `trainer`'s model is given for all training examples of `trainer` at once."""
+    """Return what the head of a trainer's model is given for all its training examples at once."""
     spy = Spy(trainer.model)
     indices = torch.arange(len(trainer.train_dataset))
     (inputs,), tokens = trainer.get_batch_samples(iter([{"index": indices}]), 1, trainer.args.device)
@@ -146,13 +196,13 @@ class Look(TrainerCallback):
         self.steps, self.at = steps, at
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """One of the steps may be over."""
+        """Look where one of the steps is over."""
         if state.global_step in self.steps:
             self.at(state.global_step)
 
 
 def make_model(corpus: Corpus, sizes: Sizes) -> GPT2LMHeadModel:
-    """A small GPT-2 with a tied head, random weights and no dropout."""
+    """Make a small GPT-2 with a tied head, random weights and no dropout."""
     shape = {"n_embd": sizes.width, "n_layer": sizes.layers, "n_head": sizes.heads, "n_positions": 2 * sizes.longest}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     special = {"bos_token_id": corpus.eos, "eos_token_id": corpus.eos, "pad_token_id": corpus.eos}
@@ -160,54 +210,50 @@ def make_model(corpus: Corpus, sizes: Sizes) -> GPT2LMHeadModel:
 
 
 def tokenized(examples: Sequence[Example]) -> TokenizedExamples:
-    """As the trainer takes them."""
+    """Return examples as the trainer takes them."""
     return TokenizedExamples([e.prompt for e in examples], [e.completion for e in examples])
 
 
 def train(setting: Setting, sizes: Sizes) -> Run:
-    """The whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
+    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
     corpus = texts.load(setting, sizes.longest)
     held_out, rest = tokenized(corpus.examples[: sizes.held_out]), tokenized(corpus.examples[sizes.held_out :])
     run = Run(corpus.source)
     transformers.set_seed(0)
     model = make_model(corpus, sizes)
+
+    def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
+        config = CPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=groups,
+            max_length=2 * sizes.longest,
+            lr_scheduler_type="linear",
+            warmup_steps=20,
+            logging_steps=max(1, sizes.steps[0] // 4),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=not setting.on_gpu,
+            seed=0,
+            **options,
+        )
+        made = CPOTrainer(model, config, examples, processing_class=corpus.tokenizer, ref_model=ref_model)
+        made.remove_callback(transformers.PrinterCallback)
+        return made
+
     with tempfile.TemporaryDirectory() as folder:
-
-        def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
-            config = CPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=groups,
-                max_length=2 * sizes.longest,
-                lr_scheduler_type="linear",
-                logging_steps=max(1, sizes.steps[0] // 4),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=not setting.on_gpu,
-                seed=0,
-                **options,
-            )
-            made = CPOTrainer(model, config, examples, processing_class=corpus.tokenizer, ref_model=ref_model)
-            made.remove_callback(transformers.PrinterCallback)
-            return made
-
-        first = trainer(
-            rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3, warmup_steps=20
-        )
+        first = trainer(rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3)
         first.train()
-        run.losses += first.state.log_history
-        second = trainer(
-            rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, warmup_steps=20, **NEGATIVES
-        )
+        second = trainer(rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, **NEGATIVES)
         probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
         second.add_callback(Look(sizes.steps, lambda step: run.looked.append(look(probe, step))))
         second.train()
-        run.losses += second.state.log_history
+    run.losses = first.state.log_history + second.state.log_history
     return run
 
 
 def train_in_a_process(setting: Setting) -> Run:
-    """The same in a process whose allocator keeps freed memory, which what is measured afterwards must not.
+    """Train in a process whose allocator keeps freed memory, which what is measured afterwards must not.
 
     Raises:
         subprocess.CalledProcessError: the run failed.
@@ -227,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     add_options(parser)
     args = parser.parse_args(argv)
     setting = Setting.of(args)
-    run = train(setting, sizes_of(setting))
+    run = train(setting, setting.choose(QUICK, ON_CPU, ON_GPU))
     looked = [vars(looked) for looked in run.looked]  # by name: a module that is run has classes of its own
     torch.save({"source": run.source, "looked": looked, "losses": run.losses}, args.out)
 

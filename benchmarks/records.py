@@ -1,4 +1,8 @@
-"""What a part of the suite has to say: records of one contestant in one case, and their JSON."""
+"""Holds what a part of the suite has to say: records of one contestant in one case, and their JSON.
+
+`seconds` is a median over the rounds, and `spread` the distance between the quartiles as a share of it. Result files
+of before have the fewest seconds there, and their median beside as `median`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,12 @@ from cpo_kernels.trainer.files import write_whole
 
 @dataclass(frozen=True)
 class Record:
-    """One contestant in one case.
+    """Says what was measured of one contestant in one case.
 
     Attributes:
         case: what was run, in a few words; the same for all that are compared with one another.
         contestant: who ran it.
-        values: what was measured, by the names of `tables.FORMATS`, which say the units.
+        values: what was measured, by the names of `tables.COLUMNS`, which say the units.
         conditions: sizes and options that the case has beyond its name, such as V, H, N, K, dtype.
         note: why there are no values, or what a reader must know of them.
     """
@@ -33,7 +37,7 @@ class Record:
 
 @dataclass
 class Part:
-    """All records of one part, and what they depend on.
+    """Holds all records of one part, and what they depend on.
 
     Attributes:
         name: of the part.
@@ -50,7 +54,7 @@ class Part:
     error: str = ""
 
     def select(self, contestant: str | None = None, **conditions: Any) -> list[Record]:
-        """Records of a contestant (None: of all) that meet all conditions; `case` is one of them."""
+        """Return the records of a contestant (None: of all) that meet all conditions; `case` is one of them."""
         return [
             record
             for record in self.records
@@ -59,7 +63,7 @@ class Part:
         ]
 
     def cases(self) -> list[str]:
-        """Names of the cases in order."""
+        """Return the names of the cases in order."""
         return list(dict.fromkeys(record.case for record in self.records))
 
 
@@ -67,27 +71,24 @@ Parts = dict[str, Part]
 
 
 def heads(parts: Parts) -> Part | None:
-    """The part `heads` with the records of `wide`, where either was run."""
+    """Return the part `heads` with the records of `wide`, where either was run."""
     given = [parts[name] for name in ("heads", "wide") if name in parts]
     return replace(given[0], records=[record for part in given for record in part.records]) if given else None
 
 
 def load(path: Path) -> Parts:
-    """The parts of a result file; none where there is no such file."""
+    """Read the parts of a result file; none where there is no such file."""
     if not path.exists():
         return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: from_json(name, part) for name, part in content["parts"].items()}
-
-
-def from_json(name: str, content: Mapping[str, Any]) -> Part:
-    """The part that :func:`as_json` wrote."""
-    records = [Record(**record) for record in content["records"]]
-    return Part(name, content["environment"], records, content["seconds"], content["error"])
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    return {
+        name: Part(name, **content | {"records": [Record(**record) for record in content["records"]]})
+        for name, content in parts.items()
+    }
 
 
 def as_json(part: Part) -> dict[str, Any]:
-    """JSON-ready; values that are no finite numbers are left out, since JSON has none."""
+    """Return what JSON can hold; values that are no finite numbers are left out, since it has none."""
     content = asdict(part)
     del content["name"]
     for record in content["records"]:
@@ -102,7 +103,7 @@ def save(parts: Parts, path: Path) -> None:
 
 
 def only(records: Sequence[Record], what: str) -> Record:
-    """The one record.
+    """Return the one record.
 
     Raises:
         LookupError: there are none or several.
@@ -113,5 +114,5 @@ def only(records: Sequence[Record], what: str) -> Record:
 
 
 def value(records: Iterable[Record], name: str) -> list[float]:
-    """A value of all records that have it."""
+    """Return a value of all records that have it."""
     return [record.values[name] for record in records if name in record.values]

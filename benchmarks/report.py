@@ -1,4 +1,4 @@
-"""The suite: every part in a process of its own, then one page with every bar, its JSON and its plots.
+"""Runs the suite: every part in a process of its own, then one page with every bar, its JSON and its plots.
 
 `make bench`, or `python -m benchmarks.report [--parts heads lengths] [--texts FILE --tokenizer FOLDER]`: for two idle
 cores, or a GPU. The results are named after the device; parts that are not run are kept from the file that
@@ -45,10 +45,10 @@ def merge(parts: Parts, folder: Path) -> None:
 
 
 def write(parts: Parts, folder: Path, name: str) -> None:
-    """`name`.json, `name`.md and the plots."""
+    """Write `name`.json, `name`.md and the plots."""
     records.save(parts, folder / f"{name}.json")
     pictures = plots.draw(parts, folder, name)
-    write_whole(folder / f"{name}.md", page.page(parts, name, pictures))
+    write_whole(folder / f"{name}.md", page.render(parts, name, pictures))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def name_of(args: argparse.Namespace) -> str:
-    """Of the result files."""
+    """Return the name of the result files."""
     if args.name or args.quick:
         return args.name or "quick"
     return environment.slug(environment.describe(["report"], args.device.type))

@@ -1,4 +1,4 @@
-"""A cost model of the head and of a whole training step, on one device and on many.
+"""Models the cost of the head and of a whole training step, on one device and on many.
 
 `python -m benchmarks.scaling benchmarks/results/NAME.json` prints what it predicts for the single-device points that
 were measured there, and for a model of 70 billion parameters on 8 to 1024 GPUs. Nothing here is measured: products take
@@ -28,7 +28,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Machine:
-    """One device and its links, as rates that are reached, not peaks.
+    """Describes one device and its links, as rates that are reached, not peaks.
 
     Attributes:
         flops: FLOP/s of large products.
@@ -55,7 +55,7 @@ H200 = Machine("H200", 0.7 * 989e12, 0.8 * 4.8e12, 141 * GB, 0.8 * 450 * GB, 0.8
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer: P parameters outside of embedding and head, L layers of width H, V words."""
+    """Describes a transformer: P parameters outside of embedding and head, L layers of width H, V words."""
 
     name: str
     body: float
@@ -65,7 +65,7 @@ class Model:
 
     @property
     def head(self) -> float:
-        """Parameters of the head."""
+        """Count the parameters of the head."""
         return float(self.vocab * self.hidden)
 
 
@@ -74,7 +74,7 @@ LLAMA_70B = Model("Llama-3-70B", 70.55e9 - 2 * 128256 * 8192, 80, 8192, 128256)
 
 @dataclass(frozen=True)
 class Step:
-    """What one device does in a step: groups of a prompt and K + 1 completions, of so many tokens each."""
+    """Says what one device does in a step: groups of a prompt and K + 1 completions, of so many tokens each."""
 
     groups: int = 1
     prompt: int = 1024
@@ -84,12 +84,12 @@ class Step:
 
     @property
     def rows(self) -> int:
-        """R: positions that predict a token of a completion."""
+        """Return R: positions that predict a token of a completion."""
         return self.groups * (self.negatives + 1) * self.completion
 
     @property
     def positions(self) -> int:
-        """Positions that the body runs on."""
+        """Count the positions that the body runs on."""
         prompts = 1 if self.shared else self.negatives + 1
         return self.groups * prompts * self.prompt + self.rows
 
@@ -97,13 +97,13 @@ class Step:
 def head_seconds(
     machine: Machine, rows: float, vocab: float, hidden: float, itemsize: int, mode: str = "trained"
 ) -> float:
-    """Loss and gradients of R rows against a (V, H) head on one device: 2 R V H FLOPs a product, and the passes."""
+    """Return the seconds of R rows against a (V, H) head on one device: 2 R V H FLOPs a product, and the passes."""
     products = PRODUCTS[mode] * 2.0 * rows * vocab * hidden / machine.flops
     return products + PASSES[mode] * rows * vocab * itemsize / machine.memory
 
 
 def all_reduce_seconds(machine: Machine, size: float, devices: int) -> float:
-    """Of `size` bytes over all devices: scattered and gathered within nodes, the parts reduced between them."""
+    """Return those of `size` bytes over all devices: within nodes, and the parts reduced between them."""
     inner = min(devices, machine.node)
     nodes = devices / inner
     within = 2 * (inner - 1) / inner * size / machine.link
@@ -111,13 +111,13 @@ def all_reduce_seconds(machine: Machine, size: float, devices: int) -> float:
 
 
 def all_gather_seconds(machine: Machine, size: float, devices: int) -> float:
-    """Of `size` bytes in all, each device bringing its share; a reduce-scatter takes as long."""
+    """Return those of `size` bytes in all, each device bringing its share; a reduce-scatter takes as long."""
     return all_reduce_seconds(machine, size, devices) / 2
 
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Of one device in a step: seconds of work, seconds of communication, bytes held."""
+    """Holds, of one device in a step, seconds of work, seconds of communication, bytes held."""
 
     layout: str
     work: float
@@ -126,7 +126,7 @@ class HeadCost:
 
 
 def head_costs(machine: Machine, model: Model, step: Step, devices: int, budget: float = GIB) -> list[HeadCost]:
-    """The head held whole by everyone, sharded as FSDP does it, and along the vocabulary within a node.
+    """Return the costs of the head held whole, sharded as FSDP does it, and along the vocabulary within a node.
 
     The engine multiplies by the weight three times while it is there, so a fully sharded head is gathered once.
     """
@@ -150,7 +150,7 @@ def head_costs(machine: Machine, model: Model, step: Step, devices: int, budget:
 
 
 def vocabulary_parallel(machine: Machine, model: Model, step: Step, devices: int, logits: float) -> HeadCost:
-    """Every device has V / t words and the rows of all t devices of its node: the same FLOPs, other communication."""
+    """Give every device V / t words and the rows of all t devices of its node: the same FLOPs are to be done."""
     shards = min(machine.node, devices)
     rows = shards * step.rows
     work = head_seconds(machine, rows, model.vocab / shards, model.hidden, WEIGHT_BYTES)
@@ -166,7 +166,7 @@ def vocabulary_parallel(machine: Machine, model: Model, step: Step, devices: int
 
 @dataclass(frozen=True)
 class StepCost:
-    """A fully sharded body with activations recomputed, and the reference's forward."""
+    """Holds the cost of a fully sharded body with activations recomputed, and the reference's forward."""
 
     seconds: float  # compute, or communication where that takes longer
     communication: float
@@ -174,7 +174,7 @@ class StepCost:
 
 
 def body_cost(machine: Machine, model: Model, step: Step, devices: int, *, reference: bool = True) -> StepCost:
-    """Forward, recomputed forward and backward, and a reference's forward; weights are gathered for each."""
+    """Return forward, recomputed forward and backward, and a reference's forward; weights are gathered for each."""
     per_position = 2.0 * model.body + 4.0 * model.layers * model.hidden * (step.prompt + step.completion) / 2
     forwards = 4.0 + (1.0 if reference else 0.0)  # a backward is two forwards
     compute = forwards * per_position * step.positions / machine.flops
@@ -187,7 +187,7 @@ def body_cost(machine: Machine, model: Model, step: Step, devices: int, *, refer
 
 
 def eager_logits(model: Model, step: Step) -> float:
-    """Bytes that a head without fusion holds: bf16 logits, their fp32 copy, its log-softmax and gradient; all rows."""
+    """Count what a head without fusion holds: bf16 logits, their fp32 copy, its log-softmax and gradient."""
     rows = replace(step, shared=False).positions
     return rows * model.vocab * (WEIGHT_BYTES + 3.0 * 4)
 
@@ -196,7 +196,7 @@ DEVICES = (8, 16, 64, 256, 1024)
 
 
 def predictions(machine: Machine = H200, model: Model = LLAMA_70B, step: Step | None = None) -> str:
-    """A row for every number of devices and layout of the head."""
+    """Return a row for every number of devices and layout of the head."""
     step = step or Step()
     header = ["GPUs", "head", "head's work, ms", "its communication, ms", "step, s", "head's share"]
     header += ["head, GiB a GPU", "all, GiB a GPU", "fits"]
@@ -219,7 +219,7 @@ def predictions(machine: Machine = H200, model: Model = LLAMA_70B, step: Step | 
 
 @dataclass(frozen=True)
 class Point:
-    """Seconds of one case, predicted from the machine's ceilings and measured."""
+    """Holds the seconds of one case, predicted from the machine's ceilings and measured."""
 
     case: str
     predicted: float
@@ -227,7 +227,7 @@ class Point:
 
 
 def measured_machine(part: Part, dtype: str) -> Machine | None:
-    """This machine's ceilings, None where the part has none of that dtype."""
+    """Return this machine's ceilings, None where the part has none of that dtype."""
     ceilings = part.select(case="ceilings")
     products = records.value((r for r in ceilings if r.contestant.endswith(dtype)), "tflops")
     copies = records.value((r for r in ceilings if r.contestant == "copy"), "gbs")
@@ -235,7 +235,7 @@ def measured_machine(part: Part, dtype: str) -> Machine | None:
 
 
 def points(parts: Parts) -> Iterator[Point]:
-    """What the model says of our calls in the parts `heads` and `growth`."""
+    """Yield what the model says of our calls in the parts `heads` and `growth`."""
     if "heads" not in parts:
         return
     machines = {dtype: measured_machine(parts["heads"], dtype) for dtype in ITEMSIZE}
@@ -252,7 +252,7 @@ def points(parts: Parts) -> Iterator[Point]:
 
 
 def memory_points(parts: Parts, budget: float = 256 * 2**20) -> Iterator[Point]:
-    """Peaks along N in the part `growth`, in MiB: the logits, or the default budget where that is less."""
+    """Yield peaks along N in the part `growth`, in MiB: the logits, or the default budget where that is less."""
     for record in parts.get("growth", Part("growth", {})).select(OURS, case="N"):
         if "peak_mib" in record.values:
             sizes = record.conditions
@@ -261,7 +261,7 @@ def memory_points(parts: Parts, budget: float = 256 * 2**20) -> Iterator[Point]:
 
 
 def check(found: Sequence[Point], unit: str = "s") -> str:
-    """Predictions beside measurements."""
+    """Return predictions beside measurements."""
     rows = [[p.case, f"{p.predicted:.3g}", f"{p.measured:.3g}", f"{p.measured / p.predicted:.2f}"] for p in found]
     return markdown(["case", f"predicted, {unit}", f"measured, {unit}", "measured / predicted"], rows)
 

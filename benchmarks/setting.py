@@ -1,19 +1,21 @@
-"""Where a part of the suite runs and how large."""
+"""Says where a part of the suite runs and how large."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every part takes.
+    """Holds what every part takes.
 
     Attributes:
         device: the CPU, or a GPU, for which sizes are larger.
@@ -29,29 +31,37 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the sizes are those of a GPU."""
+        """Return whether the sizes are those of a GPU."""
         return self.device.type == "cuda"
+
+    def choose(self, quick: T, cpu: T, gpu: T) -> T:
+        """Return what is for this setting."""
+        return quick if self.quick else gpu if self.on_gpu else cpu
+
+    def rounds(self, cpu: int, gpu: int) -> int:
+        """Return how often everyone is timed."""
+        return self.choose(1, cpu, gpu)
 
     @property
     def options(self) -> list[str]:
-        """As arguments of a command: see :func:`add_options`."""
-        options = ["--device", str(self.device), *(["--quick"] if self.quick else [])]
+        """Return the arguments of a command: see :func:`add_options`."""
+        options = ["--device", str(self.device), *["--quick"] * self.quick]
         options += ["--texts", *map(str, self.texts)] if self.texts else []
         return options + (["--tokenizer", str(self.tokenizer)] if self.tokenizer else [])
 
     def resolved(self) -> Setting:
-        """With absolute paths, for a process with another working directory."""
+        """Return the same with absolute paths, for a process with another working directory."""
         texts = tuple(path.resolve() for path in self.texts)
         return replace(self, texts=texts, tokenizer=self.tokenizer and self.tokenizer.resolve())
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """What was asked for by the options of :func:`add_options`."""
+        """Return what was asked for by the options of :func:`add_options`."""
         return cls(args.device, args.quick, tuple(args.texts), args.tokenizer)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a :class:`Setting`."""
+    """Add the options of a :class:`Setting`."""
     parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
     parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")

@@ -1,4 +1,4 @@
-"""The parts of the suite, and one of them run in this process.
+"""Names the parts of the suite, and runs one of them in this process.
 
 `python -m benchmarks.suite heads --out FOLDER` measures one part; benchmarks.report runs each in a process of its own,
 so that no part meets what another compiled, cached or left in memory. A part whose package is not installed has
@@ -18,10 +18,12 @@ from typing import Protocol
 
 from benchmarks import environment, records
 from benchmarks.environment import log
+from benchmarks.measure import NotHereError
 from benchmarks.records import Part, Record
 from benchmarks.setting import Setting, add_options
 
 PARTS = {
+    "gpu": "the bars of a GPU at their shapes",
     "heads": "the head's loss and gradients beside every peer",
     "growth": "time and memory as N, V and K grow",
     "lengths": "fifty batches of naturally varying lengths, first call included",
@@ -32,28 +34,33 @@ PARTS = {
     "wide": "the heads of the largest models, in more rounds",
     "adapters": "heads that are trained, frozen, low-rank or tied",
     "liger": "Liger's losses by their own signatures",
+    "cuda": "the compiled CUDA kernels beside Triton's",
 }
-ON_REQUEST = ("wide", "adapters", "liger")  # not in a run of all, which is long enough
+ON_REQUEST = ("wide", "adapters", "liger", "gpu", "cuda")  # not in a run of all, which is long enough
+MODULES = {name: f"benchmarks.{name}" for name in PARTS} | {"cuda": "benchmarks.kernels.cuda_cases"}
 
 
 class Measures(Protocol):
-    """A module `benchmarks.<part>`."""
+    """Stands for the module of a part."""
 
     def run(self, setting: Setting) -> Iterator[Record]:
-        """Yields its records as they are measured."""
+        """Yield its records as they are measured."""
 
 
 def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
     """Run a part and save `out`/NAME.json after every record; an exception ends the part, and is its `error`."""
     started, path = time.monotonic(), out / f"{name}.json"
     part = Part(name, environment.describe(["suite", *argv], setting.device.type), error="ended from outside")
-    module: Measures = import_module(f"benchmarks.{name}")  # type: ignore[assignment]
+    module: Measures = import_module(MODULES[name])  # type: ignore[assignment]
     try:
         for record in module.run(setting):
             part.records.append(record)
             part.seconds = time.monotonic() - started
             log(f"  {record.case}: {record.contestant}: {dict(record.values) or record.note}")
             records.save({name: part}, path)
+        part.error = ""
+    except NotHereError as error:
+        part.records.append(Record("", "", note=str(error)))
         part.error = ""
     except Exception as error:  # what was measured before it still counts
         part.error = f"{type(error).__name__}: {error}"
@@ -64,9 +71,9 @@ def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
 
 
 def missing_package(name: str) -> str | None:
-    """What a part imports that is not installed, or None."""
+    """Say what a part imports that is not installed, or None."""
     try:
-        import_module(f"benchmarks.{name}")
+        import_module(MODULES[name])
     except ModuleNotFoundError as error:
         if str(error.name).startswith(("benchmarks", "cpo_kernels")):
             raise

@@ -1,12 +1,116 @@
-"""Tables as Markdown that also read as plain text."""
+"""Shows records: a heading with the unit and a format for every value, and tables as Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from benchmarks.records import Part, Record
+
+NONE = ""
+COLUMNS: dict[str, tuple[str, str]] = {
+    "seconds": ("s", "{:.4g}"),
+    "median": ("median s", "{:.4g}"),
+    "spread": ("spread", "{:.0%}"),
+    "rounds": ("rounds", "{:.0f}"),
+    "floor": ("x floor", "{:.3f}"),
+    "of_ours": ("x ours", "{:.2f}"),
+    "of_trl": ("TRL's time over it", "{:.2f}"),
+    "of_mle": ("x MLE", "{:.2f}"),
+    "of_base": ("x without", "{:.3f}"),
+    "ratio": ("ratio", "{:.2f}"),
+    "total": ("all batches, s", "{:.2f}"),
+    "batches": ("batches", "{:.0f}"),
+    "first": ("first, s", "{:.2f}"),
+    "slowest": ("slowest, s", "{:.2f}"),
+    "of_product": ("x one product", "{:.3f}"),
+    "of_copy": ("x copy", "{:.2f}"),
+    "of_triton": ("Triton's time over it", "{:.2f}"),
+    "gemms": ("GEMMs", "{:.2f}"),
+    "tflops": ("TFLOP/s", "{:.3f}"),
+    "of_tflops": ("of the ceiling", "{:.0%}"),
+    "gbs": ("GB/s", "{:.1f}"),
+    "of_gbs": ("of a copy", "{:.0%}"),
+    "tokens_per_second": ("tokens/s", "{:.0f}"),
+    "tokens": ("tokens", "{:.0f}"),
+    "positions": ("positions", "{:.0f}"),
+    "peak_mib": ("peak MiB", "{:.1f}"),
+    "planned_mib": ("planned MiB", "{:.1f}"),
+    "of_plan": ("of the plan", "{:.3f}"),
+    "budget_mib": ("budget MiB", "{:.1f}"),
+    "of_budget": ("of the budget", "{:.3f}"),
+    "loss": ("loss", "{:.5g}"),
+    "error_loss": ("error of loss", "{:.1e}"),
+    "error_grad_hidden": ("of grad_hidden", "{:.1e}"),
+    "error_grad_weight": ("of grad_weight", "{:.1e}"),
+    "products": ("products", "{:.2f}"),
+    "error_worst": ("worst error", "{:.1e}"),
+    "error_filter": ("error of the filter", "{:.1e}"),
+    "dropped": ("dropped", "{:.1e}"),
+    "candidate_eps": ("candidate_eps", "{:.2g}"),
+    "grad_filter_eps": ("grad_filter_eps", "{:.2g}"),
+    "nats_largest": ("largest error, nats", "{:.1e}"),
+    "nats_mean": ("mean error, nats", "{:.1e}"),
+}
+
+
+def shown(name: str, value: float | None) -> str:
+    """Return a value in its format, nothing where there is none."""
+    return NONE if value is None else COLUMNS.get(name, ("", "{:.4g}"))[1].format(value)
+
+
+def heading(name: str) -> str:
+    """Return what stands above a value."""
+    return COLUMNS.get(name, (name.replace("_", " "), ""))[0]
+
+
+def common_conditions(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the conditions that all records have, with the same value."""
+    first = dict(records[0].conditions)
+    return {key: first[key] for key in first if all(r.conditions.get(key) == first[key] for r in records)}
+
+
+def case_table(records: Sequence[Record]) -> str:
+    """Return a row a record: its contestant, the conditions in which the records differ, its values and its note."""
+    common = common_conditions(records)
+    varying = list(dict.fromkeys(key for r in records for key in r.conditions if key not in common))
+    known = list(COLUMNS)
+    names = {name for record in records for name in record.values}
+    names_in_order = sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+    notes = any(record.note for record in records)
+    header = ["", *varying, *map(heading, names_in_order), *(["note"] if notes else [])]
+    rows = []
+    for record in records:
+        conditions = [condition(record.conditions.get(key)) for key in varying]
+        cells = [shown(name, record.values.get(name)) for name in names_in_order]
+        rows.append([record.contestant, *conditions, *cells, *([record.note] if notes else [])])
+    return markdown(header, rows, left=(0, len(header) - 1) if notes else (0,))
+
+
+def condition(value: object) -> str:
+    """Return a condition as it stands in a cell."""
+    return NONE if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def conditions_line(conditions: Mapping[str, Any]) -> str:
+    """Return conditions in a sentence."""
+    return ", ".join(f"{key}={condition(value)}" for key, value in conditions.items())
+
+
+def part_tables(part: Part) -> list[str]:
+    """Return a heading, the common conditions and a table for every case."""
+    lines = []
+    for case in part.cases():
+        records = part.select(case=case)
+        lines.append(f"### {case}")
+        if line := conditions_line(common_conditions(records)):
+            lines.append(line)
+        lines.append(case_table(records))
+    return lines
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table, padded so that it also reads as plain text; the columns in `left` are words, not numbers."""
+    """Make a Markdown table that also reads as plain text; the columns in `left` are words, not numbers."""
     table = [list(header), *map(list, rows)]
     widths = [max(2, *(len(row[i]) for row in table)) for i in range(len(header))]  # a rule needs "-:" at least
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

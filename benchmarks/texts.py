@@ -1,4 +1,4 @@
-"""Real text for the benchmarks: files that the user names, or the reference text that comes with Python."""
+"""Reads real text for the benchmarks: files that the user names, or the reference text that comes with Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORTEST = 24  # words of a paragraph that can be cut into prompt and completion
 
 @dataclass(frozen=True)
 class Example:
-    """A paragraph as token ids, cut in two; `completion` ends with EOS."""
+    """Holds a paragraph as token ids, cut in two; `completion` ends with EOS."""
 
     prompt: list[int]
     completion: list[int]
@@ -25,7 +25,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Examples of natural lengths in a random but repeatable order, and their tokenizer."""
+    """Holds examples of natural lengths in a random but repeatable order, and their tokenizer."""
 
     examples: list[Example]
     tokenizer: PreTrainedTokenizerFast
@@ -33,12 +33,12 @@ class Corpus:
 
     @property
     def eos(self) -> int:
-        """Id of the end of a text."""
+        """Return the id of the end of a text."""
         return self.tokenizer.eos_token_id
 
 
 def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
-    """Every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
+    """Return every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
 
     Args:
         setting: names the text and the tokenizer.
@@ -60,7 +60,7 @@ def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
 
 
 def read(setting: Setting) -> str:
-    """One paragraph a line."""
+    """Read one paragraph a line."""
     if setting.texts:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in setting.texts)
     from pydoc_data.topics import topics
@@ -70,7 +70,7 @@ def read(setting: Setting) -> str:
 
 
 def make_tokenizer(setting: Setting, paragraphs: list[str]) -> PreTrainedTokenizerFast:
-    """GPT-2's from its files, or one trained on the text."""
+    """Make GPT-2's from its files, or one trained on the text."""
     if setting.tokenizer:
         bpe = ByteLevelBPETokenizer(
             str(setting.tokenizer / "vocab.json"), str(setting.tokenizer / "merges.txt"), add_prefix_space=False

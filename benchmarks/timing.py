@@ -1,31 +1,31 @@
-"""Round-robin timing: one call of every contestant per round, so that a drift of the machine hits all alike."""
+"""Times calls in turns: every contestant once a round, so that a drift of the machine hits all alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 
-Call = Callable[[], object]
-Clock = Callable[[Call], tuple[float, object]]  # runs a call; its seconds and its result
+Call = Callable[[], Any]
+Clock = Callable[[Call], tuple[float, Any]]  # runs a call; its seconds and its result
 
-FOREVER = float("inf")  # seconds, or times the floor
 FLUSH_BYTES = 2**30  # many times any L2, and longer to read than a launch takes
+LEAST_ROUNDS = 3  # before the time may be up
 
 
-def host_clock(call: Call) -> tuple[float, object]:
-    """Seconds on the host's clock."""
+def host_clock(call: Call) -> tuple[float, Any]:
+    """Run a call between two looks at the host's clock."""
     begin = time.perf_counter()
     result = call()
     return time.perf_counter() - begin, result
 
 
 class DeviceClock:
-    """Seconds between two events on a GPU's stream, with nothing of the call's operands left in the L2 cache.
+    """Runs a call between two events on a GPU's stream, with nothing of its operands left in the L2 cache.
 
     The cache is emptied by reading, which leaves no dirty lines to be written back during the call; while that goes
     on, the host is already launching the call, so that the time of a short kernel is not that of its launch.
@@ -35,7 +35,7 @@ class DeviceClock:
         self.buffer = torch.zeros(FLUSH_BYTES // 4, device=device)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, call: Call) -> tuple[float, object]:
+    def __call__(self, call: Call) -> tuple[float, Any]:
         """Run one call."""
         torch.cuda.synchronize()
         self.buffer.sum()
@@ -47,87 +47,73 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that sees the work of a device."""
+    """Return the clock that sees the work of a device."""
     return DeviceClock(device) if device.type == "cuda" else host_clock
-
-
-class Observer(Protocol):
-    """What happens around a timed call."""
-
-    def before(self, name: str) -> None:
-        """Called before each call."""
-
-    def after(self, name: str, result: object) -> None:
-        """Called with each result."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contestant's timed calls."""
+    """Holds the seconds of a contestant's timed calls, one a round."""
 
     seconds: tuple[float, ...]
 
     @property
-    def best(self) -> float:
-        """Minimum over the rounds."""
-        return min(self.seconds)
-
-    @property
     def median(self) -> float:
-        """Median over the rounds."""
+        """Return the median over the rounds, which is what is reported."""
         return statistics.median(self.seconds)
 
+    @property
+    def spread(self) -> float:
+        """Return the distance between the quartiles as a share of the median; 0 of a single round."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median if self.median else 0.0
 
-@dataclass(frozen=True)
-class Effort:
-    """How often a contestant is timed, from its best time so far compared with the reference's.
-
-    A peer that needs several times the floor does not come closer by being timed more often, and would take most of
-    the run. The number of rounds is in the results.
-    """
-
-    rounds: int = 5
-    seconds: float = 15.0  # per contestant: of those near the reference, long calls get fewer rounds, but three
-    far: float = 1.5  # from here on two rounds
-    very_far: float = 2.5  # from here on one round
-    short: float = 1.0  # seconds; a shorter call has three rounds however far, lest one bad moment decides
-
-    def again(self, times: Sequence[float], reference: Sequence[float], *, always: bool) -> bool:
-        """Whether a contestant with these times runs in the next round; `always`: however far it is."""
-        if not times:
-            return True
-        if len(times) >= min(self.rounds, max(3, int(self.seconds / min(times)))):
-            return False
-        if min(times) < self.short and len(times) < 3:
-            return True
-        return always or min(times) < (self.very_far if len(times) == 1 else self.far) * min(reference)
+    def values(self) -> dict[str, float]:
+        """Return what a record says of it."""
+        return {"seconds": self.median, "spread": self.spread, "rounds": float(len(self.seconds))}
 
 
-def round_robin(
+def interleave(
     calls: Mapping[str, Call],
-    effort: Effort,
+    rounds: int,
+    seconds: float = float("inf"),
     *,
-    reference: str,
-    always: Collection[str] = (),
-    observer: Observer | None = None,
     clock: Clock = host_clock,
+    before: Callable[[str], object] = lambda name: None,
+    after: Callable[[str, Any], object] = lambda name, result: None,
+    failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, Timing]:
-    """Time every call, one after the other in every round, each round starting with another one.
+    """Time every call the same number of rounds, each round starting with another one.
 
-    `reference` names the call the others are compared with and `always` those that run however far they are from it
-    (see :class:`Effort`). The observer acts outside the timed region.
+    Args:
+        calls: by the name of the contestant.
+        rounds: timed calls of each; from the third on only while `seconds` have not passed.
+        seconds: of all rounds together.
+        clock: see :func:`clock_for`.
+        before: called with the name before each call, outside of the time.
+        after: called with the name and each result, outside of the time.
+        failed: called with the name and what a call or `after` raised, whose contestant then leaves the turns; without
+            it the exception is raised.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    always = {reference, *always}
-    for round_index in range(effort.rounds):
-        names = [n for n in calls if effort.again(seconds[n], seconds[reference], always=n in always)]
-        start = round_index % max(1, len(names))
-        for name in names[start:] + names[:start]:
-            if observer is not None:
-                observer.before(name)
-            elapsed, result = clock(calls[name])
-            seconds[name].append(elapsed)
-            if observer is not None:
-                observer.after(name, result)
-            del result  # or the next call would run beside this one's gradients
-    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.monotonic()
+    for index in range(rounds):
+        if index >= LEAST_ROUNDS and time.monotonic() - started > seconds:
+            break
+        names = list(times)
+        first = index % max(1, len(names))
+        for name in names[first:] + names[:first]:
+            result = None  # or the next call would run beside the last one's gradients
+            before(name)
+            try:
+                elapsed, result = clock(calls[name])
+                times[name].append(elapsed)
+                after(name, result)
+            except Exception as error:  # a contestant may fail in any way of its own
+                if failed is None:
+                    raise
+                failed(name, error)
+                del times[name]
+    return {name: Timing(tuple(own)) for name, own in times.items()}

@@ -44,10 +44,6 @@ def test_different_devices_are_named():
     assert cells(table, "ours")[-1] == "0.500"
 
 
-def test_records_without_values_are_left_out():
-    assert compare.figures(results(x={"ours": {}})) == {}
-
-
 def test_the_command_reads_files(tmp_path, capsys):
     paths = [tmp_path / name for name in ("before.json", "after.json")]
     for path, floor in zip(paths, (1.5, 1.2), strict=True):

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import bars, columns, environment, page, plots, publish, records, report, suite
+from benchmarks import bars, environment, page, plots, publish, records, report, suite, tables
 from benchmarks.contestants import OURS, OURS_FP32_LOGITS
 from benchmarks.records import Part, Parts, Record
 from benchmarks.setting import Setting
@@ -151,12 +151,12 @@ def test_a_table_shows_conditions_that_differ_and_values_in_their_units():
         Record("c", "a", {"seconds": 0.12345, "floor": 1.0}, {"N": 8, "dtype": "float32"}),
         Record("c", "b", {"peak_mib": 3.25}, {"N": 16, "dtype": "float32"}, "slow"),
     ]
-    table = columns.case_table(rows).splitlines()
+    table = tables.case_table(rows).splitlines()
     header, _, first, second = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
     assert header == ["", "N", "s", "x floor", "peak MiB", "note"]
     assert first == ["a", "8", "0.1235", "1.000", "", ""]
     assert second == ["b", "16", "", "", "3.2", "slow"]
-    assert columns.common_conditions(rows) == {"dtype": "float32"}
+    assert tables.common_conditions(rows) == {"dtype": "float32"}
 
 
 def test_records_survive_their_json(tmp_path):
@@ -215,7 +215,7 @@ def test_the_page_has_every_bar_and_every_record():
     measured = {}
     for _, part, met, _ in MET_AND_MISSED.values():
         measured.setdefault(part, Part(part, ENVIRONMENT)).records.extend(met)
-    text = page.page(measured, "x", {"heads": "x-heads.png"})
+    text = page.render(measured, "x", {"heads": "x-heads.png"})
     assert "![" in text and "x-heads.png" in text
     for bar in bars.verdicts(measured):
         assert bar.what in text

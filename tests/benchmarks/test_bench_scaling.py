@@ -37,11 +37,6 @@ def test_all_layouts_do_the_same_products():
         assert whole.work == sharded.work == pytest.approx(vocabulary.work)
 
 
-def test_one_device_communicates_nothing():
-    costs = scaling.head_costs(H200, LLAMA_70B, Step(), 1)
-    assert [cost.communication for cost in costs] == [0, 0, 0]
-
-
 def test_states_are_sharded_as_each_layout_says():
     few, many = (scaling.head_costs(H200, LLAMA_70B, Step(), devices) for devices in (8, 1024))
     assert few[0].memory == many[0].memory
@@ -54,12 +49,6 @@ def test_vocabulary_shards_of_a_node_reduce_their_gradients_over_the_network_onl
     one, two = (scaling.head_costs(H200, LLAMA_70B, Step(), devices)[2] for devices in (8, 16))
     shard = scaling.WEIGHT_BYTES * LLAMA_70B.head / 8
     assert two.communication - one.communication == pytest.approx(2 * 1 / 2 * shard / H200.network)
-
-
-def test_sharing_saves_prompts_and_no_rows():
-    shared, separate = Step(negatives=4), Step(negatives=4, shared=False)
-    assert shared.rows == separate.rows == 5 * 1024
-    assert separate.positions / shared.positions == pytest.approx(10 / 6)
 
 
 def test_seventy_billion_parameters():

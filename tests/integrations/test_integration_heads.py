@@ -10,6 +10,7 @@ import pytest
 from project import ROOT
 
 from benchmarks import adapters
+from benchmarks.measure import ContestantError
 from benchmarks.setting import Setting
 
 pytestmark = pytest.mark.cpu
@@ -35,10 +36,10 @@ def test_the_example_trains_as_one_process_does():
 
 def test_the_benchmark_of_heads(monkeypatch):
     found = list(adapters.run(Setting(quick=True)))
-    heads = [record for record in found if record.contestant in adapters.CASES]
+    heads = [record for record in found if record.contestant in adapters.HEADS]
     products = {(record.contestant, f"{record.values['products']:.2f}") for record in heads}
     assert products == {("trained", "3.00"), ("frozen", "2.00"), ("LoRA, rank 16", "2.33"), ("tied", "3.00")}
     assert all(r.values["error_worst"] < 1e-5 for r in heads if r.conditions["dtype"] == "float32")
-    monkeypatch.setattr(adapters.Case, "fused", lambda case: (0 * case.hidden().sum(), [0 * x for x in case.leaves]))
-    with pytest.raises(adapters.WrongHeadError, match="trained"):
+    monkeypatch.setattr(adapters.Head, "fused", lambda head: (0 * head.hidden().sum(), [0 * x for x in head.leaves]))
+    with pytest.raises(ContestantError, match="trained: AnotherLossError"):
         list(adapters.run(Setting(quick=True)))

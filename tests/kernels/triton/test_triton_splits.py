@@ -70,7 +70,7 @@ def test_launches_without_descriptors_take_other_sizes(monkeypatch, arch, kernel
 # Compiles in a process without the interpreter, for calls that differ in lengths and alignment.
 COMPILED = """
 import torch
-from benchmarks import aot
+from benchmarks.kernels import aot
 from cpo_kernels.kernels.triton.linear import linear_forward
 
 if __name__ == "__main__":

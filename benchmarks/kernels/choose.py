@@ -1,11 +1,11 @@
-"""The developer's command that measures backends against each other on the GPU at hand and rewrites their choices.
+"""Measures backends against each other on the GPU at hand and rewrites their choices.
 
-`python -m benchmarks.choose` rewrites cpo_kernels/kernels/selection.json; `--out FILE` leaves that alone and writes
-the new table elsewhere. Operation by operation and size by size it times every backend that has the operation, holds
-each result against float64 first, and writes a choice for this architecture where another than the default is faster by
-more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs. Where a
-choice is between ways of a whole call, the call is timed as users make it, with what was chosen for its rows before.
-The table is written after every measurement, so that a time limit loses nothing.
+`python -m benchmarks.kernels.choose` rewrites cpo_kernels/kernels/selection.json; `--out FILE` leaves that alone and
+writes the new table elsewhere. Operation by operation and size by size it times every backend that has the operation,
+holds each result against float64 first, and writes a choice for this architecture where another than the default is
+faster by more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs.
+Where a choice is between ways of a whole call, the call is timed as users make it, with what was chosen for its rows
+before. The table is written after every measurement, so that a time limit loses nothing.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import contestant
+from benchmarks.contestants import LineUp
 from benchmarks.environment import NOTHING_TO_DO, log
-from benchmarks.gpu_cases import LLAMA3, LOGITS_BYTES, Setting
-from benchmarks.kernel_calls import (
+from benchmarks.kernels.calls import (
     CONTRASTS,
     CUDA,
+    LOGITS_BYTES,
     TRITON,
     ContrastProblem,
     LogitsProblem,
@@ -38,15 +38,15 @@ from benchmarks.kernel_calls import (
     arch_of,
     missing,
     missing_hopper,
-    time_entries,
     under_choices,
 )
-from benchmarks.measure import free_memory, summary
+from benchmarks.kernels.tune import describe_source, write_table
+from benchmarks.measure import Case, free_memory, measure, ready, summary
 from benchmarks.peers import ours
 from benchmarks.problem import draw
-from benchmarks.shapes import NO_GRAD, TRAINED
+from benchmarks.setting import Setting
+from benchmarks.shapes import BAR_8K, NO_GRAD, TRAINED
 from benchmarks.timing import Call
-from benchmarks.tune import describe_source
 from cpo_kernels.kernels import registry, selection
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.selection import AUTO, Choice
@@ -68,7 +68,7 @@ Times = Mapping[str | None, float]  # seconds by backend; None: without the way 
 
 @dataclass(frozen=True)
 class Size:
-    """Where a measurement is taken, and the bounds that its choice covers.
+    """Says where a measurement is taken, and the bounds that its choice covers.
 
     Attributes:
         vocab: V, 0 where it does not matter.
@@ -92,7 +92,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Task:
-    """An operation at a size. ``run`` takes the backends to time and the choices so far; it yields a time by place."""
+    """Describes an operation at a size; ``run`` takes backends and the choices so far, and yields times by place."""
 
     operation: str
     size: Size
@@ -101,7 +101,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """The times of a task, place by place; none where a way around does not take the size, or ``error`` says why."""
+    """Holds the times of a task, place by place; none where a way does not take the size, or ``error`` says why."""
 
     operation: str
     size: Size
@@ -110,7 +110,7 @@ class Measured:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Those that a choice is for: half-precision ones have the same loads, stores and matrix instructions."""
+        """Return those that a choice is for: half-precision ones have the same loads, stores and instructions."""
         if self.size.dtype != torch.bfloat16:
             return ("any",) if self.size.dtype is None else ("float32",)
         # Gradients of float16 need a gain, which the one launch for given logits does not take.
@@ -118,12 +118,12 @@ class Measured:
 
 
 def default_of(operation: str) -> str | None:
-    """What serves an operation on a GPU without a choice."""
+    """Return what serves an operation on a GPU without a choice."""
     return None if operation in NAMES_OF_NONE else selection.PREFERRED["cuda"][0]
 
 
 def contestants_of(operation: str, device: torch.device) -> tuple[list[str | None], str]:
-    """The default and the other backends that have an operation here, and why one of them cannot take part."""
+    """Return the default and the other backends that have an operation here, and why one of them cannot take part."""
     reason = (missing_hopper if operation.startswith("linear_") else missing)(device)
     others = [CUDA] if not reason else []
     if operation == "linear_forward" and TRITON in registry.AVAILABLE:
@@ -134,30 +134,30 @@ def contestants_of(operation: str, device: torch.device) -> tuple[list[str | Non
 def row_operation(
     setting: Setting, size: Size, names: Sequence[str | None], _chosen: Sequence[Choice], *, forward: bool
 ) -> Iterator[tuple[str, Times]]:
-    """The row kernel of each backend."""
+    """Time the row kernel of each backend."""
     problem = row_problem(setting, size)
     make = problem.forward if forward else problem.backward_
     yield str(size), medians(setting, {name: make(str(name)) for name in names})
 
 
 def row_problem(setting: Setting, size: Size) -> RowProblem:
-    """As many rows as fill a gibibyte."""
+    """Make as many rows as fill a gibibyte."""
     assert size.dtype is not None
     rows = 8 if setting.quick else LOGITS_BYTES // (size.vocab * size.dtype.itemsize)
     return RowProblem(rows, size.vocab, size.dtype, setting.device)
 
 
 def medians(setting: Setting, calls: Mapping[str | None, Call]) -> Times:
-    """Seconds of each call, in turns with the others."""
-    named = {str(name): call for name, call in calls.items()}
-    timings = setting.time(named, next(iter(named)))
-    return {name: timings[str(name)].median for name in calls}
+    """Time each call in turns with the others."""
+    case = Case("", [ready(str(name), call) for name, call in calls.items()], rounds=setting.rounds(20, 20))
+    found = measure(case, setting.device)
+    return {name: record.values["seconds"] for name, record in zip(calls, found, strict=True)}
 
 
 def row_gradient(
     setting: Setting, size: Size, _names: Sequence[str | None], chosen: Sequence[Choice]
 ) -> Iterator[tuple[str, Times]]:
-    """One kernel for known coefficients against the two that are chosen for these rows."""
+    """Time one kernel for known coefficients against the two that are chosen for these rows."""
     problem = row_problem(setting, size)
     if not cuda_rows.row_gradient_takes(problem.logits):
         return
@@ -173,7 +173,7 @@ def row_gradient(
 def contrast(
     setting: Setting, _size: Size, names: Sequence[str | None], _chosen: Sequence[Choice]
 ) -> Iterator[tuple[str, Times]]:
-    """Coefficients of a chunk of few candidates, of some and of many: one choice is for all."""
+    """Time coefficients of a chunk of few candidates, of some and of many: one choice is for all."""
     for groups, candidates in CONTRASTS:
         problem = ContrastProblem(groups, candidates, 3 if setting.quick else 128, setting.device)
         yield f"G={groups}, C={candidates}", medians(setting, {name: problem.call(str(name)) for name in names})
@@ -182,7 +182,7 @@ def contrast(
 def logits_loss(
     setting: Setting, size: Size, names: Sequence[str | None], chosen: Sequence[Choice]
 ) -> Iterator[tuple[str, Times]]:
-    """The whole loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
+    """Time the whole loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
     assert size.dtype is not None
     for nbytes, tokens in ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
         if setting.quick:
@@ -193,7 +193,7 @@ def logits_loss(
 
 
 def way(setting: Setting, operation: str, name: str | None) -> tuple[Choice, ...]:
-    """The choice of a way around, or none."""
+    """Return the choice of a way around, or none."""
     return () if name is None else (Choice(operation, arch_of(setting.device), name),)
 
 
@@ -206,16 +206,14 @@ def linear(
     operation: str,
     mode: str,
 ) -> Iterator[tuple[str, Times]]:
-    """The whole call on hidden states, with a fused linear path and without."""
+    """Time the whole call on hidden states, with a fused linear path and without."""
     assert size.dtype is not None
-    shape = replace(LLAMA3, hidden=size.hidden_size, vocab=size.vocab, dtype=size.dtype, mode=mode)
-    problem = draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device)
+    shape = replace(BAR_8K, hidden=size.hidden_size, vocab=size.vocab, dtype=size.dtype, mode=mode)
+    line_up = LineUp(draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device))
     peers = {name: under_choices(ours(str(name)), *chosen, *way(setting, operation, name)) for name in names}
-    rows, errors = time_entries(setting, problem, [contestant(peer, problem) for peer in peers.values()], str(names[0]))
-    if errors:
-        raise errors[0]
-    seconds = {row.contestant: row.timing.median for row in rows}
-    yield str(size), {name: seconds[str(name)] for name in names}
+    contestants = [line_up.peer(peer, shape.work, needed=True) for peer in peers.values()]
+    found = measure(line_up.case(contestants, rounds=setting.rounds(20, 20)), setting.device)
+    yield str(size), {name: record.values["seconds"] for name, record in zip(names, found, strict=True)}
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -241,14 +239,14 @@ TASKS = [
 
 
 def gains(measured: Measured) -> dict[str | None, float]:
-    """The speed of each backend over the default's, where it is least."""
+    """Return the speed of each backend over the default's, where it is least."""
     default = default_of(measured.operation)
     others = [name for name in next(iter(measured.places.values())) if name != default]
     return {name: min(times[default] / times[name] for times in measured.places.values()) for name in others}
 
 
 def fastest(measured: Measured) -> str | None:
-    """The fastest backend, but the default unless another is faster than it by more than 2 % everywhere."""
+    """Return the fastest backend, but the default unless another is faster than it by more than 2 % everywhere."""
     if not measured.places:
         return default_of(measured.operation)
     by_name = gains(measured)
@@ -257,7 +255,7 @@ def fastest(measured: Measured) -> str | None:
 
 
 def figures(measured: Measured) -> str:
-    """What a choice is made by, in words."""
+    """Say what a choice is made by."""
     places, default = list(measured.places), default_of(measured.operation) or NAMES_OF_NONE[measured.operation]
     if not places:
         return f"{measured.error or 'rows do not fit'} at {measured.size}"
@@ -267,7 +265,7 @@ def figures(measured: Measured) -> str:
 
 
 def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
-    """Choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
+    """Return choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
 
     They are searched in order, so that narrower bounds come first.
     """
@@ -283,13 +281,13 @@ def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
 
 
 def bounds(size: Size) -> tuple[float, float]:
-    """For the order; none is the widest."""
+    """Return bounds for the order; none is the widest."""
     infinity = float("inf")
     return size.vocab_at_most or infinity, size.hidden_at_most or infinity
 
 
 def entry(measured: Measured, arch: str, dtype: str) -> Entry:
-    """As :class:`cpo_kernels.kernels.selection.Choice` takes it."""
+    """Return a choice as :class:`cpo_kernels.kernels.selection.Choice` takes it."""
     size = measured.size
     limits = {"vocab_at_most": size.vocab_at_most, "hidden_at_most": size.hidden_at_most}
     return {
@@ -303,7 +301,7 @@ def entry(measured: Measured, arch: str, dtype: str) -> Entry:
 
 
 def merged(table: Mapping[str, Any], measured: Sequence[Measured], arch: str, source: str) -> dict[str, Any]:
-    """The table with what was measured in place of the choices of the same operation, architecture and dtype."""
+    """Return the table with what was measured in place of the choices of the same operation, architecture and dtype."""
 
     def replaced(choice: Entry) -> bool:
         dtype = choice.get("dtype", "any")
@@ -312,25 +310,19 @@ def merged(table: Mapping[str, Any], measured: Sequence[Measured], arch: str, so
 
     kept = [choice for choice in table["choices"] if not replaced(choice)]
     sources = table.get("measurements", {}) | {arch: source}
-    said = re.sub(r"choices: .*", "choices: benchmarks/choose.py, on what `measurements` names", table["source"])
+    said = re.sub(r"choices: .*", "choices: benchmarks/kernels/choose.py, as `measurements` says", table["source"])
     return {**table, "source": said, "measurements": sources, "choices": [*kept, *entries(measured, arch)]}
 
 
-def write(table: Mapping[str, Any], path: Path) -> None:
-    """One choice a line."""
-    head = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in table.items() if name != "choices"]
-    lines = ",\n".join(f"    {json.dumps(choice)}" for choice in table["choices"])
-    choices = f"[\n{lines}\n  ]" if lines else "[]"
-    path.write_text("{\n" + "\n".join(head) + f'\n  "choices": {choices}\n}}\n')
-
-
 def small(size: Size) -> Size:
-    """A dry run's: every GPU thread is interpreted or emulated."""
+    """Return a dry run's size: every GPU thread is interpreted or emulated."""
     return replace(size, vocab=257 if size.vocab else 0, hidden_size=16 if size.hidden_size else 0)
 
 
-def measure(tasks: Sequence[Task], setting: Setting, deadline: float, table: Mapping[str, Any]) -> Iterator[Measured]:
-    """Until the deadline, with what was chosen before; where something fails or is wrong, the default stays."""
+def measure_all(
+    tasks: Sequence[Task], setting: Setting, deadline: float, table: Mapping[str, Any]
+) -> Iterator[Measured]:
+    """Measure until the deadline, with what was chosen before; where something fails or is wrong, the default stays."""
     arch, found = arch_of(setting.device), list[Measured]()
     for task in tasks:
         if time.monotonic() > deadline:
@@ -356,7 +348,7 @@ def measure(tasks: Sequence[Task], setting: Setting, deadline: float, table: Map
 
 
 def selected(operations: Sequence[str], device: torch.device) -> list[Task]:
-    """The tasks in which there is something to choose between on this device."""
+    """Return the tasks in which there is something to choose between on this device."""
     able = []
     for operation in dict.fromkeys(task.operation for task in TASKS if task.operation in operations):
         names, reason = contestants_of(operation, device)
@@ -374,7 +366,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu for a dry run")
     parser.add_argument("--operations", nargs="+", choices=names, default=names, metavar="OPERATION", help=f"{names}")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="measure nothing more after this time")
-    parser.add_argument("--rounds", type=int, default=20, help="timed calls of each backend")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: a dry run")
     args = parser.parse_args(argv)
     if args.quick and args.out == TABLE:
@@ -382,12 +373,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.device.type == "cpu" and (reason := triton_support.unavailable_reason()):
         log(reason)
         return NOTHING_TO_DO
-    deadline, setting = time.monotonic() + args.seconds, Setting(args.device, args.quick, args.rounds)
+    deadline, setting = time.monotonic() + args.seconds, Setting(args.device, args.quick)
     arch, source = arch_of(args.device), describe_source(args.device)
     tasks, table, found = selected(args.operations, args.device), json.loads(TABLE.read_text()), []
-    for measured in measure(tasks, setting, deadline, table):
+    for measured in measure_all(tasks, setting, deadline, table):
         found.append(measured)
-        write(merged(table, found, arch, source), args.out)
+        write_table(merged(table, found, arch, source), "choices", args.out)
     able = sum(not measured.error for measured in found)
     log(f"{able} of {len(tasks)} sizes measured, {len(entries(found, arch))} choices for {arch}: {args.out}")
     return 0 if able == len(tasks) else 1

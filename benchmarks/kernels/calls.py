@@ -1,26 +1,28 @@
-"""What backends compute, kernel by kernel and call by call: tensors, checked calls without arguments, turns in time.
+"""Makes checked calls of what backends compute, kernel by kernel and call by call, from tensors of their own.
 
-A call is handed out only after its result was held against float64. benchmarks.cuda_cases makes figures of them, and
-benchmarks.choose choices between backends.
+A call is handed out only after its result was held against float64. benchmarks.gpu and benchmarks.kernels.cuda_cases
+time them, and benchmarks.kernels.choose chooses between backends by them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.contestants import Contestant
-from benchmarks.gpu_cases import HEAD, Setting, compare, triton_kernels
-from benchmarks.measure import ContestantError, Inspection, Row, free_memory, named, run_to_the_end
+from benchmarks.measure import AnotherLossError, Case, NotHereError, dtype_name, measure, ready
 from benchmarks.peers import Peer
-from benchmarks.problem import BETA, Problem, contrast
-from benchmarks.timing import Call, clock_for, round_robin
+from benchmarks.problem import BETA, contrast
+from benchmarks.records import Record
+from benchmarks.setting import Setting
+from benchmarks.shapes import Shape
+from benchmarks.timing import Call
 from cpo_kernels import CPOOutput, cpo_loss
 from cpo_kernels.kernels import numerics, plain, registry, selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
@@ -29,7 +31,13 @@ from cpo_kernels.kernels.cuda import hopper as cuda_hopper
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import Choice
+from cpo_kernels.kernels.triton import support as triton_support
 
+HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
+COPY, PRODUCT = "torch copy_", "torch.mm"
+VOCABULARIES = (32000, 50257, 65536, 128256, 151936, 262144)
+LOGITS_BYTES = 2**30
+SMALL_VOCABULARY = 257  # a dry run's: every GPU thread is interpreted or emulated
 TRITON, CUDA = "triton", "cuda"
 CANDIDATES = 4
 CONTRASTS = ((32, 2), (32, 8), (4, 64))  # (G, C) of a chunk: few candidates, some, and many
@@ -38,20 +46,32 @@ FORWARD_ERROR = 1e-5
 COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
 
 
+def triton_kernels(module: str) -> ModuleType:
+    """Import a module of the Triton backend.
+
+    Raises:
+        NotHereError: the backend cannot be used, and there is no GPU that it would be expected of.
+    """
+    reason = triton_support.unavailable_reason()
+    if reason is not None and not torch.cuda.is_available():
+        raise NotHereError(reason)
+    return import_module(f"cpo_kernels.kernels.triton.{module}")
+
+
 def arch_of(device: torch.device) -> str:
-    """As choices name it."""
+    """Name a device's architecture as choices do."""
     return architecture(device)
 
 
 def missing(device: torch.device) -> str:
-    """Why the compiled CUDA kernels cannot be used on a device, or nothing."""
+    """Say why the compiled CUDA kernels cannot be used on a device, or nothing."""
     if CUDA in registry.AVAILABLE:
         return registry.BACKENDS[CUDA].refuses(device, torch.float32) or ""
     return next(status.reason for status in registry.describe() if status.name == CUDA)
 
 
 def missing_hopper(device: torch.device) -> str:
-    """Why their fused linear path cannot, or nothing."""
+    """Say why their fused linear path cannot, or nothing."""
     if reason := missing(device):
         return reason
     found = cuda_extension.capability(device)
@@ -59,18 +79,25 @@ def missing_hopper(device: torch.device) -> str:
 
 
 def gradient_error(dtype: torch.dtype) -> float:
-    """What a gradient written in ``dtype`` may be off, relatively: twice a rounding, and float32 exponentials."""
+    """Return what a gradient in a dtype may be off, relatively: twice a rounding, and float32 exponentials."""
     return max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
 
 
+def compare(name: str, result: Tensor, expected: Tensor, allowed: float) -> None:
+    """Raise :class:`AnotherLossError` unless ||result - expected|| / ||expected|| is within what is allowed."""
+    error = ((result.double() - expected).norm() / expected.norm()).item()
+    if not error <= allowed:  # not `>`: NaN is wrong too
+        raise AnotherLossError(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
+
+
 def row_launchers(backend: str) -> ModuleType:
-    """The row kernels of a backend, without the dispatcher before them."""
+    """Return the row kernels of a backend, without the dispatcher before them."""
     return cuda_rows if backend == CUDA else triton_kernels("rows")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A few rows of their own, their coefficients, and what float64 makes of them."""
+    """Holds a few rows of their own, their coefficients, and what float64 makes of them."""
 
     logits: Tensor
     targets: Tensor
@@ -81,7 +108,7 @@ class Part:
 
 
 class RowProblem:
-    """Logits (R, V), a target and a coefficient for each row, and a buffer that gradients overwrite."""
+    """Holds logits (R, V), a target and a coefficient for each row, and a buffer that gradients overwrite."""
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         self.logits = (3 * torch.randn(rows, vocab, device=device)).to(dtype)
@@ -92,7 +119,7 @@ class RowProblem:
         self.buffer = self.logits.clone()
 
     def ends(self) -> Iterator[Part]:
-        """The first and the last rows."""
+        """Yield the first and the last rows."""
         for some in (slice(0, CHECKED_ROWS), slice(-CHECKED_ROWS, None)):
             logits, targets, coef = self.logits[some].clone(), self.targets[some], self.coef[some]
             exact = logits.double()
@@ -101,7 +128,7 @@ class RowProblem:
             yield Part(logits, targets, coef, stats.float(), logps, grad)
 
     def forward(self, backend: str) -> Call:
-        """One read."""
+        """Make the call of one read."""
         kernel = row_launchers(backend).row_forward
         for part in self.ends():
             compare(
@@ -110,7 +137,7 @@ class RowProblem:
         return partial(kernel, self.logits, self.targets, None, *HEAD)
 
     def backward_(self, backend: str, grad_dtype: torch.dtype | None = None) -> Call:
-        """One read and one write, over the buffer."""
+        """Make the call of one read and one write, over the buffer."""
         kernel, dtype = row_launchers(backend).row_backward_, grad_dtype or self.logits.dtype
         for part in self.ends():
             kernel(part.logits, part.targets, None, part.stats, part.coef, *HEAD, grad_dtype)
@@ -119,7 +146,7 @@ class RowProblem:
         return partial(kernel, self.buffer, self.targets, None, self.stats, self.coef, *HEAD, grad_dtype)
 
     def gradient_(self, grad_dtype: torch.dtype | None = None) -> Call:
-        """Forward and backward in one read and one write, over the buffer: the compiled CUDA kernels alone have it."""
+        """Make that of both in one read and one write, which the compiled CUDA kernels alone have."""
         kernel, dtype = cuda_rows.row_gradient_, grad_dtype or self.logits.dtype
         for part in self.ends():
             logps = kernel(part.logits, part.targets, None, part.coef, *HEAD, grad_dtype)[1]
@@ -129,7 +156,7 @@ class RowProblem:
 
 
 def launch_options(groups: int, candidates: int) -> dict[str, Any]:
-    """Unranked CPO as a backend's launch takes it."""
+    """Return unranked CPO as a backend's launch takes it."""
     return {
         "beta": BETA,
         "margin": 0.0,
@@ -146,7 +173,7 @@ def launch_options(groups: int, candidates: int) -> dict[str, Any]:
 
 
 class ContrastProblem:
-    """Token log-probabilities (G * C * T,) of a chunk, with references (G * C,)."""
+    """Holds token log-probabilities (G * C * T,) of a chunk, with references (G * C,)."""
 
     def __init__(self, groups: int, candidates: int, tokens: int, device: torch.device) -> None:
         self.shape, segments = (groups, candidates, tokens), groups * candidates
@@ -156,7 +183,7 @@ class ContrastProblem:
         self.lengths = torch.full((segments,), tokens, device=device)
 
     def call(self, backend: str) -> Call:
-        """The sums of all segments and the coefficients of all tokens, in one launch."""
+        """Make the launch of the sums of all segments and the coefficients of all tokens."""
         launch, (groups, candidates, _) = registry.BACKENDS[backend].contrast, self.shape
         assert launch is not None
         given = (self.logps, self.starts, None, self.lengths, self.ref, None)
@@ -171,7 +198,7 @@ class ContrastProblem:
 
 
 class LogitsProblem:
-    """Logits (G, C, T, V) that exist, with references (G, C), of as many groups as some bytes hold, one at least."""
+    """Holds logits (G, C, T, V) that exist, with references (G, C); of groups in some bytes, one at least."""
 
     def __init__(self, size: int, tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         groups = max(1, size // (CANDIDATES * tokens * vocab * dtype.itemsize))
@@ -182,11 +209,11 @@ class LogitsProblem:
 
     @property
     def groups(self) -> int:
-        """G."""
+        """Return G."""
         return len(self.targets)
 
     def step(self, backend: str, *choices: Choice) -> Call:
-        """Loss and gradient as users call them, with these choices in place of the table's."""
+        """Make loss and gradient as users call them, with these choices in place of the table's."""
 
         def run() -> tuple[CPOOutput, Tensor]:
             with selection.overridden(*choices):
@@ -200,7 +227,7 @@ class LogitsProblem:
         return run
 
     def launch(self) -> Call:
-        """The one launch of the compiled CUDA kernels, into a buffer."""
+        """Make the one launch of the compiled CUDA kernels, into a buffer."""
         segments, tokens = self.groups * CANDIDATES, self.targets.shape[-1]
         logits, targets = self.logits.detach().flatten(0, 2), self.targets.flatten()
         grad, lengths = torch.empty_like(logits), torch.full((segments,), tokens, device=logits.device)
@@ -225,7 +252,7 @@ class LogitsProblem:
 
 
 def under_choices(peer: Peer, *choices: Choice) -> Peer:
-    """A peer of ours with these choices in place of the table's; its gradients are those of the forward pass."""
+    """Return a peer of ours with choices in place of the table's; its gradients are those of the forward pass."""
 
     def under(call: Any) -> Any:
         def run(*tensors: Any) -> Any:
@@ -237,36 +264,74 @@ def under_choices(peer: Peer, *choices: Choice) -> Peer:
     return replace(peer, loss=under(peer.loss), sequence_logps=under(peer.sequence_logps), nll=under(peer.nll))
 
 
-def time_entries(
-    setting: Setting, problem: Problem, entries: Sequence[Contestant], reference_name: str
-) -> tuple[list[Row], list[ContestantError]]:
-    """Rows of those that run and compute the right thing, and the errors of the others, in which no tensor is held.
+def row_kernels(dtype: torch.dtype, backends: Sequence[str], setting: Setting) -> Iterator[Record]:
+    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's."""
+    for vocab in (SMALL_VOCABULARY,) if setting.quick else VOCABULARIES:
+        rows = 8 if setting.quick else LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
+        yield from row_kernels_of(RowProblem(rows, vocab, dtype, setting.device), backends, setting)
 
-    Raises:
-        ContestantError: from the one that the others are compared with.
-    """
-    left, errors = {entry.name: entry for entry in entries}, []
-    while True:
-        inspection = Inspection(problem, left)
-        try:
-            for name, entry in left.items():
-                named(name, partial(run_to_the_end, entry.call))()
-            timings = round_robin(
-                {name: named(name, entry.call) for name, entry in left.items()},
-                setting.effort(),
-                reference=reference_name,
-                always=left,
-                observer=inspection,
-                clock=clock_for(setting.device),
-            )
-        except ContestantError as error:
-            if error.contestant == reference_name:
-                raise
-            del left[error.contestant]
-            errors.append(type(error)(error.contestant, error.reason))
-        else:
-            return [
-                Row(name, entry.work, timings[name], inspection.errors.get(name), inspection.peaks.get(name))
-                for name, entry in left.items()
-            ], errors
-        free_memory()  # after the handler: until there the error holds the tensors of the call
+
+def row_kernels_of(problem: RowProblem, backends: Sequence[str], setting: Setting) -> Iterator[Record]:
+    """Time forward; backward in place; bf16 gradients over fp32 logits; both in one read and write where they fit."""
+    logits = problem.logits
+    touched = {COPY: 2 * logits.nbytes, "forward": logits.nbytes, "backward in place": 2 * logits.nbytes}
+    make: dict[str, Callable[[str], Call]] = {"forward": problem.forward, "backward in place": problem.backward_}
+    if logits.dtype == torch.float32:
+        touched["backward, bf16 over fp32"] = logits.nbytes * 3 // 2
+        make["backward, bf16 over fp32"] = partial(problem.backward_, grad_dtype=torch.bfloat16)
+    calls: dict[str, Call] = {COPY: lambda: problem.buffer.copy_(logits)}
+    calls |= {f"{kernel}, {backend}": build(backend) for kernel, build in make.items() for backend in backends}
+    if CUDA in backends and cuda_rows.row_gradient_takes(logits):
+        touched["row_gradient_"] = 2 * logits.nbytes
+        calls[f"row_gradient_, {CUDA}"] = problem.gradient_()
+    rows, vocab = logits.shape
+    name = f"row kernels, {dtype_name(logits.dtype)}, V={vocab}"
+    conditions = {"V": vocab, "rows": rows, "dtype": dtype_name(logits.dtype)}
+    case = Case(name, [ready(who, call) for who, call in calls.items()], conditions, rounds=setting.rounds(20, 20))
+    seconds = {record.contestant: record for record in measure(case, setting.device)}
+    copy = touched[COPY] / seconds[COPY].values["seconds"]
+    for who, record in seconds.items():
+        kernel, _, backend = who.rpartition(", ")
+        own = record.values["seconds"]
+        speed = touched[kernel or who] / own
+        values = {**record.values, "gbs": speed / 1e9, "of_gbs": speed / copy}
+        if backend == CUDA and (triton := seconds.get(f"{kernel}, {TRITON}")):
+            values["of_triton"] = triton.values["seconds"] / own
+            picked = {"picked": is_picked(kernel, vocab, logits.dtype, setting.device)}
+            record = replace(record, conditions={**conditions, **picked})
+        yield replace(record, values=values)
+
+
+def is_picked(kernel: str, vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether the table picks the CUDA kernel."""
+    operation = "row_forward" if kernel == "forward" else "row_backward"
+    choices = selection.choices_for(selection.AUTO, arch_of(device), selection.Sizes(vocab, dtype), registry.AVAILABLE)
+    return choices.get(operation) == CUDA
+
+
+class ProductCase:
+    """Times ways to token log-probabilities (R,) of hidden states (R, H) and a head (V, H) against one product."""
+
+    def __init__(self, shape: Shape, hidden: Tensor, weight: Tensor, targets: Tensor, setting: Setting) -> None:
+        self.shape, self.hidden, self.weight, self.targets, self.setting = shape, hidden, weight, targets, setting
+        self.buffer = hidden.new_empty(len(hidden), len(weight))
+        self.some = min(256, len(hidden))
+        logits = hidden[: self.some].double() @ weight.double().T
+        index = targets[: self.some].unsqueeze(-1)
+        self.expected = torch.log_softmax(logits, -1).gather(-1, index).squeeze(-1)
+
+    def product(self) -> Tensor:
+        """Multiply once."""
+        return torch.mm(self.hidden, self.weight.T, out=self.buffer)
+
+    def check(self, name: str, logps: Tensor) -> None:
+        """Hold the first log-probabilities against float64; a product alone leaves logits in the dtype of hidden."""
+        allowed = torch.finfo(self.hidden.dtype).eps if name.startswith(PRODUCT) else 10 * FORWARD_ERROR
+        compare(name, logps[: self.some], self.expected, allowed)
+
+    def records(self, calls: dict[str, Call]) -> list[Record]:
+        """Time ways beside the product."""
+        contestants = [ready(name, call) for name, call in ({PRODUCT: self.product} | calls).items()]
+        conditions, rounds = self.shape.conditions | {"mode": "no_grad"}, self.setting.rounds(20, 20)
+        case = Case(f"no_grad, {self.shape.name}", contestants, conditions, {"of_product": PRODUCT}, rounds=rounds)
+        return measure(case, self.setting.device)

@@ -1,10 +1,10 @@
 """Compiles every Triton kernel for seven architectures without a GPU, and says what the compilers made of it.
 
-`python -m benchmarks.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not compile,
-on a register spill, on more shared memory than a program can have, and where the machine code lacks an instruction that
-a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes elsewhere;
-`--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.aot_versions runs it with each
-version that is supported.
+`python -m benchmarks.kernels.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not
+compile, on a register spill, on more shared memory than a program can have, and where the machine code lacks an
+instruction that a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes
+elsewhere; `--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.kernels.aot_versions
+runs it with each version that is supported.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.aot_cases import CASES, Case
 from benchmarks.environment import log
+from benchmarks.kernels.aot_cases import CASES, Case
 from cpo_kernels.kernels.triton import linear, tuning
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REPORT = "triton-aot"
 KIB, MIB = 2**10, 2**20
@@ -49,7 +49,7 @@ KIB, MIB = 2**10, 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture: the bytes of shared memory a program can have, and what launchers ask of the device."""
+    """Describes an architecture: bytes of shared memory of a program at most, and what launchers ask of the device."""
 
     name: str
     gpu: GPUTarget
@@ -75,7 +75,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel. ``registers`` are per thread (of vectors on AMD); ``spill_bytes`` lie in local memory.
+    """Describes a compiled kernel: ``registers`` per thread (of vectors on AMD), ``spill_bytes`` in local memory.
 
     ``failure`` says why there is none, and there is nothing else to say then.
 
@@ -97,7 +97,7 @@ class Kernel:
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """What a kernel must not do, if it does."""
+    """Name what a kernel must not do, if it does."""
     limit = TARGETS[kernel.target].shared_limit
     found = [f"does not compile: {kernel.failure}"] if kernel.failure else []
     found += [f"no instruction matches {pattern}" for pattern in kernel.missing]
@@ -109,7 +109,7 @@ def problems(kernel: Kernel) -> list[str]:
 
 
 def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
-    """The compiled kernels of everything that ``launch`` launches, none of which runs."""
+    """Compile everything that ``launch`` launches; nothing runs."""
     compiled = []
     run = JITFunction.run
 
@@ -136,7 +136,7 @@ def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
 
 
 def dump(cubin: bytes, *options: str) -> str:
-    """What cuobjdump says about a cubin."""
+    """Return what cuobjdump says about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -144,7 +144,7 @@ def dump(cubin: bytes, *options: str) -> str:
 
 
 def cuda_resources(usage: str) -> dict[str, int]:
-    """Registers and local memory, from ``cuobjdump -res-usage``."""
+    """Read registers and local memory from ``cuobjdump -res-usage``."""
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     return {
         "registers": int(numbers["REG"]),
@@ -154,7 +154,7 @@ def cuda_resources(usage: str) -> dict[str, int]:
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """Registers and local memory, from the metadata at the end of the assembly."""
+    """Read registers and local memory from the metadata at the end of the assembly."""
     names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     numbers = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
     return {
@@ -165,13 +165,13 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 
 def missing_instructions(case: Case, target: str, code: str) -> tuple[str, ...]:
-    """Patterns that a case requires on an architecture and that its machine code does not match."""
+    """Return patterns that a case requires on an architecture and that its machine code does not match."""
     patterns = [p for required in case.required for prefix, p in required.items() if target.startswith(prefix)]
     return tuple(pattern for pattern in patterns if not re.search(pattern, code))
 
 
 def describe(case: Case, target: Target, compiled: Any) -> Kernel:
-    """What is reported of a compiled kernel."""
+    """Return what is reported of a compiled kernel."""
     metadata = compiled.metadata
     if target.gpu.backend == "cuda":
         cubin = compiled.asm["cubin"]
@@ -195,7 +195,7 @@ def describe(case: Case, target: Target, compiled: Any) -> Kernel:
 
 
 def compile_case(case: Case, target: Target) -> list[Kernel]:
-    """All kernels of a case.
+    """Compile all kernels of a case.
 
     Raises:
         RuntimeError: the case did not launch the kernel that it is about.
@@ -218,7 +218,7 @@ def serve(jobs: Connection, stderr: str) -> None:
 
 
 class Compiler:
-    """A process that compiles, and the next one where it ends: compilers stop at what they find impossible."""
+    """Holds a process that compiles, and the next one where it ends: compilers stop at what they find impossible."""
 
     def __init__(self) -> None:
         self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 - closed by end()
@@ -233,7 +233,7 @@ class Compiler:
         theirs.close()
 
     def run(self, case: str, target: str) -> list[Kernel]:
-        """The kernels of a case, or one that says why there are none."""
+        """Compile a case; return its kernels, or one that says why there are none."""
         self.stderr.seek(0, os.SEEK_END)
         try:
             self.jobs.send((case, target))
@@ -257,7 +257,7 @@ class Compiler:
 
 
 def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
-    """Every case for every target, in order, as many at a time as there are cores; problems are told as they come."""
+    """Compile every case for every target, as many at a time as there are cores; problems are told as they come."""
     jobs = list(itertools.product(cases, targets))
     free: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
 
@@ -284,38 +284,38 @@ def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
 
 @dataclass(frozen=True)
 class Report:
-    """What one version of Triton made of the kernels, and what other versions (``beside``) had as problems."""
+    """Holds what one version of Triton made of the kernels, and what other versions (``beside``) had as problems."""
 
     triton: str
     kernels: list[Kernel]
     beside: dict[str, list[str]] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        """Those of all kernels, and of the other versions."""
+        """Return those of all kernels, and of the other versions."""
         own = [problem for kernel in self.kernels for problem in problems(kernel)]
         return own + [f"triton {version}: {problem}" for version, found in self.beside.items() for problem in found]
 
     @staticmethod
     def load(folder: Path) -> Report:
-        """The report in a folder."""
+        """Read the report in a folder."""
         content = json.loads((folder / f"{REPORT}.json").read_text())
         kernels = [Kernel(**kernel | {"missing": tuple(kernel["missing"])}) for kernel in content["kernels"]]
         return Report(content["triton"], kernels, content["beside"])
 
     def write(self, folder: Path) -> None:
-        """Both files."""
+        """Write both files."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{REPORT}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
         (folder / f"{REPORT}.md").write_text(markdown(self))
 
 
 def markdown(report: Report) -> str:
-    """One table an architecture."""
+    """Return one table an architecture."""
     checked = f", and checked with {' and '.join(report.beside)} too" if report.beside else ""
     lines = [
         "# Triton kernels compiled ahead of time",
         "",
-        f"Made by `python -m benchmarks.aot` with triton {report.triton}{checked}; without a GPU, with",
+        f"Made by `python -m benchmarks.kernels.aot` with triton {report.triton}{checked}; without a GPU, with",
         "the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local",
         "memory per thread, shared memory bytes per program. Moved scalars, on AMD: scalar registers kept in lanes of",
         "vector registers, which costs an instruction and no memory.",
@@ -338,7 +338,7 @@ def markdown(report: Report) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 if any kernel has a problem."""
+    """Compile and report; exit status 1 if any kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))

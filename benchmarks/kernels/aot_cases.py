@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: the launches that users hit, each with what its machine code must contain.
+"""Lists what is compiled ahead of time: the launches that users hit, each with what its machine code must contain.
 
 A case launches kernels through their launchers, so that it has the arguments, the alignment and the block sizes of a
 real call. It never runs: its tensors are created on whatever device is the default, which may be one without memory.
@@ -31,7 +31,7 @@ WGMMA = {"sm_90": r"\bHGMMA\."}
 
 @dataclass(frozen=True)
 class Case:
-    """A launch, and patterns of which the code of its kernel called ``kernel`` must contain each."""
+    """Describes a launch, and patterns of which the code of its kernel called ``kernel`` must contain each."""
 
     name: str
     launch: Callable[[], object]
@@ -40,7 +40,7 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """A tensor of no particular values."""
+    """Make a tensor of no particular values."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -51,7 +51,7 @@ def row_tokens(*, shared: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def row_forward(dtype: torch.dtype, V: int, *, shared: bool, capped: bool) -> object:
-    """The one read of the logits."""
+    """Launch the one read of the logits."""
     targets, starts = row_tokens(shared=shared)
     return rows.row_forward(
         empty(R, V, dtype=dtype), targets, starts, empty(V, dtype=dtype) if capped else None, *choose(capped)
@@ -61,7 +61,7 @@ def row_forward(dtype: torch.dtype, V: int, *, shared: bool, capped: bool) -> ob
 def row_backward(
     dtype: torch.dtype, V: int, *, shared: bool, capped: bool, grad_dtype: torch.dtype | None = None
 ) -> object:
-    """The gradient over the logits."""
+    """Launch the gradient over the logits."""
     targets, starts = row_tokens(shared=shared)
     bias = empty(V, dtype=dtype) if capped else None
     return rows.row_backward_(
@@ -77,12 +77,12 @@ def row_backward(
 
 
 def choose(capped: bool) -> tuple[float, float, float]:
-    """logit_scale, softcap, temperature."""
+    """Return logit_scale, softcap, temperature."""
     return CAPPED if capped else PLAIN
 
 
 def scale(dtype: torch.dtype) -> object:
-    """The upstream gradient, on a weight gradient."""
+    """Launch the upstream gradient, on a weight gradient."""
     return gradients.scale_(empty(R, H, dtype=dtype), empty(1))
 
 
@@ -94,7 +94,7 @@ def contrast_groups(
     ragged: bool = False,
     config: Mapping[str, int] | None = None,
 ) -> object:
-    """Two groups of candidates with a reference."""
+    """Launch two groups of candidates with a reference."""
     segments = 2 * candidates
     starts = torch.arange(segments + 1)
     return contrast.contrast(
@@ -129,7 +129,7 @@ def linear_forward(
     sample: bool = False,
     transposed: bool = False,
 ) -> object:
-    """Log-likelihoods without logits, and on request samples and entropies."""
+    """Launch log-likelihoods without logits, and on request samples and entropies."""
     targets, starts = row_tokens(shared=shared)
     return linear.linear_forward(
         empty(R, width, dtype=dtype),
@@ -144,7 +144,7 @@ def linear_forward(
 
 
 def row_cases() -> list[Case]:
-    """Forward and backward by dtype: odd and small vocabularies, and several tokens a row under the whole head."""
+    """Return both by dtype: odd and small vocabularies, and several tokens a row under the whole head."""
     cases = []
     for name, call, kernel, wide in (
         ("row_forward", row_forward, "row_forward_kernel", (WIDE_LOAD,)),
@@ -164,7 +164,7 @@ def row_cases() -> list[Case]:
 
 
 def gradient_cases() -> list[Case]:
-    """Column statistics in one and in two stages, and the upstream scale."""
+    """Return column statistics in one and in two stages, and the upstream scale."""
     return [
         Case("column_stats bf16", lambda: gradients.column_stats(empty(R, LLAMA, dtype=BF16)), "column_stats_kernel"),
         Case("column_stats fp32", lambda: gradients.column_stats(empty(R, LLAMA)), "column_stats_kernel"),
@@ -179,7 +179,7 @@ def gradient_cases() -> list[Case]:
 
 
 def contrast_cases() -> list[Case]:
-    """From one negative to the largest group."""
+    """Return groups from one negative to the largest group."""
     cases = [
         Case(f"contrast of {candidates}, {'ranked' if ranked else 'default ranks'}", launch, "contrast_kernel")
         for candidates in (2, 5, 16, 64, 512, contrast.MAX_CANDIDATES)
@@ -191,7 +191,7 @@ def contrast_cases() -> list[Case]:
 
 
 def linear_cases() -> list[Case]:
-    """The fused linear forward; what its products must be on Hopper holds for half precision."""
+    """Return the fused linear forward; what its products must be on Hopper holds for half precision."""
     kernel = "linear_forward_kernel"
     return [
         Case("linear_forward bf16", partial(linear_forward, BF16), kernel, (WGMMA,)),
@@ -222,7 +222,7 @@ def linear_cases() -> list[Case]:
 
 
 def linear_pointer_cases() -> list[Case]:
-    """The fused linear forward where descriptors are ruled out: by the rows' alignment, or by a transposed weight."""
+    """Return it where descriptors are ruled out: by the rows' alignment, or by a transposed weight."""
     calls = {
         f", H = {UNALIGNED}": partial(linear_forward, BF16, width=UNALIGNED),
         f", H = {UNALIGNED}, odd V": partial(linear_forward, BF16, GPT2, UNALIGNED),

@@ -1,10 +1,10 @@
-"""The developer's command that measures block sizes on the GPU at hand and rewrites their table.
+"""Measures block sizes on the GPU at hand and rewrites their table.
 
-`python -m benchmarks.tune` rewrites cpo_kernels/kernels/triton/tuning.json; `--out FILE` leaves that alone and writes
-the new table elsewhere. For each kernel, vocabulary and dtype it times a small grid of sizes, holds each result against
-the reference first, and writes the fastest as entries of this architecture in place of those it had for that kernel and
-dtype; other architectures keep theirs. The table is written after every measurement, so that a time limit loses
-nothing. Nothing else ever tunes: users' runs read the table.
+`python -m benchmarks.kernels.tune` rewrites cpo_kernels/kernels/triton/tuning.json; `--out FILE` leaves that alone and
+writes the new table elsewhere. For each kernel, vocabulary and dtype it times a small grid of sizes, holds each result
+against the reference first, and writes the fastest as entries of this architecture in place of those it had for that
+kernel and dtype; other architectures keep theirs. The table is written after every measurement, so that a time limit
+loses nothing. Nothing else ever tunes: users' runs read the table.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from benchmarks import environment
 from benchmarks.environment import NOTHING_TO_DO, log
+from benchmarks.kernels.calls import HEAD, triton_kernels
+from benchmarks.measure import AnotherLossError
 from benchmarks.timing import Clock, clock_for
 from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.triton import support as triton_support
 
-PACKAGE = "cpo_kernels.kernels.triton"
 TABLE = Path(str(resources.files("cpo_kernels").joinpath("kernels/triton/tuning.json")))
-HEAD = (None, 1.0, 0.0, 1.0)  # no bias, no scale, no softcap, temperature 1
 ROUNDS = 15
 CHECKED_ROWS = 32
 
@@ -43,13 +43,13 @@ Entry = dict[str, Any]
 
 
 def grid(**choices: Sequence[int]) -> list[Config]:
-    """Every combination."""
+    """Return every combination."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A launcher bound to its tensors. ``work`` is bytes or floating-point operations; ``unit`` names work / 1e9 s."""
+    """Holds a launcher bound to its tensors. ``work`` is bytes or FLOPs; ``unit`` names work / 1e9 s."""
 
     run: Callable[[Config], object]
     check: Callable[[Config], float]  # relative error of the launcher's result
@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is tuned of one kernel: sizes of V with the bound that their entries cover, and the grid."""
+    """Says what is tuned of one kernel: sizes of V with the bound that their entries cover, and the grid."""
 
     name: str
     vocabularies: tuple[tuple[int | None, int], ...]  # (vocab_at_most, measured V)
@@ -71,37 +71,32 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Size:
-    """One point that is measured; ``quick`` takes few rows."""
+    """Describes one point that is measured; ``quick`` takes few rows."""
 
     vocab: int
     dtype: torch.dtype
     quick: bool
 
     def rows(self, budget: int = 2**30) -> int:
-        """As many as fill ``budget`` bytes."""
+        """Return as many as fill ``budget`` bytes."""
         return 9 if self.quick else max(1, budget // (self.vocab * self.dtype.itemsize))
 
     def logits(self, device: torch.device) -> Tensor:
-        """(R, V)."""
+        """Draw (R, V)."""
         return (3 * torch.randn(self.rows(), self.vocab, device=device)).to(self.dtype)
 
 
-def kernels(module: str) -> Any:
-    """A module of the Triton backend."""
-    return import_module(f"{PACKAGE}.{module}")
-
-
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """||result - expected|| / ||expected||."""
+    """Return ||result - expected|| / ||expected||."""
     return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def row_forward_job(size: Size, device: torch.device) -> Job:
-    """One read of the logits."""
+    """Make the job of one read of the logits."""
     logits = size.logits(device)
     targets = torch.randint(size.vocab, (len(logits),), device=device)
     expected = plain.row_forward(logits[:CHECKED_ROWS].double(), targets[:CHECKED_ROWS], None, *HEAD)[1]
-    launch = partial(kernels("rows").row_forward, logits, targets, None, *HEAD)
+    launch = partial(triton_kernels("rows").row_forward, logits, targets, None, *HEAD)
 
     def check(config: Config) -> float:
         return relative_error(launch(config=config)[1][:CHECKED_ROWS], expected)
@@ -110,14 +105,14 @@ def row_forward_job(size: Size, device: torch.device) -> Job:
 
 
 def row_backward_job(size: Size, device: torch.device) -> Job:
-    """One read and one write, over a buffer of its own."""
+    """Make that of one read and one write, over a buffer of its own."""
     logits = size.logits(device)
     targets, coef = torch.randint(size.vocab, (len(logits),), device=device), torch.rand(len(logits), device=device)
     some = slice(0, CHECKED_ROWS)
     exact = logits[some].double()
     stats64, _ = plain.row_forward(exact, targets[some], None, *HEAD)
     expected = plain.row_backward(exact, targets[some], None, stats64, coef[some].double(), *HEAD)
-    rows = kernels("rows")
+    rows = triton_kernels("rows")
     stats, _ = rows.row_forward(logits, targets, None, *HEAD)
     launch = partial(rows.row_backward_, targets=targets, row_starts=None, stats=stats, coef=coef)
     head = dict(zip(("bias", "logit_scale", "softcap", "temperature"), HEAD, strict=True))
@@ -133,9 +128,9 @@ def row_backward_job(size: Size, device: torch.device) -> Job:
 
 
 def column_stats_job(size: Size, device: torch.device) -> Job:
-    """One read of a gradient."""
+    """Make that of one read of a gradient."""
     grad = size.logits(device)
-    launch = kernels("gradients").column_stats
+    launch = triton_kernels("gradients").column_stats
 
     def check(config: Config) -> float:
         return relative_error(launch(grad, config=config), expected)
@@ -145,10 +140,10 @@ def column_stats_job(size: Size, device: torch.device) -> Job:
 
 
 def scale_job(size: Size, device: torch.device) -> Job:
-    """A gradient times a number; the entry's bound is the tensor's size, so it has none."""
+    """Make that of a gradient times a number; the entry's bound is the tensor's size, so it has none."""
     tensor, factor = size.logits(device), torch.tensor(1.0001, device=device)
     original = tensor.clone()
-    launch = kernels("gradients").scale_
+    launch = triton_kernels("gradients").scale_
 
     def check(config: Config) -> float:
         tensor.copy_(original)
@@ -160,7 +155,7 @@ def scale_job(size: Size, device: torch.device) -> Job:
 
 
 def linear_job(size: Size, device: torch.device, *, everything: bool) -> Job:
-    """hidden @ weight.T without logits; ``everything``: a sample and the entropy of each row as well."""
+    """Make that of hidden @ weight.T without logits; ``everything``: a sample and the entropy of each row as well."""
     rows, width = (9, 32) if size.quick else (8192 if size.dtype != torch.float32 else 1024, 4096)
     hidden = torch.randn(rows, width, device=device).to(size.dtype)
     weight = (torch.randn(size.vocab, width, device=device) * (2 / width**0.5)).to(size.dtype)
@@ -168,7 +163,7 @@ def linear_job(size: Size, device: torch.device, *, everything: bool) -> Job:
     logits = hidden[:CHECKED_ROWS].double() @ weight.double().T
     expected = plain.row_forward(logits, targets[:CHECKED_ROWS], None, *HEAD)[1]
     extras = {"seed": torch.tensor(0, device=device), "entropy": True} if everything else {}
-    launch = partial(kernels("linear").linear_forward, hidden, weight, targets, None, *HEAD, **extras)
+    launch = partial(triton_kernels("linear").linear_forward, hidden, weight, targets, None, *HEAD, **extras)
 
     def check(config: Config) -> float:
         return relative_error(launch(config=config).logps[:CHECKED_ROWS], expected)
@@ -216,7 +211,7 @@ KERNELS = (
 
 @dataclass(frozen=True)
 class Found:
-    """The fastest configuration of those tried, and how many of the grid's were."""
+    """Holds the fastest configuration of those tried, and how many of the grid's were."""
 
     config: Config
     seconds: float
@@ -225,28 +220,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Measured:
-    """An entry without its architecture; ``complete``: the whole grid was tried for it."""
+    """Holds an entry without its architecture; ``complete``: the whole grid was tried for it."""
 
     entry: Entry
     complete: bool
 
 
-class WrongResultError(Exception):
-    """A configuration gives another result than the reference: a bug in the kernel, whatever its speed."""
-
-
 def median_seconds(call: Callable[[], object], clock: Clock, rounds: int) -> float:
-    """Of a call that has run before."""
+    """Time a call that has run before."""
     return statistics.median(clock(call)[0] for _ in range(rounds))
 
 
 def candidates(kernel: Kernel, quick: bool) -> list[Config]:
-    """The grid, or its beginning."""
+    """Return the grid, or its beginning."""
     return kernel.configs[: 2 if quick else None]
 
 
 def fastest(kernel: Kernel, job: Job, clock: Clock, quick: bool, deadline: float) -> Found | None:
-    """The configuration with the least time among those with the right result that were tried until the deadline."""
+    """Return the fastest configuration of those with the right result that were tried until the deadline."""
     best: tuple[Config, float] | None = None
     tried = 0
     for config in candidates(kernel, quick):
@@ -263,14 +254,14 @@ def fastest(kernel: Kernel, job: Job, clock: Clock, quick: bool, deadline: float
         wrong = not error <= job.tolerance  # not `>`: NaN is wrong too
         log(f"    {config}: {job.work / seconds / 1e9:.0f} {job.unit}, error {error:.1e}" + " WRONG" * wrong)
         if wrong:
-            raise WrongResultError(f"{kernel.name} {config}: error {error:.2g}, allowed {job.tolerance:.2g}")
+            raise AnotherLossError(f"{kernel.name} {config}: error {error:.2g}, allowed {job.tolerance:.2g}")
         if best is None or seconds < best[1]:
             best = config, seconds
     return None if best is None else Found(*best, tried)
 
 
 def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadline: float) -> Iterator[Measured]:
-    """Until the deadline; of the measurement that it falls into, what was found until then."""
+    """Measure until the deadline; of the measurement that it falls into, what was found until then."""
     clock = clock_for(device)
     for kernel in selected:
         for (bound, vocab), dtype in itertools.product(kernel.vocabularies, kernel.dtypes):
@@ -282,7 +273,7 @@ def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadl
             job = kernel.make(size, device)
             try:
                 found = fastest(kernel, job, clock, quick, deadline)
-            except WrongResultError as error:
+            except AnotherLossError as error:
                 log(f"    left out: {error}")
                 continue
             if found is None:
@@ -302,7 +293,7 @@ def measure(selected: Sequence[Kernel], device: torch.device, quick: bool, deadl
 
 
 def merged(table: dict[str, Any], measured: Sequence[Entry], arch: str, source: str) -> dict[str, Any]:
-    """The table with the measured entries in place of those of the same kernel, architecture and dtype.
+    """Return the table with the measured entries in place of those of the same kernel, architecture and dtype.
 
     Entries are searched in order, so that narrower bounds and named dtypes come before wider ones.
     """
@@ -319,8 +310,8 @@ def merged(table: dict[str, Any], measured: Sequence[Entry], arch: str, source: 
 
 
 def describe_source(device: torch.device) -> str:
-    """Device, versions and commit, in a line."""
-    described = environment.describe(["tune"], device.type)
+    """Name device, versions and commit in a line."""
+    described = environment.describe(["kernels.tune"], device.type)
     gpu = described.get("gpu", {"name": described["device"]})
     assert isinstance(gpu, dict)
     versions = f"torch {environment.version('torch')}, triton {environment.version('triton')}"
@@ -329,12 +320,13 @@ def describe_source(device: torch.device) -> str:
     )
 
 
-def write(table: dict[str, Any], path: Path) -> None:
-    """One entry a line."""
-    head = {name: value for name, value in table.items() if name != "entries"}
-    lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-    entries = ",\n".join(f"    {json.dumps(entry)}" for entry in table["entries"])
-    path.write_text("{\n" + "\n".join(lines) + '\n  "entries": [\n' + entries + "\n  ]\n}\n")
+def write_table(table: Mapping[str, Any], entries: str, path: Path) -> None:
+    """Write JSON with one of a list of entries a line, whatever the others take."""
+    text = json.dumps(table | {entries: []}, indent=2)
+    lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table[entries])
+    path.write_text(
+        text.replace(f'"{entries}": []', f'"{entries}": [\n{lines}\n  ]' if lines else f'"{entries}": []') + "\n"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -358,7 +350,7 @@ def main(argv: list[str] | None = None) -> int:
     table, found = json.loads(TABLE.read_text()), []
     for measured in measure(selected, args.device, args.quick, time.monotonic() + args.seconds):
         found.append(measured)
-        write(merged(table, [each.entry for each in found], arch, source), args.out)
+        write_table(merged(table, [each.entry for each in found], arch, source), "entries", args.out)
     complete = sum(measured.complete for measured in found)
     log(f"{len(found)} of {expected} entries of {arch} measured, {complete} of them with the whole grid: {args.out}")
     return 0 if complete == expected else 1

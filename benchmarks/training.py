@@ -1,0 +1,127 @@
+"""Language models of known shapes with random weights, and a training step of CPOTrainer on them."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from cpo_kernels import CPOTrainer
+
+EOS = "</s>"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Describes a GPT-2 (tied head, learned positions), or a Llama of version 3.2's proportions (rotary positions).
+
+    Attributes:
+        name: in the results.
+        llama: which of the two.
+        vocabulary, width, heads, layers: V, H, query heads, transformer layers.
+        tied: whether the head of a Llama is its embedding.
+    """
+
+    name: str
+    llama: bool
+    vocabulary: int
+    width: int
+    heads: int
+    layers: int
+    tied: bool = True
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """Return the sizes by the names of the results."""
+        return {"model": self.name, "V": self.vocabulary, "H": self.width, "layers": self.layers, "tied": self.tied}
+
+
+GPT2_SMALL = Sizes("GPT-2 small", llama=False, vocabulary=50257, width=768, heads=12, layers=12)
+LLAMA_SMALL = Sizes("Llama, H=768", llama=True, vocabulary=128256, width=768, heads=12, layers=8)
+LLAMA_1B = Sizes("Llama 3.2 1B", llama=True, vocabulary=128256, width=2048, heads=32, layers=16)
+GPT2_TINY = Sizes("GPT-2, tiny", llama=False, vocabulary=64, width=16, heads=2, layers=1)
+LLAMA_TINY = Sizes("Llama, tiny", llama=True, vocabulary=64, width=16, heads=4, layers=1)
+
+
+def make_model(sizes: Sizes, positions: int, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+    """Make a model in float32 on the host, without dropout, that takes so many positions."""
+    torch.manual_seed(seed)
+    # One token for all: that of make_tokenizer.
+    special = {name: sizes.vocabulary - 1 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if sizes.llama:  # four query heads to a key, an MLP of four times the width
+        shape = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_hidden_layers": sizes.layers}
+        heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": max(1, sizes.heads // 4)}
+        options = {"max_position_embeddings": positions, "tie_word_embeddings": sizes.tied}
+        config = LlamaConfig(vocab_size=sizes.vocabulary, **shape, **heads, **options, **special)
+        return LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    shape = {"n_embd": sizes.width, "n_head": sizes.heads, "n_layer": sizes.layers, "n_positions": positions}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(vocab_size=sizes.vocabulary, **shape, **dropout, **special)
+    return GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy a model around the same parameters and gradients, so that what a trainer does to its modules stays there."""
+    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+
+
+def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of one token a word, w0 and so on; the last of the vocabulary is EOS and padding."""
+    words = {f"w{index}": index for index in range(vocabulary - 1)} | {EOS: vocabulary - 1}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
+
+
+def gradients(model: PreTrainedModel) -> tuple[Tensor, ...]:
+    """Return those of all parameters that have one."""
+    return tuple(p.grad for p in model.parameters() if p.grad is not None)
+
+
+@dataclass
+class OwnStep:
+    """Draws or writes the negatives, packs the batch, scores it with the reference; forward and backward.
+
+    Attributes:
+        trainer: with its model in training mode.
+        groups: the first so many examples are those of every step.
+        making: seconds of each call until the batch was there; the first call warms up.
+        positions: that the body ran on in the last call, padding included.
+        tokens: N of the last call.
+    """
+
+    trainer: CPOTrainer
+    groups: int
+    making: list[float] = field(default_factory=list)
+    positions: int = 0
+    tokens: int = 0
+
+    def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run a step without an optimizer; its gradients are added to those that are there."""
+        begun, trainer = time.perf_counter(), self.trainer
+        trainer.state.global_step += 1  # new negatives
+        examples = iter([{"index": torch.arange(self.groups)}])
+        (inputs,), tokens = trainer.get_batch_samples(examples, 1, trainer.args.device)
+        self.making.append(time.perf_counter() - begun)
+        self.positions, self.tokens = inputs["input_ids"].numel(), inputs["targets"].numel()
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=tokens)
+        loss.backward()
+        return loss.detach(), gradients(trainer.model)
+
+    def values(self) -> dict[str, float]:
+        """Return what a record says besides its time."""
+        making = statistics.median(self.making[1:] or self.making)
+        return {"positions": self.positions, "tokens": self.tokens, "making": making}
