@@ -1,7 +1,7 @@
 """The loss with all gradients, one pytest-benchmark case for every contestant of every shape.
 
-`pytest benchmarks/bench_loss.py --benchmark-only -k "gpt2-1k-bf16"`; `-k quick` takes seconds. All rounds of one contestant
-run before those of the next: a look at one of them. `python -m benchmarks.suite heads` compares them, in turns.
+`pytest benchmarks/bench_loss.py --benchmark-only -k "gpt2-1k-bf16"`; `-k quick` takes seconds. All rounds of one
+contestant run before those of the next: a look at one of them. `python -m benchmarks.suite heads` compares them.
 """
 
 from __future__ import annotations
