@@ -11,9 +11,17 @@ from torch import Tensor
 
 from .engine import compiled
 from .engine.call import Needs, resolve
-from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, per_segment, prepare
+from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
-from .engine.losses import CPOLossOfCall, FusedLogitsLoss, FusedLoss, LogitsCall, OwnLossOfCall, resolve_cpo
+from .engine.losses import (
+    CPOLossOfCall,
+    FusedLogitsLoss,
+    FusedLoss,
+    LogitsCall,
+    OwnLossOfCall,
+    coefficients_are_known,
+    resolve_cpo,
+)
 from .engine.plan import Plan
 from .engine.tokens import check_targets_in
 from .engine.vocab_parallel import VocabShard
@@ -583,4 +591,7 @@ def plan(
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
     )
     inputs = prepare(hidden, weight, targets, layout, bias, head)
-    return resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))[0].plan
+    per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
+    merge_ranks(ranks, inputs.layout_ranks, inputs.shape, inputs.hidden)
+    needs = needs_grad(*inputs.tensors)
+    return resolve(inputs, needs, known_coefficients=coefficients_are_known(head, objective, needs)).plan

@@ -112,6 +112,7 @@ needs_the_kernels = pytest.mark.skipif(
 def test_peak_is_within_the_budget_and_flat_in_the_number_of_tokens(kind, dtype):
     # Of many small tensors, glibc's heap keeps some megabytes that were freed: not what the call holds.
     env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if kind in FILTERS else {})
+    env |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, __file__, kind, dtype], capture_output=True, text=True, timeout=250, env=env)
     assert done.returncode == 0, done.stderr
     short, long = json.loads(done.stdout)

@@ -7,7 +7,9 @@ import torch
 from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS
 from tolerance import assert_accurate
 
+from cpo_kernels.engine.compiled import pack
 from cpo_kernels.kernels import numerics, plain, reference, registry
+from cpo_kernels.options import Head, Objective
 
 OPS = torch.ops.cpo_kernels
 ROW_STARTS = {"one_per_row": None, "shared": [0, 2, 2, 5, 6]}
@@ -45,27 +47,37 @@ def test_opcheck_of_small_sizes(logits_shape):
     torch.library.opcheck(OPS.row_forward.default, (torch.randn(logits_shape), targets, None, None, 1.0, 0.0, 1.0))
 
 
-# The objective's numbers and the head's options, as the operators of compiled.py take them.
-OBJECTIVE = (0.1, 0.2, 0.0, "plackett_luce", False, 1.0, 0.5, None, None)
-HEAD = (0.9, 4.0, 1.1, "auto", None, None, None, None, True)
+OBJECTIVE = pack(Objective(beta=0.1, margin=0.2, mle_weight=0.5))
+HEAD = pack(Head(logit_scale=0.9, softcap=4.0, temperature=1.1))
 
 
-@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False]], ids=["trainable", "frozen"])
+def inputs_of(packed: bool) -> tuple[list[torch.Tensor], tuple[torch.Tensor | None, ...]]:
+    """Hidden, weight and bias; targets, rows and the boundaries of groups of two candidates of three tokens."""
+    tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
+    targets = torch.randint(0, 31, (12,))
+    if packed:
+        rows = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9])
+        return tensors, (targets, rows, torch.tensor([0, 3, 6, 9, 12]), torch.tensor([0, 2, 4]))
+    tensors[0] = tensors[0].view(2, 2, 3, 7)
+    return tensors, (targets.view(2, 2, 3), None, None, None)
+
+
+@pytest.mark.parametrize("needs", ["111", "100"], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_of_the_fused_loss(packed, needs):
-    tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
-    tensors = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-    targets, rows = torch.randint(0, 31, (12,)), torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9]) if packed else None
-    boundaries = [0, 3, 6, 9, 12], [0, 2, 4]
-    arguments = (*tensors, targets, rows, torch.randn(4), torch.tensor([0, 1, 1, 0]), *boundaries, needs)
-    torch.library.opcheck(OPS.linear_cpo.default, (*arguments, *OBJECTIVE, *HEAD))
+    tensors, tokens = inputs_of(packed)
+    tensors = [t.requires_grad_(need == "1") for t, need in zip(tensors, needs, strict=True)]
+    shape = (4,) if packed else (2, 2)
+    references = torch.randn(shape), torch.tensor([0, 1, 1, 0]).view(shape)
+    counts = torch.tensor(3.0, dtype=torch.float64), None
+    torch.library.opcheck(OPS.linear_cpo.default, (*tensors, *tokens, *references, *counts, needs, *OBJECTIVE, *HEAD))
 
 
 def test_opcheck_of_the_checks():
     torch.library.opcheck(OPS.checked_targets.default, (torch.tensor([3, -100, 0]), 5))
     lengths, ranks = torch.tensor([2, 1, 3, 4]), torch.tensor([0, 1, 1, 0])
-    torch.library.opcheck(OPS.checked_lengths.default, (lengths, ranks, [0, 2, 4], 1.0))
-    torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, [0, 2, 4], 0.0))
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, ranks, 2, 1.0))
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, 2, 0.0))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -81,11 +93,10 @@ def test_opcheck_of_the_products(dtype, accumulate):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_of_the_fused_logps(packed):
-    tensors = [torch.randn(12, 7), torch.randn(31, 7), torch.randn(31)]
-    targets, rows = torch.randint(0, 31, (12,)), torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 5, 7, 8, 9]) if packed else None
+    tensors, tokens = inputs_of(packed)
     leaves = [t.clone().requires_grad_() for t in tensors]
-    torch.library.opcheck(OPS.linear_token_logps.default, (*leaves, targets, rows, *HEAD))
-    backward = (torch.randn(12), *tensors, targets, rows, [True, True, True], *HEAD)
+    torch.library.opcheck(OPS.linear_token_logps.default, (*leaves, *tokens, *HEAD))
+    backward = (torch.randn(tokens[0].shape), *tensors, *tokens, "111", *HEAD)
     torch.library.opcheck(OPS.linear_token_logps_backward.default, backward)
 
 

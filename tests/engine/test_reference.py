@@ -9,6 +9,7 @@ import torch
 from problems import PROBLEMS, dense, eager_loss, random_problem
 
 from cpo_kernels.kernels import numerics, plain, reference
+from cpo_kernels.kernels.transform import transform_logits
 
 
 def logp_by_hand(logits: list[float], target: int, bias=None, logit_scale=1.0, softcap=None, temperature=1.0) -> float:
@@ -85,19 +86,19 @@ def test_row_kernels_are_a_log_softmax_and_its_gradient(row_starts, softcap):
     targets = torch.tensor([1, -100, 4]) if row_starts is None else torch.tensor([1, 3, 4, -100, 4])
     starts = None if row_starts is None else torch.tensor(row_starts)
     rows = plain.token_rows(targets, starts)
-    transform = (*HEAD.values(), softcap, 1.3)
+    head = (*HEAD.values(), softcap, 1.3)
     expected = reference.token_logps(
         logits[rows], targets, bias=HEAD["bias"], logit_scale=0.7, softcap=softcap, temperature=1.3
     )
-    stats, logps = plain.row_forward(logits, targets, starts, *transform)
+    stats, logps = plain.row_forward(logits, targets, starts, *head)
     torch.testing.assert_close(logps, expected, rtol=1e-13, atol=1e-13)
-    y = transform.transform_logits(logits, *transform)
+    y = transform_logits(logits, *head)
     predicting = [0, 2]  # row 1 has no token
     torch.testing.assert_close(stats.sum(0)[predicting], y.logsumexp(-1)[predicting], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(stats[0][predicting], y.amax(-1)[predicting], rtol=0, atol=0)
     coef = torch.randn(targets.shape, dtype=torch.float64)
     (wanted,) = torch.autograd.grad((expected * coef).sum(), logits)
-    grad = plain.row_backward(logits.detach(), targets, starts, stats.detach(), coef, *transform)
+    grad = plain.row_backward(logits.detach(), targets, starts, stats.detach(), coef, *head)
     torch.testing.assert_close(grad, wanted, rtol=1e-13, atol=1e-13)
 
 

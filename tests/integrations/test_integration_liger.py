@@ -23,6 +23,7 @@ from benchmarks import liger as bench_liger
 from benchmarks.measure import ContestantError
 from benchmarks.setting import Setting
 from cpo_kernels.integrations import liger as ours
+from cpo_kernels.loss_table import LOSSES
 
 B, T, V, H = 5, 7, 23, 6
 NAMES = ("LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss", "LigerFusedLinearDPOLoss")
@@ -275,6 +276,6 @@ def test_the_benchmark_runs_and_checks_what_it_times(monkeypatch):
         for who in (bench_liger.OURS, bench_liger.EAGER, bench_liger.COMPILED)
     ]
     assert all(record.values["of_ours"] == 1 for record in found if record.contestant == bench_liger.OURS)
-    monkeypatch.setattr(ours, "smoothed_sigmoid", lambda difference, _: (1 - difference).relu())
+    monkeypatch.setitem(LOSSES, "plackett_luce", LOSSES["hinge"])
     with pytest.raises(ContestantError, match="differs from the first"):
         list(bench_liger.run(Setting(quick=True)))

@@ -107,8 +107,7 @@ def test_a_call_gets_kernels_of_several_backends(emulated_cuda):
     assert mixed.rows.forward is emulated_cuda.rows.forward
     assert mixed.rows.backward_ is base.rows.backward_
     assert mixed.contrast is emulated_cuda.contrast
-    assert mixed.row_gradient_ is emulated_cuda.optional["row_gradient_"]
-    assert mixed.linear_kept is None and mixed.linear_forward is None
+    assert mixed.ways == {"row_gradient_": emulated_cuda.optional["row_gradient_"]}
     assert registry.select("auto", CPU, torch.float32, SIZES) is base
 
 
@@ -137,10 +136,10 @@ def test_other_row_kernels_leave_no_way_around_them(emulated_cuda):
     choices = [Choice(operation, HERE, "cuda") for operation in selection.OPTIONAL]
     with overridden(*choices):
         served = registry.select("cuda", CPU, torch.float32, SIZES)
-    assert None not in (served.row_gradient_, served.linear_forward, served.linear_kept)
+    assert served.ways.keys() == set(selection.OPTIONAL)
     other = served.with_rows(registry.ROWS)
     assert other.rows is registry.ROWS
-    assert (other.row_gradient_, other.linear_forward, other.linear_kept, other.linear_statistics) == (None,) * 4
+    assert not other.ways and other.linear_statistics is None
 
 
 @pytest.mark.parametrize("name", ["larger_prime_vocab", "packed_whole_head"])
@@ -172,7 +171,7 @@ def test_the_loss_by_a_fused_forward_of_another_backend(emulated_cuda, emulator,
     launch = emulator.linear_forward
     monkeypatch.setattr(emulator, "linear_forward", lambda **arguments: launches.append(1) or launch(**arguments))
     with overridden(Choice("linear_forward", HERE, "cuda")), torch.no_grad():
-        assert registry.select("auto", CPU, torch.bfloat16, SIZES).linear_forward is not None
+        assert registry.select("auto", CPU, torch.bfloat16, SIZES).ways.keys() == {"linear_forward"}
         out = backends_loss(problem)
     assert launches
     torch.testing.assert_close(out, backends_loss(problem.to(torch.float64)).float(), rtol=1e-3, atol=1e-3)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from project import ROOT
 from torch.utils.data import DataLoader
 
 from cpo_kernels.kernels.cpu import extension as cpu_extension
@@ -52,7 +51,7 @@ print(before, with_torch, threads())
 
 
 def test_one_openmp_runtime_and_no_threads_besides_those_of_torch():
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths}
     result = subprocess.run(
         [sys.executable, "-c", PROCESS], env=environment, capture_output=True, text=True, check=False

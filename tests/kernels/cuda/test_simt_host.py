@@ -10,7 +10,7 @@ import pytest
 import simt_host
 import torch
 
-from cpo_kernels.kernels import numerics
+from cpo_kernels.kernels import numerics, plain
 from cpo_kernels.kernels.cuda import groups as cuda_groups
 from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.options import Objective
@@ -123,11 +123,11 @@ def small_run() -> bool:
     """Whether forward, backward and the narrow gradient of a few rows are what the reference gives."""
     V, threads = 4500, 128
     logits, targets, coef = torch.randn(3, V), torch.tensor([1, V, 2]), torch.randn(3)
-    plain = (None, 1.0, 0.0, 1.0)
-    stats, logps = cuda_rows.row_forward(logits, targets, None, *plain, threads=threads)
-    exact = plain.row_forward(logits.double(), targets.clamp(max=V - 1), None, *plain)[1].float()
-    apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *plain, threads=threads)
-    cuda_rows.row_backward_(logits, targets, None, stats, coef, *plain, torch.bfloat16, threads=threads)
+    head = (None, 1.0, 0.0, 1.0)
+    stats, logps = cuda_rows.row_forward(logits, targets, None, *head, threads=threads)
+    exact = plain.row_forward(logits.double(), targets.clamp(max=V - 1), None, *head)[1].float()
+    apart = cuda_rows.row_backward(logits, targets, None, stats, coef, *head, threads=threads)
+    cuda_rows.row_backward_(logits, targets, None, stats, coef, *head, torch.bfloat16, threads=threads)
     narrow = numerics.narrow_view(logits, torch.bfloat16)
     right = torch.allclose(logps[[0, 2]], exact[[0, 2]], rtol=1e-5)
     return right and bool(logps[1].isnan()) and torch.equal(narrow, apart.bfloat16())
