@@ -37,14 +37,14 @@ def descend(left, right, left_mass, right_mass, threshold):
     The loop is unrolled, since the shapes change; Triton 3.4 has no recursion.
     """
     right_taken = go_right(threshold, left_mass, right_mass)
-    column = tl.where(right_taken, left.shape[1], 0)
+    column = right_taken.to(tl.int32)  # its binary digits so far, from the highest
     for _ in tl.static_range(MAX_HALVINGS):
         if left.shape[1] > 1:
             threshold = tl.where(right_taken, threshold - left_mass, threshold)
             left, right = halves(tl.where(right_taken[:, None], right, left))
             left_mass, right_mass = tl.sum(left, axis=1), tl.sum(right, axis=1)
             right_taken = go_right(threshold, left_mass, right_mass)
-            column += tl.where(right_taken, left.shape[1], 0)
+            column = 2 * column + right_taken.to(tl.int32)
     return column
 
 
