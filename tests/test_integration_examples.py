@@ -127,7 +127,8 @@ def test_the_example_of_trls_cpo_learns(monkeypatch, capsys):
 def test_the_distributed_example_learns_sharded_or_not():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     outputs = [run("distributed.py", *how, launcher=launcher) for how in ((), ("--fsdp2",))]
-    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in outputs]  # torch 2.8 greets
+    # Torch 2.8 prints a greeting of each process.
+    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in outputs]
     for out in outputs:
         losses = [float(loss) for loss in re.findall(r"loss (\S+),", out)]
         assert len(losses) == 4 and losses[-1] < losses[0] / 5
