@@ -127,10 +127,12 @@ def test_the_example_of_trls_cpo_learns(monkeypatch, capsys):
 def test_the_distributed_example_learns_sharded_or_not():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     outputs = [run("distributed.py", *how, launcher=launcher) for how in ((), ("--fsdp2",))]
+    # Torch 2.8 prints a greeting of each process.
+    lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in outputs]
     for out in outputs:
         losses = [float(loss) for loss in re.findall(r"loss (\S+),", out)]
         assert len(losses) == 4 and losses[-1] < losses[0] / 5
-    assert outputs[0] == outputs[1], "DDP and FSDP2 train alike"
+    assert lines[0] == lines[1], "DDP and FSDP2 train alike"
 
 
 def test_the_example_of_other_losses_learns(monkeypatch, capsys):
