@@ -169,7 +169,7 @@ def uses_of(name: str) -> set[str]:
     }
 
 
-def test_only_native_modules_take_addresses():
+def test_only_modules_of_compiled_kernels_take_addresses():
     compiled = {f"kernels/{path.name}" for path in (PACKAGE / "kernels").glob("*.py") if path.name == "checks.py"}
     compiled |= {
         str(path.relative_to(PACKAGE)) for name in ("cpu", "cuda") for path in (PACKAGE / "kernels" / name).glob("*.py")
