@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cpo_kernels.kernels.device import architecture, is_host, made_current, multiprocessors_and_cache
+from cpo_kernels.kernels.device import is_host, made_current, multiprocessors_and_cache
 from cpo_kernels.kernels.transform import fold_transform
 
 from . import tuning
 from .blocks import contiguous
-from .sampling import MAX_HALVINGS, descend, exponential_variable, find_seed, halves, uniforms
+from .sampling import descend, exponential_variable, find_seed, halves, uniforms
 from .splits import (
     LinearForward,
     combine_splits,
@@ -105,16 +105,20 @@ def head_logits(x, first_column, bias, V, mult, cap, EVEN_V: tl.constexpr, SOFTC
 
 
 @triton.jit
-def pick(x, column):
-    """x[:, column] for a column (BLOCK_R,) within: by halves as far as they lie in a thread's registers."""
-    for _ in tl.static_range(MAX_HALVINGS):
-        if x.shape[1] > PICKED_TOGETHER:
-            left, right = halves(x)
-            right_taken = column >= left.shape[1]
-            column = tl.where(right_taken, column - left.shape[1], column)
-            x = tl.where(right_taken[:, None], right, left)
-    at = tl.arange(0, x.shape[1])[None, :] == column[:, None]
-    return tl.sum(tl.where(at, x, 0.0), axis=1)
+def pick(x, column, PICK: tl.constexpr):
+    """x[:, column] for a column (BLOCK_R,) within: by halves as far as they lie in a thread's registers.
+
+    ``PICK`` is this function, as for :func:`~cpo_kernels.kernels.triton.sampling.descend`.
+    """
+    if x.shape[1] <= PICKED_TOGETHER:
+        at = tl.arange(0, x.shape[1])[None, :] == column[:, None]
+        picked = tl.sum(tl.where(at, x, 0.0), axis=1)
+    else:
+        left, right = halves(x)
+        right_taken = column >= left.shape[1]
+        column = tl.where(right_taken, column - left.shape[1], column)
+        picked = PICK(tl.where(right_taken[:, None], right, left), column, PICK)
+    return picked
 
 
 @triton.jit
@@ -125,7 +129,7 @@ def store_target_logits(out, targets, row_starts, row, R, longest, y, first_colu
         target = tl.load(targets + begin + i, mask=i < count, other=-1) - first_column
         hit = (i < count) & (target >= 0) & (target < y.shape[1])
         if tl.max(hit.to(tl.int32), axis=0) > 0:
-            tl.store(out + begin + i, pick(y, tl.where(hit, target, 0).to(tl.int32)), mask=hit)
+            tl.store(out + begin + i, pick(y, tl.where(hit, target, 0).to(tl.int32), pick), mask=hit)
 
 
 @triton.jit
@@ -246,7 +250,7 @@ def linear_forward_kernel(
             won = tile_key > key
             key = tl.where(won, tile_key, key)
             if any_wins(won, ASK):
-                chosen = descend(left, right, left_mass, right_mass, threshold * tile_mass)
+                chosen = descend(left, right, left_mass, right_mass, threshold * tile_mass, descend)
                 sample = tl.where(won, first_column + chosen, sample)
 
         new_top = tl.maximum(top, tile_top)
@@ -373,7 +377,7 @@ def asks(hidden: Tensor) -> bool:
     Products in half precision lie in tensor memory on sm_100, where triton 3.6 finds no layout for a condition that
     depends on them. To look for a column in every tile takes less than 1 % of the time of a product at H = 4096.
     """
-    return hidden.dtype == torch.float32 or not architecture(hidden.device).startswith("sm_10")
+    return hidden.dtype == torch.float32 or not tuning.architecture(hidden.device).startswith("sm_10")
 
 
 def has_descriptor(matrix: Tensor) -> bool:

@@ -12,8 +12,6 @@ import triton.language as tl
 
 # Spacing of the uniforms of `uint_to_uniform_float` near 0; half of it keeps them away from 0 itself.
 HALF_SPACING = tl.constexpr(2.0**-32)
-# Enough for tiles of 4096 columns; those after the last halving compile to nothing.
-MAX_HALVINGS = tl.constexpr(11)
 
 
 @triton.jit
@@ -30,21 +28,20 @@ def go_right(threshold, left_mass, right_mass):
 
 
 @triton.jit
-def descend(left, right, left_mass, right_mass, threshold):
+def descend(left, right, left_mass, right_mass, threshold, DESCEND: tl.constexpr):
     """Column (BLOCK_R,) of [left, right] where the running sum of the masses passes the threshold.
 
     Halving the columns at each step adds every mass up twice, where a prefix sum would exchange each between threads.
-    The loop is unrolled, since the shapes change; Triton 3.4 has no recursion.
+    ``DESCEND`` is this function: Triton 3.4 follows a name without an end when it hashes a function that has its own.
     """
     right_taken = go_right(threshold, left_mass, right_mass)
-    column = right_taken.to(tl.int32)  # its binary digits so far, from the highest
-    for _ in tl.static_range(MAX_HALVINGS):
-        if left.shape[1] > 1:
-            threshold = tl.where(right_taken, threshold - left_mass, threshold)
-            left, right = halves(tl.where(right_taken[:, None], right, left))
-            left_mass, right_mass = tl.sum(left, axis=1), tl.sum(right, axis=1)
-            right_taken = go_right(threshold, left_mass, right_mass)
-            column = 2 * column + right_taken.to(tl.int32)
+    offset = tl.where(right_taken, left.shape[1], 0)
+    if left.shape[1] == 1:
+        column = offset
+    else:
+        threshold = tl.where(right_taken, threshold - left_mass, threshold)
+        left, right = halves(tl.where(right_taken[:, None], right, left))
+        column = offset + DESCEND(left, right, tl.sum(left, axis=1), tl.sum(right, axis=1), threshold, DESCEND)
     return column
 
 
