@@ -46,11 +46,9 @@ class SequenceLoss(Protocol):
 
     Attributes:
         filters: what leaves out small gradients, or None.
-        known_beforehand: whether the coefficients depend on no log-probability, so that :meth:`coefficients` has them.
     """
 
     filters: GradientFilter | None
-    known_beforehand: bool
 
     def contrast(self, logps: Tensor, part: ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sums (s,) of a chunk's segments and, if ``wanted``, dloss / dlogp (n,) of each of its slots.
@@ -58,8 +56,8 @@ class SequenceLoss(Protocol):
         ``logps`` (n,) are the log-probabilities of the slots.
         """
 
-    def coefficients(self, part: ChunkTokens) -> Tensor:
-        """Return dloss / dlogp (n,) of each slot of a chunk before its log-probabilities are known."""
+    def coefficients(self, part: ChunkTokens) -> Tensor | None:
+        """Return dloss / dlogp (n,) of each slot of a chunk, or None where it depends on the log-probabilities."""
 
 
 class Gradients:
@@ -138,16 +136,16 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
         logps, forwards = sums.new_zeros(last - first), []
-        coef = loss.coefficients(part) if loss.known_beforehand else None
+        known = loss.coefficients(part)
         for block in blocks:
-            if coef is not None:
-                logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, coef[block.order])
+            if known is not None:
+                logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, known[block.order])
                 grads.add(Kept(dlogits, block.rows, absent=block.absent))
             else:
                 forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
                 logps[block.order] = forward.logps
                 forwards.append(forward)
-        sums[part.segments], coef = loss.contrast(logps, part, needs_any and not loss.known_beforehand)
+        sums[part.segments], coef = loss.contrast(logps, part, needs_any and known is None)
         if coef is None:
             continue
         for block, forward in zip(blocks, forwards, strict=True):

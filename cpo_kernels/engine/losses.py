@@ -160,8 +160,10 @@ class CPOLossOfCall:
         also = None if self.always is None else self.always[part.segments]
         return sums, self.filters.drop_candidates(of_contrast, coef, logps, part.slots, also)
 
-    def coefficients(self, part: loop.ChunkTokens) -> Tensor:
-        """Return the coefficients of a chunk's slots where the contrast has no weight."""
+    def coefficients(self, part: loop.ChunkTokens) -> Tensor | None:
+        """Return the coefficients of a chunk's slots where the contrast has no weight, else None."""
+        if not self.known_beforehand:
+            return None
         here = self.problem.chunk(part.groups, part.segments)
         none = torch.zeros_like(here.lengths, dtype=accumulate_dtype(self.call.logits_dtype))
         coef = here.sum_coefficients(none) * self.gain
@@ -217,8 +219,6 @@ class OwnLossOfCall:
     ``loss_fn`` sees (groups, candidates), or packed segments if ``candidates`` is None.
     """
 
-    known_beforehand = False
-
     def __init__(
         self,
         call: Call,
@@ -255,9 +255,8 @@ class OwnLossOfCall:
             return sums, (coef * self.gain).repeat_interleave(part.slots, output_size=logps.numel())
         return sums, self.filters.drop_candidates(coef, coef * self.gain, logps, part.slots)
 
-    def coefficients(self, part: loop.ChunkTokens) -> Tensor:
-        """Raise: what a user's function does with the log-probabilities is not known."""
-        raise NotImplementedError("the coefficients of loss_fn depend on the log-probabilities")
+    def coefficients(self, part: loop.ChunkTokens) -> None:
+        """Return None: what a user's function does with the log-probabilities is not known."""
 
     def grouped(self, sums: Tensor, groups: range) -> Tensor:
         """Shape the sums of some groups as ``loss_fn`` takes them."""
