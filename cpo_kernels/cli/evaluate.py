@@ -12,6 +12,7 @@ from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.trainer.data import tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
@@ -37,10 +38,6 @@ def run(arguments: Sequence[str]) -> None:
     examples = inputs.eval_examples()
     if examples is None:
         raise InputError("there are no held-out examples; give eval_data, eval_split or eval_fraction")
-    with input_errors(TypeError):
-        data = tokenize_examples(
-            examples, tokenizer, max_length=config.max_length, max_prompt_length=config.prompt_budget
-        )
     directory = Path(options.eval_dir or Path(str(config.output_dir), "evaluation"))
     directory.mkdir(parents=True, exist_ok=True)
     generates = options.eval_generations != 0
@@ -49,6 +46,13 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors(RuntimeError):
         attach_linear_loss(model)  # This raises for a model that cannot be read.
     with input_errors():
+        data = tokenize_examples(
+            examples,
+            tokenizer,
+            max_length=config.max_length,
+            max_prompt_length=config.prompt_budget,
+            eos_token_id=end_token_ids(tokenizer, model),
+        )
         report = evaluate_model(
             model,
             tokenizer,

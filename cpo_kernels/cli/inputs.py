@@ -71,6 +71,23 @@ class Inputs:
             raise InputError(NO_MODEL)
         return load_tokenizer(name, self.run)
 
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """How many embeddings the model has by its configuration, without loading it; None where that is not said."""
+        from transformers import AutoConfig
+
+        if self.run.tiny:
+            return len(self.tokenizer)
+        if self.run.model is None:
+            return None
+        try:
+            config = AutoConfig.from_pretrained(
+                self.run.model, revision=self.run.revision, trust_remote_code=self.run.trust_remote_code
+            )
+        except (OSError, ValueError):  # Loading the model says what is wrong with it.
+            return None
+        return getattr(config.get_text_config(), "vocab_size", None)
+
     def model(self) -> Any:
         """Make the model to start from."""
         training = self.settings.training
@@ -138,6 +155,7 @@ class Inputs:
                 name=run.data_name,
                 tokenizer=self.tokenizer,
                 max_examples=count,
+                vocab_size=self.vocab_size,
                 **{item.name: getattr(run, item.name) for item in dataclasses.fields(ExampleOptions)},
             )
 

@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
+from cpo_kernels.negatives.endings import end_token_ids, without_end
 from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
-from cpo_kernels.trainer.formats import normalize_example
+from cpo_kernels.trainer.encoding import text_behind
+from cpo_kernels.trainer.formats import Example, normalize_example
 from cpo_kernels.trainer.ranking import Ranking
 from cpo_kernels.trainer.reference import Reference
 from cpo_kernels.trainer.writing import EndpointWriter, ModelWriter, Written, sampling_of
@@ -51,11 +53,13 @@ class Job:
         with input_errors(TypeError):
             rows = inputs.train_examples()
             self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
-            self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
         self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
+        model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
+        self.ends = end_token_ids(self.tokenizer, model)
+        with input_errors():
+            self.data = tokenize_examples(rows, self.tokenizer, eos_token_id=self.ends, **lengths)
         # The same for all parts, so that they do not depend on where one begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
-        model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
         self.writer: ModelWriter | EndpointWriter
         if model is None:
             with input_errors(RuntimeError):
@@ -87,7 +91,7 @@ class Job:
         for start in range(0, len(self.data), self.run.negatives_part):
             stop = min(start + self.run.negatives_part, len(self.data))
             ids = [[list(self.data.prompts[i]), list(self.data.completions[i])] for i in range(start, stop)]
-            text = json.dumps([common, start, ids, self.examples[start:stop]])
+            text = json.dumps([common, start, ids, [asdict(example) for example in self.examples[start:stop]]])
             parts.append(Part(start, stop, hashlib.sha256(text.encode()).hexdigest()))
         return parts
 
@@ -95,12 +99,14 @@ class Job:
         """Write the negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
-        drawn = self._draw(prompts, part)
-        kept = [
-            [ids for ids in own if not self._is_truth(ids, truth)] for own, truth in zip(drawn, truths, strict=True)
-        ]
+        kept: Written = []
+        texts: list[list[str]] = []
+        for index, own in enumerate(self._draw(prompts, part), start=part.start):
+            wrong = [(ids, self._text(index, ids)) for ids in own if not self._is_truth(index, ids)]
+            kept.append([ids for ids, text in wrong if text is not None])
+            texts.append([text for _, text in wrong if text is not None])
         ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
-        return {"negatives": self._as_written(kept), "ranks": ranks}
+        return {"negatives": texts if self.as_text else kept, "ranks": ranks}
 
     def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
         keys, count = range(part.start, part.stop), self.run.negatives_count
@@ -110,34 +116,35 @@ class Job:
         with input_errors(RuntimeError):
             return self.writer(prompts, keys, count, sampling)
 
-    def _is_truth(self, ids: Sequence[int], truth: Sequence[int]) -> bool:
+    def _is_truth(self, index: int, ids: Sequence[int]) -> bool:
         """Tell whether what was drawn is the ground truth in the form it is written in; EOS alone is a fair draw."""
+        truth = self.data.completions[index]
         if self.as_text:
-            first, second = self.tokenizer.batch_decode([list(ids), list(truth)], skip_special_tokens=True)
-            return first == second
-        eos = self.tokenizer.eos_token_id
-        return _without(ids, eos) == _without(truth, eos)
+            return self._text(index, ids) == self._text(index, truth)
+        return without_end(ids, self.ends) == without_end(truth, self.ends)
 
-    def _as_written(self, negatives: list[list[list[int]]]) -> list[Any]:
-        if not self.as_text:
-            return negatives
-        return [self.tokenizer.batch_decode(own, skip_special_tokens=True) if own else [] for own in negatives]
+    def _text(self, index: int, ids: Sequence[int]) -> str | None:
+        """Return what was drawn for an example as a text behind its prompt's; None where it cannot be one.
+
+        A prompt such as "the cat " ends within the token " sat" of its completion: no text behind it begins with a
+        comma. Where token ids are written there is no such draw, and the text is not used.
+        """
+        prompt = self.examples[index].prompt
+        prompt_text = prompt if self.as_text and isinstance(prompt, str) else None
+        return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt_text)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the examples that negatives are put to, in the form that these have."""
-        if self.as_text:
-            return self.examples
         data, rows = self.data, []
         for index, example in enumerate(self.examples):
-            own = [] if data.negatives is None else [list(ids) for ids in data.negatives[index]]
-            ids = {"prompt": list(data.prompts[index]), "completion": list(data.completions[index]), "negatives": own}
-            rows.append(example | ids)
+            prompt, (completion, *negatives) = example.prompt, example.candidates
+            if not self.as_text:
+                prompt, completion = list(data.prompts[index]), list(data.completions[index])
+                negatives = [] if data.negatives is None else [list(ids) for ids in data.negatives[index]]
+            row = {"prompt": prompt, "completion": completion, "negatives": negatives}
+            rows.append(row | {"ranks": example.ranks, "kinds": example.kinds})
         return rows
 
 
-def _is_text(example: dict[str, Any]) -> bool:
-    return all(isinstance(value, str) for value in (example["prompt"], example["completion"], *example["negatives"]))
-
-
-def _without(ids: Sequence[int], eos: int) -> list[int]:
-    return list(ids[:-1] if len(ids) and ids[-1] == eos else ids)
+def _is_text(example: Example) -> bool:
+    return not example.rendered and all(isinstance(value, str) for value in (example.prompt, *example.candidates))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, sampling
 
+from .endings import as_ids, until_end
 from .seeds import token_seeds
 
 
@@ -60,7 +61,7 @@ def autoregressive_negatives(
     prompts: Sequence[Sequence[int]],
     count: int,
     *,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     pad_token_id: int,
     sampling: Sampling | None = None,
     keys: Sequence[int] | None = None,
@@ -77,7 +78,7 @@ def autoregressive_negatives(
         model: a causal language model of ``transformers`` or a ``PeftModel`` of one.
         prompts: token ids of each prompt, at least one. A prompt and its completion must fit the model's positions.
         count: how many completions of each.
-        eos_token_id: the token that ends a completion.
+        eos_token_id: the token that ends a completion, or every one that may.
         pad_token_id: any token; it is masked.
         sampling: how to sample; default: :class:`Sampling`'s own.
         keys: an integer a prompt, such as the index of its example, that what is drawn for it depends on besides the
@@ -113,11 +114,12 @@ def autoregressive_negatives(
     if synced_gpus:
         batches += [[]] * (_most_of_all(len(batches), model.device) - len(batches))
     completions: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
-    options: dict[str, Any] = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
+    ends = list(as_ids(eos_token_id))
+    options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
     with _ready_to_generate(model):
         for batch in batches:
             # Beside other processes' batches, any prompt will do.
-            texts = [prompts[index] for index, _ in batch] or [[eos_token_id]]
+            texts = [prompts[index] for index, _ in batch] or [ends[:1]]
             keyed = torch.tensor([seeds[index][sample] for index, sample in batch] or [0], device="cpu")
             drawn = _generate(model, texts, keyed, sampling, **options)
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
@@ -149,7 +151,7 @@ def _generate(
     seeds: Tensor,
     sampling: Sampling,
     *,
-    eos_token_id: int,
+    eos_token_id: list[int],
     pad_token_id: int,
     synced_gpus: bool,
 ) -> list[list[int]]:
@@ -176,12 +178,8 @@ def _generate(
         logits_processor=processors,
         synced_gpus=synced_gpus,
     )
-    return [_ended(completion, eos_token_id) for completion in out[:, width:].tolist()]
-
-
-def _ended(completion: list[int], eos: int) -> list[int]:
-    """Cut the completion behind its EOS; what follows in a batch is padding."""
-    return completion[: completion.index(eos) + 1] if eos in completion else completion
+    # Behind the end of a completion there is padding.
+    return [until_end(completion, eos_token_id) for completion in out[:, width:].tolist()]
 
 
 def _warpers(sampling: Sampling) -> list[Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from random import Random
 
 from .batch import batch_negatives
+from .endings import without_end
 from .truncation import truncation_negatives
 
 
@@ -41,14 +42,14 @@ class Task:
     Args:
         completions: token ids of every example's completion.
         index: the place of the example among them.
-        eos_token_id: the token that ends a completion.
+        eos_token_id: the token that ends a completion, or every one that may.
         room: how many tokens fit behind the example's prompt; None for any number.
         rank: the rank that drawn negatives get.
     """
 
     completions: Sequence[Sequence[int]]
     index: int
-    eos_token_id: int
+    eos_token_id: int | Sequence[int]
     room: int | None = None
     rank: int = 1
 
@@ -64,7 +65,10 @@ def _draw_batch(task: Task, count: int, rng: Random) -> list[Negative]:
 
 
 def _draw_truncation(task: Task, count: int, rng: Random) -> list[Negative]:
-    cuts = truncation_negatives(task.completions[task.index], task.eos_token_id, count, rng)
+    completion = task.completions[task.index]
+    if not without_end(completion, task.eos_token_id):  # An answer of nothing has no beginning.
+        return []
+    cuts = truncation_negatives(completion, task.eos_token_id, count, rng)
     return [Negative("truncation", cut=cut, rank=task.rank) for cut in cuts]
 
 

@@ -11,11 +11,14 @@ Where no EOS is drawn, not even in the place of the ground truth's own, it is a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from cpo_kernels.engine.statistics import linear_token_statistics
+
+from .endings import until_end
 
 
 class MeanField(NamedTuple):
@@ -52,21 +55,15 @@ def mean_field_negatives(
     return MeanField(out.logps, out.samples.T)
 
 
-def finish(samples: Tensor, eos_token_id: int) -> list[list[int]]:
+def finish(samples: Tensor, eos_token_id: int | Sequence[int]) -> list[list[int]]:
     """Make completions of the sequences (count, T) drawn for one ground truth, each cut behind its first EOS.
+
+    ``eos_token_id`` is the token that ends a completion, or every one that may.
 
     A token that could not be drawn, -100 (its row has no distribution: NaN), ends its sequence before it.
     """
-    return [_cut(sequence, eos_token_id) for sequence in samples.tolist()]
-
-
-def _cut(sequence: list[int], eos_token_id: int) -> list[int]:
-    for place, token in enumerate(sequence):
-        if token == eos_token_id:
-            return sequence[: place + 1]
-        if token < 0:
-            return sequence[:place]
-    return sequence
+    drawn = [list(takewhile(lambda token: token >= 0, sequence)) for sequence in samples.tolist()]
+    return [until_end(sequence, eos_token_id) for sequence in drawn]
 
 
 def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:

@@ -10,18 +10,23 @@ from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
+from .endings import end_of, without_end
+
 Row = TypeVar("Row")
 
 
-def truncation_negatives(completion: Sequence[int], eos_token_id: int, count: int, rng: Random) -> list[int]:
+def truncation_negatives(
+    completion: Sequence[int], eos_token_id: int | Sequence[int], count: int, rng: Random
+) -> list[int]:
     """Draw where to cut a completion.
 
     A cut c keeps the first c tokens and puts EOS in place of the next. Cuts are drawn uniformly without replacement
-    from 1 to the last that leaves something out; a completion of a single token besides EOS is cut to EOS alone.
+    from 1 to the last that leaves something out besides EOS; a completion of a single token besides EOS is cut to EOS
+    alone.
 
     Args:
         completion: token ids of the ground truth, with or without EOS at its end.
-        eos_token_id: the token that ends a completion.
+        eos_token_id: the token that ends a completion, or every one that may.
         count: how many cuts to draw.
         rng: source of randomness; the result is a function of its state and of the completion alone.
 
@@ -31,7 +36,7 @@ def truncation_negatives(completion: Sequence[int], eos_token_id: int, count: in
     Raises:
         ValueError: the completion holds nothing besides EOS.
     """
-    content = len(completion) - (len(completion) > 0 and completion[-1] == eos_token_id)
+    content = len(without_end(completion, eos_token_id))
     if content == 0:
         raise ValueError("a completion without tokens besides EOS cannot be truncated")
     cuts = range(1, content) if content > 1 else range(1)
@@ -39,7 +44,7 @@ def truncation_negatives(completion: Sequence[int], eos_token_id: int, count: in
 
 
 def truncate(
-    completion: Sequence[int], rows: Sequence[Row], cut: int, eos_token_id: int
+    completion: Sequence[int], rows: Sequence[Row], cut: int, eos_token_id: int | Sequence[int]
 ) -> tuple[list[int], list[Row]]:
     """Return the truncated candidate's tokens as a :class:`~cpo_kernels.CandidateLayout` takes them.
 
@@ -47,7 +52,8 @@ def truncate(
         completion: (T,) token ids of the ground truth.
         rows: (T,) the row of ``hidden`` that predicts each of them, or whatever stands for it.
         cut: how many tokens to keep, in [0, T).
-        eos_token_id: the token that ends the candidate.
+        eos_token_id: the token that ends the candidate; of several, the one that ends the completion, or else the
+            first.
 
     Returns:
         targets and rows of the candidate's ``cut + 1`` tokens; the rows are the ground truth's own.
@@ -59,4 +65,4 @@ def truncate(
         raise ValueError(f"rows must have one entry per token, {len(completion)}, got {len(rows)}")
     if not 0 <= cut < len(completion):
         raise ValueError(f"cut must be in [0, {len(completion)}), got {cut}")
-    return [*completion[:cut], eos_token_id], list(rows[: cut + 1])
+    return [*completion[:cut], end_of(completion, eos_token_id)], list(rows[: cut + 1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cpo_kernels.models import StatisticsRequest
+from cpo_kernels.negatives.endings import end_of
 from cpo_kernels.negatives.seeds import generator, pass_seed, token_seeds
 
 from .batch import ContrastBatch, body_inputs
@@ -53,7 +54,7 @@ def read(
     model: nn.Module,
     passages: Sequence[Passage],
     count: int,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[Reading]:
@@ -63,7 +64,7 @@ def read(
         model: with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
         passages: what is read.
         count: draws of each token.
-        eos_token_id: ends a truncation.
+        eos_token_id: the token that ends a truncation; of several, the one that ends its ground truth, or the first.
         head: options of the head.
         device: of the model.
     """
@@ -76,9 +77,10 @@ def read(
     starts = tensors["cu_tokens"]
     ends = [start + cut for start, passage in zip(starts, passages, strict=False) for cut in passage.cuts]
     places = torch.tensor(ends, dtype=torch.int64, device=device)
+    last_tokens = [end_of(passage.completion, eos_token_id) for passage in passages for _ in passage.cuts]
     seeds = torch.cat([passage.seeds for passage in passages]).to(device)
     request = StatisticsRequest(
-        torch.cat([inputs["targets"], torch.full_like(places, eos_token_id)]),
+        torch.cat([inputs["targets"], places.new_tensor(last_tokens)]),
         torch.cat([inputs["rows"], inputs["rows"][places]]),
         seed=torch.cat([seeds, torch.zeros_like(places)]),
         num_samples=count,
@@ -103,7 +105,7 @@ def scheduled_conditions(
     keys: Sequence[tuple[int, int, int]],
     probability: float,
     passes: int,
-    eos_token_id: int,
+    eos_token_id: int | Sequence[int],
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[list[int]]:
@@ -118,7 +120,7 @@ def scheduled_conditions(
         keys: (seed, step, example) of each, which alone decide what is drawn.
         probability: that a token is replaced.
         passes: sampling passes.
-        eos_token_id: of the tokenizer.
+        eos_token_id: the token that ends a completion, or every one that may.
         head: options of the head.
         device: of the model.
     """

@@ -39,13 +39,13 @@ class ContrastBatch:
     of all its candidates.
 
     Args:
-        eos_token_id: ends a truncation.
+        eos_token_id: the token that ends a truncation; of several, the one that ends its ground truth, or the first.
         pad_token_id: fills rows up.
         max_length: tokens of a prompt and a completion together, at most; None for no limit.
         share_prefixes: run a group's prompt and candidates as one row of the body wherever that saves enough tokens.
     """
 
-    eos_token_id: int
+    eos_token_id: int | Sequence[int]
     pad_token_id: int = 0
     max_length: int | None = None
     share_prefixes: bool = False

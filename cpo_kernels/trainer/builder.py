@@ -22,7 +22,7 @@ class BatchBuilder:
 
     Args:
         config: the objective and its limits.
-        tokenizer: for EOS and padding.
+        tokenizer: for padding.
         negatives: draws them.
         ranking: orders them.
         share_prefixes: whether prompts may be shared by their candidates.
@@ -36,8 +36,8 @@ class BatchBuilder:
 
     def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
         """Make the groups of some examples as they are at ``step``, with negatives if ``contrast``."""
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        batch = ContrastBatch(eos, eos if pad is None else pad, self.config.max_length, self.share_prefixes)
+        ends, pad = self.negatives.ends, self.tokenizer.pad_token_id
+        batch = ContrastBatch(ends, ends[0] if pad is None else pad, self.config.max_length, self.share_prefixes)
         drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
         conditions = self._conditions(examples, indices, step)
         for index, own, condition in zip(indices, drawn, conditions, strict=True):
@@ -82,7 +82,7 @@ class BatchBuilder:
                 [(self.negatives.seed, step, index) for index in indices],
                 self.config.scheduled_sampling_probability,
                 self.config.scheduled_sampling_passes,
-                self.tokenizer.eos_token_id,
+                self.negatives.ends,
                 sources.head,
                 sources.device,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cpo_kernels.negatives import KINDS
+from cpo_kernels.negatives.endings import as_ids, end_token_ids
 
+from .encoding import encode_examples
 from .formats import normalize_example
 
 TOKENIZER_BATCH = 1000
@@ -65,6 +67,18 @@ class TokenizedExamples(Dataset):
                     f"example {index} has {len(prompt)} + {len(completion)} tokens, max_length is {max_length}"
                 )
 
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Raise ``ValueError`` for a token id that a model with ``vocab_size`` embeddings has none for."""
+        for index, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
+            own = () if self.negatives is None else self.negatives[index]
+            for name, ids in (("prompt", prompt), ("completion", completion), *(("negative", ids) for ids in own)):
+                if min(ids) < 0 or max(ids) >= vocab_size:
+                    bad = next(token for token in ids if not 0 <= token < vocab_size)
+                    raise ValueError(
+                        f"the {name} of example {index} has the token id {bad}, but the model has {vocab_size} "
+                        "embeddings; a tokenizer with more tokens needs model.resize_token_embeddings(len(tokenizer))"
+                    )
+
     def __len__(self) -> int:
         return len(self.prompts)
 
@@ -106,15 +120,26 @@ def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def tokenize_examples(
-    examples: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int, max_prompt_length: int
+    examples: Iterable[Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    vocab_size: int | None = None,
 ) -> TokenizedExamples:
     """Turn examples into token ids.
 
-    A prompt is tokenised with the special tokens that the tokenizer puts before a text; an empty one becomes BOS. Of
-    a prompt over ``max_prompt_length`` the end is kept, after BOS if it began with it. A completion is tokenised
-    without special tokens and ended with EOS; one that does not fit in ``max_length`` loses its end, EOS included. So
-    are negatives, but for the token ids of those that a model has drawn, which may have been cut off: they are taken as
-    they are. An empty negative is EOS alone: a model that ended at once.
+    A prompt and the completion behind it are tokenised as one text, with the special tokens that the tokenizer puts
+    before a text; the prompt is what its own tokens have in common with those of every joined text, as in TRL, so that
+    a token which reaches over the boundary belongs to the completion. Conversations likewise, as the chat template
+    writes them. An empty prompt becomes BOS. Of a prompt over ``max_prompt_length`` the end is kept, after BOS if it
+    began with it.
+
+    A completion is ended with EOS unless it ends with one already, be it that of a turn; white space behind that is
+    left out, since nothing is ever generated there. An empty one is EOS alone. One that does not fit in ``max_length``
+    loses its end, EOS included. So are negatives, but for the token ids of those that a model has drawn, which may have
+    been cut off: they are taken as they are.
 
     Args:
         examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
@@ -123,51 +148,50 @@ def tokenize_examples(
         tokenizer: a tokenizer of ``transformers`` with an EOS token.
         max_length: tokens of prompt and completion together, at most.
         max_prompt_length: tokens of the prompt, at most; smaller than ``max_length``.
+        eos_token_id: every token that ends a completion; the first is put behind one that has none. Default: the
+            tokenizer's EOS, and the token that its chat template ends an answer with.
+        vocab_size: how many embeddings the model has; None leaves token ids unchecked.
 
     Raises:
         TypeError: data without a length, such as a stream: batch negatives are drawn from all of it.
         ValueError: no examples, no EOS token, or an example without a key, with a value that is neither text nor token
-            ids, with an empty completion, or with an empty prompt that no BOS token can stand for; it is named.
+            ids, with text that has no encoding, with a token id beyond the embeddings, or with an empty prompt that no
+            BOS token can stand for; it is named.
     """
     if not hasattr(examples, "__len__"):
         raise TypeError(f"expected examples with a length, got {type(examples).__name__}; streams are not supported")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, which ends every completion; set tokenizer.eos_token")
+    ends = end_token_ids(tokenizer) if eos_token_id is None else as_ids(eos_token_id)
+    finish = _Finish(tokenizer, ends)
     prompts: list[Sequence[int]] = []
     completions: list[Sequence[int]] = []
     negatives: list[list[list[int]]] = []
     ranks: list[list[int] | None] = []
     kinds: list[list[str]] = []
     for start, chunk in _chunks(examples):
-        normal = [normalize_example(example, start + offset, tokenizer) for offset, example in enumerate(chunk)]
-        texts = [("prompt", start + i, example["prompt"]) for i, example in enumerate(normal)]
-        raw_prompts = _encode(texts, tokenizer, add_special_tokens=True)
-        texts = []
-        for i, example in enumerate(normal):
-            texts.append(("completion", start + i, example["completion"]))
-            texts += [("negatives", start + i, negative) for negative in example["negatives"]]
-        raw_completions = iter(_encode(texts, tokenizer, add_special_tokens=False))
-        for i, (prompt, example) in enumerate(zip(raw_prompts, normal, strict=True)):
-            prompt = _finish_prompt(prompt, tokenizer, max_prompt_length, start + i)
-            limit = max_length - len(prompt)
-            completion = next(raw_completions)
-            if not completion or completion == [tokenizer.eos_token_id]:
-                raise ValueError(f"the completion of example {start + i} is empty")
-            prompts.append(prompt)
-            completions.append(_end(completion, tokenizer.eos_token_id, limit))
+        normal = [normalize_example(row, start + offset, tokenizer, vocab_size) for offset, row in enumerate(chunk)]
+        for example, (prompt, candidates) in zip(normal, encode_examples(normal, tokenizer, ends), strict=True):
+            prompts.append(finish.prompt(prompt, max_prompt_length, len(prompts)))
+            room = max_length - len(prompts[-1])
+            completions.append(finish.completion(candidates[0], room))
+            drawn = [
+                KINDS[kind].by_model and not isinstance(given, str)
+                for kind, given in zip(example.kinds, example.candidates[1:], strict=True)
+            ]
             negatives.append(
                 [
-                    _finish_negative(next(raw_completions), given, kind, tokenizer.eos_token_id, limit)
-                    for given, kind in zip(example["negatives"], example["kinds"], strict=True)
+                    ids[:room] if as_drawn and ids else finish.completion(ids, room)
+                    for ids, as_drawn in zip(candidates[1:], drawn, strict=True)
                 ]
             )
-            ranks.append(example["ranks"])
-            kinds.append(example["kinds"])
+            ranks.append(example.ranks)
+            kinds.append(example.kinds)
     if not prompts:
         raise ValueError("expected at least one example, got none")
-    if not any(negatives):
-        return TokenizedExamples(prompts, completions)
-    return TokenizedExamples(prompts, completions, negatives, ranks, kinds)
+    brought = (negatives, ranks, kinds) if any(negatives) else (None, None, None)
+    tokenized = TokenizedExamples(prompts, completions, *brought)
+    if vocab_size is not None:
+        tokenized.check_token_ids(vocab_size)
+    return tokenized
 
 
 def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
@@ -182,43 +206,36 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
         yield start, chunk
 
 
-def _encode(values: Sequence[tuple[str, int, Any]], tokenizer: Any, add_special_tokens: bool) -> list[list[int]]:
-    """Turn values of (name, index of the example, string or token ids) into token ids."""
-    texts = [value for _, _, value in values if isinstance(value, str)]
-    encoded = iter(tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"] if texts else [])
-    appends_eos = add_special_tokens and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    ids = []
-    for name, index, value in values:
-        if isinstance(value, str):
-            tokens = list(next(encoded))
-            ids.append(tokens[:-1] if appends_eos else tokens)
-        elif isinstance(value, (list, tuple)) and all(isinstance(token, int) for token in value):
-            ids.append(list(value))
-        else:
-            kind = type(value).__name__
-            raise ValueError(f"{name!r} of example {index} must be a string or a list of token ids, got {kind}")
-    return ids
+class _Finish:
+    """Cuts prompts and completions to their lengths, and ends completions.
 
+    Args:
+        tokenizer: of the token ids.
+        ends: every token that ends a completion; the first is put behind one that has none.
+    """
 
-def _finish_prompt(ids: list[int], tokenizer: Any, limit: int, index: int) -> list[int]:
-    bos = tokenizer.bos_token_id
-    if not ids:
-        if bos is None:
-            raise ValueError(
-                f"the prompt of example {index} is empty and the tokenizer has no BOS token to stand for it; the first "
-                "token of a completion needs a row that predicts it"
-            )
-        return [bos]
-    if len(ids) <= limit:
-        return ids
-    return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[-limit:]
+    def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
+        self.tokenizer, self.ends = tokenizer, ends
+        self._is_space = cache(lambda token: not tokenizer.decode([token]).strip())
 
+    def prompt(self, ids: list[int], limit: int, index: int) -> list[int]:
+        """Return at most ``limit`` tokens of the prompt of example ``index``, at least one."""
+        bos = self.tokenizer.bos_token_id
+        if not ids:
+            if bos is None:
+                raise ValueError(
+                    f"the prompt of example {index} has no token of its own and the tokenizer has no BOS token to "
+                    "stand for it; the first token of a completion needs a row that predicts it"
+                )
+            return [bos]
+        if len(ids) <= limit:
+            return ids
+        return [bos, *ids[len(ids) - limit + 1 :]] if ids[0] == bos else ids[-limit:]
 
-def _finish_negative(ids: list[int], given: Any, kind: str, eos: int, limit: int) -> list[int]:
-    drawn = KINDS[kind].by_model and not isinstance(given, str)
-    return ids[:limit] if drawn and ids else _end(ids, eos, limit)
-
-
-def _end(ids: list[int], eos: int, limit: int) -> list[int]:
-    """End the completion with EOS and leave at most ``limit`` tokens."""
-    return (ids if ids and ids[-1] == eos else [*ids, eos])[:limit]
+    def completion(self, ids: list[int], room: int) -> list[int]:
+        """End a completion and return at most ``room`` of its tokens."""
+        length = len(ids)
+        while length and ids[length - 1] not in self.ends and self._is_space(ids[length - 1]):
+            length -= 1
+        ended = length and ids[length - 1] in self.ends
+        return (ids[:length] if ended else [*ids, self.ends[0]])[:room]

@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from transformers import PrinterCallback
 from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives import seeds
 from cpo_kernels.negatives.autoregressive import Sampling
+from cpo_kernels.negatives.endings import as_ids, end_token_ids
 from cpo_kernels.negatives.kinds import counted_kinds
 
 from .config import CPOConfig
 from .data import TokenizedExamples
+from .encoding import text_behind
 from .files import write_whole
 from .judges import Judge
 from .reference import fingerprint
@@ -64,15 +67,16 @@ class GenerationStatistics:
 
 
 def generation_statistics(
-    completions: Sequence[Sequence[int]], eos_token_id: int | None = None
+    completions: Sequence[Sequence[int]], eos_token_id: int | Sequence[int] | None = None
 ) -> GenerationStatistics:
     """Measure length, end and repetition of completions.
 
     Args:
         completions: token ids of each; what follows an EOS is no part of it.
-        eos_token_id: the token that ends a completion, if one does.
+        eos_token_id: the token that ends a completion, or every one that may, if any does.
     """
-    texts = [_before(completion, eos_token_id) for completion in completions]
+    ends = () if eos_token_id is None else as_ids(eos_token_id)
+    texts = [tuple(takewhile(lambda token: token not in ends, completion)) for completion in completions]
     lengths = [len(text) for text in texts]
     ended = sum(len(text) < len(completion) for text, completion in zip(texts, completions, strict=True))
     repetition, distinct = {}, {}
@@ -85,15 +89,10 @@ def generation_statistics(
         count=len(texts),
         mean_length=_mean(lengths),
         median_length=float(statistics.median(lengths)) if lengths else float("nan"),
-        ended=None if eos_token_id is None or not texts else ended / len(texts),
+        ended=None if not ends or not texts else ended / len(texts),
         repetition=repetition,
         distinct=distinct,
     )
-
-
-def _before(completion: Sequence[int], eos_token_id: int | None) -> tuple[int, ...]:
-    tokens = tuple(completion)
-    return tokens[: tokens.index(eos_token_id)] if eos_token_id in tokens else tokens
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -224,12 +223,16 @@ def evaluate(
         indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
         completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
-    generated, true = (generation_statistics(side, tokenizer.eos_token_id) for side in (completions, truths))
+    generated, true = (generation_statistics(side, end_token_ids(tokenizer, model)) for side in (completions, truths))
     report = replace(report, sampling=sampling, generated=generated, truths=true)
     if judge is None:
         return report
-    sides = (prompts, completions, truths)
-    texts = ([tokenizer.decode(ids, skip_special_tokens=True) for ids in side] for side in sides)
+    asked = [tokenizer.decode(list(prompt), skip_special_tokens=True) for prompt in prompts]
+    answers = (
+        [text_behind(tokenizer, prompt, ids) or "" for prompt, ids in zip(prompts, side, strict=True)]
+        for side in (completions, truths)
+    )
+    texts = (asked, *answers)
     rate = win_rate(judge_pairs(judge, *texts, cache=None if folder is None else folder / VERDICTS))
     return replace(report, win_rate=rate, judge=_name(judge))
 
@@ -287,13 +290,14 @@ def _generations(
     A continuation is a function of the example's index and not of which others are drawn beside it.
     """
     path = None if directory is None else directory / GENERATIONS
-    asked = [fingerprint(model), asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
+    writer = ModelWriter(lambda: model, tokenizer)
+    asked = [fingerprint(model), asdict(sampling), writer.ends, list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["completions"]
-    completions = [drawn for (drawn,) in ModelWriter(lambda: model, tokenizer)(prompts, indices, 1, sampling)]
+    completions = [drawn for (drawn,) in writer(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))
     return completions

@@ -1,9 +1,10 @@
-"""The shapes that an example may have, brought to one: prompt, completion, negatives, their ranks and their kinds."""
+"""The shapes that an example may have, brought to one: a prompt, its candidates, their ranks and their kinds."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cpo_kernels.negatives import KINDS
@@ -11,8 +12,28 @@ from cpo_kernels.negatives import KINDS
 Value = Any  # A text, a list of token ids, or a conversation: a list of {"role", "content"}
 
 
-def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) -> dict[str, Any]:
-    """Bring one example to the form that training reads.
+@dataclass(frozen=True)
+class Example:
+    """One example in the form that is tokenised.
+
+    Attributes:
+        prompt: a text or a list of token ids.
+        candidates: the completion, then its negatives; each a text that follows the prompt's, or a list of token ids.
+        ranks: the ranks of the negatives, or None where the example gives none.
+        kinds: the kinds of the negatives.
+        rendered: whether the texts were rendered by a chat template. They then hold every special token, and each
+            candidate is the text of a whole conversation, the prompt's included.
+    """
+
+    prompt: str | list[int]
+    candidates: list[Any]
+    ranks: list[int] | None
+    kinds: list[str]
+    rendered: bool = False
+
+
+def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any, vocab_size: int | None = None) -> Example:
+    """Bring one example to the form that is tokenised.
 
     Accepted are ``{"prompt", "completion"}`` and TRL's preference data ``{"prompt", "chosen", "rejected"}``, each value
     a text, a list of token ids, or a conversation (a list of ``{"role", "content"}``); ``rejected`` is one value or a
@@ -22,62 +43,59 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any) ->
 
     - Without a prompt, what ``chosen`` and every ``rejected`` begin with is the prompt, by TRL's rule; so also where
       the prompt is a text and the others are conversations that repeat it.
-    - Conversations go through the tokenizer's chat template (with the example's ``"tools"`` and
-      ``"chat_template_kwargs"``) and become token ids: the prompt is what the templated prompt, followed by the header
-      of an answer, shares with all candidates, as in TRL. White space behind the EOS token that ends the last message
-      is left out: nothing is ever generated there.
+    - Conversations go through the tokenizer's chat template, with the example's ``"tools"`` and
+      ``"chat_template_kwargs"``. Keys whose value is ``None`` are left out of messages, tools and arguments at any
+      depth: tables fill the keys with it that a row does not have.
 
     Args:
         example: the example.
         index: its number, for messages.
         tokenizer: a tokenizer of ``transformers``; used for conversations only.
-
-    Returns:
-        ``"prompt"`` and ``"completion"``, a string or a list of token ids each; ``"negatives"``, a list of them that
-        may be empty; ``"ranks"``, a list of integers or None; ``"kinds"``, a list of strings, ``"given"`` where the
-        example does not say.
+        vocab_size: how many token ids the model has embeddings for; None leaves that unchecked.
 
     Raises:
-        ValueError: a field that is missing, of a wrong form or without its counterpart, or a conversation that the
-            tokenizer has no template for; the message names the example and the field.
+        ValueError: a field that is missing, of a wrong form or without its counterpart, a text that has no encoding, a
+            token id that the model has no embedding for, or a conversation that the tokenizer has no template for; the
+            message names the example and the field.
     """
     fields = {name: value for name, value in example.items() if value is not None}
-    prompt, completion, negatives, named = _candidates(fields, index)
-    if _is_conversation(completion):
-        prompt, completion, negatives = _apply_template(fields, index, prompt, completion, negatives, tokenizer)
-    return {
-        "prompt": prompt,
-        "completion": completion,
-        "negatives": negatives,
-        "ranks": _ranks(fields, index, named, len(negatives)),
-        "kinds": _kinds(fields, index, named, len(negatives)),
-    }
+    prompt, completion, negatives, named = _candidates(fields, index, vocab_size)
+    ranks = _ranks(fields, index, named, len(negatives))
+    kinds = _kinds(fields, index, named, len(negatives))
+    candidates = [completion, *negatives]
+    if not _is_conversation(completion):
+        return Example(prompt, candidates, ranks, kinds)
+    if not _is_conversation(prompt):
+        raise ValueError(f"the conversations of example {index} do not begin with the same message; expected a prompt")
+    render = _Renderer(fields, index, tokenizer)
+    texts = [render([*prompt, *candidate]) for candidate in candidates]
+    return Example(render.prompt(prompt), texts, ranks, kinds, rendered=True)
 
 
-def check_example(example: Mapping[str, Any], index: int) -> None:
+def check_example(example: Mapping[str, Any], index: int, vocab_size: int | None = None) -> None:
     """Raise ``ValueError`` for what :func:`normalize_example` would not take, chat templates aside."""
     fields = {name: value for name, value in example.items() if value is not None}
-    _, _, negatives, named = _candidates(fields, index)
+    _, _, negatives, named = _candidates(fields, index, vocab_size)
     _ranks(fields, index, named, len(negatives))
     _kinds(fields, index, named, len(negatives))
 
 
-def _candidates(fields: Mapping[str, Any], index: int) -> tuple[Value, Value, list[Value], str]:
+def _candidates(fields: Mapping[str, Any], index: int, vocab_size: int | None) -> tuple[Value, Value, list[Value], str]:
     """Read prompt, completion and negatives as the example has them, and the name of the field of negatives."""
     preference = [name for name in ("chosen", "rejected") if name in fields]
     if not preference:
-        prompt, completion = (_value(fields, name, index) for name in ("prompt", "completion"))
-        negatives = _values(fields, "negatives", index) if "negatives" in fields else []
+        prompt, completion = (_value(fields, name, index, vocab_size) for name in ("prompt", "completion"))
+        negatives = _values(fields, "negatives", index, vocab_size) if "negatives" in fields else []
         _check_forms(index, {"prompt": [prompt], "completion": [completion], "negatives": negatives})
         return prompt, completion, negatives, "negatives"
     for other in ("completion", "negatives"):
         if other in fields:
             raise ValueError(f"example {index} has both {preference[0]!r} and {other!r}; expected one of the two forms")
-    chosen = _value(fields, "chosen", index)
-    rejected = _values(fields, "rejected", index)
+    chosen = _value(fields, "chosen", index, vocab_size)
+    rejected = _values(fields, "rejected", index, vocab_size)
     if not rejected:
         raise ValueError(f"'rejected' of example {index} is an empty list; expected at least one completion")
-    prompt = _value(fields, "prompt", index) if "prompt" in fields else None
+    prompt = _value(fields, "prompt", index, vocab_size) if "prompt" in fields else None
     implicit = prompt is None or (isinstance(prompt, str) and _is_conversation(chosen))
     _check_forms(index, {"prompt": [] if implicit else [prompt], "chosen": [chosen], "rejected": rejected})
     if implicit:
@@ -86,7 +104,7 @@ def _candidates(fields: Mapping[str, Any], index: int) -> tuple[Value, Value, li
     return prompt, chosen, rejected, "rejected"
 
 
-def _value(fields: Mapping[str, Any], name: str, index: int) -> Value:
+def _value(fields: Mapping[str, Any], name: str, index: int, vocab_size: int | None) -> Value:
     if name not in fields:
         raise ValueError(f"example {index} has no {name!r}, only {sorted(fields)}")
     value = fields[name]
@@ -95,16 +113,16 @@ def _value(fields: Mapping[str, Any], name: str, index: int) -> Value:
             f"{name!r} of example {index} must be a string, a list of token ids or a list of messages "
             f"{{'role', 'content'}}, got {_describe(value)}"
         )
-    return list(value) if isinstance(value, tuple) else value
+    return _checked(value, name, index, vocab_size)
 
 
-def _values(fields: Mapping[str, Any], name: str, index: int) -> list[Value]:
+def _values(fields: Mapping[str, Any], name: str, index: int, vocab_size: int | None) -> list[Value]:
     """Read the negatives in a field; one of TRL's ``rejected`` may stand without a list around it."""
     if name not in fields:
         raise ValueError(f"example {index} has no {name!r}, only {sorted(fields)}")
     values = fields[name]
-    if name == "rejected" and _is_value(values) and len(values):
-        return [values]
+    if name == "rejected" and (isinstance(values, str) or (_is_value(values) and len(values))):
+        values = [values]
     if isinstance(values, str) or not isinstance(values, Sequence):
         raise ValueError(f"{name!r} of example {index} must be a list of completions, got {_describe(values)}")
     for number, value in enumerate(values):
@@ -113,7 +131,54 @@ def _values(fields: Mapping[str, Any], name: str, index: int) -> list[Value]:
                 f"{name!r} of example {index} must be a list of strings, of lists of token ids or of lists of messages "
                 f"{{'role', 'content'}}, got {_describe(value)} at {number}"
             )
-    return [list(value) if isinstance(value, tuple) else value for value in values]
+    return [_checked(value, name, index, vocab_size) for value in values]
+
+
+def _checked(value: Value, name: str, index: int, vocab_size: int | None) -> Value:
+    """Return the value with its conversation's absent keys left out; raises for what has no encoding or embedding."""
+    if _is_conversation(value):
+        value = [without_none(message) for message in value]
+        check_encodable(value, f"{name!r} of example {index}")
+    elif isinstance(value, str):
+        check_encodable(value, f"{name!r} of example {index}")
+    else:
+        value = list(value)
+        beyond = [token for token in value if token < 0 or (vocab_size is not None and token >= vocab_size)]
+        if beyond:
+            upper = "" if vocab_size is None else f" and below {vocab_size}, the number of the model's embeddings"
+            raise ValueError(
+                f"{name!r} of example {index} has the token id {beyond[0]}; expected ids of at least 0{upper}"
+            )
+    return value
+
+
+def check_encodable(value: Any, what: str) -> None:
+    """Raise ``ValueError`` for a text, at any depth, that UTF-8 cannot encode; ``what`` says in messages where."""
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                bad = value[error.start]
+                raise ValueError(
+                    f"{what} holds half of a surrogate pair, {bad!r} at character {error.start}, which is no text"
+                ) from None
+    elif isinstance(value, Mapping):
+        for key, own in value.items():
+            check_encodable(key, what)
+            check_encodable(own, what)
+    elif isinstance(value, (list, tuple)):
+        for own in value:
+            check_encodable(own, what)
+
+
+def without_none(value: Any) -> Any:
+    """Leave out every key of a mapping whose value is None, at any depth; items of lists stay where they are."""
+    if isinstance(value, Mapping):
+        return {key: without_none(own) for key, own in value.items() if own is not None}
+    if isinstance(value, (list, tuple)):
+        return [without_none(own) for own in value]
+    return value
 
 
 def _describe(value: Any) -> str:
@@ -155,32 +220,14 @@ def _shared_prefix(chosen: Sequence[Any], rejected: Sequence[Any], index: int) -
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(f"'chosen' and 'rejected' of example {index} have no 'prompt' and are not both texts")
     shorter = min(len(chosen), len(rejected))
-    if shorter == 0:
-        name = "rejected" if len(chosen) else "chosen"
-        raise ValueError(f"{name!r} of example {index} is empty, and without 'prompt' it has to begin with the prompt")
+    if shorter == 0:  # There is nothing to share with an empty one.
+        return 0
     cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
     # TRL looks at chosen[-1] here where the first items differ already; a prompt of nothing has no last space.
     return cut - 1 if cut > 0 and chosen[cut] != rejected[cut] and chosen[cut - 1] == " " else cut
 
 
 # Conversations
-
-
-def _apply_template(
-    fields: Mapping[str, Any], index: int, prompt: Value, completion: Value, negatives: list[Value], tokenizer: Any
-) -> tuple[list[int], list[int], list[list[int]]]:
-    """Turn prompt, completion and negatives that are conversations into token ids."""
-    if not _is_conversation(prompt):
-        raise ValueError(f"the conversations of example {index} do not begin with the same message; expected a prompt")
-    render = _Renderer(fields, index, tokenizer)
-    prefix = render.prompt(prompt)
-    texts = [render.whole([*prompt, *candidate]) for candidate in (completion, *negatives)]
-    prefix = prefix[: min(_common_length(prefix, text) for text in texts)]
-    # Templates write special tokens out, so the tokenizer adds none.
-    prefix_ids, *ids = tokenizer([prefix, *texts], add_special_tokens=False)["input_ids"]
-    cut = min(_common_length(prefix_ids, candidate) for candidate in ids)
-    first, *others = (list(candidate[cut:]) for candidate in ids)
-    return list(prefix_ids[:cut]), first, others
 
 
 class _Renderer:
@@ -192,42 +239,30 @@ class _Renderer:
                 f"example {index} is a conversation, but the tokenizer has no chat template; set "
                 "tokenizer.chat_template, or give texts"
             )
-        tools = fields.get("tools")
+        tools, options = fields.get("tools"), fields.get("chat_template_kwargs", {})
         tools = json.loads(tools) if isinstance(tools, str) else tools
+        check_encodable((tools, options), f"'tools' or 'chat_template_kwargs' of example {index}")
         self.index, self.tokenizer = index, tokenizer
-        self.options = {"tools": tools or None, **fields.get("chat_template_kwargs", {})}
+        self.options = {"tools": without_none(tools) or None, **without_none(options)}
 
     def prompt(self, messages: list[Mapping[str, Any]]) -> str:
         """Render a prompt with the header of the answer; one that ends with an assistant's words leaves them open."""
         role = messages[-1]["role"]
         if role == "assistant":
-            return self._render(messages, continue_final_message=True)
+            return self(messages, continue_final_message=True)
         if role not in ("user", "tool"):
             raise ValueError(
                 f"'prompt' of example {self.index} must end with a user, tool or assistant message, got {role!r}"
             )
-        return self._render(messages, add_generation_prompt=True)
+        return self(messages, add_generation_prompt=True)
 
-    def whole(self, messages: list[Mapping[str, Any]]) -> str:
-        """Render a prompt and an answer, without white space behind the EOS token that ends it."""
-        text = self._render(messages)
-        eos = self.tokenizer.eos_token
-        return text.rstrip() if eos and text.rstrip().endswith(eos) else text
-
-    def _render(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
-        # Tables fill the keys that a message does not have with None, which templates would take for a value.
-        kept = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+    def __call__(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
+        """Render messages with the example's own arguments of the template, and with these."""
         try:
-            return self.tokenizer.apply_chat_template(kept, tokenize=False, **options, **self.options)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **self.options)
         except Exception as error:  # A template may raise anything.
             message = f"the chat template does not take the messages of example {self.index}: {error}"
             raise ValueError(message) from error
-
-
-def _common_length(first: Sequence[Any], second: Sequence[Any]) -> int:
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
 
 
 # What is said of the negatives

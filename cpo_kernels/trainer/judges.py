@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
 from cpo_kernels.models.head import evaluating
+from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.endpoint import Endpoint
 
 from .data import tokenize_examples
@@ -157,8 +158,7 @@ class LikelihoodJudge:
     def __init__(
         self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, **head: Any
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no EOS token, which ends every continuation; set tokenizer.eos_token")
+        self._ends = end_token_ids(tokenizer, model)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if max_length is None:
@@ -194,18 +194,16 @@ class LikelihoodJudge:
 
     def _tokenize(self, questions: Sequence[Question]) -> list[list[tuple[list[int], list[int]]]]:
         """Tokenize each question's prompt with the first and with the second continuation."""
-        eos = self.tokenizer.eos_token_id
-        # Only the prompts are taken from here: a continuation may be empty, a completion to train on may not.
-        examples = [{"prompt": question.prompt, "completion": [eos, eos]} for question in questions]
+        if not questions:
+            return []
+        examples = [{"prompt": q.prompt, "completion": q.first, "negatives": [q.second]} for q in questions]
         limits = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
-        prompts = tokenize_examples(examples, self.tokenizer, **limits).prompts if examples else []
-        texts = [text for question in questions for text in (question.first, question.second)]
-        ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        pairs = []
-        for i, prompt in enumerate(prompts):
-            ended = ([*ids[2 * i + k], eos][: self.max_length - len(prompt)] for k in (0, 1))
-            pairs.append([(list(prompt), text) for text in ended])
-        return pairs
+        tokens = tokenize_examples(examples, self.tokenizer, eos_token_id=self._ends, **limits)
+        assert tokens.negatives is not None
+        return [
+            [(list(prompt), list(first)), (list(prompt), list(second))]
+            for prompt, first, (second,) in zip(tokens.prompts, tokens.completions, tokens.negatives, strict=True)
+        ]
 
     def _scores(self, texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         """Score continuations behind their prompts: log-likelihoods per token, (len(texts),) float32."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .formats import check_example
+from .formats import check_encodable, check_example
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +53,7 @@ def load_examples(
     name: str | None = None,
     tokenizer: Any = None,
     max_examples: int | None = None,
+    vocab_size: int | None = None,
     **options: Any,
 ) -> Sequence[Row]:
     r"""Load examples that training reads, every one of them checked.
@@ -68,6 +69,7 @@ def load_examples(
         name: configuration of a data set on the hub, such as ``20231101.en``.
         tokenizer: needed for cutting by tokens.
         max_examples: use the first so many rows.
+        vocab_size: how many embeddings the model has; None leaves token ids in the rows unchecked.
         options: how a row becomes an example.
 
             - ``columns``: new names to the row's own, as ``{"completion": "answer"}``.
@@ -94,7 +96,7 @@ def load_examples(
         rows = rows[:max_examples] if isinstance(rows, list) else rows.select(range(min(max_examples, len(rows))))
     if not len(rows):
         raise ValueError(f"{source} has no examples")
-    return _to_examples(rows, place, how, tokenizer)
+    return _to_examples(rows, place, how, tokenizer, vocab_size)
 
 
 # Rows
@@ -228,7 +230,7 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 # From rows to examples
 
 
-def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any) -> Sequence[Row]:
+def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, vocab_size: int | None) -> Sequence[Row]:
     render = _Templates(how)
     examples: list[Row] = []
     changed, uncut = False, []
@@ -243,7 +245,7 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any) -
             pieces = [example]
         changed |= len(pieces) != 1 or pieces[0] is not row
         for piece in pieces:
-            _check(piece, index, where)
+            _check(piece, index, where, vocab_size)
         examples.extend(pieces)
     if uncut:
         logger.warning(f"{len(uncut)} of {len(rows)} texts are too short to cut and left out, the first at {uncut[0]}")
@@ -252,9 +254,9 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any) -
     return examples if changed or isinstance(rows, list) else rows
 
 
-def _check(example: Row, index: int, where: str) -> None:
+def _check(example: Row, index: int, where: str, vocab_size: int | None) -> None:
     try:
-        check_example(example, index)
+        check_example(example, index, vocab_size)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -315,6 +317,7 @@ def _cut(example: Row, how: ExampleOptions, tokenizer: Any, where: str) -> list[
     text = example[how.text_column]
     if not isinstance(text, str):
         raise ValueError(f"{where}: {how.text_column!r} must be a string, got {type(text).__name__}")
+    check_encodable(text, f"{where}: {how.text_column!r}")
     if how.prompt_tokens is None or how.completion_tokens is None:
         return list(_cut_words(text, how.prompt_fraction))
     ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from cpo_kernels.negatives import Negative, finish, is_wrong
+from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.kinds import Task, counted_kinds
 from cpo_kernels.negatives.seeds import generator, token_seeds
 
@@ -30,7 +31,7 @@ class NegativeSampler:
 
     Args:
         examples: the data.
-        eos_token_id: the token that ends a completion.
+        eos_token_id: the token that ends a completion, or every one that may.
         num_batch_negatives: how many of the kind batch are drawn.
         num_truncation_negatives: how many of the kind truncation are drawn.
         seed: any integer.
@@ -41,7 +42,7 @@ class NegativeSampler:
     def __init__(
         self,
         examples: TokenizedExamples,
-        eos_token_id: int,
+        eos_token_id: int | Sequence[int],
         num_batch_negatives: int,
         num_truncation_negatives: int,
         seed: int,
@@ -102,7 +103,7 @@ class Negatives:
 
     Args:
         config: how many of which kind, and how they are made.
-        tokenizer: for EOS, and for text that a server takes and gives.
+        tokenizer: for the tokens that end a completion, and for text that a server takes and gives.
         sources: the models that draw.
         store: autoregressive negatives that are written and not yet used.
     """
@@ -113,6 +114,8 @@ class Negatives:
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
+        # Seen now: training writes the tokenizer's EOS into the model's generation configuration.
+        self.ends = end_token_ids(self.tokenizer, self.sources.policy())
         self._writer: ModelWriter | EndpointWriter
         if self.config.autoregressive_url is None:
             self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
@@ -129,7 +132,7 @@ class Negatives:
         counts = self.config.negative_counts(examples.brings_negatives)
         return NegativeSampler(
             examples=examples,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=self.ends,
             seed=self.seed,
             max_length=self.config.max_length,
             **{name: counts[kind.name] for name, kind in counted_kinds().items()},
@@ -168,11 +171,16 @@ class Negatives:
             readings = self._read(examples, indices, step, drawn)
             if self._reads_with_reference:
                 drawn = [with_reference(own, reading) for own, reading in zip(drawn, readings, strict=True)]
-            texts = [finish(reading.samples, self.tokenizer.eos_token_id) for reading in readings]
+            texts = [finish(reading.samples, self.ends) for reading in readings]
             self._add(drawn, "mean_field", texts, examples, indices, sampler)
         if self.config.num_autoregressive_negatives:
             texts = self._autoregressive(examples, indices, step)
             self._add(drawn, "autoregressive", texts, examples, indices, sampler)
+        kinds = [kind for kind, count in self.config.negative_counts(examples.brings_negatives).items() if count]
+        for own, index in zip(drawn, indices, strict=True):
+            if kinds and not own.negatives:
+                # A model may be sure of the truth, or that be EOS alone. Contrasted with itself, it has no gradient.
+                own.negatives = [Negative(kinds[0], examples.completions[index], rank=sampler.rank_of_drawn(index))]
         return drawn
 
     @staticmethod
@@ -187,9 +195,7 @@ class Negatives:
         """Add the texts of each example that can be its negatives."""
         for group, own, index in zip(drawn, texts, indices, strict=True):
             truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
-            wrong = [Negative(kind, text, rank=rank) for text in own if is_wrong(text, truth)]
-            # Alone, a negative equal to the ground truth has no gradient; without any there is no contrast.
-            group.negatives += wrong if wrong or group.negatives else [Negative(kind, truth, rank=rank)]
+            group.negatives += [Negative(kind, text, rank=rank) for text in own if is_wrong(text, truth)]
 
     def write_ahead(self, examples: TokenizedExamples, steps: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Write the autoregressive negatives of (step, indices of examples) that are not written yet."""
@@ -225,7 +231,7 @@ class Negatives:
             passages.append(Passage(examples.prompts[index], completion, seeds, cuts=cuts))
         count, sources = self.config.num_mean_field_negatives, self.sources
         with sources.asking(str(self.config.mean_field_source)) as model:
-            return read(model, passages, count, self.tokenizer.eos_token_id, sources.head, sources.device)
+            return read(model, passages, count, self.ends, sources.head, sources.device)
 
     def _autoregressive(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[list[list[int]]]:
         if step == EVALUATION_STEP:

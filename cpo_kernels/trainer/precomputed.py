@@ -58,7 +58,7 @@ def precompute(
         model=[reference.fingerprint, reference.description],
         data=examples.digest,
         negatives=[config.negative_counts(examples.brings_negatives), batches.negatives.seed, step, config.max_length],
-        eos=batches.tokenizer.eos_token_id,
+        eos=batches.negatives.ends,
         precision=[accelerator.mixed_precision, str(sources.head)],
     )
 

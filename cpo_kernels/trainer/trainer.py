@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 from cpo_kernels.negatives import KINDS
+from cpo_kernels.negatives.endings import end_token_ids
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
@@ -95,6 +96,8 @@ class CPOTrainer(Trainer):
             check_own_loss(args)
         self._loss_fn = loss_fn
         attach_linear_loss(model)
+        self._ends = end_token_ids(processing_class, model)
+        self._vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._tokenizer, self._config = processing_class, args
         super().__init__(
             model=model,
@@ -143,9 +146,17 @@ class CPOTrainer(Trainer):
     def _tokenize(self, examples: Any) -> TokenizedExamples:
         if isinstance(examples, TokenizedExamples):
             examples.check_lengths(self._config.max_length)
+            if self._vocab_size is not None:
+                examples.check_token_ids(self._vocab_size)
             return examples
-        limits = {"max_length": self._config.max_length, "max_prompt_length": self._config.prompt_budget}
-        return tokenize_examples(examples, self._tokenizer, **limits)
+        return tokenize_examples(
+            examples,
+            self._tokenizer,
+            max_length=self._config.max_length,
+            max_prompt_length=self._config.prompt_budget,
+            eos_token_id=self._ends,
+            vocab_size=self._vocab_size,
+        )
 
     def _tokenize_all(self, datasets: Any) -> Any:
         if datasets is None or isinstance(datasets, str):  # a name among the evaluation sets

@@ -11,10 +11,12 @@ from typing import Any
 from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
+from cpo_kernels.negatives.endings import end_token_ids, turn_end
 from cpo_kernels.negatives.seeds import call_seed
 
 from .config import CPOConfig
 from .data import TokenizedExamples
+from .encoding import continuations, prompt_texts
 from .reference import fingerprint
 
 FILE_NAME = "autoregressive-{process}.json"
@@ -84,6 +86,7 @@ class ModelWriter:
 
     def __init__(self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False) -> None:
         self.model, self.tokenizer, self.synced_gpus = model, tokenizer, synced_gpus
+        self.ends = end_token_ids(tokenizer, model())
 
     @property
     def identity(self) -> str:
@@ -92,13 +95,13 @@ class ModelWriter:
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
         """Write ``count`` completions of each prompt, which has a key of its own."""
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        pad = self.tokenizer.pad_token_id
         return autoregressive_negatives(
             self.model(),
             prompts,
             count,
-            eos_token_id=eos,
-            pad_token_id=eos if pad is None else pad,
+            eos_token_id=self.ends,
+            pad_token_id=self.ends[0] if pad is None else pad,
             sampling=sampling,
             keys=keys,
             synced_gpus=self.synced_gpus,
@@ -119,7 +122,7 @@ class EndpointWriter:
         url, model = config.autoregressive_url, config.autoregressive_model
         if url is None or model is None:
             raise ValueError(f"expected autoregressive_url and autoregressive_model, got {url!r} and {model!r}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self._turn_end = tokenizer, turn_end(tokenizer)
         self.endpoint = CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
 
     @property
@@ -131,23 +134,17 @@ class EndpointWriter:
         """Write ``count`` completions of each prompt; a server knows no keys."""
         answers = self.endpoint.negatives(prompt_texts(self.tokenizer, prompts), count, sampling)
         texts = [completion.text for own in answers for completion in own]
-        encoded = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        eos = self.tokenizer.eos_token_id
-        return [[_ended(next(encoded), completion.ended, eos) for completion in own] for own in answers]
+        before = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
+        encoded = iter(continuations(self.tokenizer, before, texts))
+        return [
+            [_ended(next(encoded), completion.ended, self._end(prompt)) for completion in own]
+            for prompt, own in zip(prompts, answers, strict=True)
+        ]
 
-
-def prompt_texts(tokenizer: Any, prompts: Sequence[Ids]) -> list[str]:
-    """Return the texts that a server makes these token ids of, special tokens written out as chat templates have them.
-
-    A BOS in front is left out where the tokenizer, and so the server's, puts it there by itself.
-    """
-    bos = tokenizer.bos_token_id
-    adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    starts = [int(adds_bos and prompt[0] == bos) for prompt in prompts]
-    return [
-        tokenizer.decode(list(prompt[start:]), clean_up_tokenization_spaces=False)
-        for prompt, start in zip(prompts, starts, strict=True)
-    ]
+    def _end(self, prompt: Ids) -> int:
+        """Return the token that ends an answer to this prompt: that of a turn, if it has turns."""
+        end = self._turn_end
+        return end if end is not None and end in prompt else self.tokenizer.eos_token_id
 
 
 def _ended(tokens: Sequence[int], ended: bool, eos: int) -> list[int]:

@@ -270,11 +270,19 @@ def test_prefixes_that_cannot_be_shared_are_told(shared, tmp_path, capsys):
     assert "cpo-kernels train: BloomForCausalLM cannot share prefixes" in capsys.readouterr().err
 
 
-def test_a_bad_line_names_itself(shared, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("4", "must be a string"),
+        ("[4, 99999]", "has the token id 99999; expected ids of at least 0 and below"),
+        ('"a \\ud800"', "holds half of a surrogate pair"),
+    ],
+)
+def test_a_bad_line_names_itself(shared, tmp_path, capsys, value, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "the", "completion": "cat"}\n{"prompt": "the", "completion": 4}\n')
+    path.write_text('{"prompt": "the", "completion": "cat"}\n{"prompt": "the", "completion": ' + value + "}\n")
     assert main(["train", write_config(tmp_path / "run.yaml", model=shared["model"], data=str(path))]) == 2
-    assert "bad.jsonl:2: 'completion' of example 1 must be a string" in capsys.readouterr().err
+    assert f"bad.jsonl:2: 'completion' of example 1 {message}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -84,8 +84,12 @@ def test_the_file_holds_what_the_model_writes(shared, config, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(shared["model"])
     assert main(["negatives", config(negatives_format="text")]) == 0
     got = rows(tmp_path / "negatives.jsonl")
-    expected = [tokenizer.batch_decode(own, skip_special_tokens=True) for own in drawn(shared)]
-    assert [row["negatives"] for row in got] == expected
+    for row, own in zip(got, drawn(shared), strict=True):
+        # The texts, put behind their prompt, say what was drawn.
+        said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
+        assert [row["prompt"] + text for text in row["negatives"]] == [
+            f"{row['prompt']} {text}".rstrip() for text in said
+        ]
     assert [{name: row[name] for name in ("prompt", "completion")} for row in got] == tiny_models.examples(10)
     assert all(row["kinds"] == ["autoregressive"] * len(row["negatives"]) for row in got)
 

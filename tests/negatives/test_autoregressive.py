@@ -291,7 +291,7 @@ def test_training_reads_them_back(tmp_path, suffix):
     path = tmp_path / f"negatives{suffix}"
     write_negatives(path, EXAMPLES, [["a"], []], ranks=[[1], []])
     rows = [normalize_example(row, index, tiny_models.tokenizer()) for index, row in enumerate(read_back(path))]
-    assert rows[0]["negatives"] == ["a"]
-    assert rows[0]["kinds"] == ["autoregressive"]
-    assert rows[0]["ranks"] == [1]
-    assert rows[1]["negatives"] == []
+    assert rows[0].candidates[1:] == ["a"]
+    assert rows[0].kinds == ["autoregressive"]
+    assert rows[0].ranks == [1]
+    assert rows[1].candidates[1:] == []

@@ -55,10 +55,10 @@ def adapted(model: PreTrainedModel | None = None, **config) -> PeftModel:
 
 
 def examples(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Distinct prompts and completions of varying length."""
+    """Distinct prompts and completions of varying length; a completion brings the space between them."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
-    return [{"prompt": text(1, 6), "completion": text(3, 9)} for _ in range(count)]
+    return [{"prompt": text(1, 6), "completion": " " + text(3, 9)} for _ in range(count)]

@@ -26,14 +26,22 @@ def config(path, **kwargs) -> CPOConfig:
 
 
 def trainer(
-    path, model=None, examples=None, callbacks=None, ref_model=None, eval_dataset=None, loss_fn=None, **kwargs
+    path,
+    model=None,
+    examples=None,
+    callbacks=None,
+    ref_model=None,
+    eval_dataset=None,
+    loss_fn=None,
+    tokenizer=None,
+    **kwargs,
 ) -> CPOTrainer:
     return CPOTrainer(
         tiny_models.llama() if model is None else model,
         config(path, **kwargs),
         train_dataset=tiny_models.examples(16) if examples is None else examples,
         eval_dataset=eval_dataset,
-        processing_class=tiny_models.tokenizer(),
+        processing_class=tiny_models.tokenizer() if tokenizer is None else tokenizer,
         ref_model=ref_model,
         callbacks=callbacks,
         loss_fn=loss_fn,

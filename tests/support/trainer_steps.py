@@ -8,8 +8,8 @@ import torch
 
 NONE = {"num_batch_negatives": 0, "num_truncation_negatives": 0}
 GIVEN = [
-    {"prompt": "the cat", "completion": "sat on the mat", "negatives": ["ran", "slept on a tree", "flew"]},
-    {"prompt": "a dog ran", "completion": "over the river", "negatives": ["sat", "swam near", "and then"]},
+    {"prompt": "the cat", "completion": " sat on the mat", "negatives": [" ran", " slept on a tree", " flew"]},
+    {"prompt": "a dog ran", "completion": " over the river", "negatives": [" sat", " swam near", " and then"]},
 ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from tokenizers import ByteLevelBPETokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
-from cpo_kernels.trainer.formats import normalize_example
+from cpo_kernels.trainer.formats import Example, normalize_example, without_none
 
 pytestmark = pytest.mark.cpu
 
@@ -50,17 +52,15 @@ def plain(example):
 
 
 def test_prompt_and_completion_pass_through():
-    expected = {"prompt": "a", "completion": "b", "negatives": [], "ranks": None, "kinds": []}
-    assert plain({"prompt": "a", "completion": "b", "id": 3}) == expected
-    ids = plain({"prompt": [1, 2], "completion": [3], "negatives": [[4, 5], "text"]})
-    assert (ids["prompt"], ids["completion"], ids["negatives"]) == ([1, 2], [3], [[4, 5], "text"])
-    assert ids["kinds"] == ["given", "given"]
+    assert plain({"prompt": "a", "completion": "b", "id": 3}) == Example("a", ["b"], None, [])
+    ids = plain({"prompt": [1, 2], "completion": (3,), "negatives": [[4, 5], "text"]})
+    assert ids == Example([1, 2], [[3], [4, 5], "text"], None, ["given", "given"])
 
 
 def test_ranks_and_kinds_are_kept_beside_their_negatives():
     example = {"prompt": "a", "completion": "b", "negatives": ["c", "d"]}
     given = plain(example | {"ranks": [0, 2], "kinds": ["autoregressive", "given"]})
-    assert (given["ranks"], given["kinds"]) == ([0, 2], ["autoregressive", "given"])
+    assert (given.ranks, given.kinds) == ([0, 2], ["autoregressive", "given"])
 
 
 def test_none_is_absent():
@@ -69,22 +69,21 @@ def test_none_is_absent():
     assert plain(example) == plain({"prompt": "a", "completion": "b"})
 
 
-@pytest.mark.parametrize("rejected", ["c", ["c"], ["c", "d", ""]])
+@pytest.mark.parametrize("rejected", ["c", "", ["c"], ["c", "d", ""]])
 def test_preference_texts(rejected):
     got = plain({"prompt": "a", "chosen": "b", "rejected": rejected})
-    assert (got["prompt"], got["completion"]) == ("a", "b")
-    assert got["negatives"] == ([rejected] if isinstance(rejected, str) else rejected)
-    assert got["kinds"] == ["given"] * len(got["negatives"])
+    negatives = [rejected] if isinstance(rejected, str) else rejected
+    assert got == Example("a", ["b", *negatives], None, ["given"] * len(negatives))
 
 
 @pytest.mark.parametrize(("rejected", "negatives"), [([4, 5], [[4, 5]]), ([[4, 5], [6]], [[4, 5], [6]])])
 def test_preference_token_ids(rejected, negatives):
-    assert plain({"prompt": [1], "chosen": [2, 3], "rejected": rejected})["negatives"] == negatives
+    assert plain({"prompt": [1], "chosen": [2, 3], "rejected": rejected}).candidates == [[2, 3], *negatives]
 
 
 def test_preference_ranks():
     example = {"prompt": "a", "chosen": "b", "rejected": ["c", "d"], "ranks": [2, 1]}
-    assert plain(example)["ranks"] == [2, 1]
+    assert plain(example).ranks == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -105,56 +104,44 @@ def test_implicit_prompt_is_that_of_trl(chosen, rejected, tokenizer):
     got = normalize_example({"chosen": chosen, "rejected": rejected}, 0, tokenizer)
     assert got == normalize_example(expected, 0, tokenizer)
     if not isinstance(chosen[0], dict):
-        assert (got["prompt"], got["completion"], got["negatives"]) == (
-            *list(expected.values())[:2],
-            [rejected[len(expected["prompt"]) :]],
-        )
+        prompt = expected["prompt"]
+        assert (got.prompt, got.candidates) == (prompt, [expected["chosen"], rejected[len(prompt) :]])
 
 
 def test_implicit_prompt_of_several_rejected():
     got = plain({"chosen": "The sky is blue", "rejected": ["The sky is green", "The sea"]})
-    assert got["prompt"] == "The s"
-    assert (got["completion"], got["negatives"]) == ("ky is blue", ["ky is green", "ea"])
+    assert (got.prompt, got.candidates) == ("The s", ["ky is blue", "ky is green", "ea"])
 
 
-def test_implicit_prompt_of_nothing():
+@pytest.mark.parametrize(("chosen", "rejected"), [("blue ", "green"), ("blue", ""), ("", "green")])
+def test_implicit_prompt_of_nothing(chosen, rejected):
     """TRL looks at the last character of ``chosen`` here; there is no prompt to take a space from."""
-    got = plain({"chosen": "blue ", "rejected": "green"})
-    assert (got["prompt"], got["completion"], got["negatives"]) == ("", "blue ", ["green"])
+    got = plain({"chosen": chosen, "rejected": rejected})
+    assert (got.prompt, got.candidates) == ("", [chosen, rejected])
 
 
 # Conversations
 
 
-def decoded(got, tokenizer):
-    return [tokenizer.decode(ids) for ids in (got["prompt"], got["completion"], *got["negatives"])]
-
-
 def texts_of_trl(example, tokenizer):
-    """TRL's templated texts; the line end that the template puts behind EOS is not among ours."""
+    """TRL's templated texts: the prompt, then each candidate behind it."""
     trl = pytest.importorskip("trl")
     texts = trl.apply_chat_template(example, tokenizer)
-    return [texts["prompt"], *(text.rstrip("\n") for name, text in texts.items() if name != "prompt")]
+    return [texts["prompt"], *(texts["prompt"] + text for name, text in texts.items() if name != "prompt")]
+
+
+def texts_of(example, tokenizer):
+    got = normalize_example(example, 0, tokenizer)
+    assert got.rendered
+    return [got.prompt, *got.candidates]
 
 
 @pytest.mark.parametrize("prompt", [[SKY], [SKY, RED, user("And now?")], [SKY, assistant("It ")]])
 def test_templates_are_applied_as_by_trl(prompt, tokenizer):
     pair = {"prompt": prompt, "completion": [BLUE]}
-    assert decoded(normalize_example(pair, 0, tokenizer), tokenizer) == texts_of_trl(pair, tokenizer)
+    assert texts_of(pair, tokenizer) == texts_of_trl(pair, tokenizer)
     preference = {"prompt": prompt, "chosen": [BLUE], "rejected": [GREEN]}
-    assert decoded(normalize_example(preference, 0, tokenizer), tokenizer) == texts_of_trl(preference, tokenizer)
-
-
-def test_conversations_are_tokenised_as_trl_tokenises_them(tokenizer):
-    """Prompt and candidates from the ids of whole conversations, as ``DPOTrainer`` takes them; no second BOS."""
-    got = normalize_example({"prompt": [SKY], "chosen": [BLUE], "rejected": [[GREEN], [RED]]}, 0, tokenizer)
-    whole = tokenizer.apply_chat_template([SKY, BLUE], return_dict=True)["input_ids"]
-    prompt = tokenizer.apply_chat_template([SKY], add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert got["prompt"] == prompt
-    line_end = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    assert got["prompt"] + got["completion"] + line_end == whole
-    assert got["completion"][-1] == tokenizer.eos_token_id
-    assert [tokenizer.decode(ids) for ids in got["negatives"]] == ["It is green.<|im_end|>", "Red.<|im_end|>"]
+    assert texts_of(preference, tokenizer) == texts_of_trl(preference, tokenizer)
 
 
 def test_one_rejected_conversation_needs_no_list_around_it(tokenizer):
@@ -171,18 +158,69 @@ def test_a_text_prompt_that_conversations_repeat_is_left_to_them(tokenizer):
     assert normalize_example(example, 0, tokenizer) == expected
 
 
-def test_keys_that_a_table_filled_with_none_do_not_reach_the_template(tokenizer):
-    strict = TEMPLATE.replace("{{ m.content }}", "{% if m.name is defined %}NAME{% endif %}{{ m.content }}")
-    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=strict, eos_token="<|im_end|>")
-    got = normalize_example({"prompt": [SKY | {"name": None}], "completion": [BLUE]}, 0, tokenizer)
-    assert "NAME" not in tokenizer.decode(got["prompt"])
+def with_template(tokenizer, template):
+    return type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=template, eos_token="<|im_end|>")
 
 
 def test_arguments_of_the_template_come_from_the_example(tokenizer):
-    template = TEMPLATE + "{% if thinking is defined and add_generation_prompt %}<think>{% endif %}"
-    tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=template, eos_token="<|im_end|>")
+    tokenizer = with_template(
+        tokenizer, TEMPLATE + "{% if thinking is defined and add_generation_prompt %}<think>{% endif %}"
+    )
     example = {"prompt": [SKY], "completion": [assistant("<think>No.")], "chat_template_kwargs": {"thinking": True}}
-    assert decoded(normalize_example(example, 0, tokenizer), tokenizer) == texts_of_trl(example, tokenizer)
+    assert texts_of(example, tokenizer)[0] == texts_of_trl(example, tokenizer)[0]
+    assert texts_of(example, tokenizer)[0].endswith("<think>")
+
+
+# A template that writes out all that it is given, as templates of models with tools do.
+WRITES_ALL = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
+    "{% for key in m %}{% if key != 'role' %} {{ key }}: {{ m[key] | tojson }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}"
+)
+
+
+def call(**arguments):
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+def tool(**properties):
+    kinds = {name: {"type": kind} for name, kind in properties.items()}
+    return {"type": "function", "function": {"name": "f", "parameters": {"properties": kinds}}}
+
+
+TOOL_ROWS = [
+    {"prompt": [SKY], "completion": [call(city="Rome")], "tools": [tool(city="string")]},
+    {"prompt": [SKY | {"name": "Ann"}], "completion": [call(day={"month": 5})], "tools": [tool(day="object")]},
+    {"prompt": [SKY], "completion": [BLUE], "tools": None},
+]
+
+
+@pytest.mark.parametrize("form", ["dataset", "parquet", "jsonl"])
+def test_tables_and_lists_give_the_same_texts(form, tokenizer, tmp_path):
+    """A table fills every key that some row has with None, at any depth."""
+    datasets = pytest.importorskip("datasets")
+    tokenizer = with_template(tokenizer, WRITES_ALL)
+    table = datasets.Dataset.from_list(TOOL_ROWS)
+    assert table[0]["completion"][0]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "day": None}
+    if form == "parquet":
+        table.to_parquet(str(tmp_path / "rows.parquet"))
+        table = datasets.Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    elif form == "jsonl":
+        table = [json.loads(json.dumps(row)) for row in table]
+    got = [texts_of(row, tokenizer) for row in table]
+    assert got == [texts_of(row, tokenizer) for row in TOOL_ROWS]
+    written = "".join(text for texts in got for text in texts)
+    assert '"arguments": {"city": "Rome"}' in written and '"arguments": {"day": {"month": 5}}' in written
+    assert "null" not in written
+
+
+def test_messages_that_a_table_has_filled_are_still_the_same_message(tokenizer):
+    example = {"chosen": [SKY, BLUE], "rejected": [SKY | {"name": None, "tool_calls": None}, GREEN]}
+    assert texts_of(example, tokenizer)[0] == texts_of({"prompt": [SKY], "completion": [BLUE]}, tokenizer)[0]
+
+
+def test_none_within_a_list_stays():
+    assert without_none({"a": [1, None, {"b": None}], "c": None}) == {"a": [1, None, {}]}
 
 
 # What cannot be read names itself
@@ -215,7 +253,22 @@ BAD = {
     "mixed": ({"prompt": [SKY], "completion": "b"}, "example 7 mixes .*'prompt' has messages, 'completion' has no"),
     "mixed negatives": (PAIR | {"negatives": ["c", [GREEN]]}, "example 7 mixes messages with plain texts"),
     "implicit mixed": ({"chosen": "b", "rejected": [1]}, "'chosen' and 'rejected' of example 7 have no 'prompt' and"),
-    "implicit empty": ({"chosen": "b", "rejected": [""]}, "'rejected' of example 7 is empty"),
+    "surrogate": (
+        PAIR | {"completion": "b\ud800"},
+        r"'completion' of example 7 holds half .* '\\ud800' at character 1",
+    ),
+    "surrogate in a message": (
+        {"prompt": [SKY], "completion": [assistant("\udfff")]},
+        "'completion' of example 7 holds half of a surrogate pair",
+    ),
+    "surrogate in a tool": (
+        {"prompt": [SKY], "completion": [BLUE], "tools": [{"name": "\ud801"}]},
+        "'tools' or 'chat_template_kwargs' of example 7 holds half of a surrogate pair",
+    ),
+    "negative id": (
+        PAIR | {"prompt": [3, -100]},
+        "'prompt' of example 7 has the token id -100; expected .* at least 0",
+    ),
     "no common message": ({"chosen": [BLUE], "rejected": [GREEN]}, "conversations of example 7 do not begin with"),
     "role": ({"prompt": [{"role": "system", "content": ""}], "completion": [BLUE]}, "'prompt' .* 7 .* got 'system'"),
 }
@@ -238,3 +291,10 @@ def test_what_a_template_refuses_names_the_example(tokenizer):
     tokenizer = type(tokenizer)(tokenizer_object=tokenizer._tokenizer, chat_template=refuses, eos_token="<|im_end|>")
     with pytest.raises(ValueError, match="messages of example 7: roles must alternate"):
         normalize_example({"prompt": [SKY], "completion": [BLUE]}, 7, tokenizer)
+
+
+def test_a_token_id_without_an_embedding_names_itself():
+    example = {"prompt": [1], "chosen": [2], "rejected": [[3], [4, 50]]}
+    with pytest.raises(ValueError, match=r"'rejected' of example 7 has the token id 50; .* below 50, the number of"):
+        normalize_example(example, 7, None, vocab_size=50)
+    assert normalize_example(example, 7, None, vocab_size=51).candidates == [[2], [3], [4, 50]]

@@ -164,6 +164,9 @@ def test_texts_of_a_table_and_texts_too_short(tmp_path, caplog):
         ('{"prompt": "x", "completion": 4}', "a.jsonl:3: 'completion' of example 2 must be a string"),
         ('{"prompt": "x", "completion": "y", "negatives": ["z"], "ranks": [-1]}', "a.jsonl:3: 'ranks' of example 2"),
         ("\udcff", "a.jsonl:3 is not JSON"),
+        ('{"prompt": "x", "completion": "\\ud800"}', "a.jsonl:3: 'completion' of example 2 holds half of a surrogate"),
+        ('{"text": "a \\ud800"}', "a.jsonl:3: 'text' holds half of a surrogate pair"),
+        ('{"prompt": "x", "completion": [3, 50]}', "a.jsonl:3: 'completion' of example 2 has the token id 50"),
     ],
 )
 def test_a_bad_line_names_file_and_line(tmp_path, line, message):
@@ -171,7 +174,7 @@ def test_a_bad_line_names_file_and_line(tmp_path, line, message):
     lines = "".join(json.dumps(row) + "\n" for row in PAIRS) + line + "\n"
     path.write_bytes(lines.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_examples(str(path))
+        load_examples(str(path), vocab_size=50)
 
 
 def test_a_bad_line_of_the_second_file_is_found(tmp_path):

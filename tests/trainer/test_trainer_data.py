@@ -11,7 +11,7 @@ from cpo_kernels.trainer import ContrastBatch, Negative, NegativeSampler, Tokeni
 pytestmark = pytest.mark.cpu  # batches are made on the host
 
 EOS = 2
-EMPTY_PROMPT = {"prompt": "", "completion": "sat"}
+EMPTY_PROMPT = {"prompt": "", "completion": " sat"}
 LIMITS = {"max_length": 32, "max_prompt_length": 8}
 
 
@@ -24,7 +24,7 @@ def tokenized(examples, tokenizer=None, **limits):
 
 def test_tokens_of_an_example():
     words = tiny_models.tokenizer().convert_tokens_to_ids
-    data = tokenized([{"prompt": "the cat", "completion": "sat on"}, {"prompt": [5, 6], "completion": [7, EOS]}])
+    data = tokenized([{"prompt": "the cat", "completion": " sat on"}, {"prompt": [5, 6], "completion": [7, EOS]}])
     assert data.prompts == [words(["the", "cat"]), [5, 6]]
     assert data.completions == [[*words(["sat", "on"]), EOS], [7, EOS]]
 
@@ -40,7 +40,7 @@ def test_special_tokens_of_the_tokenizer_go_before_the_prompt_only():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    data = tokenized([{"prompt": "the cat", "completion": "sat"}, {"prompt": "", "completion": "sat"}], tokenizer)
+    data = tokenized([{"prompt": "the cat", "completion": " sat"}, {"prompt": "", "completion": " sat"}], tokenizer)
     assert data.prompts[0][0] == 1 and EOS not in data.prompts[0]
     assert data.prompts[1] == [1]
     assert 1 not in data.completions[0] and data.completions[0][-1] == EOS
@@ -57,12 +57,10 @@ def test_what_does_not_fit_is_cut():
 @pytest.mark.parametrize(
     ("example", "message"),
     [
-        ({"completion": "sat"}, r"example 2 has no 'prompt', only \['completion'\]"),
+        ({"completion": " sat"}, r"example 2 has no 'prompt', only \['completion'\]"),
         ({"prompt": "the"}, r"example 2 has no 'completion'"),
-        ({"prompt": "the", "completion": ""}, "completion of example 2 is empty"),
-        ({"prompt": "the", "completion": [EOS]}, "completion of example 2 is empty"),
         (
-            {"prompt": 7, "completion": "sat"},
+            {"prompt": 7, "completion": " sat"},
             "'prompt' of example 2 must be a string, a list of token ids .*, got int 7",
         ),
     ],
@@ -73,8 +71,8 @@ def test_errors_name_the_example(example, message):
 
 
 def test_an_empty_prompt_without_bos_names_the_example():
-    with pytest.raises(ValueError, match="prompt of example 1 is empty and the tokenizer has no BOS"):
-        tokenized([{"prompt": "the", "completion": "sat"}] + 2 * [EMPTY_PROMPT], tiny_models.tokenizer(bos_token=None))
+    with pytest.raises(ValueError, match="prompt of example 1 has no token of its own and the tokenizer has no BOS"):
+        tokenized([{"prompt": "the", "completion": " sat"}] + 2 * [EMPTY_PROMPT], tiny_models.tokenizer(bos_token=None))
 
 
 def test_data_that_cannot_be_trained_on():
@@ -185,7 +183,7 @@ def test_rows_are_shared_only_where_that_saves_tokens():
 
 
 def test_given_negatives_keep_their_ranks_and_drawn_ones_come_behind():
-    example = {"prompt": "the cat", "completion": "sat", "negatives": ["ran", "slept"], "ranks": [2, 1]}
+    example = {"prompt": "the cat", "completion": " sat", "negatives": [" ran", " slept"], "ranks": [2, 1]}
     examples = tokenized([example, *tiny_models.examples(4)])
     drawn = NegativeSampler(examples, EOS, 1, 1, seed=0).draw(0, step=0)
     assert [(own.kind, own.rank) for own in drawn] == [("given", 2), ("given", 1), ("batch", 3), ("truncation", 3)]
@@ -193,8 +191,8 @@ def test_given_negatives_keep_their_ranks_and_drawn_ones_come_behind():
 
 
 def test_preference_data_are_groups_with_their_own_negatives():
-    given = {"prompt": "the cat", "chosen": "sat", "rejected": ["ran", "slept on"]}
-    examples = tokenized([given, {"prompt": "a dog", "chosen": "ran", "rejected": "flew"}])
+    given = {"prompt": "the cat", "chosen": " sat", "rejected": [" ran", " slept on"]}
+    examples = tokenized([given, {"prompt": "a dog", "chosen": " ran", "rejected": " flew"}])
     words = tiny_models.tokenizer()
     assert examples.completions[0] == [*words("sat")["input_ids"], EOS]
     assert examples.negatives[0] == [[*words(text)["input_ids"], EOS] for text in ("ran", "slept on")]
@@ -203,7 +201,7 @@ def test_preference_data_are_groups_with_their_own_negatives():
 
 @pytest.mark.parametrize("empty", ["", [EOS]], ids=["text", "token ids"])
 def test_an_empty_negative_is_a_model_that_ended_at_once(empty):
-    example = {"prompt": "the", "completion": "sat", "negatives": ["ran", empty]}
+    example = {"prompt": "the", "completion": " sat", "negatives": [" ran", empty]}
     assert tokenized([example]).negatives[0][1] == [EOS]
 
 
@@ -211,7 +209,7 @@ def test_drawn_token_ids_are_taken_as_they_are():
     """A draw may have been cut off; what a user writes is a whole text."""
     example = {
         "prompt": "the",
-        "completion": "sat",
+        "completion": " sat",
         "negatives": [[5, 6], [5, 6]],
         "kinds": ["autoregressive", "given"],
     }
@@ -226,9 +224,9 @@ def test_batch_negatives_differ_in_what_fits_behind_the_prompt():
 
 def test_the_digest_tells_data_apart():
     def digest(**changed):
-        example = {"prompt": "the", "completion": "sat", "negatives": ["ran"], "ranks": [1]}
+        example = {"prompt": "the", "completion": " sat", "negatives": [" ran"], "ranks": [1]}
         return tokenized([example | changed]).digest
 
     assert digest() == digest()
-    others = [digest(prompt="a"), digest(completion="ran on"), digest(negatives=["sat on"]), digest(ranks=[2])]
+    others = [digest(prompt="a"), digest(completion=" ran on"), digest(negatives=[" sat on"]), digest(ranks=[2])]
     assert len({digest(), *others}) == 5

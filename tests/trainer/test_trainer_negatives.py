@@ -214,3 +214,87 @@ def test_logs_of_negatives_are_plain_json(tmp_path):
     run = trainer(tmp_path, num_mean_field_negatives=1, num_autoregressive_negatives=1, max_steps=2)
     run.train()
     assert json.loads(json.dumps(steps(run))) == steps(run)
+
+
+# Conversations, whose turns have an end of their own
+
+
+def chat_tokenizer():
+    tokenizer = tiny_models.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    return tokenizer
+
+
+def talk(question: str, answer: str) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+TALKS = [talk("the cat", "sat on the mat"), talk("a dog", "ran"), talk("a bird", "flew over the tree")]
+
+
+def test_every_candidate_of_a_conversation_ends_as_a_turn_ends(tmp_path):
+    """A truncation that ended with another token than the answer once was the whole right answer and one token more."""
+    tokenizer = chat_tokenizer()
+    turn_end, words = len(tokenizer) - 1, tokenizer.convert_tokens_to_ids
+    model = tiny_models.llama(vocab_size=len(tokenizer))
+    counts = {"num_batch_negatives": 1, "num_truncation_negatives": 3}
+    run = trainer(tmp_path, model, TALKS, tokenizer=tokenizer, **counts)
+    groups = candidates(run, micro_batch(run, [0, 1, 2]))
+    assert [group[0] for group in groups] == [
+        [*words(answer.split()), turn_end] for answer in ("sat on the mat", "ran", "flew over the tree")
+    ]
+    for truth, batch, *truncations in groups:
+        assert batch[-1] == turn_end
+        content = truth[:-1]
+        proper = [content[:cut] for cut in range(1, len(content))] or [[]]
+        assert sorted(truncations) == sorted([*own, turn_end] for own in proper)
+
+
+def test_models_stop_at_the_end_of_a_turn(tmp_path):
+    """One that is sure of the turn's end after anything draws nothing else, by itself or along the truth."""
+    tokenizer = chat_tokenizer()
+    turn_end = len(tokenizer) - 1
+    model = tiny_models.llama(vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 100.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[turn_end, 0] = 100.0
+    kinds = {"num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "mean_field_source": "model", **NONE}
+    run = trainer(tmp_path, model, TALKS, tokenizer=tokenizer, **kinds)
+    for _, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
+        assert mean_field == autoregressive == [turn_end]
+
+
+def test_an_answer_of_nothing_is_contrasted_with_what_differs(tmp_path):
+    """It has no truncation; alone, it is contrasted with itself, which has no gradient."""
+    data = [{"prompt": "the cat", "completion": ""}, {"prompt": "a dog", "completion": " ran"}]
+    run = trainer(tmp_path, examples=data, num_batch_negatives=0, num_truncation_negatives=2, alpha=1.0, mle_weight=0.0)
+    inputs = micro_batch(run, [0, 1])
+    assert candidates(run, inputs)[0] == [[2], [2]]
+    loss = run.compute_loss(run.model, inputs)
+    loss.backward()
+    alone = micro_batch(run, [0])
+    run.model.zero_grad()
+    run.compute_loss(run.model, alone).backward()
+    assert all(not p.grad.abs().max() > 1e-6 for p in run.model.parameters() if p.grad is not None)
+
+
+def test_what_the_model_has_no_embedding_for_is_named(tmp_path):
+    tokenizer = chat_tokenizer()
+    data = [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a dog", "completion": " ran<|im_end|>"}]
+    with pytest.raises(ValueError, match=r"the completion of example 1 has the token id 24, but the model has 24 emb"):
+        trainer(tmp_path, examples=data, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"'completion' of example 1 has the token id 999; expected .* below 24"):
+        trainer(tmp_path, examples=[data[0], {"prompt": "a", "completion": [999]}])
