@@ -109,6 +109,11 @@ class CPOConfig(TrainingArguments):
         "with scores that are computed once before training and kept on disk; none: no reference.",
     )
     reference_cache: str | None = _option(None, "Directory of precomputed scores. None: a folder in output_dir.")
+    disable_dropout: bool | None = _option(
+        None,
+        "Train without dropout. None: where there is a reference, which has none: with it, policy and reference differ "
+        "before anything is learned.",
+    )
 
     num_batch_negatives: int | None = _count("batch")
     num_truncation_negatives: int | None = _count("truncation")
@@ -197,6 +202,8 @@ class CPOConfig(TrainingArguments):
                 setattr(self, name, value)
         if self.mle_weight is None:
             self.mle_weight = 1 - self.alpha  # type: ignore[operator]
+        if self.disable_dropout is None:
+            self.disable_dropout = self.contrasts and self.reference != "none"
         if self.mean_field_source is None:
             self.mean_field_source = "reference" if self.reference == "frozen" and self.contrasts else "model"
 

@@ -22,6 +22,7 @@ from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
 from .config import CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
+from .dropout import disable_dropout
 from .files import last_complete_checkpoint
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
@@ -96,6 +97,8 @@ class CPOTrainer(Trainer):
             check_own_loss(args)
         self._loss_fn = loss_fn
         attach_linear_loss(model)
+        if args.disable_dropout:
+            disable_dropout(model)
         self._ends = end_token_ids(processing_class, model)
         self._vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._tokenizer, self._config = processing_class, args

@@ -176,7 +176,7 @@ def test_two_processes_equal_one(tmp_path, how):
 @pytest.mark.parametrize("stop", [3, 4], ids=["mid-epoch", "end of an epoch"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dropout, stop):
     kwargs = {"max_steps": 7, "save_strategy": "steps", "save_steps": stop, "per_device_train_batch_size": 2}
-    kwargs |= {"gradient_accumulation_steps": 2}
+    kwargs |= {"gradient_accumulation_steps": 2, "disable_dropout": False}
 
     def model():
         return tiny_models.gpt2(resid_pdrop=dropout, embd_pdrop=dropout)
@@ -267,9 +267,9 @@ def test_evaluation_equals_the_models_own_cross_entropy(tmp_path):
 
 
 def test_evaluation_leaves_the_run_as_it_is(tmp_path):
-    plain = trainer(tmp_path, tiny_models.gpt2(resid_pdrop=0.1))
+    plain = trainer(tmp_path, tiny_models.gpt2(resid_pdrop=0.1), disable_dropout=False)
     plain.train()
-    kwargs = {"eval_strategy": "steps", "eval_steps": 1}
+    kwargs = {"eval_strategy": "steps", "eval_steps": 1, "disable_dropout": False}
     evaluated = trainer(tmp_path, tiny_models.gpt2(resid_pdrop=0.1), eval_dataset=tiny_models.examples(6, 5), **kwargs)
     evaluated.train()
     assert sum("eval_loss" in entry for entry in evaluated.state.log_history) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -74,6 +75,64 @@ def test_precomputed_scores_are_kept_by_model_and_data(tmp_path, monkeypatch):
     assert scored(tiny_models.llama(), tiny_models.examples(6, seed=1))
     assert scored(tiny_models.llama(), data, num_batch_negatives=1)
     assert scored(tiny_models.llama(), data, data_seed=5)
+
+
+# Dropout
+
+
+def first_losses(path, model, count=2, **options) -> list[float]:
+    """The loss of a first step of DPO, before anything is learned, in as many runs."""
+    options = {"objective": "dpo", "learning_rate": 0.0, "max_steps": 1, "num_truncation_negatives": 0} | options
+    losses = []
+    for seed in range(count):
+        run = trainer(path, model(), seed=seed, data_seed=0, num_batch_negatives=1, **options)
+        run.train()
+        losses.append(steps(run)[0]["loss"])
+    return losses
+
+
+DROPPING = {
+    "layers": lambda: tiny_models.gpt2(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3),
+    "attributes": lambda: tiny_models.llama(attention_dropout=0.3),
+    "below adapters": lambda: tiny_models.adapted(
+        tiny_models.gpt2(resid_pdrop=0.3), target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=True
+    ),
+}
+
+
+@pytest.mark.parametrize("model", DROPPING.values(), ids=DROPPING)
+def test_the_first_loss_of_dpo_is_ln_2_whatever_the_dropout(tmp_path, model):
+    assert first_losses(tmp_path, model) == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    kept = first_losses(tmp_path, model, disable_dropout=False)
+    assert kept[0] != kept[1]
+    assert all(abs(loss - math.log(2)) > 1e-4 for loss in kept)
+
+
+def test_dropout_is_switched_off_where_there_is_a_reference(tmp_path):
+    def probability(**options) -> float:
+        model = tiny_models.gpt2(resid_pdrop=0.25)
+        trainer(tmp_path, model, **options)
+        assert model.config.resid_pdrop == 0.25
+        return model.transformer.h[0].mlp.dropout.p
+
+    assert probability() == probability(objective="dpo", num_batch_negatives=1, num_truncation_negatives=0) == 0
+    assert probability(reference="precomputed", resample_negatives=False) == 0
+    assert probability(reference="none") == probability(objective="mle", **NONE) == 0.25
+    assert probability(disable_dropout=False) == 0.25
+    assert probability(reference="none", disable_dropout=True) == 0
+
+
+def test_a_model_that_reads_its_configuration_is_named(tmp_path, caplog, monkeypatch):
+    from transformers import FalconConfig, FalconForCausalLM
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    sizes = {"vocab_size": tiny_models.VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    trainer(tmp_path, FalconForCausalLM(FalconConfig(**sizes)))
+    assert "disable_dropout" not in caplog.text
+    trainer(tmp_path, FalconForCausalLM(FalconConfig(**sizes, hidden_dropout=0.5)))
+    assert "disable_dropout: FalconForCausalLM is random in training" in caplog.text
+    assert "Set to 0 there: hidden_dropout" in caplog.text
 
 
 # Scheduled sampling
