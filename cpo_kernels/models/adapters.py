@@ -55,6 +55,17 @@ def find_base(model: nn.Module) -> nn.Module:
     return wrapper.get_base_model()
 
 
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Returns the parameters of all adapters of a model: those that switching its adapters off takes out of it."""
+    parameters: list[Any] = []
+    for module in model.modules():
+        # Every layer of PEFT's, those that hold trained copies or tokens included, lists what it adds to the model.
+        for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
+            own = getattr(module, name, None)
+            parameters += own.parameters() if isinstance(own, nn.Module) else [own]
+    return [parameter for parameter in parameters if isinstance(parameter, nn.Parameter)]
+
+
 def selected_head(head: nn.Module) -> nn.Module:
     """The head in use: of a ``modules_to_save`` wrapper the trained copy or, with adapters disabled, the original."""
     if not _is_peft(head, "utils", "ModulesToSaveWrapper"):

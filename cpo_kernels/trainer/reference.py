@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cpo_kernels.models import LinearLossOutput, LogpsRequest, attach_linear_loss
+from cpo_kernels.models.adapters import adapter_parameters
 from cpo_kernels.models.head import evaluating
 
 from .batch import body_inputs, layout_of
@@ -29,6 +31,9 @@ FILE_NAME = "reference.json"
 class Reference:
     """A frozen model, or a model whose adapters are trained, without them.
 
+    Weights that are trained besides adapters (``bias="all"``, parts of the base model) are kept as they were at the
+    start, and take the place of the trained ones while the reference is asked.
+
     Args:
         model: in evaluation mode and frozen, or returning the model with adapters that is being trained.
         adapters: whether it is the latter.
@@ -36,9 +41,15 @@ class Reference:
 
     def __init__(self, model: Callable[[], nn.Module], adapters: bool) -> None:
         self._model, self.adapters = model, adapters
+        self._start = trained_besides_adapters(model()) if adapters else {}
         # Taken before parameters are sharded or trained.
         self.fingerprint = fingerprint(model(), frozen_only=adapters)
         self.description = describe(model())
+
+    @property
+    def moving(self) -> list[str]:
+        """The names of the parameters that are trained besides adapters."""
+        return list(self._start)
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
@@ -48,11 +59,24 @@ class Reference:
                 yield model
                 return
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            with model.disable_adapter():  # type: ignore[operator]
+            with model.disable_adapter(), self._as_at_the_start(model):  # type: ignore[operator]
                 # Disabling freezes them, and FSDP2 would remember their first pass as that of frozen ones.
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 yield model
+
+    @contextmanager
+    def _as_at_the_start(self, model: nn.Module) -> Iterator[None]:
+        """Put back what has been trained besides adapters, for the time of a ``with``."""
+        parameters = dict(model.named_parameters())
+        now = {name: parameters[name].data for name in self._start}
+        try:
+            for name, value in self._start.items():
+                self._start[name] = parameters[name].data = value.to(now[name].device)
+            yield
+        finally:
+            for name, value in now.items():
+                parameters[name].data = value
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
         """Compute log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
@@ -93,6 +117,16 @@ class Sources:
             yield model
 
 
+def trained_besides_adapters(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies, by their names, of the parameters that are trained and that switching off adapters leaves on."""
+    of_adapters = {id(parameter) for parameter in adapter_parameters(model)}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in of_adapters
+    }
+
+
 def make_reference(
     config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
 ) -> tuple[nn.Module | None, Reference | None]:
@@ -112,7 +146,14 @@ def make_reference(
         return None, None
     model = accelerator.unwrap_model(policy())
     if ref_model is None and hasattr(model, "disable_adapter"):
-        return None, Reference(policy, adapters=True)
+        reference = Reference(policy, adapters=True)
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded and reference.moving:
+            raise ValueError(
+                f"{reference.moving[0]!r} is trained besides the adapters, so the model without them does not stay as "
+                "it was, and sharded parameters cannot be put back; pass ref_model, or train the adapters alone"
+            )
+        return None, reference
     if ref_model is None and config.reference == "precomputed":  # The model is asked before it is trained, not later.
         return None, Reference(policy, adapters=False)
     frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)

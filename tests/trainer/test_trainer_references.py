@@ -77,6 +77,52 @@ def test_precomputed_scores_are_kept_by_model_and_data(tmp_path, monkeypatch):
     assert scored(tiny_models.llama(), data, data_seed=5)
 
 
+# What is trained besides adapters
+
+GPT2_ADAPTERS = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+BESIDES = {
+    "biases": lambda: tiny_models.adapted(tiny_models.gpt2(), bias="all", **GPT2_ADAPTERS),
+    "tied embeddings": lambda: with_trained(tiny_models.adapted(tiny_models.gpt2(), **GPT2_ADAPTERS), "wte.weight"),
+    "norms": lambda: with_trained(tiny_models.adapted(), "norm.weight"),
+    "embeddings": lambda: with_trained(tiny_models.adapted(), "embed_tokens.weight"),
+    "a trained copy": lambda: tiny_models.adapted(modules_to_save=["lm_head"]),
+    "nothing": tiny_models.adapted,
+}
+
+
+def with_trained(model, suffix: str):
+    for name, parameter in model.named_parameters():
+        if name.endswith(suffix):
+            parameter.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("make", BESIDES.values(), ids=BESIDES)
+def test_the_reference_stays_whatever_is_trained_besides_adapters(tmp_path, make):
+    """Its log-likelihoods stay those of the model without adapters as it was given, and the model is left as it is."""
+    untouched = make()
+    run = trainer(tmp_path, make(), learning_rate=0.1, max_steps=6, prefix_sharing="off")
+    inputs = micro_batch(run, [0, 1])
+    run.train()
+    before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
+    scores = run.reference.score(inputs, {}, pool=False).logps
+    assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
+    with torch.no_grad(), untouched.disable_adapter():
+        logits = untouched(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    logps = logits.log_softmax(-1).flatten(0, 1)[inputs["rows"]].gather(1, inputs["targets"][:, None])[:, 0]
+    expected = torch.stack([own.sum() for own in logps.split(torch.tensor(inputs["cu_tokens"]).diff().tolist())])
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_model_is_as_it_was_where_the_reference_fails(tmp_path):
+    run = trainer(tmp_path, BESIDES["norms"](), learning_rate=0.1)
+    run.train()
+    before = {name: value.detach().clone() for name, value in run.model.named_parameters()}
+    with pytest.raises(KeyError):
+        run.reference.score({}, {}, pool=False)
+    assert all(torch.equal(value, before[name]) for name, value in run.model.named_parameters())
+
+
 # Dropout
 
 
