@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 CPU = "cpu"
-GPU = "cuda"
+# What torch calls the devices that Triton's kernels run on.
+GPUS = ("cuda",)
 # The architecture of a CPU, where Triton's kernels run in its interpreter.
 DEFAULT_ARCHITECTURE = "default"
 # Products of bfloat16 and asynchronous copies need it, in Triton and in CUDA C++.
@@ -36,12 +37,17 @@ def is_host(device: torch.device) -> bool:
 
 def is_gpu(device: torch.device) -> bool:
     """Tell whether the kernels of a GPU run on ``device``, NVIDIA's or AMD's."""
-    return device.type == GPU
+    return device.type in GPUS
 
 
 def is_amd() -> bool:
     """Tell whether the GPUs of this torch are AMD's."""
     return torch.version.hip is not None
+
+
+def count_gpus() -> int:
+    """Count the GPUs that torch sees, without making a context on any of them."""
+    return torch.cuda.device_count()
 
 
 @cache
@@ -78,7 +84,7 @@ def multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
 
 def default_logits_bytes(device: torch.device) -> int:
     """Bytes of logits held at once where the user names no budget."""
-    if not is_gpu(device) or not torch.cuda.is_available():
+    if not is_gpu(device) or not count_gpus():
         return DEFAULT_LOGITS_BYTES
     share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
     return min(max(DEFAULT_LOGITS_BYTES, share), GPU_LOGITS_BYTES)

@@ -23,7 +23,7 @@ from .cuda import extension as cuda_extension
 from .cuda import groups as cuda_groups
 from .cuda import hopper as cuda_hopper
 from .cuda import rows as cuda_rows
-from .device import architecture, why_too_old
+from .device import CPU, GPUS, architecture, why_too_old
 from .selection import Sizes
 from .triton import support as triton_support
 
@@ -44,7 +44,7 @@ def triton_backend() -> Backend:
     linear = import_module("cpo_kernels.kernels.triton.linear")
     return Backend(
         name="triton",
-        devices=("cpu", "cuda") if triton_support.interpreted() else ("cuda",),
+        devices=(CPU, *GPUS) if triton_support.interpreted() else GPUS,
         dtypes=HALF_AND_SINGLE,
         rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
         gemm_=ops.gemm_,

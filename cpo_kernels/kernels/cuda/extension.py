@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 
 from cpo_kernels.kernels.cpu import extension as cpu_extension
-from cpo_kernels.kernels.device import current_stream, is_amd, is_gpu
+from cpo_kernels.kernels.device import count_gpus, current_stream, is_amd, is_gpu
 
 
 @cache
@@ -40,7 +40,7 @@ def unavailable_reason() -> str | None:
             f"update the driver, rebuild with an older toolkit, or use backend='triton'"
         )
     # Counting makes no CUDA context, which an import must not.
-    if torch.cuda.device_count() == 0 or is_amd():
+    if count_gpus() == 0 or is_amd():
         return "torch finds no NVIDIA GPU"
     return None
 

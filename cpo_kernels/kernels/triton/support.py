@@ -13,6 +13,8 @@ from importlib.util import find_spec
 
 import torch
 
+from cpo_kernels.kernels.device import count_gpus
+
 # Triton's own rule for its switches.
 TRUE_VALUES = ("1", "true", "yes", "on", "y")
 
@@ -28,7 +30,7 @@ def unavailable_reason() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; run `pip install triton`"
     # Counted through the driver's management library, where there is one.
-    if not interpreted() and torch.cuda.device_count() == 0:
+    if not interpreted() and count_gpus() == 0:
         return "no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
     try:
         import_module("cpo_kernels.kernels.triton.linear")
