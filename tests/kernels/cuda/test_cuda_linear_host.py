@@ -16,7 +16,10 @@ import pytest
 import simt_host
 import torch
 from hopper_host import Schedule, Unit
-from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
+from linear_cases import case, check, check_gradient, coefs
+from pairwise import pairwise
+from row_kernels import HEADS, SHARED
+from row_kernels import NARROW as DTYPES
 from tolerance import assert_accurate
 
 from benchmarks.kernels import small_run
@@ -39,9 +42,7 @@ def gpu(hopper_library, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-@pytest.mark.parametrize("V", [1, 2, 101, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 129])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": [1, 2, 101, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 129], "shared": SHARED})
 def test_every_vocabulary(dtype, V, shared):
     check(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None))
 
@@ -173,9 +174,7 @@ def test_another_gpu_is_refused(gpu):
         case().run()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-@pytest.mark.parametrize("V", [1, 2, 101, COLUMNS, COLUMNS + 9, 2 * COLUMNS + 128])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": [1, 2, 101, COLUMNS, COLUMNS + 9, 2 * COLUMNS + 128], "shared": SHARED})
 def test_gradient_of_every_vocabulary(dtype, V, shared):
     check_gradient(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None))
 
