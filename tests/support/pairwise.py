@@ -29,6 +29,13 @@ def cover(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     return rows
 
 
+def label_of(value: Any) -> str:
+    """Returns a short name of a value, or of a tuple of some, for the id of a test."""
+    if isinstance(value, tuple) and value:
+        return "-".join(map(label_of, value))
+    return str(value).removeprefix("torch.")
+
+
 def pairwise(axes: Mapping[str, Iterable[Any] | Mapping[str, Any]]) -> pytest.MarkDecorator:
     """Returns the mark that parametrizes a test with a pairwise cover of a grid.
 
@@ -37,9 +44,9 @@ def pairwise(axes: Mapping[str, Iterable[Any] | Mapping[str, Any]]) -> pytest.Ma
     """
     labels, values = [], []
     for axis in axes.values():
-        named = axis.items() if isinstance(axis, Mapping) else [(str(value), value) for value in axis]
-        labels.append([str(label).removeprefix("torch.") for label, _ in named])
-        values.append([value for _, value in named])
+        named = axis if isinstance(axis, Mapping) else {label_of(value): value for value in axis}
+        labels.append(list(named))
+        values.append(list(named.values()))
     names = [name.strip() for key in axes for name in key.split(",")]
     spread = [len(key.split(",")) > 1 for key in axes]
     cases = []
