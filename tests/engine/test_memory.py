@@ -1,4 +1,4 @@
-"""Peak memory beyond inputs and gradients: what the plan says + 2 % of the budget, for 1,024 and for 8,192 tokens.
+"""Peak memory beyond inputs and gradients: what the plan says + 2 % of the budget, for 1,024 and for 4,096 tokens.
 
 Each case is a process of its own, forked from one that has imported the library; its high-water mark is reset right
 before a call: the kernel's on the CPU, that of torch's allocator on a GPU. The first call in it is a small one: what
@@ -98,14 +98,14 @@ def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
 
 
 def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
-    """Run in a process of its own: for 1,024 and for 8,192 tokens."""
+    """Run in a process of its own: for 1,024 and for 4,096 tokens."""
     if kind in FILTERS:  # of many small tensors, glibc's heap keeps some megabytes that were freed: not the call's
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     torch.set_num_threads(2)
     torch.set_default_device(DEVICE)
     dtype = getattr(torch, dtype_name)
     step(kind, *inputs(kind, dtype, 2))
-    return [measure(kind, dtype, num_tokens) for num_tokens in (1024, 8192)]
+    return [measure(kind, dtype, num_tokens) for num_tokens in (1024, 4096)]
 
 
 needs_the_kernels = pytest.mark.skipif(

@@ -5,6 +5,7 @@ With gloo there are four, which run all cases in pairs and together; with NCCL t
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -148,6 +149,6 @@ def run_nccl(path: Path, rank: int) -> dict[int, dict[str, Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run = {"gloo": run_gloo, "nccl": run_nccl}[sys.argv[1]]
-    path, rank = Path(sys.argv[2]), int(sys.argv[3])
+    path, rank = Path(sys.argv[2]), int(os.environ["RANK"])
     torch.save(run(path, rank), path / f"{rank}.pt")
     distributed.destroy_process_group()
