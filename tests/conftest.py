@@ -98,11 +98,20 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def simt_library(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """A folder of this run, which all workers of pytest-xdist see."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simt_library(shared_folder):
     """The CUDA kernels, compiled for the CPU."""
     if simt_host.compiler() is None:
         pytest.skip("needs g++")
-    return simt_host.build(tmp_path_factory.mktemp("simt"))
+    return simt_host.build(shared_folder)
 
 
 @pytest.fixture
@@ -117,11 +126,11 @@ def emulator(simt_library, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def hopper_library(tmp_path_factory):
+def hopper_library(shared_folder):
     """Hopper's linear path, compiled for the CPU."""
     if simt_host.compiler() is None:
         pytest.skip("needs g++")
-    return hopper_host.build(tmp_path_factory.mktemp("hopper"))
+    return hopper_host.build(shared_folder)
 
 
 @pytest.fixture(scope="session")

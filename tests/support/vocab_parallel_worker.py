@@ -133,7 +133,7 @@ def run_gloo(path: Path, rank: int) -> dict[int, dict[str, Any]]:
     pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     saved: dict[int, dict[str, Any]] = {}
     for world, group in {2: pairs[rank // 2], 4: distributed.group.WORLD}.items():
-        saved[world] = {n: attempt(run_case, case, group) for n, case in CASES.items() if case.fits(world)}
+        saved[world] = {n: attempt(run_case, case, group) for n, case in CASES.items() if case.runs_in(world)}
         saved[world] |= {name: attempt(check, group) for name, check in CHECKS.items()}
     return saved
 

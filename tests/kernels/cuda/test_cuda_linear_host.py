@@ -329,7 +329,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(gpu, tmp_path, fault):
     """These tests can fail: each of these lines wrong is an error, or a number far off."""
@@ -346,5 +345,10 @@ def test_faults_are_found(gpu, tmp_path, fault):
             check_gradient(c)
 
 
-def test_what_the_sanitizer_watches_runs():
+def test_what_the_sanitizer_watches_is_every_launch(gpu, monkeypatch):
+    """With exponentials that are kept and without; two tiles of rows and of words, more steps than stages."""
+    made = simt_host.record(gpu, monkeypatch, ("linear_forward", "linear_backward"))
+    monkeypatch.setattr(small_run, "V", COLUMNS + 45)
+    monkeypatch.setattr(small_run, "LINEAR_SIZES", ((5, DEPTH), (ROWS + 3, (STAGES + 1) * DEPTH)))
     small_run.hopper_linear(torch.device("cpu"), torch.bfloat16)
+    assert made == ["linear_forward", "linear_forward", "linear_backward"] * 4
