@@ -23,6 +23,8 @@ from interpreter import interpreter, rounding
 from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.triton import support as triton_support
 
+# Files with tests of ten seconds and more: at the end, one worker would wait for them.
+LONG = {"test_build.py", "test_cli.py", "test_demo.py", "test_integration_examples.py", "test_memory.py"}
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 
@@ -56,7 +58,8 @@ def reasons_to_skip() -> dict[str, str | None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need what is not here are skipped, and say what that is."""
+    """Long tests start first; those that need what is not here are skipped, and say what that is."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for marker, reason in reasons_to_skip().items():
         for item in items:
             if reason is not None and item.get_closest_marker(marker):

@@ -11,6 +11,8 @@ import pytest
 
 def cover(sizes: Sequence[int]) -> list[tuple[int, ...]]:
     """Returns rows of indices, greedily few, in which every pair of values of any two axes occurs."""
+    if len(sizes) < 2:
+        raise ValueError(f"a cover of pairs needs at least two axes, got sizes {tuple(sizes)}")
     axes = range(len(sizes))
     missing = {((i, a), (j, b)) for i, j in combinations(axes, 2) for a in range(sizes[i]) for b in range(sizes[j])}
     rows = []
