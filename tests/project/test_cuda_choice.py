@@ -114,7 +114,7 @@ def test_an_nvidia_smi_that_fails_is_no_gpu(machine):
 
 def test_flags_hold_machine_code_for_each_architecture_and_ptx_where_asked(machine):
     machine(None, demand="1", archs="80 100+PTX")
-    made = {re.search(r"code=(\w+)", flag)[1] for flag in choose().flags()}
+    made = {re.search(r",code=(\w+)", flag)[1] for flag in choose().flags()}
     assert made == {"sm_80", "sm_100", "compute_100"}
 
 
