@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["tiny_models", "cpo_kernels.cli.train"])
+# Of installed packages: before Python 3.14 the server does not see what pytest adds to the path.
+MODELS = [f"transformers.models.{family}.modeling_{family}" for family in ("gpt2", "llama")]
+SERVER.set_forkserver_preload(["peft", "tokenizers", *MODELS, "cpo_kernels.cli.train", "cpo_kernels.trainer"])
 
 
 def run_here(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
