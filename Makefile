@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard build_tools/*.py csrc/*/*)
 ARGS ?=
+# Of the tests: each has half of them, in order, and takes from the other when it is done.
+WORKERS := -n 2 --dist worksteal
 # Text of the benchmarks: files, and a folder with GPT-2's vocab.json and merges.txt; without them, Python's own reference.
 TEXTS ?= $(wildcard ../shared/data/wikitext-2/valid.txt)
 TOKENIZER ?= $(wildcard ../shared/data/gpt2-bpe)
@@ -19,7 +21,7 @@ demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -94,12 +96,12 @@ test-oldest:
 	mkdir -p build
 	$(PYTHON) .ci/oldest.py > build/oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt build_tools/prepare.sh $(PYTHON) build/oldest dev
-	build/oldest/bin/python -m pytest -n 2 $(ARGS)
+	build/oldest/bin/python -m pytest $(WORKERS) $(ARGS)
 
 # The suite on the newest release of everything.
 test-newest:
 	build_tools/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
-	build/newest/bin/python -m pytest -n 2 $(ARGS)
+	build/newest/bin/python -m pytest $(WORKERS) $(ARGS)
 
 # Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.
 check-resolution: $(VENV)/.dev

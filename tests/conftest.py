@@ -23,6 +23,8 @@ from interpreter import interpreter, rounding
 from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.triton import support as triton_support
 
+# Files with tests of ten seconds and more: at the end, one worker would wait for them.
+LONG = {"test_build.py", "test_cli.py", "test_demo.py", "test_integration_examples.py", "test_memory.py"}
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 
@@ -56,7 +58,8 @@ def reasons_to_skip() -> dict[str, str | None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need what is not here are skipped, and say what that is."""
+    """Long tests start first; those that need what is not here are skipped, and say what that is."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     for marker, reason in reasons_to_skip().items():
         for item in items:
             if reason is not None and item.get_closest_marker(marker):
@@ -98,11 +101,20 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def simt_library(tmp_path_factory):
+def shared_folder(tmp_path_factory):
+    """A folder of this run, which all workers of pytest-xdist see."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def simt_library(shared_folder):
     """The CUDA kernels, compiled for the CPU."""
     if simt_host.compiler() is None:
         pytest.skip("needs g++")
-    return simt_host.build(tmp_path_factory.mktemp("simt"))
+    return simt_host.build(shared_folder)
 
 
 @pytest.fixture
@@ -117,11 +129,11 @@ def emulator(simt_library, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def hopper_library(tmp_path_factory):
+def hopper_library(shared_folder):
     """Hopper's linear path, compiled for the CPU."""
     if simt_host.compiler() is None:
         pytest.skip("needs g++")
-    return hopper_host.build(tmp_path_factory.mktemp("hopper"))
+    return hopper_host.build(shared_folder)
 
 
 @pytest.fixture(scope="session")

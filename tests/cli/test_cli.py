@@ -15,6 +15,7 @@ import tiny_models
 import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
+from processes import run_script
 from project import ROOT, SUPPORT
 from torch import distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -159,19 +160,24 @@ def test_the_revision_is_that_of_the_model(shared, tmp_path):
     values = {"model": "some/name", "data": shared["data"], "revision": "older", "tokenizer": shared["model"]}
     config = write_config(tmp_path / "run.yaml", **values)
     program = (
-        "import sys; from cpo_kernels.cli.inputs import Inputs; from cpo_kernels.cli.parsing import parse; "
-        "inputs = Inputs(parse(sys.argv[1:])); inputs.tokenizer; inputs.model().save_pretrained(inputs.run.checkpoint)"
+        "import sys; from cpo_kernels.cli.inputs import Inputs; from cpo_kernels.cli.parsing import parse\n"
+        "config, folder = sys.argv[1:]\n"
+        "for revision in 'older', 'main':\n"
+        "    options = [] if revision == 'older' else ['--revision', revision]\n"
+        "    inputs = Inputs(parse([config, *options]))\n"
+        "    inputs.tokenizer\n"
+        "    inputs.model().save_pretrained(f'{folder}/{revision}')"
     )
-    for options, seed in ([], 1), (["--revision", "main"], 0):
-        run = subprocess.run(
-            [sys.executable, "-c", program, config, "--checkpoint", str(tmp_path / "loaded"), *options],
-            env=os.environ
-            | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        assert_equal(weights(tmp_path / "loaded"), weights(repository / "snapshots" / (str(seed) * 40)))
+    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}  # which are read once
+    run = subprocess.run(
+        [sys.executable, "-c", program, config, str(tmp_path)],
+        env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for revision, seed in ("older", 1), ("main", 0):
+        assert_equal(weights(tmp_path / revision), weights(repository / "snapshots" / (str(seed) * 40)))
 
 
 def test_an_ensemble_at_the_end(shared, tmp_path):
@@ -285,24 +291,23 @@ def test_a_bad_line_names_itself(shared, tmp_path, capsys, value, message):
     assert f"bad.jsonl:2: 'completion' of example 1 {message}" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
 def test_two_processes(shared, tmp_path, how):
     """`torchrun -m cpo_kernels train`: the weights of one process, to rounding, and one report."""
     sizes = {"per_device_train_batch_size": 2, "optim": "sgd", "save_strategy": "no"}
     sharding = {"fsdp": True, "fsdp_config": {"version": 2}} if how == "fsdp2" else {}
     config = write_config(tmp_path / "two.yaml", **shared, **sizes, **sharding)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    worker = [str(SUPPORT / "sharded_command.py")] if sharding else ["-m", "cpo_kernels"]
-    run = subprocess.run(
-        [*launch, *worker, "train", config],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("saved to") == 1
-    assert run.stdout.count("parameters are sharded") == (2 if sharding else 0)
+    if sharding:
+        printed = run_script(SUPPORT / "sharded_command.py", "train", config, processes=2)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [*launch, "-m", "cpo_kernels", "train", config]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        printed = run.stdout
+    assert printed.count("saved to") == 1
+    assert printed.count("parameters are sharded") == (2 if sharding else 0)
     one = write_config(tmp_path / "one.yaml", **shared, **(sizes | {"per_device_train_batch_size": 4}))
     assert main(["train", one]) == 0
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -75,9 +75,9 @@ PACKED_FUNCTIONS = {
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """No graph of an earlier test, or of an earlier version of an operator from the cache on disk."""
+    """No graph of an earlier test, or of an earlier version of an operator from a cache; no pool of workers."""
     torch.compiler.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
         yield
     torch.compiler.reset()
 

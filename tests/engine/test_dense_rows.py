@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pairwise import pairwise
 from problems import (
-    BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
     BACKENDS,
     PROBLEMS,
@@ -28,9 +28,13 @@ from cpo_kernels.options import Head, Objective
 PADDED = [name for name in PROBLEMS if not name.startswith("packed")]
 
 
-@pytest.mark.parametrize("rows", [None, 13, 2], ids=["one_chunk", "chunks", "recomputed"])
-@pytest.mark.parametrize("name", PADDED)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "name": PADDED,
+        "rows": {"one_chunk": None, "chunks": 13, "recomputed": 2},
+    }
+)
 def test_loss_and_gradients(backend, dtype, name, rows):
     problem = PROBLEMS[name]().to(dtype)
     budget = None if rows is None else budget_of(problem, rows)

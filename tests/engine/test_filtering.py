@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from pairwise import pairwise
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
@@ -30,6 +32,7 @@ from cpo_kernels.kernels.registry import BACKENDS
 
 EPS = (0.0, 1e-4, 1e-2, 0.1, 0.5)
 FILTERS = ("candidate_eps", "grad_filter_eps")
+WHICH = {"candidates": FILTERS[:1], "columns": FILTERS[1:], "both": FILTERS}
 
 
 def untrained(**options) -> Problem:
@@ -77,11 +80,7 @@ def expected_share(problem: Problem, unit: float, candidate_eps=None, grad_filte
     return float((grad - kept).abs().sum() / grad.abs().sum())
 
 
-@pytest.mark.parametrize("eps", EPS)
-@pytest.mark.parametrize(
-    "which", [("candidate_eps",), ("grad_filter_eps",), FILTERS], ids=["candidates", "columns", "both"]
-)
-@pytest.mark.parametrize("make", PROBLEMS.values(), ids=PROBLEMS)
+@pairwise({"make": PROBLEMS, "which": WHICH, "eps": EPS})
 def test_dropped_is_the_share_of_the_mass_and_bounds_the_error(make, which, eps):
     """Row by row, the error of a gradient is at most the mass dropped times the largest vector it multiplies.
 
@@ -141,11 +140,11 @@ def test_columns_left_out_are_there_as_their_sum(rows):
         "hidden": lambda grad: grad @ problem.weight.detach(),
         "weight": lambda grad: grad.flatten(0, 2).T @ problem.hidden.detach().flatten(0, 2),
     }
-    for name, product in products.items():
-        torch.testing.assert_close(filtered[name], product(expected), rtol=1e-9, atol=1e-13)
-        exact = product(dense_grad)
+    for name, make in products.items():
+        torch.testing.assert_close(filtered[name], make(expected), rtol=1e-9, atol=1e-13)
+        exact = make(dense_grad)
         share = 0.5 if name == "hidden" else 1.0  # rare words have much in common, these random rows do not
-        assert (filtered[name] - exact).norm() < share * (product(nothing) - exact).norm()
+        assert (filtered[name] - exact).norm() < share * (make(nothing) - exact).norm()
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -192,9 +191,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("rows", [None, 31, 3], ids=["one_chunk", "chunks", "recomputed"])
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "make": CASES,
+        "rows": {"one_chunk": None, "chunks": 31, "recomputed": 3},
+    }
+)
 def test_every_backend_in_every_layout(backend, dtype, make, rows):
     """The filtered gradient is the exact one within what was dropped and the roundings of the dtype."""
     problem = make().to(dtype)
@@ -309,11 +312,10 @@ def test_rows_and_elements_move_to_the_front(rows, stride):
 @pytest.mark.skipif(not cpu_extension.available(), reason="no compiled extension")
 @pytest.mark.parametrize("isa", cpu_extension.build_info().supported_isas if cpu_extension.available() else [])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocab", [1, 31, 32, 97, 2048, 4111])
-def test_the_compiled_columns_are_those_of_the_reference(isa, dtype, vocab):
-    grad = torch.randn(9, 2 * vocab).to(dtype)[:, :vocab]
-    rows, columns = torch.tensor([0, 3, 8]), torch.randperm(vocab)[: vocab // 3].sort().values
-    for threads in (1, 2):
+def test_the_compiled_columns_are_those_of_the_reference(isa, dtype):
+    for vocab, threads in product((1, 31, 32, 97, 2048, 4111), (1, 2)):
+        grad = torch.randn(9, 2 * vocab).to(dtype)[:, :vocab]
+        rows, columns = torch.tensor([0, 3, 8]), torch.randperm(vocab)[: vocab // 3].sort().values
         largest, mass = cpu_rows.column_stats(grad, isa=isa, threads=threads)
         assert torch.equal(largest, grad.float().abs().amax(0))
         torch.testing.assert_close(mass, grad.float().abs().sum(0))

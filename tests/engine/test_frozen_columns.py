@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from head_logps import eager_logps, fused_logps
+from pairwise import pairwise
 from problems import (
-    BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
     BUDGETS,
     GemmCounter,
@@ -37,9 +37,13 @@ def assert_columns(got, eager, oracle):
         assert_accurate(value[part], eager[name][part], oracle[name][part], name)
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "name": PROBLEMS.keys(),
+        "rows": BUDGETS,
+    }
+)
 def test_loss_and_gradients(backend, dtype, name, rows):
     rounded = PROBLEMS[name]().to(dtype)
     exact = rounded.to(torch.float64)

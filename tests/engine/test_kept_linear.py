@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import simt_host
 import torch
+from pairwise import pairwise
 from problems import (
     BUDGETS,
     GemmCounter,
@@ -48,9 +49,7 @@ def launches(emulated_cuda, emulator, monkeypatch):
         yield made
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pairwise({"dtype": HALF, "name": PROBLEMS.keys(), "budget": BUDGETS.keys()})
 def test_loss_and_gradients(launches, dtype, name, budget):
     problem = PROBLEMS[name]()
     rows = BUDGETS[budget]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import simt_host
 import torch
+from pairwise import pairwise
 from problems import (
     BACKENDS,
     GemmCounter,
@@ -44,9 +45,7 @@ def test_the_likelihood_alone_recomputes_nothing(backend, name):
     assert any(chunk.recomputed for chunk in contrasted.chunks)
 
 
-@pytest.mark.parametrize("rows", [None, 3])
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "name": PROBLEMS.keys(), "rows": [None, 3]})
 def test_accuracy(backend, name, rows):
     problem = PROBLEMS[name]()
     limit = None if rows is None else budget_of(problem.to(torch.float32), rows)
@@ -70,9 +69,13 @@ def launches(emulated_cuda, emulator, monkeypatch):
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", PROBLEMS)
+@pairwise(
+    {
+        "name": PROBLEMS.keys(),
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "logits_dtype": [None, torch.float32],
+    }
+)
 def test_one_launch_a_block(launches, name, dtype, logits_dtype):
     problem = PROBLEMS[name]()
     limit = budget_of(problem.to(logits_dtype or dtype), 5)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from devices import DEVICE
 from head_logps import eager_logps, fused_logps
+from pairwise import pairwise
 from problems import (
-    BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
     BACKENDS,
     PROBLEMS,
@@ -28,6 +28,8 @@ from cpo_kernels import linear_token_logps
 from cpo_kernels.kernels import reference
 
 BUDGETS = {"kept": None, "recomputed": 3}
+FROZEN = {"trainable": False, "frozen": True}
+NEEDS = [needs for needs in product([False, True], repeat=3) if any(needs)]  # of hidden, weight and bias
 SHAPES = {
     "plain": random_problem,
     "whole_head": PROBLEMS["whole_head"],
@@ -53,10 +55,14 @@ def upstream_like(problem: Problem) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "name": SHAPES.keys(),
+        "rows": BUDGETS,
+        "frozen": FROZEN,
+    }
+)
 def test_logps_and_gradients(backend, dtype, name, rows, frozen):
     source = SHAPES[name]()
     exact, rounded = source.to(dtype).to(torch.float64), source.to(dtype)
@@ -73,9 +79,7 @@ def test_logps_and_gradients(backend, dtype, name, rows, frozen):
         assert_accurate(fused[key], eager[key], wanted, key)
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (2, 2, 2, 3), (0,), (0, 4)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "shape": [(), (5,), (2, 3), (2, 2, 2, 3), (0,), (0, 4)], "rows": BUDGETS})
 def test_token_logps_of_any_shape(backend, shape, rows):
     hidden = torch.randn(*shape, 7, requires_grad=True)
     weight = torch.randn(31, 7, requires_grad=True)
@@ -91,9 +95,7 @@ def test_token_logps_of_any_shape(backend, shape, rows):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=3) if any(n)], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "needs": NEEDS, "rows": BUDGETS})
 def test_each_subset_of_requires_grad(backend, needs, rows):
     problem = random_problem(bias=True).to(torch.float32)
     head, upstream = {"backend": backend, "max_logits_bytes": rows and budget_of(problem, rows)}, upstream_like(problem)
@@ -106,10 +108,7 @@ def test_each_subset_of_requires_grad(backend, needs, rows):
         torch.testing.assert_close(value, full[name])
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("shape", ["plain", "packed_shared_rows"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "shape": ["plain", "packed_shared_rows"], "rows": BUDGETS, "frozen": FROZEN})
 def test_retained_graph_bitwise_repeatable_and_stride_0(backend, shape, rows, frozen):
     problem = SHAPES[shape]().to(torch.float32)
     problem.weight.requires_grad_(not frozen)
@@ -131,7 +130,7 @@ def test_retained_graph_bitwise_repeatable_and_stride_0(backend, shape, rows, fr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_stride_0_upstream_of_tokens(backend, frozen):
     hidden, weight = torch.randn(6, 7, requires_grad=True), torch.randn(31, 7, requires_grad=not frozen)
     targets = torch.tensor([3, -100, 30, 0, 7, -100])
@@ -141,10 +140,7 @@ def test_stride_0_upstream_of_tokens(backend, frozen):
     assert (hidden.grad[targets == -100] == 0).all()
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "layout": ["padded", "packed"], "rows": BUDGETS, "frozen": FROZEN})
 def test_rows_that_predict_nothing_get_exactly_zero(backend, layout, rows, frozen):
     problem = (random_problem if layout == "padded" else packed_problem)().to(torch.float32)
     problem.weight.requires_grad_(not frozen)
@@ -164,7 +160,7 @@ def test_rows_that_predict_nothing_get_exactly_zero(backend, layout, rows, froze
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own_rows", "shared_rows"])
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_rows_of_absent_tokens_are_not_looked_at(frozen, shared):
     """A target of -100 may carry any row index."""
     problem = packed_problem().to(torch.float32)
@@ -183,7 +179,7 @@ def test_rows_of_absent_tokens_are_not_looked_at(frozen, shared):
         assert torch.equal(torch.autograd.grad(logps.sum(), problem.hidden)[0], wanted)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_packed_rows_each_used_once_in_any_order(frozen):
     """One token a row, but not in the order of the rows: the frozen head scales each row by its own token."""
     problem = packed_problem().to(torch.float32)
@@ -229,9 +225,7 @@ def test_gradient_checkpointing(use_reentrant):
     assert torch.equal(problem.weight.grad, expected[1])
 
 
-@pytest.mark.parametrize("logits_dtype", [None, torch.float32])
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "rows": BUDGETS, "logits_dtype": [None, torch.float32]})
 def test_backward_inside_autocast_is_the_same(backend, rows, logits_dtype):
     """The products of backward keep their dtype wherever backward is called."""
     problem = random_problem(bias=True).to(torch.float32)
@@ -246,9 +240,9 @@ def test_backward_inside_autocast_is_the_same(backend, rows, logits_dtype):
         assert torch.equal(outside, inside)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("name", ["plain", "whole_head", "packed_shared_rows", "packed_whole_head"])
+@pairwise(
+    {"name": ["plain", "whole_head", "packed_shared_rows", "packed_whole_head"], "rows": BUDGETS, "frozen": FROZEN}
+)
 def test_gradcheck(name, rows, frozen):
     problem = SHAPES[name]().to(torch.float64)
     problem.weight.requires_grad_(not frozen)

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from devices import DEVICE
+from pairwise import pairwise
 from problems import (
     BACKEND_DTYPE_IDS,
     BACKEND_DTYPES,
@@ -36,9 +37,13 @@ from cpo_kernels import (
 )
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "name": PROBLEMS.keys(),
+        "rows": BUDGETS,
+    }
+)
 def test_loss_and_gradients(backend, dtype, name, rows):
     problem = PROBLEMS[name]()
     budget = None if rows is None else budget_of(problem.to(dtype), rows)
@@ -55,12 +60,10 @@ def test_the_budgets_of_the_grid_do_what_their_names_say():
     assert all(chunk.recomputed for chunk in plans["recomputed"].chunks)
 
 
-NEEDS = [n for n in product([False, True], repeat=3) if any(n)]
+NEEDS = [needs for needs in product([False, True], repeat=3) if any(needs)]  # of hidden, weight and bias
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("needs", NEEDS, ids=lambda n: "".join(x for x, y in zip("hwb", n, strict=True) if y))
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "needs": NEEDS, "rows": BUDGETS})
 def test_each_subset_of_requires_grad(backend, needs, rows):
     """The gradients that are asked for are those of the full set, and the others are not made."""
     problem = random_problem(bias=True).to(torch.float32)
@@ -241,9 +244,7 @@ def test_rows_that_predict_nothing_get_exactly_zero(backend, layout):
     assert (result["hidden"][used] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("where", ["hidden", "weight", "bias"])
+@pairwise({"backend": BACKENDS, "where": ["hidden", "weight", "bias"], "bad": [torch.nan, torch.inf]})
 def test_nan_and_infinity_propagate(backend, bad, where):
     problem = random_problem(bias=True).to(torch.float32)
     with torch.no_grad():
@@ -392,9 +393,7 @@ def test_gradcheck_of_any_loss(layout):
     torch.autograd.gradcheck(loss, problem.tensors, fast_mode=True)
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "layout": ["padded", "packed"], "rows": BUDGETS})
 def test_any_loss_sees_whole_groups_and_which_they_are(backend, layout, rows):
     """A contrast with references looked up by group equals the built-in one."""
     problem = (random_problem if layout == "padded" else packed_problem)(beta=0.3).to(torch.float32)

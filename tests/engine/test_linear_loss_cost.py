@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from pairwise import pairwise
 from problems import (
     BACKENDS,
     GemmCounter,
@@ -28,9 +29,7 @@ def gemm_problem(layout):
 PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomputed": 4, "recomputed_frozen": 3}
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("case", PRODUCTS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pairwise({"backend": BACKENDS, "case": PRODUCTS.keys(), "layout": ["padded", "packed"]})
 def test_number_of_products(backend, case, layout):
     """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed."""
     problem = gemm_problem(layout)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairwise import pairwise
 from problems import (
     BACKENDS,
     BUDGETS,
@@ -77,9 +78,7 @@ def test_log_likelihoods_of_long_sequences_in_float32(backend):
     assert (rounded.logps.double() - exact).abs().max() > 2e-3, "the case must be one where float32 logits matter"
 
 
-@pytest.mark.parametrize("rows", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pairwise({"dtype": [torch.bfloat16, torch.float16], "backend": BACKENDS, "rows": BUDGETS})
 def test_gradients_with_float32_logits(dtype, backend, rows):
     problem = packed_problem(bias=True, mle_weight=0.2)
     budget = rows and rows * 31 * 4

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS
+from pairwise import pairwise
+from problems import BACKEND_DTYPES, BACKENDS
 from tolerance import assert_accurate
 
 from cpo_kernels.engine.compiled import pack
@@ -24,10 +25,14 @@ def row_inputs(dtype, row_starts, V=31, bias=True):
     return torch.randn(4, V).to(dtype), targets, starts, torch.randn(V).to(dtype) if bias else None
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("row_starts", ROW_STARTS.values(), ids=ROW_STARTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("prefix", [p for p in ("", "triton_") if hasattr(OPS, f"{p}row_forward")])
+@pairwise(
+    {
+        "prefix": [p for p in ("", "triton_") if hasattr(OPS, f"{p}row_forward")],
+        "dtype": [torch.float32, torch.bfloat16],
+        "row_starts": ROW_STARTS,
+        "transform": TRANSFORMS,
+    }
+)
 def test_opcheck_of_the_row_operators(prefix, dtype, row_starts, transform):
     forward, backward, backward_ = (
         getattr(OPS, prefix + name).default for name in ("row_forward", "row_backward", "row_backward_")
@@ -108,10 +113,14 @@ def test_unwritten_memory_is_poisoned():
     assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("row_starts", ROW_STARTS.values(), ids=ROW_STARTS)
-@pytest.mark.parametrize("V", [1, 2, 31, 1009])
-@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+@pairwise(
+    {
+        "backend, dtype": BACKEND_DTYPES,
+        "V": [1, 2, 31, 1009],
+        "row_starts": ROW_STARTS,
+        "transform": TRANSFORMS,
+    }
+)
 def test_row_kernels_of_every_backend(backend, dtype, V, row_starts, transform):
     """Forward, backward and backward in place against a float64 log-softmax."""
     kernels = registry.BACKENDS[backend].rows

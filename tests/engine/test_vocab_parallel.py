@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_script
 from project import SUPPORT
 from tolerance import assert_accurate
 from torch import Tensor
@@ -22,20 +20,7 @@ pytestmark = pytest.mark.cpu
 
 def launch(path: Path, backend: str, world: int) -> list[dict[int, dict[str, Any]]]:
     """What each of so many processes saved."""
-    worker = SUPPORT / "vocab_parallel_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    outputs = [path / f"{rank}.txt" for rank in range(world)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), backend, str(path), str(rank)],
-            stdout=output.open("w"),
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        for rank, output in enumerate(outputs)
-    ]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.wait() == 0, output.read_text()
+    run_script(SUPPORT / "vocab_parallel_worker.py", backend, str(path), processes=world)
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -72,15 +57,10 @@ def assert_whole(case: Case, group: list[dict[str, Tensor]]) -> None:
         assert_accurate(value, rounded[key], oracle[key], key)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "world"), [(n, w) for n, case in CASES.items() for w in WORLDS if case.runs_in(w)])
 def test_shards_equal_the_whole(name, world, runs):
-    case = CASES[name]
-    if not case.fits(world):
-        assert name not in runs[0][world]
-        return
     for group in of_groups(runs, world, name):
-        assert_whole(case, group)
+        assert_whole(CASES[name], group)
 
 
 @pytest.mark.cuda

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import random
 import re
 import runpy
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
 import tiny_models
 import torch
+from processes import run_script
 from project import ROOT
 from tolerance import assert_accurate
 from torch import Tensor
@@ -96,22 +94,13 @@ def test_the_trainer_example_learns(example, capsys):
     assert float(re.search(r"held-out progressions: (\S+)", out).group(1)) < first / 2
 
 
-def run(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
-    """What a script prints. Alone it takes some ten seconds, most of them imports."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(EXAMPLES / script), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_the_plain_example_learns():
-    losses = [float(loss) for loss in re.findall(r"loss (\S+),", run("plain_pytorch.py"))]
+    losses = [float(loss) for loss in re.findall(r"loss (\S+),", run_script(EXAMPLES / "plain_pytorch.py"))]
     assert len(losses) == 6 and losses[-1] < losses[0] / 5
 
 
 def test_the_example_of_ligers_losses_learns():
-    shares = [int(share) for share in re.findall(r"preferred in (\d+)%", run("liger_losses.py"))]
+    shares = [int(share) for share in re.findall(r"preferred in (\d+)%", run_script(EXAMPLES / "liger_losses.py"))]
     assert len(shares) == 6 and shares[-1] > 90
 
 
@@ -123,10 +112,8 @@ def test_the_example_of_trls_cpo_learns(monkeypatch, capsys):
     assert len(shares) == 4 and shares[-1] > 90
 
 
-@pytest.mark.slow
 def test_the_distributed_example_learns_sharded_or_not():
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    outputs = [run("distributed.py", *how, launcher=launcher) for how in ((), ("--fsdp2",))]
+    outputs = [run_script(EXAMPLES / "distributed.py", *how, processes=2) for how in ((), ("--fsdp2",))]
     # Torch 2.8 prints a greeting of each process.
     lines = [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out in outputs]
     for out in outputs:
@@ -146,7 +133,7 @@ def test_the_example_of_other_losses_learns(monkeypatch, capsys):
 def test_the_lightning_example_learns():
     # A development dependency, which constraints.txt pins and CI installs.
     pytest.importorskip("lightning")
-    out = run("lightning_module.py")
+    out = run_script(EXAMPLES / "lightning_module.py")
     assert "after 100 steps" in out
     assert float(re.search(r"'loss': ([\d.]+)", out).group(1)) < 0.5
     assert float(re.search(r"'accuracy': ([\d.]+)", out).group(1)) > 0.9

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import run_script
 from project import SUPPORT
 
 pytestmark = pytest.mark.cpu
@@ -17,11 +14,7 @@ pytest.importorskip("deepspeed", reason="needs DeepSpeed, which the project does
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     path = tmp_path_factory.mktemp("zero3")
-    worker = SUPPORT / "zero3_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_script(SUPPORT / "zero3_worker.py", str(path), processes=2)
     return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

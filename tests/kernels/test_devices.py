@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import DEVICE
+from pairwise import pairwise
 from problems import BACKENDS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
 
 from cpo_kernels import cpo_loss, linear_sequence_logps, linear_sequence_loss, linear_token_logps, plan, token_logps
@@ -18,6 +19,7 @@ PROBLEMS = {
     "packed": lambda: packed_problem(bias=True, mle_weight=0.2),
 }
 BUDGETS = {"one_chunk": None, "several_chunks": 13 * 31 * 4, "recomputed": 3 * 31 * 4}
+KINDS = [*((name, torch.float32) for name in BACKENDS), ("torch", torch.float16)]
 
 
 def squares(logps, groups):
@@ -42,10 +44,12 @@ def results(problem: Problem, backend: str, budget: int | None) -> dict[str, tor
     return found
 
 
-@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize(
-    ("backend", "dtype"), [*((name, torch.float32) for name in BACKENDS), ("torch", torch.float16)], ids=str
+@pairwise(
+    {
+        "backend, dtype": KINDS,
+        "name": PROBLEMS.keys(),
+        "budget": BUDGETS,
+    }
 )
 def test_linear_functions_say_where_their_tensors_go(backend, dtype, name, budget):
     problem = PROBLEMS[name]().to(dtype)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import tiny_models
 import torch
 import transformers
 from adapter_cases import CASES as ADAPTERS
 from attach_cases import contrast_inputs, request_for
+from processes import run_script
 from project import SUPPORT
 from sharded_cases import CASES, GLOO_AVERAGES, RANKS, run_alone, tensor_parallel
 from torch.utils._pytree import tree_leaves
@@ -26,11 +23,7 @@ pytestmark = pytest.mark.cpu
 def distributed_runs(tmp_path_factory):
     """Every case in the same two processes, over gloo."""
     path = tmp_path_factory.mktemp("sharded")
-    worker = SUPPORT / "sharded_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_script(SUPPORT / "sharded_worker.py", str(path), processes=RANKS)
     return torch.load(path / "run.pt") | {"ensemble": path / "ensemble"}
 
 

@@ -8,14 +8,14 @@ import json
 import pytest
 import tiny_models
 import torch
+from generating_worker import EOS, PAD, PROMPTS
+from processes import run_script
+from project import SUPPORT
 
 from cpo_kernels import CandidateLayout, attach_linear_loss, linear_cpo_loss
 from cpo_kernels.negatives import Sampling, autoregressive_negatives, is_wrong, write_negatives
 
 pytestmark = pytest.mark.cpu
-
-EOS, PAD = 2, 0
-PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14], [5, 5, 5]]
 
 
 def draw(model, count=3, prompts=PROMPTS, keys=None, **sampling):
@@ -162,23 +162,8 @@ def test_sampling_is_checked(options, message):
         Sampling(**options)
 
 
-def draw_with_others(rank: int, folder: str) -> None:
-    """One of two processes that generate together; the second has fewer prompts, then none."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    options = {"eos_token_id": EOS, "pad_token_id": PAD, "synced_gpus": True}
-    sampling = Sampling(max_new_tokens=12, batch_size=4)
-    drawn = [
-        autoregressive_negatives(tiny_models.llama(), prompts, 3, sampling=sampling, **options)
-        for prompts in ((PROMPTS, PROMPTS[:2])[rank], (PROMPTS[:1], [])[rank])
-    ]
-    torch.distributed.destroy_process_group()
-    torch.save(drawn, f"{folder}/drawn-{rank}.pt")
-
-
-@pytest.mark.slow
 def test_processes_that_generate_together_draw_what_each_would_alone(tmp_path):
-    torch.multiprocessing.spawn(draw_with_others, (str(tmp_path),), nprocs=2)
+    run_script(SUPPORT / "generating_worker.py", str(tmp_path), processes=2)
     first, second = (torch.load(tmp_path / f"drawn-{rank}.pt") for rank in range(2))
     alone = draw(tiny_models.llama())
     assert first == [alone, alone[:1]]

@@ -71,7 +71,6 @@ def build_extensions(tree: Path, **environment: str) -> subprocess.CompletedProc
     return run(["setup.py", "build_ext", "--inplace"], tree, **environment)
 
 
-@pytest.mark.slow
 def test_source_distribution_builds_without_torch_and_rebuilds_only_what_changed(source_tree, tmp_path):
     archive = back_end("build_sdist", source_tree, tmp_path / "sdist")
     with tarfile.open(archive) as tar:

@@ -146,9 +146,7 @@ def test_a_failing_pip_ends_set_up_with_its_last_words_and_one_sentence(tmp_path
 
 
 def test_set_up_says_what_pip_is_doing(tmp_path):
-    text = "#!/bin/sh\necho 'Collecting torch'\nsleep 6\necho \"$*\" > %s\n" % (tmp_path / "arguments")
-    executable(tmp_path / "environment" / "bin" / "python", text)
+    executable(tmp_path / "environment" / "bin" / "python", "#!/bin/sh\necho 'Collecting torch'\nsleep 6\n")
     done = prepare(tmp_path, sys.executable)
     assert done.returncode == 0, done.stderr
     assert re.search(r"set-up: 5 s: Collecting torch\nset-up: done after \d+ s\n$", done.stdout)
-    assert f"--editable {ROOT}[dev]" in (tmp_path / "arguments").read_text()

@@ -6,23 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from row_kernels import PLAIN
 from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.cuda.hopper import Kept, linear_backward_, linear_forward, new_kept
-
-DTYPES = [torch.bfloat16, torch.float16]
-PLAIN = (None, 1.0, 0.0, 1.0)
-HEADS = {
-    "plain": lambda V: PLAIN,
-    "scaled": lambda V: (None, 1.7, 0.0, 0.6),
-    "negative scale": lambda V: (None, -0.8, 0.0, 1.0),  # the largest y is at the smallest x
-    "zero scale": lambda V: (None, 0.0, 0.0, 1.0),
-    "bias": lambda V: (torch.randn(V), 1.0, 0.0, 1.0),
-    "softcap": lambda V: (None, 1.0, 3.0, 1.0),
-    "all": lambda V: (torch.randn(V).bfloat16(), 1.3, 30.0, 0.7),
-}
 
 
 @dataclass

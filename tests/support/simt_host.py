@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from project import ROOT
 
 SOURCE = ROOT / "tests" / "simt" / "kernels.cpp"
 # As setup.py compiles the CPU extension: no contraction, and 16-bit gradients over float32 logits.
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra"]
 ELEMENT_SIZE = (4, 2, 2)  # by the code of a dtype
 
 
@@ -22,12 +23,16 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-def build(folder: Path, source: Path = SOURCE, include: Path = ROOT / "csrc") -> ctypes.CDLL:
-    """Compile the kernels; seconds."""
+def build(folder: Path, source: Path = SOURCE, include: Path = ROOT / "csrc", optimize: str = "-O1") -> ctypes.CDLL:
+    """Compiles the kernels, in seconds, unless another worker of the tests has done so in the same folder."""
     library = folder / f"lib{source.stem}.so"
-    command = [compiler() or "g++", *FLAGS, f"-I{include}", f"-I{ROOT / 'tests' / 'simt'}"]
-    run = subprocess.run([*command, str(source), "-o", str(library)], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            command = [compiler() or "g++", optimize, *FLAGS, f"-I{include}", f"-I{ROOT / 'tests' / 'simt'}"]
+            command += [str(source), "-o", str(library)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.simt_error.restype = ctypes.c_char_p
     loaded.simt_begin.argtypes = [ctypes.c_uint64]

@@ -33,6 +33,7 @@ class Case:
         needs: which of hidden, weight and bias need a gradient.
         sizes: "even" (as DTensor splits), "uneven", or "reversed": uneven, and the last rank holds the first entries.
         dtensor: whether weight and bias are DTensors.
+        worlds: numbers of processes that run it.
         head: further options.
     """
 
@@ -44,6 +45,7 @@ class Case:
     sizes: str = "uneven"
     dtensor: bool = False
     head: dict[str, Any] = field(default_factory=dict)
+    worlds: tuple[int, ...] = WORLDS
 
     def make(self, dtype: torch.dtype | None = None) -> Problem:
         """The whole problem, the same in every process; rounded to the case's dtype, then in ``dtype``."""
@@ -54,9 +56,9 @@ class Case:
                 tensor.requires_grad_(need)
         return problem
 
-    def fits(self, world: int) -> bool:
-        """Whether every process has a vocabulary entry."""
-        return (PROBLEMS | EXTRA)[self.problem]().weight.shape[0] >= world
+    def runs_in(self, world: int) -> bool:
+        """Whether so many processes run it, and each of them has a vocabulary entry."""
+        return world in self.worlds and (PROBLEMS | EXTRA)[self.problem]().weight.shape[0] >= world
 
 
 def padded_vocab() -> Problem:
@@ -117,6 +119,10 @@ OTHERS = {
     "float32 logits of bfloat16": Case("whole_head", dtype="bfloat16", head={"logits_dtype": torch.float32}),
     "float32 logits, recomputed": Case("long", dtype="bfloat16", rows=25, head={"logits_dtype": torch.float32}),
 }
+# Of the grids, every second case runs in pairs of processes and the others in all four, so that each problem and each
+# way of a grid meets both numbers.
+for index, grid_case in enumerate((*GRID.values(), *KINDS.values())):
+    grid_case.worlds = (WORLDS[(index + index // 4) % 2],)
 CASES = GRID | KINDS | OTHERS
 
 

@@ -5,6 +5,7 @@ With gloo there are four, which run all cases in pairs and together; with NCCL t
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -132,7 +133,7 @@ def run_gloo(path: Path, rank: int) -> dict[int, dict[str, Any]]:
     pairs = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     saved: dict[int, dict[str, Any]] = {}
     for world, group in {2: pairs[rank // 2], 4: distributed.group.WORLD}.items():
-        saved[world] = {n: attempt(run_case, case, group) for n, case in CASES.items() if case.fits(world)}
+        saved[world] = {n: attempt(run_case, case, group) for n, case in CASES.items() if case.runs_in(world)}
         saved[world] |= {name: attempt(check, group) for name, check in CHECKS.items()}
     return saved
 
@@ -148,6 +149,6 @@ def run_nccl(path: Path, rank: int) -> dict[int, dict[str, Any]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run = {"gloo": run_gloo, "nccl": run_nccl}[sys.argv[1]]
-    path, rank = Path(sys.argv[2]), int(sys.argv[3])
+    path, rank = Path(sys.argv[2]), int(os.environ["RANK"])
     torch.save(run(path, rank), path / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -6,13 +6,11 @@ import copy
 import json
 import logging
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny_models
 import torch
+from processes import run_script
 from project import SUPPORT
 from sharded_cases import GLOO_AVERAGES
 from trainer_runs import DISTRIBUTED, config, held_out, parameters, steps, trainer
@@ -144,11 +142,7 @@ def test_a_short_last_accumulation_is_weighed_by_what_it_holds(tmp_path):
 @pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp2", marks=GLOO_AVERAGES)])
 def test_two_processes_equal_one(tmp_path, how):
     """Over gloo, 2 processes x 2 accumulated batches of 2, against one process with batches of 8."""
-    worker = SUPPORT / "distributed_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*command, str(tmp_path), how], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_script(SUPPORT / "distributed_worker.py", str(tmp_path), how, processes=2)
     parts = torch.load(tmp_path / "run.pt")
     assert parts["sharded"] == (how == "fsdp2")
 

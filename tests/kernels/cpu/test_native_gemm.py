@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from cpu_rows import BUILD, DTYPES, NO_PRODUCT
+from pairwise import pairwise
 from tolerance import assert_accurate, relative_error
 
 from cpo_kernels.kernels.cpu import extension as cpu_extension
@@ -16,11 +15,6 @@ from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 pytestmark = pytest.mark.cpu  # the CPU extension
 
-BUILD = cpu_extension.build_info()
-assert BUILD is not None, cpu_extension.unavailable_reason()
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NO_PRODUCT = ["scalar", "neon"]
 
 SIZES = {  # (M, K, N); tiles are 8 x 48 (AVX-512) and 6 x 16 (AVX2), a block of k 768 units
     "one number": (1, 1, 1),
@@ -66,7 +60,7 @@ def repeated_row(rows, cols):
     return torch.randn(1, cols).expand(rows, cols)
 
 
-LAYOUTS = [row_major, transposed, slice_of_wider, strided, repeated_row]
+LAYOUTS = {make.__name__: make for make in (row_major, transposed, slice_of_wider, strided, repeated_row)}
 
 
 def with_dtype(x, dtype):
@@ -97,25 +91,21 @@ def check(a, b, out_dtype, isa, *, accumulate=False, threads=2):
     return out
 
 
-@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "out_dtype": DTYPES, "size": SIZES})
 def test_sizes(isa, dtype, out_dtype, size):
     m, k, n = size
     check(torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), out_dtype, isa)
 
 
-@pytest.mark.parametrize("b_layout", LAYOUTS)
-@pytest.mark.parametrize("a_layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [66, 67])  # bfloat16 pairs are read where they lie, or not
+# Of bfloat16, pairs are read where they lie for an even k.
+@pairwise({"dtype": DTYPES, "k": [66, 67], "a_layout": LAYOUTS, "b_layout": LAYOUTS})
 def test_layouts(isa, dtype, k, a_layout, b_layout):
     a, b = with_dtype(a_layout(37, k), dtype), with_dtype(b_layout(k, 71), dtype)
     check(a, b, torch.float32, isa)
 
 
 def test_layouts_keep_their_strides():
-    for layout in LAYOUTS:
+    for layout in LAYOUTS.values():
         x = layout(37, 67)
         assert with_dtype(x, torch.bfloat16).stride() == x.stride()
 
@@ -153,10 +143,7 @@ def test_bitwise_for_any_number_of_threads(isa, dtype, out_dtype):
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("subnormal", [False, True])
-@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("k", [16, 777, 4096, 4097])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "k": [16, 777, 4096, 4097], "out_dtype": DTYPES, "subnormal": [False, True]})
 def test_an_a_that_is_packed_and_one_that_is_not_give_the_same_bits(isa, dtype, k, out_dtype, subnormal):
     scale = 1.0 if not subnormal else 1e-4 if dtype == torch.float16 else 1e-19  # of inputs, or of their products
     a, b = (scale * torch.randn(37, k)).to(dtype), (scale * torch.randn(k, 112)).to(dtype)
@@ -257,18 +244,6 @@ def test_instruction_sets_without_a_product_say_so(name):
         pytest.skip(f"this machine does not run {name}")
     with pytest.raises(ValueError, match=f"no matrix product for instruction set '{name}'"):
         cpu_gemm.gemm(A, B, OUT, isa=name)
-
-
-@pytest.mark.parametrize("name", BUILD.supported_isas)
-def test_supported_follows_the_instruction_set(name):
-    """In a process of its own, as the environment chooses the instruction set once."""
-    code = (
-        "import torch; from cpo_kernels.kernels.cpu.gemm import gemm_supported as s;"
-        "print(s(torch.float32, torch.float32), s(torch.float64, torch.float32), s(torch.float32, torch.int8))"
-    )
-    environment = {**os.environ, cpu_extension.ISA_VARIABLE: name}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert run.stdout.split() == [str(name not in NO_PRODUCT), "False", "False"]
 
 
 @pytest.mark.parametrize("amx", [False, True])

@@ -8,11 +8,14 @@ import sys
 
 import pytest
 import torch
-from cpu_rows import BLOCK, BUILD, DTYPES, HEADS, ISAS, Head, call, tokens_for
+from cpu_rows import BLOCK, BUILD, DTYPES, HEADS, ISAS, NO_PRODUCT, Head, call, tokens_for
+from pairwise import pairwise
 from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels.kernels import ops
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 from cpo_kernels.kernels.cpu import rows as cpu_rows
 
 pytestmark = pytest.mark.cpu  # the CPU extension
@@ -51,20 +54,18 @@ def check_against_torch(logits: Tensor, targets, row_starts, coef, head: Head, i
     assert_accurate(grad, eager.to(logits.dtype), oracle, "gradient")
 
 
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize(
-    "V",
-    [
-        1,  # the only probability is 1
-        2,
-        3,
-        17,  # prime, less than two vectors of the widest instruction set
-        127,  # prime, some vectors and a tail
-        2 * BLOCK,  # no tail
-        50257,  # many blocks, a tail
-    ],
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SIZES = [
+    1,  # the only probability is 1
+    2,
+    3,
+    17,  # prime, less than two vectors of the widest instruction set
+    127,  # prime, some vectors and a tail
+    2 * BLOCK,  # no tail
+    50257,  # many blocks, a tail
+]
+
+
+@pairwise({"dtype": DTYPES, "V": SIZES, "head": HEADS})
 def test_matches_torch(isa, dtype, V, head):
     logits = (torch.randn(6, V) * 4).to(dtype)
     check_against_torch(logits, *tokens_for(V, [1, 3, 0, 5, 1, 2]), head(V), isa)
@@ -114,9 +115,10 @@ def test_maximum_that_moves_from_block_to_block(isa, slope):
     check_against_torch(logits, *tokens_for(V, [1, 2]), Head(), isa)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("V", "stretch"), [(3, 2), (127, 100), (3 * BLOCK, 2 * BLOCK + 5)])
-@pytest.mark.parametrize("leading", [True, False])
+STRETCHES = [(3, 2), (127, 100), (3 * BLOCK, 2 * BLOCK + 5)]
+
+
+@pairwise({"dtype": DTYPES, "V, stretch": STRETCHES, "leading": [True, False]})
 def test_minus_infinity_is_probability_zero(isa, dtype, V, stretch, leading):
     logits = torch.randn(2, V).to(dtype)
     where = slice(0, stretch) if leading else slice(V - stretch, V)
@@ -131,10 +133,10 @@ def test_minus_infinity_is_probability_zero(isa, dtype, V, stretch, leading):
     assert (logps == -torch.inf).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head", ["plain", "bias", "softcap"])
-@pytest.mark.parametrize("column", [0, 70, BLOCK + 3, 2 * BLOCK + 6])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+COLUMNS = [0, 70, BLOCK + 3, 2 * BLOCK + 6]
+
+
+@pairwise({"dtype": DTYPES, "bad": [torch.nan, torch.inf], "column": COLUMNS, "head": ["plain", "bias", "softcap"]})
 def test_nan_and_infinity_reach_their_row_and_no_other(isa, dtype, bad, column, head):
     V = 2 * BLOCK + 7
     logits = torch.randn(3, V).to(dtype)
@@ -170,9 +172,7 @@ def test_rows_without_gradient_come_out_zero(isa, dtype):
     assert (logits[:3] == 0).all() and logits[3].isnan().all()
 
 
-@pytest.mark.parametrize("head", ["plain", "all"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", [3, 127, 5003])
+@pairwise({"dtype": DTYPES, "V": [3, 127, 5003], "head": ["plain", "all"]})
 def test_in_place_with_a_row_stride(isa, dtype, V, head):
     """A slice of a wider buffer gives the same bits, in place and not, and its surroundings keep theirs."""
     head = HEADS[head](V)
@@ -304,7 +304,13 @@ BAD_CALLS = {
 
 
 def test_the_small_call_is_valid():
-    call()
+    """The gradient of its rows: with statistics of 0, e to the logits, less 1 at the targets, times minus 1."""
+    logits = torch.randn(2, 5)
+    expected = -logits.exp()
+    expected[0, 1] += 1
+    expected[1, 2] += 1
+    call(logits=logits)
+    torch.testing.assert_close(logits, expected)
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
@@ -339,11 +345,17 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
 
 
-def test_environment_forces_the_instruction_set(isa):
-    result = run_python(
-        "from cpo_kernels.kernels.cpu import extension; print(extension.isa())", CPO_KERNELS_CPU_ISA=isa
-    )
-    assert result.stdout.strip() == isa, result.stderr
+def test_environment_forces_the_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv(cpu_extension.ISA_VARIABLE, isa)
+    cpu_extension.isa.cache_clear()
+    cpu_gemm.gemm_supported.cache_clear()
+    try:
+        assert cpu_extension.isa() == isa
+        kinds = ((torch.float32, torch.float32), (torch.float64, torch.float32), (torch.float32, torch.int8))
+        assert [cpu_gemm.gemm_supported(*kind) for kind in kinds] == [isa not in NO_PRODUCT, False, False]
+    finally:
+        cpu_extension.isa.cache_clear()
+        cpu_gemm.gemm_supported.cache_clear()
 
 
 def test_environment_with_an_unknown_instruction_set_is_an_error():
@@ -354,6 +366,8 @@ def test_environment_with_an_unknown_instruction_set_is_an_error():
 
 COUNT_THREADS = """
 import os, torch
+from cpo_kernels.kernels.cpu import extension as cpu_extension
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 from cpo_kernels.kernels.cpu import rows as cpu_rows
 torch.set_num_threads(4)
 count = lambda: len(os.listdir("/proc/self/task"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cpu_rows import BLOCK, DTYPES, HEADS, ISAS, Head, call, tokens_for
+from pairwise import pairwise
 from torch import Tensor
 
 from cpo_kernels.kernels.cpu import rows as cpu_rows
@@ -12,6 +13,16 @@ from cpo_kernels.kernels.cpu import rows as cpu_rows
 pytestmark = pytest.mark.cpu  # the CPU extension
 
 HALVES = [torch.bfloat16, torch.float16]
+SIZES = [
+    1,
+    2,
+    31,  # one less than a pair of the widest vectors
+    32,  # one pair, or two of 8 lanes
+    33,
+    64,
+    1009,  # prime
+    2 * BLOCK + 7,  # longer than what is prefetched
+]
 
 
 @pytest.fixture(params=ISAS)
@@ -46,22 +57,7 @@ def narrow_problem(V: int, gap: int, head: Head, isa: str):
     return buffer, logits, (targets, row_starts, stats, coef, *head.args()), grad
 
 
-@pytest.mark.parametrize("head", ["plain", "scaled", "bias", "softcap", "all"])
-@pytest.mark.parametrize(
-    "V",
-    [
-        1,
-        2,
-        31,  # one less than a pair of the widest vectors
-        32,  # one pair, or two of 8 lanes
-        33,
-        64,
-        1009,  # prime
-        2 * BLOCK + 7,  # longer than what is prefetched
-    ],
-)
-@pytest.mark.parametrize("gap", [0, 9])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pairwise({"dtype": HALVES, "gap": [0, 9], "V": SIZES, "head": ["plain", "scaled", "bias", "softcap", "all"]})
 def test_half_precision_gradient_over_float32_logits(isa, dtype, gap, V, head):
     """Bitwise the float32 gradient rounded once, in the front half of each row; nothing outside the rows changes."""
     buffer, logits, args, grad = narrow_problem(V, gap, HEADS[head](V), isa)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import simt_host
 import torch
 from problems import PROBLEMS
 from simt_host import EmulatorError
@@ -151,28 +152,38 @@ def test_the_engine_with_these_kernels(emulated_cuda, dtype, name):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, every other test calls the bindings")
-@pytest.mark.parametrize("name", LAUNCHES)
-def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monkeypatch, name):
+def test_the_bindings_take_what_the_launchers_give(emulated_cuda, emulator, monkeypatch):
     """The emulator takes any keyword; the extension takes these, and then finds that there is no GPU."""
     extension = pytest.importorskip("cpo_kernels._cuda", reason="no CUDA extension in this build")
     given = {}
-    emulated = getattr(emulator, name)
-    monkeypatch.setattr(emulator, name, lambda **arguments: given.update(arguments) or emulated(**arguments))
+    for name in LAUNCHES:
+        launch = getattr(emulator, name)
+        monkeypatch.setattr(
+            emulator,
+            name,
+            lambda name=name, launch=launch, **arguments: given.update({name: arguments}) or launch(**arguments),
+        )
+    monkeypatch.setattr(small_run, "V", 257)
     small_run.linear_form("cuda", torch.device("cpu"), torch.float32)
     small_run.one_launch(torch.device("cpu"), torch.float32)
     small_run.one_read(torch.device("cpu"), torch.float32)
     cuda_rows.check_targets(torch.tensor([0, -100, 4]), 5)
-    with pytest.raises(RuntimeError, match="cudaGetDevice: "):
-        getattr(extension, name)(**given)
+    assert given.keys() == set(LAUNCHES)
+    for name, arguments in given.items():
+        with pytest.raises(RuntimeError, match="cudaGetDevice: "):
+            getattr(extension, name)(**arguments)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_the_sanitizer_watches_runs(emulated_cuda, dtype):
+def test_what_the_sanitizer_watches_is_every_launch(emulated_cuda, emulator, monkeypatch, dtype):
+    """But for the check of targets, which has no counterpart on the CPU."""
+    made = simt_host.record(emulator, monkeypatch, LAUNCHES)
+    monkeypatch.setattr(small_run, "V", 257)
     small_run.logits_form("cuda", torch.device("cpu"), dtype)
     small_run.linear_form("cuda", torch.device("cpu"), dtype)
     small_run.one_launch(torch.device("cpu"), dtype)
     small_run.one_read(torch.device("cpu"), dtype)
+    assert set(made) == set(LAUNCHES) - {"check_targets"}
 
 
 def test_logits_form(emulated_cuda):

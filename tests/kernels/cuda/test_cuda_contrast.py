@@ -1,27 +1,16 @@
-"""The CUDA contrast against objective.py in float64, run thread by thread on the CPU as in test_cuda_host.py."""
+"""What the CUDA contrast alone has: the codes of its losses, numbers of threads, and its place in the engine.
+
+Its numbers are held against objective.py in tests/kernels/test_contrast.py.
+"""
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 import pytest
 import torch
-from contrast_chunks import (
-    GROUPS,
-    OPTIONS,
-    PAIR_LOSSES,
-    PAIRS,
-    RANKS,
-    Chunk,
-    arguments,
-    expected,
-    full,
-    segment_sums,
-    token_logps,
-    with_ranks,
-)
+from contrast_chunks import Chunk, arguments, expected, full, token_logps
 from pair_formulas import SMOOTHED
 from project import ROOT
 from simt_host import EmulatorError
@@ -29,53 +18,15 @@ from tolerance import assert_accurate
 from torch import Tensor
 
 from cpo_kernels import cpo_loss, linear_cpo_loss
-from cpo_kernels.kernels.cuda.groups import MAX_CANDIDATES, contrast
+from cpo_kernels.kernels.cuda.groups import contrast
 from cpo_kernels.loss_table import KERNEL_CODES, LOSSES
 from cpo_kernels.options import Objective
 
 pytestmark = [pytest.mark.cpu, pytest.mark.usefixtures("emulator")]
 
 
-def launch(chunk: Chunk, objective: Objective, gain: float = 1.0, **changes: Any) -> tuple[Tensor, Tensor]:
-    return contrast(chunk.logps, **(arguments(chunk, objective, gain) | {"threads": 64} | changes))
-
-
-def check(chunk: Chunk, objective: Objective, gain: float = 1.0, **changes: Any) -> tuple[Tensor, Tensor]:
-    """Launch and hold against the oracle; returns what the launch gave."""
-    out = launch(chunk, objective, gain, **changes)
-    eager = expected(chunk, objective, gain, torch.float32)
-    oracle = expected(chunk, objective, gain, torch.float64)
-    for name, *tensors in zip(("sums", "coef"), out, eager, oracle, strict=True):
-        assert_accurate(*tensors, name)
-    return out
-
-
-@pytest.mark.parametrize("ranks", [None, *RANKS])
-@pytest.mark.parametrize("groups", GROUPS)
-def test_ranked_contrast(groups, ranks):
-    layout = GROUPS[groups]
-    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
-    check(chunk, Objective(beta=0.3))
-
-
-@pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("groups", ["ragged", "absent", "empty_slots"])
-def test_options(groups, options, reference):
-    layout = GROUPS[groups]
-    chunk = Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ties"))
-    if reference:
-        chunk.ref_logps = segment_sums(chunk, torch.float32) + torch.randn(len(chunk.segments))
-    check(chunk, Objective(**OPTIONS[options]))
-
-
-@pytest.mark.parametrize("ranks", [None, "best_last"])
-@pytest.mark.parametrize("loss", PAIR_LOSSES)
-def test_pair_losses(loss, ranks):
-    layout = [*PAIRS, [(4, 4), (0, 3)], *full([11, 2])]
-    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
-    chunk.ref_logps = segment_sums(chunk, torch.float32) + 3 * torch.randn(len(chunk.segments))
-    check(chunk, Objective(**PAIR_LOSSES[loss]))
+def launch(chunk: Chunk, objective: Objective, **changes: Any) -> tuple[Tensor, Tensor]:
+    return contrast(chunk.logps, **(arguments(chunk, objective) | changes))
 
 
 def test_the_codes_of_the_header_are_those_of_the_table():
@@ -87,19 +38,6 @@ def test_the_codes_of_the_header_are_those_of_the_table():
     }
     assert sorted(KERNEL_CODES.values()) == list(range(len(KERNEL_CODES)))
     assert int(re.search(r"kNumLosses = (\d+);", header)[1]) == len(KERNEL_CODES)
-
-
-@pytest.mark.parametrize("loss_type", KERNEL_CODES)
-def test_every_loss_of_the_table_that_has_a_code(loss_type):
-    chunk = Chunk(PAIRS, token_logps(PAIRS))
-    check(chunk, Objective(loss_type=loss_type, beta=0.2))
-
-
-@pytest.mark.parametrize("loss_type", ["apo_zero", "no_loss"])
-def test_a_loss_without_a_code_is_refused(loss_type):
-    chunk = Chunk(PAIRS, token_logps(PAIRS))
-    with pytest.raises(ValueError, match=f"loss_type must be one of .*'plackett_luce'.* got '{loss_type}'"):
-        launch(chunk, Objective(), loss_type=loss_type)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -129,119 +67,16 @@ def test_what_the_kernel_lacks_runs_in_plain_torch(emulated_cuda, emulator, monk
     assert launches == (["contrast", "cpo_loss"] if loss_type in KERNEL_CODES else [])
 
 
-@pytest.mark.parametrize("options", [{}, *PAIR_LOSSES.values()])
-def test_equal_ranks_express_no_preference(options):
-    chunk = Chunk(PAIRS, token_logps(PAIRS), ranks=torch.ones(8, dtype=torch.int64))
-    assert (launch(chunk, Objective(**options))[1] == 0).all()
-
-
 @pytest.mark.parametrize("threads", [0, 32, 256])
 @pytest.mark.parametrize("candidates", [1, 37, 100])
-def test_many_candidates(candidates, threads):
+def test_any_number_of_threads(candidates, threads):
     layout = full([1 + c % 3 for c in range(candidates)], [2] * candidates)
-    chunk = Chunk(layout, token_logps(layout), ranks=torch.randint(0, 5, (2 * candidates,)))
+    chunk, objective = Chunk(layout, token_logps(layout)), Objective(mle_weight=0.3)
+    chunk.ranks = torch.randint(0, 5, (2 * candidates,))
     chunk.ranks[::candidates] = 0
-    check(chunk, Objective(mle_weight=0.3), threads=threads)
-
-
-def test_the_largest_group():
-    layout = full([3, *[1] * (MAX_CANDIDATES - 1)])
-    check(Chunk(layout, token_logps(layout)), Objective(beta=1.0), threads=0)
-    with pytest.raises(ValueError, match=f"at most {MAX_CANDIDATES}, got {MAX_CANDIDATES + 1}"):
-        launch(Chunk(layout, token_logps(layout)), Objective(), max_candidates=MAX_CANDIDATES + 1)
-
-
-def test_sums_are_rounded_once():
-    layout = full([1000, 3], [1, 517])
-    chunk = Chunk(layout, token_logps(layout, low=-30.0))
-    chunk.logps[::50] *= 1e4
-    exact = [math.fsum(part.tolist()) for part in chunk.logps.split(chunk.slots.tolist())]
-    assert torch.equal(launch(chunk, Objective())[0], torch.tensor(exact, dtype=torch.float64).float())
-
-
-@pytest.mark.parametrize("ranks", ["default", "ranked"])
-@pytest.mark.parametrize("gap", [0.0, 1e-3, 1.0, 40.0, 600.0, 1e4])
-def test_scores_of_any_size(gap, ranks):
-    """Settled, undecided and lost contrasts of large scores: each keeps its own relative accuracy."""
-    layout = full([4, 4, 4], [4, 4, 4])
-    logps = torch.full((6, 4), -2500.0) + gap * torch.tensor([0.0, -1, -2, 2, 1, 0])[:, None] / 4
-    chunk = Chunk(layout, logps.flatten(), ranks=with_ranks(layout, ranks))
-    coef = check(chunk, Objective(beta=1.0))[1].view(2, 12)
-    for g in (0, 1):
-        alone = Chunk(layout[:1], logps.view(2, 12)[g], ranks=with_ranks(layout, ranks).view(2, 3)[g])
-        assert torch.equal(coef[g], check(alone, Objective(beta=1.0, num_groups=2))[1])
-
-
-@pytest.mark.parametrize("ranks", [None, "ties"])
-def test_slices_of_longer_starts(ranks):
-    """Groups 1 and 2 of a larger chunk: the starts do not begin with 0."""
-    layout = GROUPS["ragged"]
-    chunk = Chunk(layout, token_logps(layout), ranks=None if ranks is None else with_ranks(layout, ranks))
-    objective = Objective(num_groups=4, num_target_tokens=9, mle_weight=0.5)
-    sums, coef = launch(chunk, objective)
-    starts = torch.tensor(chunk.cu_groups)
-    segments = slice(chunk.cu_groups[1], chunk.cu_groups[3])
-    tokens = slice(int(chunk.token_starts[segments.start]), int(chunk.token_starts[segments.stop]))
-    part = Chunk(layout[1:3], chunk.logps[tokens], ranks=None if ranks is None else chunk.ranks[segments])
-    part_sums, part_coef = launch(
-        part,
-        objective,
-        token_starts=chunk.token_starts[segments.start : segments.stop + 1],
-        segment_starts=starts[1:4],
-    )
-    assert torch.equal(part_sums, sums[segments])
-    assert torch.equal(part_coef, coef[tokens])
-
-
-@pytest.mark.parametrize("groups", ["five", "empty_slots", "absent"])
-def test_groups_of_equal_size_need_no_segment_starts(groups):
-    layout = GROUPS[groups]
-    chunk = Chunk(layout, token_logps(layout))
-    objective = Objective(mle_weight=0.5)
-    for given, implied in zip(launch(chunk, objective), launch(chunk, objective, segment_starts=None), strict=True):
-        assert torch.equal(given, implied)
-
-
-def test_number_of_target_tokens_on_the_device_or_not():
-    chunk = Chunk(PAIRS, token_logps(PAIRS))
-    objective = Objective(mle_weight=0.7, num_target_tokens=29)
-    check(chunk, objective, num_target_tokens=29)
-    check(chunk, objective, num_target_tokens=torch.tensor(29.0, dtype=torch.float64))
-
-
-def test_ranks_of_any_integer_type():
-    layout = GROUPS["ragged"]
-    chunk = Chunk(layout, token_logps(layout), ranks=with_ranks(layout, "ties"))
-    narrow = launch(chunk, Objective(), ranks=chunk.ranks.to(torch.int32))
-    assert torch.equal(narrow[1], launch(chunk, Objective())[1])
-
-
-@pytest.mark.parametrize("mle_only", [False, True])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("segment", [3, 4])
-def test_a_value_that_is_not_finite_stays_in_its_group(segment, value, mle_only):
-    layout = [[(2, 2), (3, 3), (1, 1)], [(2, 2), (3, 4), (0, 5)], [(1, 1), (6, 6), (2, 2)]]
-    chunk = Chunk(layout, token_logps(layout))
-    objective = Objective(mle_weight=0.5, contrast_weight=0.0 if mle_only else 1.0)
-    before = launch(chunk, objective)[1]
-    starts = chunk.token_starts.tolist()
-    chunk.logps[starts[segment + 1] - 1] = value
-    sums, coef = launch(chunk, objective)
-    assert torch.equal(sums[segment], torch.tensor(value)) or sums[segment].isnan()
-    assert coef[starts[3] : starts[5]].isnan().all()
-    assert (coef[starts[5] : starts[6]] == 0).all(), "the absent candidate"
-    for other in (slice(0, starts[3]), slice(starts[6], None)):
-        assert torch.equal(coef[other], before[other])
-
-
-def test_a_reference_that_is_not_finite_counts_only_where_the_candidate_is_present():
-    layout = GROUPS["absent"]
-    chunk = Chunk(layout, token_logps(layout), ref_logps=torch.zeros(12))
-    before = launch(chunk, Objective())[1]
-    chunk.ref_logps[chunk.lengths == 0] = math.nan
-    assert torch.equal(launch(chunk, Objective())[1], before)
-    chunk.ref_logps[4] = math.nan
-    assert torch.equal(launch(chunk, Objective())[1].isnan(), before.new_tensor([0] * 12 + [1] * 6 + [0] * 20).bool())
+    eager, oracle = (expected(chunk, objective, 1.0, dtype) for dtype in (torch.float32, torch.float64))
+    for name, *tensors in zip(("sums", "coef"), launch(chunk, objective, threads=threads), eager, oracle, strict=True):
+        assert_accurate(*tensors, name)
 
 
 def test_the_order_of_the_threads_changes_no_bit(emulator):
@@ -252,14 +87,6 @@ def test_the_order_of_the_threads_changes_no_bit(emulator):
         results.append(launch(chunk, Objective(mle_weight=0.3), threads=128))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-
-
-def test_no_segments():
-    starts, lengths = torch.zeros(1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    changes = {"token_starts": starts, "segment_starts": starts, "lengths": lengths}
-    sums, coef = launch(Chunk(PAIRS, torch.empty(0)), Objective(), **changes)
-    assert sums.shape == coef.shape == (0,)
-    assert sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize("threads", [16, 48, 512])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_host_cases import DTYPES, HEADS, NARROW, PLAIN, SHARED, Tokens, backward, forward, shared_rows, some_tokens
+from pairwise import pairwise
+from row_kernels import DTYPES, HEADS, NARROW, PLAIN, SHARED, Tokens, shared_rows, some_tokens
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 
@@ -39,25 +40,22 @@ def check(logits, tokens, head=PLAIN, grad_dtype=None, threads=32, slice_bytes=0
     assert_accurate(numerics.narrow_view(logits, dtype), eager.to(dtype), oracle, "gradient")
 
 
-@SHARED
-@pytest.mark.parametrize("slice_bytes", SLICES.values(), ids=SLICES)
-@pytest.mark.parametrize("V", [1, 31, 1024, 1031])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": [1, 31, 1024, 1031], "slice_bytes": SLICES, "shared": SHARED})
 def test_every_cluster(dtype, V, slice_bytes, shared):
     check((torch.randn(3, V) * 4).to(dtype), some_tokens(V, shared), slice_bytes=slice_bytes)
 
 
-@SHARED
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "head": HEADS, "shared": SHARED})
 def test_every_head(dtype, head, shared):
     check((torch.randn(3, 1031) * 4).to(dtype), some_tokens(1031, shared), head(1031), slice_bytes=1024)
 
 
-@SHARED
-@pytest.mark.parametrize("grad_dtype", NARROW, ids=str)
-@pytest.mark.parametrize(("V", "width"), [(2, 2), (1200, 1200), (1201, 1201), (1202, 1202), (1031, 1040)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+WIDTHS = {
+    f"{V} of {width}": (V, width) for V, width in [(2, 2), (1200, 1200), (1201, 1201), (1202, 1202), (1031, 1040)]
+}
+
+
+@pairwise({"seed": [0, 1, 2], "V, width": WIDTHS, "grad_dtype": NARROW, "shared": SHARED})
 def test_narrow_gradient_over_its_logits(emulator, seed, V, width, grad_dtype, shared):
     emulator.seed = seed
     logits = torch.empty(3, width)[:, :V].copy_(torch.randn(3, V))
@@ -67,8 +65,8 @@ def test_narrow_gradient_over_its_logits(emulator, seed, V, width, grad_dtype, s
 def test_as_in_two_launches():
     """The same sums in another order, and nothing else."""
     logits, tokens = torch.randn(3, 4099), shared_rows(4099, [2, 3, 1])
-    stats, logps = forward(logits, tokens)
-    grad = backward(logits, tokens, stats)
+    stats, logps = cuda_rows.row_forward(logits, *tokens[:2], *PLAIN)
+    grad = cuda_rows.row_backward(logits, *tokens[:2], stats, tokens.coef, *PLAIN)
     found = one_read_(logits, tokens, slice_bytes=4096)
     for a, b in zip((*found, logits), (stats, logps, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -103,7 +101,7 @@ def test_nan_reaches_its_row_and_no_other():
     assert logits[1].isnan().all() and logits[[0, 2]].isfinite().all()
 
 
-@SHARED
+@pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
 def test_the_order_of_the_threads_changes_no_bit(emulator, shared):
     logits, tokens, results = torch.randn(3, 2063).bfloat16(), some_tokens(2063, shared), []
     for emulator.seed in range(5):

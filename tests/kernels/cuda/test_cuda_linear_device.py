@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import DEVICE
-from linear_cases import DTYPES, HEADS, case, check_gradient, coefs
+from linear_cases import case, check_gradient, coefs
+from row_kernels import HEADS
+from row_kernels import NARROW as DTYPES
 
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 from cpo_kernels.kernels.cuda.hopper import CAPABILITY

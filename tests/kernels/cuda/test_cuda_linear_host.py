@@ -16,7 +16,10 @@ import pytest
 import simt_host
 import torch
 from hopper_host import Schedule, Unit
-from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
+from linear_cases import case, check, check_gradient, coefs
+from pairwise import pairwise
+from row_kernels import HEADS, SHARED
+from row_kernels import NARROW as DTYPES
 from tolerance import assert_accurate
 
 from benchmarks.kernels import small_run
@@ -39,9 +42,7 @@ def gpu(hopper_library, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-@pytest.mark.parametrize("V", [1, 2, 101, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 129])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": [1, 2, 101, COLUMNS, COLUMNS + 1, 2 * COLUMNS + 129], "shared": SHARED})
 def test_every_vocabulary(dtype, V, shared):
     check(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None))
 
@@ -173,9 +174,7 @@ def test_another_gpu_is_refused(gpu):
         case().run()
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-@pytest.mark.parametrize("V", [1, 2, 101, COLUMNS, COLUMNS + 9, 2 * COLUMNS + 128])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": [1, 2, 101, COLUMNS, COLUMNS + 9, 2 * COLUMNS + 128], "shared": SHARED})
 def test_gradient_of_every_vocabulary(dtype, V, shared):
     check_gradient(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None))
 
@@ -330,7 +329,6 @@ FAULTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(gpu, tmp_path, fault):
     """These tests can fail: each of these lines wrong is an error, or a number far off."""
@@ -347,5 +345,10 @@ def test_faults_are_found(gpu, tmp_path, fault):
             check_gradient(c)
 
 
-def test_what_the_sanitizer_watches_runs():
+def test_what_the_sanitizer_watches_is_every_launch(gpu, monkeypatch):
+    """With exponentials that are kept and without; two tiles of rows and of words, more steps than stages."""
+    made = simt_host.record(gpu, monkeypatch, ("linear_forward", "linear_backward"))
+    monkeypatch.setattr(small_run, "V", COLUMNS + 45)
+    monkeypatch.setattr(small_run, "LINEAR_SIZES", ((5, DEPTH), (ROWS + 3, (STAGES + 1) * DEPTH)))
     small_run.hopper_linear(torch.device("cpu"), torch.bfloat16)
+    assert made == ["linear_forward", "linear_forward", "linear_backward"] * 4

@@ -87,7 +87,6 @@ CROWDED = """
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_spills_are_found(tmp_path):
     """The forward with 32 registers a thread, half of what it has."""
     source = tmp_path / "crowded.cu"

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from devices import DEVICE
+from pairwise import pairwise
+from row_kernels import DTYPES, HEADS, PLAIN, SHARED
 from tolerance import assert_accurate
 from torch import Tensor
 
@@ -20,19 +22,9 @@ from cpo_kernels.kernels.triton.linear import linear_forward
 from cpo_kernels.kernels.triton.splits import LinearForward
 
 pytestmark = pytest.mark.triton
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_R, BLOCK_V, BLOCK_H = 16, 32, 16
+TMA = {"pointers": 0, "descriptors": 1}
 CONFIG = {"BLOCK_R": BLOCK_R, "BLOCK_V": BLOCK_V, "BLOCK_H": BLOCK_H, "num_warps": 4, "num_stages": 2}
-PLAIN = (None, 1.0, 0.0, 1.0)
-HEADS = {
-    "plain": lambda V: PLAIN,
-    "scaled": lambda V: (None, 1.7, 0.0, 0.6),
-    "negative scale": lambda V: (None, -0.8, 0.0, 1.0),  # the largest y is at the smallest x
-    "zero scale": lambda V: (None, 0.0, 0.0, 1.0),
-    "bias": lambda V: (torch.randn(V), 1.0, 0.0, 1.0),
-    "softcap": lambda V: (None, 1.0, 3.0, 1.0),
-    "all": lambda V: (torch.randn(V).bfloat16(), 1.3, 30.0, 0.7),
-}
 
 
 @dataclass
@@ -104,10 +96,7 @@ V_GRID = [
 ]
 
 
-@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "shared rows"])
-@pytest.mark.parametrize("V", V_GRID)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pairwise({"dtype": DTYPES, "V": V_GRID, "shared": SHARED, "tma": TMA})
 def test_every_vocabulary(dtype, V, shared, tma):
     check(case(dtype, V=V, counts=[1, 3, 0, 5, 2] if shared else None), {**CONFIG, "TMA": tma, "SPLITS": 2})
 
@@ -118,9 +107,7 @@ def test_every_head(dtype, head):
     check(case(dtype, V=77, counts=[1, 3, 0, 5, 2], head=HEADS[head](77)))
 
 
-@pytest.mark.parametrize("R", [1, BLOCK_R, BLOCK_R + 1])
-@pytest.mark.parametrize("H", [1, 7, BLOCK_H, 3 * BLOCK_H + 5])
-@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+@pairwise({"R": [1, BLOCK_R, BLOCK_R + 1], "H": [1, 7, BLOCK_H, 3 * BLOCK_H + 5], "tma": TMA})
 def test_every_shape(R, H, tma):
     check(case(torch.bfloat16, R=R, H=H, V=53), {**CONFIG, "TMA": tma})
 
@@ -144,7 +131,7 @@ def strided(c: Case) -> list[Case]:
     return [Case(view, tied if view is odd else c.weight, c.targets) for view in (rows, odd, skipping)]
 
 
-@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tma", TMA.values(), ids=TMA)
 def test_strided_inputs(tma):
     for view in strided(case(V=67, H=41)):
         check(view, {**CONFIG, "TMA": tma})
@@ -348,9 +335,7 @@ def softmax_of(c: Case) -> Tensor:
     return c.logits(torch.float64)[0].softmax(-1)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("head", ["plain", "scaled", "all", "zero scale"])
-@pytest.mark.parametrize("V", [7, 101])
+@pairwise({"V": [7, 101], "head": ["plain", "scaled", "all", "zero scale"], "count": [1, 3]})
 def test_samples_follow_the_softmax(V, head, count):
     c = identical_rows(V, HEADS[head](V))
     samples = c.run({**SAMPLING, "SPLITS": count}, seed=torch.tensor([3])).samples
@@ -440,7 +425,7 @@ def test_samples_of_rows_with_their_own_seeds_follow_the_softmax():
     assert chi_square_ratio(4 * coarse + coarse, joint) > 1
 
 
-@pytest.mark.parametrize("tma", [0, 1], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tma", TMA.values(), ids=TMA)
 def test_a_row_with_its_own_seed_does_not_depend_on_its_place(tma):
     """Nor on the rows of its tile, the splits or the stride of the seeds; a single row is as with one seed."""
     c = case(R=BLOCK_R + 5, V=101)
