@@ -26,8 +26,8 @@ from cpo_kernels.negatives.kinds import counted_kinds
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .files import write_whole
+from .fingerprint import fingerprint
 from .judges import Judge
-from .reference import fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
 from .writing import ModelWriter, room_for
@@ -290,9 +290,13 @@ def _generations(
     asked = [fingerprint(model), asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return kept["completions"]
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return kept["completions"]
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"the generations in {path} cannot be read ({error!r}); delete the file, and they are made again"
+            raise ValueError(message) from error
     completions = [drawn for (drawn,) in ModelWriter(lambda: model, tokenizer)(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))

@@ -30,7 +30,7 @@ from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives.endpoint import Endpoint
 
 from .data import tokenize_examples
-from .reference import fingerprint
+from .fingerprint import fingerprint
 
 Verdict = float | None
 Judge = Callable[[str, str, str], Verdict]

@@ -1,0 +1,107 @@
+"""The fingerprint of a model: one digest of all that it holds, by which caches and checkpoints tell models apart."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+SCHEME = "xxh3-128"  # Begins every fingerprint: those of another scheme cannot be compared.
+CHUNK_BYTES = 1 << 26  # Copied from a device at a time.
+
+
+def fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
+    """Digests every byte of a model's parameters, buffers and extra state, with their names, shapes and dtypes.
+
+    It says what the model holds at this moment, so it is to be taken anew wherever the model may have changed. It does
+    not depend on device, strides or ties: two names of one tensor count as two equal tensors, read once.
+    Sharded parameters are gathered one at a time and give the digest of the whole model; all processes that hold
+    shards have to call this together.
+
+    Args:
+        model: on any device, in any dtype, quantised or not.
+        frozen_only: leave out the parameters that are trained.
+
+    Raises:
+        ValueError: a parameter or buffer without values, such as one on the meta device; it is named.
+    """
+    whole = xxhash.xxh3_128()
+    known: dict[int, str] = {}
+    contents = _contents(model)
+    for name in sorted(contents):
+        value = contents[name]
+        if frozen_only and isinstance(value, Tensor) and value.requires_grad:
+            continue
+        if id(value) not in known:
+            known[id(value)] = _digest(value, name)
+        whole.update(repr((name, known[id(value)])).encode())
+    return f"{SCHEME}:{whole.hexdigest()}"
+
+
+def _contents(model: nn.Module) -> dict[str, Any]:
+    """Return what a model saves, which includes what quantised layers keep beside their weights, and other buffers."""
+    saved = model.state_dict(keep_vars=True)
+    return dict(model.named_buffers(remove_duplicate=False)) | saved
+
+
+def _digest(value: Any, name: str) -> str:
+    state = xxhash.xxh3_128()
+    with _gathered(value):
+        for part in _parts(value, name):
+            if not isinstance(part, Tensor):
+                state.update(pickle.dumps(part))
+                continue
+            state.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            values = part.contiguous().reshape(-1).view(torch.uint8)
+            for start in range(0, len(values), CHUNK_BYTES):
+                state.update(values[start : start + CHUNK_BYTES].cpu().numpy().data)
+    return state.hexdigest()
+
+
+def _gathered(value: Any) -> Any:
+    """Make a parameter that ZeRO-3 has sharded whole for the time of a ``with``."""
+    if not hasattr(value, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([value])
+
+
+def _parts(value: Any, name: str) -> Iterator[Any]:
+    """Yield plain dense tensors that hold the values of a tensor of any kind, and what else tells how to read them."""
+    if isinstance(value, (tuple, list)):
+        yield len(value)
+        for item in value:
+            yield from _parts(item, name)
+        return
+    if not isinstance(value, Tensor):
+        yield value
+        return
+    if nn.parameter.is_lazy(value) or value.is_meta:
+        raise ValueError(f"expected a model with values to take a fingerprint of, but {name!r} has none yet")
+    tensor = value.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    if hasattr(tensor, "__tensor_flatten__"):
+        inner, about = tensor.__tensor_flatten__()
+        yield type(tensor).__name__, about
+        for attribute in inner:
+            yield attribute
+            yield from _parts(getattr(tensor, attribute), name)
+    elif tensor.is_quantized:
+        per_channel = tensor.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+        yield str(tensor.dtype), str(tensor.qscheme())
+        yield tensor.int_repr()
+        if per_channel:
+            yield tensor.q_per_channel_axis()
+            yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+        else:
+            yield tensor.q_scale(), tensor.q_zero_point()
+    else:
+        dense = tensor if tensor.layout == torch.strided else tensor.to_dense()
+        yield dense.resolve_conj().resolve_neg()
