@@ -201,7 +201,10 @@ def test_a_finished_file_is_left_alone(config, calls, tmp_path, capsys):
     assert calls == []
     assert (tmp_path / "negatives.jsonl").stat().st_mtime_ns == before
     assert "is complete" in capsys.readouterr().out
-    assert main(["negatives", config(seed=4)]) == 0  # other negatives are asked for
+    assert main(["negatives", config(seed=4)]) == 2  # other negatives are asked for
+    assert "--overwrite" in capsys.readouterr().err
+    assert calls == []
+    assert main(["negatives", config(seed=4), "--overwrite"]) == 0
     assert calls == [0, 4, 8]
 
 
