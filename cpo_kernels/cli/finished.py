@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers.trainer import TRAINER_STATE_NAME
 
-from cpo_kernels.trainer.files import RECORD, WEIGHTS, checkpoints, faults, read_record, whole_file, write_record
+from cpo_kernels.trainer.files import RECORD, WEIGHTS, checkpoints, condition, read_record, whole_file, write_record
 from cpo_kernels.trainer.run_record import EPOCHS, STEPS, differences, example_hashes, plain_settings, settings_of
 
 from .errors import InputError
@@ -55,8 +55,8 @@ def finished_run(settings: Settings) -> str | None:
         before: dict[str, Any] = {"settings": {"max_steps": -1, "num_train_epochs": state.get("num_train_epochs", 0)}}
         if steps < total:
             return None
-    elif found := faults(directory):
-        print(f"the model in {directory} is not whole and is made again: {'; '.join(found)}")
+    elif damaged := condition(directory).damaged:
+        print(f"the model in {directory} is not whole and is made again: {'; '.join(damaged)}")
         return None
     else:
         before = record["run"]

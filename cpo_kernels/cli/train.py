@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,11 @@ def find_checkpoint(settings: Settings, trainer: CPOTrainer) -> str | None:
     if asked == "none" or (asked == "auto" and not checkpoints(str(settings.training.output_dir))):
         return None
     with input_errors():
-        return trainer.find_checkpoint(True if asked == "auto" else asked)
+        return trainer.find_checkpoint(True if asked == "auto" else asked, say=_warn)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _save_settings(settings: Settings) -> None:

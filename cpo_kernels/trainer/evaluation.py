@@ -26,7 +26,6 @@ from cpo_kernels.negatives.kinds import counted_kinds
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .files import write_whole
-from .fingerprint import fingerprint
 from .judges import Judge
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
@@ -287,7 +286,8 @@ def _generations(
     A continuation is a function of the example's index and not of which others are drawn beside it.
     """
     path = None if directory is None else directory / GENERATIONS
-    asked = [fingerprint(model), asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
+    writer = ModelWriter(lambda: model, tokenizer)
+    asked = [writer.identity, asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():
         try:
@@ -297,7 +297,7 @@ def _generations(
         except (ValueError, KeyError, TypeError) as error:
             message = f"the generations in {path} cannot be read ({error!r}); delete the file, and they are made again"
             raise ValueError(message) from error
-    completions = [drawn for (drawn,) in ModelWriter(lambda: model, tokenizer)(prompts, indices, 1, sampling)]
+    completions = [drawn for (drawn,) in writer(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))
     return completions

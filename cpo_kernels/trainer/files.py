@@ -10,7 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ __all__ = [
     "RECORD",
     "Needs",
     "checkpoints",
-    "faults",
+    "condition",
     "hash_file",
     "lacking",
     "last_complete_checkpoint",
@@ -56,6 +56,19 @@ class Needs:
     processes: int = 1
     scaler: bool = False
     negatives: bool = False
+
+
+@dataclass
+class Condition:
+    """How a checkpoint, or what a record names, is found again.
+
+    Attributes:
+        damaged: what is cut off, changed, or missing and without which nothing goes on: weights, Trainer's state.
+        missing: other files that were written and are not there.
+    """
+
+    damaged: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
 
 
 def hash_file(path: str | Path) -> str:
@@ -98,8 +111,8 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
         raise ValueError(f"{RECORD} cannot be read ({error})") from error
 
 
-def faults(directory: str | Path) -> list[str]:
-    """Says what is wrong with a checkpoint, or with the files of a record: missing, cut off, or not what was written.
+def condition(directory: str | Path) -> Condition:
+    """Compares the files of a checkpoint, or of a finished model, with their record.
 
     Where there is no record, as in what older versions wrote, form and names are all that can be checked.
     """
@@ -107,22 +120,29 @@ def faults(directory: str | Path) -> list[str]:
     try:
         record = read_record(directory)
     except ValueError as error:
-        return [str(error)]
+        return Condition([str(error)])
     if record is None:
-        return _faults_of_form(directory)
-    return [fault for name, entry in record["files"].items() if (fault := _fault(directory / name, name, entry))]
+        return Condition(_faults_of_form(directory))
+    found = Condition()
+    for name, entry in record["files"].items():
+        path = directory / name
+        if path.is_file():
+            found.damaged += _faults(path, name, entry)
+        elif name == TRAINER_STATE_NAME or any(Path(name).match(pattern) for pattern in WEIGHTS):
+            found.damaged.append(f"{name} is missing")
+        else:
+            found.missing.append(name)
+    return found
 
 
-def _fault(path: Path, name: str, entry: dict[str, Any]) -> str | None:
+def _faults(path: Path, name: str, entry: dict[str, Any]) -> list[str]:
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
-            return f"{name} has {size} of {entry['bytes']} bytes"
-        return None if hash_file(path) == entry["xxh3_128"] else f"{name} is not what was written: its hash differs"
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{name} is missing"
+            return [f"{name} has {size} of {entry['bytes']} bytes"]
+        return [] if hash_file(path) == entry["xxh3_128"] else [f"{name} is not what was written: its hash differs"]
     except (OSError, KeyError, TypeError) as error:
-        return f"{name} cannot be checked ({error!r})"
+        return [f"{name} cannot be checked ({error!r})"]
 
 
 def _faults_of_form(checkpoint: Path) -> list[str]:
@@ -201,7 +221,8 @@ def _has(directory: Path, *patterns: str) -> bool:
 def last_complete_checkpoint(output_dir: str | Path, needs: Needs | None = None) -> str | None:
     """Finds the checkpoint of the most steps that is whole and lacks nothing; None if there is none."""
     for path in checkpoints(output_dir):
-        if not faults(path) and not lacking(path, needs or Needs(max(1, _processes(path)))):
+        found = condition(path)
+        if not found.damaged and not found.missing and not lacking(path, needs or Needs(max(1, _processes(path)))):
             return str(path)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +13,18 @@ import xxhash
 from torch import Tensor, nn
 
 SCHEME = "xxh3-128"  # Begins every fingerprint: those of another scheme cannot be compared.
+# Keys of configurations that say nothing of the computation.
+CHANGING = {
+    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
+}
 CHUNK_BYTES = 1 << 26  # Copied from a device at a time.
 
 
 def fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     """Digests every byte of a model's parameters, buffers and extra state, with their names, shapes and dtypes.
 
+    What its configuration says of the computation is part of it: equal weights under another one are another model.
     It says what the model holds at this moment, so it is to be taken anew wherever the model may have changed. It does
     not depend on device, strides or ties: two names of one tensor count as two equal tensors, read once.
     Sharded parameters are gathered one at a time and give the digest of the whole model; all processes that hold
@@ -32,6 +39,7 @@ def fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     """
     whole = xxhash.xxh3_128()
     known: dict[int, str] = {}
+    whole.update(json.dumps(architecture(model, adapters=not frozen_only), sort_keys=True, default=str).encode())
     contents = _contents(model)
     for name in sorted(contents):
         value = contents[name]
@@ -41,6 +49,24 @@ def fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
             known[id(value)] = _digest(value, name)
         whole.update(repr((name, known[id(value)])).encode())
     return f"{SCHEME}:{whole.hexdigest()}"
+
+
+def architecture(model: nn.Module, adapters: bool = True) -> dict[str, Any]:
+    """Returns what the configurations of a model and its adapters say, but for names, places and special tokens."""
+    configs: dict[str, Any] = {"model": getattr(model, "config", None)}
+    if adapters:
+        configs |= getattr(model, "peft_config", None) or {}
+    return {name: _lasting(own.to_dict()) for name, own in configs.items() if hasattr(own, "to_dict")}
+
+
+def _lasting(value: Any) -> Any:
+    """Leave out what changes when a model is saved, loaded or trained, at any depth; put sets in order."""
+    if isinstance(value, dict):
+        kept = {str(k): v for k, v in value.items() if k not in CHANGING and not str(k).startswith("_")}
+        return {k: _lasting(v) for k, v in kept.items() if not k.endswith("token_id")}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return [_lasting(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _contents(model: nn.Module) -> dict[str, Any]:

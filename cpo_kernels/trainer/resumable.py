@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,12 @@ class ResumableTrainer(Trainer):
         self._run = self.run_record()
         return super().train(checkpoint, *args, **kwargs)
 
-    def find_checkpoint(self, asked: str | bool = True) -> str | None:
-        """Find the checkpoint that ``train`` goes on from; what is passed over, lacking or unknown is logged.
+    def find_checkpoint(self, asked: str | bool = True, say: Callable[[str], Any] = logger.warning) -> str | None:
+        """Find the checkpoint that ``train`` goes on from.
 
         Args:
             asked: a checkpoint, or True for the newest in ``output_dir`` that is whole and lacks nothing.
+            say: called with sentences about what is passed over, lacking, changed or unknown.
 
         Returns:
             Its path; None where no checkpoint was ever written to its end.
@@ -87,7 +89,7 @@ class ResumableTrainer(Trainer):
         if found.path is None and not found.unfinished:
             raise ValueError(nothing_found(self.args.output_dir, found))
         for note in found.notes if main else ():
-            logger.warning(note)
+            say(note)
         self._found = found.path
         return found.path
 

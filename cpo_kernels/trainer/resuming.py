@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .config import CPOConfig
-from .files import RECORD, Needs, checkpoints, faults, lacking, read_record
+from .files import RECORD, Needs, checkpoints, condition, lacking, read_record
 from .run_record import differences
 
 T = TypeVar("T")
@@ -57,13 +57,14 @@ def find_checkpoint(asked: str | bool, config: CPOConfig, needs: Needs, run: dic
 def _newest(config: CPOConfig, needs: Needs) -> Found:
     found = Found()
     for path in checkpoints(str(config.output_dir)):
-        reasons, missing = faults(path), lacking(path, needs)
-        if reasons or (missing and not config.allow_partial_resume):
-            found.notes.append(f"{path} is passed over: " + "; ".join(reasons or [f"it {_without(missing)}{HINT}"]))
+        damaged, missing = _examine(path, needs)
+        if damaged or (missing and not config.allow_partial_resume):
+            reasons = damaged or [f"it has no {missing}{HINT}"]
+            found.notes.append(f"{path} is passed over: {'; '.join(reasons)}")
             found.unfinished = found.unfinished and _never_finished(path)
             continue
         found.path = str(path)
-        found.notes += [f"{path} {_without(missing)}: the run does not go on bit for bit"] * bool(missing)
+        found.notes += _partial(found.path, missing)
         return found
     return found
 
@@ -72,17 +73,22 @@ def _named(asked: str, config: CPOConfig, needs: Needs) -> Found:
     path = Path(asked)
     if _never_finished(path):
         raise ValueError(f"{asked} is not a checkpoint: it has no {TRAINER_STATE_NAME}")
-    reasons, missing = faults(path), lacking(path, needs)
-    if reasons:
-        raise ValueError(f"{asked} is damaged: {'; '.join(reasons)}; go on from another checkpoint, or begin anew")
+    damaged, missing = _examine(path, needs)
+    if damaged:
+        raise ValueError(f"{asked} is damaged: {'; '.join(damaged)}; go on from another checkpoint, or begin anew")
     if missing and not config.allow_partial_resume:
-        raise ValueError(f"{asked} {_without(missing)}{HINT}")
-    notes = [f"{asked} {_without(missing)}: the run does not go on bit for bit"] * bool(missing)
-    return Found(asked, notes)
+        raise ValueError(f"{asked} has no {missing}{HINT}")
+    return Found(asked, _partial(asked, missing))
 
 
-def _without(missing: list[str]) -> str:
-    return f"has no {', no '.join(missing)}"
+def _examine(path: Path, needs: Needs) -> tuple[list[str], str]:
+    """Say what is damaged in a checkpoint, and name what is missing from it."""
+    found = condition(path)
+    return found.damaged, ", no ".join([*lacking(path, needs), *found.missing])
+
+
+def _partial(path: str, missing: str) -> list[str]:
+    return [f"{path} has no {missing}: the run does not go on bit for bit"] if missing else []
 
 
 def _never_finished(path: Path) -> bool:

@@ -20,7 +20,7 @@ from cpo_kernels.negatives.redaction import without_secrets
 
 from .config import CPOConfig
 from .data import TokenizedExamples
-from .fingerprint import fingerprint
+from .fingerprint import architecture, fingerprint
 
 # They do not change what is trained: where a run writes, what it logs, saves and evaluates, and how it is shown.
 IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "include_", "do_", "_")
@@ -80,24 +80,15 @@ def _plain(value: Any) -> Any:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """Returns what besides its weights decides how a model goes on training: a resumed run takes it from its caller."""
-    config: Any = getattr(model, "config", None)
-    values = config.to_dict() if config is not None else {}
     trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    adapters = getattr(model, "peft_config", None) or {}
-    moved = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-    return _plain(
-        {
-            "class": type(model).__name__,
-            "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
-            "attention": getattr(config, "_attn_implementation", None),
-            "dropout": {name: value for name, value in values.items() if "drop" in name},
-            "trained": f"{len(trained)} tensors, {xxhash.xxh3_64_hexdigest(repr(trained).encode())}",
-            "adapters": {
-                name: {key: value for key, value in own.to_dict().items() if key not in moved}
-                for name, own in adapters.items()
-            },
-        }
-    )
+    about = {name: _plain(own) for name, own in architecture(model).items()}
+    return {
+        "class": type(model).__name__,
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "trained": f"{len(trained)} tensors, {xxhash.xxh3_64_hexdigest(repr(trained).encode())}",
+        **{f"{name} {key}": value for name, own in about.items() for key, value in own.items()},
+    }
 
 
 def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
@@ -152,7 +143,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name] or (name == EPOCHS and old[STEPS] > 0 and new[STEPS] > 0):
             continue
-        text = f"{name.removeprefix('settings.')}: {json.dumps(old[name])} before, {json.dumps(new[name])} now"
+        shown = name.removeprefix("settings.").removeprefix("options.")
+        text = f"{shown}: {json.dumps(old[name])} before, {json.dumps(new[name])} now"
         (lengths if name in (STEPS, EPOCHS) else changed).append(text)
     return changed, lengths
 

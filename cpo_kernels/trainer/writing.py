@@ -97,7 +97,7 @@ class ModelWriter:
     @property
     def identity(self) -> str:
         """What tells its negatives from those of another."""
-        return fingerprint(self.model())
+        return f"{fingerprint(self.model())} {self.tokenizer.eos_token_id} {self.tokenizer.pad_token_id}"
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
         """Write ``count`` completions of each prompt, which has a key of its own."""
