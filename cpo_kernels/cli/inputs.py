@@ -109,7 +109,7 @@ class Inputs:
             return load_model(name, self.run)
         import peft
 
-        with input_errors(RuntimeError), whole_weights(name):
+        with input_errors(RuntimeError), whole_files(name):
             return peft.PeftModel.from_pretrained(self.model(), name)
 
     def train_examples(self) -> Sequence[Any]:
@@ -168,11 +168,11 @@ def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
 
 
 @contextmanager
-def whole_weights(*names: str) -> Iterator[None]:
-    """Raise an error about weights that are cut off as one that names the file."""
+def whole_files(*names: str) -> Iterator[None]:
+    """Raise what goes wrong inside because a file in these directories is cut off as an error that names the file."""
     try:
         yield
-    except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:
         for path in (path for name in names for path in sorted(Path(name).glob("*"))):
             reason = malformed(path)
             if reason is not None:
@@ -187,7 +187,7 @@ def load_tokenizer(name: str, run: RunConfig) -> Any:
     from transformers import AutoTokenizer
 
     revision = run.revision if name == run.model else None
-    with input_errors(OSError):
+    with input_errors(OSError), whole_files(name):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.trust_remote_code)
 
 
@@ -195,7 +195,7 @@ def load_model(name: str, run: RunConfig) -> Any:
     """Load a model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
-    with input_errors(OSError, ImportError, RuntimeError), whole_weights(name):
+    with input_errors(OSError, ImportError, RuntimeError), whole_files(name):
         return AutoModelForCausalLM.from_pretrained(
             name,
             revision=run.revision if name == run.model else None,

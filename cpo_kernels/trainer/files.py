@@ -128,11 +128,18 @@ def condition(directory: str | Path) -> Condition:
         path = directory / name
         if path.is_file():
             found.damaged += _faults(path, name, entry)
-        elif name == TRAINER_STATE_NAME or any(Path(name).match(pattern) for pattern in WEIGHTS):
+        elif _is_vital(name):
             found.damaged.append(f"{name} is missing")
         else:
             found.missing.append(name)
     return found
+
+
+def _is_vital(name: str) -> bool:
+    """Whether nothing goes on without this file: Trainer's state, and weights, also those within directories."""
+    top = Path(Path(name).parts[0])
+    vital = (TRAINER_STATE_NAME, *INDICES, *WEIGHTS, DEEPSPEED)
+    return any(Path(name).match(pattern) or top.match(pattern) for pattern in vital)
 
 
 def _faults(path: Path, name: str, entry: dict[str, Any]) -> list[str]:

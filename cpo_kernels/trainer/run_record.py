@@ -83,7 +83,7 @@ def model_record(model: nn.Module) -> dict[str, Any]:
     trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     about = {name: _plain(own) for name, own in architecture(model).items()}
     return {
-        "class": type(model).__name__,
+        "class": type(model).__name__.removeprefix("FSDP"),
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
         "trained": f"{len(trained)} tensors, {xxhash.xxh3_64_hexdigest(repr(trained).encode())}",
