@@ -12,7 +12,7 @@ import numpy as np
 from transformers.trainer import TRAINER_STATE_NAME
 
 from cpo_kernels.trainer.files import RECORD, WEIGHTS, checkpoints, condition, read_record, whole_file, write_record
-from cpo_kernels.trainer.run_record import EPOCHS, STEPS, differences, example_hashes, plain_settings, settings_of
+from cpo_kernels.trainer.run_record import differences, example_hashes, plain_settings, settings_of
 
 from .errors import InputError
 from .options import CourseOptions, DataOptions, EvaluationOptions, ModelOptions, NegativesOptions
@@ -26,13 +26,14 @@ _IGNORED = {"resume", "trust_remote_code", "eval_data", "eval_split", "max_eval_
 _COUNTED = {"negatives_file"}
 
 
-def run_options(settings: Settings) -> dict[str, Any]:
-    """Returns the options that change what the command trains, as plain values without secrets."""
+def run_of(settings: Settings) -> dict[str, Any]:
+    """Returns the settings and options that change what the command trains, as plain values without secrets."""
     ignored = _IGNORED | {item.name for group in _IGNORED_GROUPS for item in dataclasses.fields(group)}
     groups: Iterable[Any] = (ModelOptions, DataOptions, CourseOptions, NegativesOptions)
     names = [item.name for group in groups for item in dataclasses.fields(group)]
     kept = [name for name in names if name in _COUNTED or name not in ignored]
-    return plain_settings({name: getattr(settings.run, name) for name in kept})
+    options = plain_settings({name: getattr(settings.run, name) for name in kept})
+    return {"settings": settings_of(settings.training), "options": options}
 
 
 def finished_run(settings: Settings) -> str | None:
@@ -43,32 +44,22 @@ def finished_run(settings: Settings) -> str | None:
             which, and what to do.
     """
     directory = Path(str(settings.training.output_dir))
-    state = _state(directory)
+    record, state = _finished_state(directory)
     if state is None or not any(any(directory.glob(pattern)) for pattern in WEIGHTS):
         return None
-    try:
-        record = read_record(directory)
-    except ValueError:
-        record = None
-    steps, total = state["global_step"], state["max_steps"]
-    if record is None:  # Written by an older version: it is finished if all steps were taken.
-        before: dict[str, Any] = {"settings": {"max_steps": -1, "num_train_epochs": state.get("num_train_epochs", 0)}}
-        if steps < total:
-            return None
-    elif damaged := condition(directory).damaged:
+    damaged = [] if record is None else condition(directory).damaged
+    if damaged:
         print(f"the model in {directory} is not whole and is made again: {'; '.join(damaged)}")
         return None
-    else:
-        before = record["run"]
-    now = {"settings": settings_of(settings.training), "options": run_options(settings)}
-    if _is_longer(settings, before["settings"], total):
+    steps, total = state["global_step"], state["max_steps"]
+    if _is_longer(settings, state):
         if not checkpoints(directory):
             raise InputError(
                 f"training in {directory} has finished after {steps} steps and left no checkpoint to take more from; "
                 "give another output_dir, or --resume none to begin anew"
             )
         return None
-    changed = differences(before, now)[0] if record is not None else []
+    changed = [] if record is None else differences(record.get("run", {}), run_of(settings))[0]
     if changed:
         raise InputError(
             f"training in {directory} has finished, with other settings: {'; '.join(changed)}. "
@@ -80,21 +71,24 @@ def finished_run(settings: Settings) -> str | None:
     )
 
 
-def _state(directory: Path) -> dict[str, Any] | None:
+def _finished_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Find the record of a run that has finished, and its steps; what older versions finished has no record."""
     try:
+        record = read_record(directory)
+        if record is not None:
+            return record, record["state"]
         state = json.loads((directory / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return state if {"global_step", "max_steps"} <= state.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+        return None, state if state["global_step"] >= state["max_steps"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None, None
 
 
-def _is_longer(settings: Settings, before: dict[str, Any], total: int) -> bool:
+def _is_longer(settings: Settings, state: dict[str, Any]) -> bool:
+    """Whether more is asked for than was trained: more steps, or where their number is not given, more epochs."""
     training = settings.training
     if training.max_steps > 0:
-        return training.max_steps > total
-    if before.get(STEPS.partition(".")[2], -1) > 0:
-        return False  # How many steps the epochs are is known once the data is read; the difference is told.
-    return training.num_train_epochs > before.get(EPOCHS.partition(".")[2], training.num_train_epochs)
+        return training.max_steps > state["global_step"]
+    return training.num_train_epochs > (state.get("epoch") or 0) + 1e-6
 
 
 def begin(directory: Path, examples: Any) -> None:
@@ -105,11 +99,18 @@ def begin(directory: Path, examples: Any) -> None:
         np.save(file, np.unique(example_hashes(examples)))
 
 
-def finish(directory: Path, step: int, run: dict[str, Any], settings: Settings) -> None:
-    """Leaves word in ``output_dir`` that training has finished: the record of its weights and of what was trained."""
+def finish(directory: Path, state: Any, run: dict[str, Any]) -> None:
+    """Leaves word in ``output_dir`` that training has finished: the record of its weights and of what was trained.
+
+    Args:
+        directory: ``output_dir``.
+        state: Trainer's at the end.
+        run: what :func:`run_of` said at the beginning.
+    """
     weights = {path for pattern in WEIGHTS for path in directory.glob(pattern) if path.is_file()}
     own = [path for path in weights if path.parent == directory]
-    write_record(directory, own, step=step, run=run | {"options": run_options(settings)})
+    reached = {"global_step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch}
+    write_record(directory, own, state=reached, run=run)
 
 
 def trained_on(name: str, examples: Any) -> int | None:

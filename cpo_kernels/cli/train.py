@@ -18,7 +18,7 @@ from cpo_kernels.trainer.loading import load_examples
 from cpo_kernels.trainer.resuming import on_main_process
 
 from .errors import InputError, input_errors
-from .finished import SETTINGS, begin, finish, finished_run
+from .finished import SETTINGS, begin, finish, finished_run, run_of
 from .inputs import Inputs
 from .parsing import Settings, parse
 
@@ -34,6 +34,7 @@ def run(arguments: Sequence[str]) -> None:
             if is_main:
                 print(done)
             return
+    asked_for = run_of(settings)  # before the trainer fills in what depends on the machine
     trainer = make_trainer(settings)
     checkpoint = find_checkpoint(settings, trainer)
     directory = Path(str(settings.training.output_dir))
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> None:
     trainer.save_state()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
-        finish(directory, trainer.state.global_step, trainer.run_record(), settings)
+        finish(directory, trainer.state, asked_for)
         _print_metrics(metrics)
         print(f"saved to {directory}")
     if settings.training.push_to_hub:

@@ -22,7 +22,7 @@ class ResumableTrainer(Trainer):
     """Records every checkpoint, and checks the record, the settings and the data before it goes on from one."""
 
     args: CPOConfig
-    _run: dict[str, Any]
+    _run: dict[str, Any] | None = None
     _found: str | None = None
     _took_steps: bool = True
 
@@ -122,7 +122,9 @@ class ResumableTrainer(Trainer):
         # The state of Trainer comes last: a checkpoint that has it has everything but the record.
         super()._save_checkpoint(model, trial)
         if self.args.should_save and checkpoint.is_dir():
-            write_record(checkpoint, own_files(checkpoint), step=self.state.global_step, run=self._run)
+            write_record(
+                checkpoint, own_files(checkpoint), step=self.state.global_step, run=self._run or self.run_record()
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

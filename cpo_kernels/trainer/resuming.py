@@ -117,7 +117,7 @@ def _compare(found: Found, config: CPOConfig, run: dict[str, Any]) -> None:
 def nothing_found(output_dir: str | None, found: Found) -> str:
     """Says that there is no checkpoint to go on from, and what was passed over."""
     reasons = "".join(f"; {note}" for note in found.notes)
-    return f"no complete checkpoint in {output_dir} to resume from{reasons}"
+    return f"no complete checkpoint in {output_dir} to resume from{reasons}. Name a checkpoint, or begin anew"
 
 
 def on_main_process(function: Callable[[], T], is_main: bool) -> T:

@@ -92,16 +92,15 @@ def model_record(model: nn.Module) -> dict[str, Any]:
 
 
 def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
-    """Returns fingerprints of what no checkpoint holds: the reference, and the frozen weights under adapters.
+    """Returns fingerprints of what no checkpoint holds: the reference, or the frozen weights under adapters.
 
     Args:
         model: the model that is trained, before it is sharded.
         reference: a :class:`~.reference.Reference`, or None.
     """
     prints = {} if reference is None else {"reference": reference.fingerprint}
-    if hasattr(model, "peft_config"):
-        same = reference is not None and reference.adapters
-        prints["base"] = prints["reference"] if same else fingerprint(model, frozen_only=True)
+    if hasattr(model, "peft_config") and not (reference is not None and reference.adapters):
+        prints["base"] = fingerprint(model, frozen_only=True)
     return prints
 
 

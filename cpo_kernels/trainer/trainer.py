@@ -21,6 +21,7 @@ from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
 from .config import CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
+from .fingerprint import fingerprint
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
 from .own_loss import LossFn, check_own_loss, own_loss
@@ -402,6 +403,11 @@ class CPOTrainer(ResumableTrainer):
     def _prepare_run(self) -> None:
         self._epoch_iterator = None
         self._negatives.store.negatives.clear()
+        model = self.accelerator.unwrap_model(self._policy)
+        if hasattr(model, "peft_config") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # The weights under the adapters may have changed since the trainer was made.
+            own = "reference" if self.reference is not None and self.reference.adapters else "base"
+            self._fingerprints[own] = fingerprint(model, frozen_only=True)
 
     def _load_own_state(self, checkpoint: str) -> None:
         self._negatives.store.load(checkpoint)

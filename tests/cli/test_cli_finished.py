@@ -119,6 +119,15 @@ def test_more_epochs_are_taken(config, tmp_path, capsys):
     assert "has finished after 12 of 12 steps" in capsys.readouterr().out
 
 
+def test_steps_in_place_of_epochs_and_back(run, config, capsys):
+    """Two steps of six are a third of an epoch."""
+    for arguments, more in (["--num_train_epochs", "0.3"], False), (["--num_train_epochs", "0.5"], True):
+        assert main(["train", config(max_steps=-1), *arguments]) == 0
+        said = capsys.readouterr().out
+        assert ("going on from" in said) == more and ("has finished" in said) != more
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
+
+
 def test_more_steps_need_a_checkpoint(run, config, capsys):
     for number in (1, 2):
         shutil.rmtree(run / f"checkpoint-{number}")

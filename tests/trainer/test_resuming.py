@@ -307,6 +307,19 @@ def test_frozen_weights_under_adapters_are_the_same_without_a_reference_too(tmp_
         trainer(tmp_path, tiny_models.adapted(lora_alpha=3), **options).find_checkpoint()
 
 
+def test_weights_that_change_before_training_are_the_reference_that_is_recorded(tmp_path):
+    options = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    base = tiny_models.llama()
+    run = trainer(tmp_path, tiny_models.adapted(base), **options)
+    base.lm_head.weight.data[3, 3] += 1
+    run.train()
+    changed = tiny_models.llama()
+    changed.lm_head.weight.data[3, 3] += 1
+    trainer(tmp_path, tiny_models.adapted(changed), **options).find_checkpoint()
+    with pytest.raises(ValueError, match="the reference of this trainer is not the one"):
+        trainer(tmp_path, tiny_models.adapted(), **options).find_checkpoint()
+
+
 def test_only_what_both_records_say_is_compared():
     before, now = {"settings": {"max_steps": 3, "gone": 1}, "processes": 2}, {"settings": {"max_steps": 3, "new": 2}}
     assert differences(before, now | {"processes": 2}) == ([], [])
