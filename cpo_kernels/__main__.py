@@ -11,7 +11,7 @@ from .cli.errors import InputError, unknown
 from .cli.processes import leave_process_group
 
 # What the commands need beside the package itself: the extra "trainer".
-TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "yaml")
+TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "xxhash", "yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,9 @@ def run(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(arguments)
     from cpo_kernels.trainer.ensemble import ensemble_checkpoints
 
-    with input_errors(RuntimeError, OSError):
+    from .inputs import whole_files
+
+    with input_errors(RuntimeError, OSError), whole_files(options.cpo_dir, options.mle_dir):
         ensemble_checkpoints(options.cpo_dir, options.mle_dir, options.out, options.alpha)
     print(f"saved to {options.out}")
 

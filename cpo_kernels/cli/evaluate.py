@@ -13,15 +13,17 @@ from typing import Any
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.endings import end_token_ids
-from cpo_kernels.trainer.data import tokenize_examples
+from cpo_kernels.trainer.data import TokenizedExamples, tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
 from cpo_kernels.trainer.files import write_whole
 from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 
 from .errors import InputError, input_errors
+from .finished import SETTINGS, trained_on
 from .inputs import ADAPTERS, Inputs, load_model, load_tokenizer
 from .parsing import Settings, parse
+from .yaml12 import read_yaml
 
 KEY_VARIABLE = "CPO_KERNELS_JUDGE_KEY"
 
@@ -53,6 +55,7 @@ def run(arguments: Sequence[str]) -> None:
             max_prompt_length=config.prompt_budget,
             eos_token_id=end_token_ids(tokenizer, model),
         )
+        seen = _trained_on(name, settings, data)
         report = evaluate_model(
             model,
             tokenizer,
@@ -65,10 +68,35 @@ def run(arguments: Sequence[str]) -> None:
             sampling=_sampling(settings, data) if generates else None,
             directory=directory,
         )
-    write_whole(directory / "report.json", json.dumps({"checkpoint": name, **report.to_dict()}, indent=2) + "\n")
-    write_whole(directory / "report.md", f"# {name}\n\n{report.markdown()}")
+    about = {"checkpoint": name, "trained_on": seen, **report.to_dict()}
+    write_whole(directory / "report.json", json.dumps(about, indent=2) + "\n")
+    note = f"{_seen(name, seen, len(data))}\n\n" if seen else ""
+    write_whole(directory / "report.md", f"# {name}\n\n{note}{report.markdown()}")
     print(report.markdown())
     print(f"report.json and report.md are in {directory}")
+
+
+def _trained_on(name: str, settings: Settings, data: TokenizedExamples) -> int | None:
+    """Count the examples that the model was trained on, and warn of them; None where that is not known."""
+    seen = trained_on(name, data)
+    if seen:
+        print(f"warning: {_seen(name, seen, len(data))}", file=sys.stderr)
+    elif seen is None and settings.run.eval_fraction:
+        kept = next((p for p in (Path(name, SETTINGS), Path(name).parent / SETTINGS) if p.is_file()), None)
+        before = None if kept is None else read_yaml(str(kept)).get("eval_fraction", 0)
+        if kept is not None and before != settings.run.eval_fraction:
+            print(
+                f"warning: {kept} says that {name} was trained with eval_fraction={before}, not "
+                f"{settings.run.eval_fraction}: what is held out now was trained on: scores say nothing of new text",
+                file=sys.stderr,
+            )
+    return seen
+
+
+def _seen(name: str, seen: int, total: int) -> str:
+    return (
+        f"{name} was trained on {seen} of these {total} examples: their scores say nothing of text that it has not seen"
+    )
 
 
 def _checkpoint(settings: Settings) -> str:

@@ -34,7 +34,7 @@ says wins. One file can serve train, negatives and evaluate: a command leaves al
 DESCRIPTIONS = {
     "train": """\
 Trains the model and leaves it, its tokenizer and its metrics in output_dir. Called again after an interruption, it goes
-on from the last checkpoint.
+on from the newest checkpoint that is whole; called again at its end, it changes nothing.
 
     cpo-kernels train examples/recipes/gpt2-xl-dolly.yaml --tiny          # try it out in seconds, offline
     cpo-kernels train my.yaml --learning_rate 5e-6 --num_mean_field_negatives 2
@@ -46,7 +46,7 @@ Examples are {"prompt", "completion"}, with "negatives": [...] where there are s
     "negatives": """\
 Lets the model (or a server, with autoregressive_url) continue the prompt of every training example and writes the
 examples with these negatives to negatives_file, which train reads in place of data. It saves as it goes: called again
-after an interruption, it keeps what there is.
+after an interruption, it keeps what there is. A finished file is replaced with --overwrite only.
 
     cpo-kernels negatives my.yaml --negatives_file runs/negatives.parquet
     cpo-kernels train my.yaml --negatives_file runs/negatives.parquet

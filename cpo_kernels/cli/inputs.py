@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from cpo_kernels.negatives.seeds import chosen
+from cpo_kernels.trainer.files import malformed
 from cpo_kernels.trainer.loading import ExampleOptions, load_examples, read_rows
 
 from .errors import InputError, input_errors
@@ -121,7 +126,7 @@ class Inputs:
             return load_model(name, self.run)
         import peft
 
-        with input_errors(RuntimeError):
+        with input_errors(RuntimeError), whole_files(name):
             return peft.PeftModel.from_pretrained(self.model(), name)
 
     def train_examples(self) -> Sequence[Any]:
@@ -180,12 +185,27 @@ def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
     return examples if count is None else _take(examples, range(min(count, len(examples))))
 
 
+@contextmanager
+def whole_files(*names: str) -> Iterator[None]:
+    """Raise what goes wrong inside because a file in these directories is cut off as an error that names the file."""
+    try:
+        yield
+    except Exception as error:
+        for path in (path for name in names for path in sorted(Path(name).glob("*"))):
+            reason = malformed(path)
+            if reason is not None:
+                raise InputError(f"{path} {reason}; copy or train the model again") from error
+        if isinstance(error, (SafetensorError, EOFError, pickle.UnpicklingError)):
+            raise InputError(f"the weights of {', '.join(names)} cannot be read: {error}") from error
+        raise
+
+
 def load_tokenizer(name: str, run: RunConfig) -> Any:
     """Load a tokenizer from a directory or the hub."""
     from transformers import AutoTokenizer
 
     revision = run.revision if name == run.model else None
-    with input_errors(OSError):
+    with input_errors(OSError), whole_files(name):
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=run.trust_remote_code)
 
 
@@ -193,7 +213,7 @@ def load_model(name: str, run: RunConfig) -> Any:
     """Load a model from a directory or the hub."""
     from transformers import AutoModelForCausalLM
 
-    with input_errors(OSError, ImportError, RuntimeError):
+    with input_errors(OSError, ImportError, RuntimeError), whole_files(name):
         return AutoModelForCausalLM.from_pretrained(
             name,
             revision=run.revision if name == run.model else None,

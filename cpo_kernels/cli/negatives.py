@@ -15,26 +15,40 @@ import torch
 from tqdm.auto import tqdm
 
 from cpo_kernels.negatives import write_negatives
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.trainer.files import hash_file, write_whole
 
 from .errors import InputError, input_errors
 from .parsing import Settings, parse
 from .parts import Job, Part
 
 COMPLETE = "complete"
+REPLACE = "give another negatives_file, or --overwrite to replace it"
+TEXTS = {
+    "other": "of other data or with other settings",
+    "changed": "but was changed since",
+    "unknown": "and how it was written is not known",
+}
 
 
 def run(arguments: Sequence[str]) -> None:
     """Write the examples that ``arguments`` say, with negatives."""
     settings = parse(arguments)
     path = _target(settings)
+    folder = path.with_name(f"{path.name}.parts")
+    overwrite = settings.run.overwrite
+    if path.is_file() and not folder.is_dir() and not overwrite:
+        raise InputError(f"{path} is there already, and was not written by this command; {REPLACE}")
     job = Job(settings)
     parts = job.parts()
-    folder = path.with_name(f"{path.name}.parts")
     whole = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()
-    if path.is_file() and _read(folder / COMPLETE) == whole:
-        print(f"{path} is complete")
-        return
+    if path.is_file() and not overwrite:
+        state = _state(path, folder, whole)
+        if state == "complete":
+            print(f"{path} is complete")
+            return
+        # A call that was killed between the file and the word that it is complete has all of its parts still.
+        if state != "unknown" or not all((folder / part.name).is_file() for part in parts):
+            raise InputError(f"{path} is finished, {TEXTS[state]}; {REPLACE}")
     folder.mkdir(parents=True, exist_ok=True)
     training = settings.training
     own = parts[training.process_index :: training.world_size]
@@ -46,10 +60,26 @@ def run(arguments: Sequence[str]) -> None:
     if training.world_size > 1:
         torch.distributed.barrier()
     if training.process_index == 0:
+        if not all((folder / part.name).is_file() for part in parts) and _state(path, folder, whole) == "complete":
+            print(f"{path} is complete: another call has written it meanwhile")
+            return
         _merge(path, folder, parts, job)
-        write_whole(folder / COMPLETE, whole)
+        write_whole(folder / COMPLETE, json.dumps({"parts": whole, "xxh3_128": hash_file(path)}))
         for file in folder.glob("*.json"):
-            file.unlink()
+            file.unlink(missing_ok=True)
+
+
+def _state(path: Path, folder: Path, whole: str) -> str:
+    """Compare a file with what was said of it when it was finished, and with the parts that are asked for now."""
+    try:
+        said = json.loads(_read(folder / COMPLETE))
+    except ValueError:
+        said = _read(folder / COMPLETE)  # Older versions said nothing but the digest of the parts.
+    if isinstance(said, dict):
+        if said.get("parts") != whole:
+            return "other"
+        return "complete" if path.is_file() and said.get("xxh3_128") == hash_file(path) else "changed"
+    return {whole: "complete", "": "unknown"}.get(said, "other")
 
 
 def _target(settings: Settings) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-RESUME = ("auto", "none")
 JUDGES = ("none", "chat", "likelihood")
 
 
@@ -103,6 +102,7 @@ class NegativesOptions:
         "none", "similarity ranks them by likeness to the ground truth, for training that reads ranks."
     )
     negatives_part: int = _option(256, "Save what is written after every so many examples.")
+    overwrite: bool = _option(False, "Replace a negatives_file that is there already.")
 
 
 @dataclass
@@ -161,7 +161,9 @@ class CourseOptions:
     _argument_group_name = "Course of a run"
 
     resume: str = _option(
-        "auto", "auto goes on from the last checkpoint in output_dir; none begins anew; or the path of a checkpoint."
+        "auto",
+        "auto goes on from the newest checkpoint in output_dir that is whole and leaves a finished run as it is; none "
+        "begins anew; or the path of a checkpoint.",
     )
     ensemble_with: str | None = _option(
         None, "At the end, also write the average of the weights with those of this model, to ensemble in output_dir."

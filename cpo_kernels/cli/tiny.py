@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.negatives.files import write_whole
+
 from .errors import InputError
 from .options import RunConfig
 
@@ -156,9 +158,8 @@ def _paragraphs() -> Iterator[str]:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, count: int) -> str:
     """Write the first ``count`` rows as JSON lines; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row) + "\n" for row, _ in zip(rows, range(count), strict=False)]
-    path.write_text("".join(lines), encoding="utf-8")
+    write_whole(path, "".join(lines))
     return str(path)
 
 

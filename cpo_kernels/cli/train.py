@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 
+from cpo_kernels.negatives.redaction import without_secrets
 from cpo_kernels.trainer import CPOTrainer
 from cpo_kernels.trainer.ensemble import EnsembleCallback
-from cpo_kernels.trainer.files import last_complete_checkpoint, write_whole
+from cpo_kernels.trainer.files import checkpoints, write_whole
 from cpo_kernels.trainer.loading import load_examples
+from cpo_kernels.trainer.resuming import on_main_process
 
 from .errors import InputError, input_errors
+from .finished import SETTINGS, begin, finish, finished_run, run_of
 from .inputs import Inputs
-from .options import RESUME
 from .parsing import Settings, parse
-
-SETTINGS = "cpo_kernels.yaml"
-SECRETS = ("token", "key")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Train what ``arguments`` say and save it; prints the metrics."""
+    """Train what ``arguments`` say and save it; prints the metrics. A run that has finished is left as it is."""
     settings = parse(arguments)
+    if _asked(settings) == "auto":
+        is_main = settings.training.process_index == 0
+        with input_errors():
+            done = on_main_process(lambda: finished_run(settings), is_main)
+        if done is not None:
+            if is_main:
+                print(done)
+            return
+    asked_for = run_of(settings)  # before the trainer fills in what depends on the machine
     trainer = make_trainer(settings)
-    checkpoint = find_checkpoint(settings)
+    checkpoint = find_checkpoint(settings, trainer)
+    directory = Path(str(settings.training.output_dir))
     if trainer.is_world_process_zero():
+        begin(directory, trainer.train_dataset)
         _save_settings(settings)
         if checkpoint is not None:
             print(f"going on from {checkpoint}")
@@ -41,8 +51,9 @@ def run(arguments: Sequence[str]) -> None:
     trainer.save_state()
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
+        finish(directory, trainer.state, asked_for)
         _print_metrics(metrics)
-        print(f"saved to {settings.training.output_dir}")
+        print(f"saved to {directory}")
     if settings.training.push_to_hub:
         trainer.push_to_hub()
 
@@ -84,33 +95,27 @@ def _train_examples(inputs: Inputs) -> Sequence[Any]:
         return load_examples(path, max_examples=inputs.run.max_examples if inputs.run.tiny else None)
 
 
-def find_checkpoint(settings: Settings) -> str | None:
-    """Find what to go on from: the last checkpoint that was written to its end, the one that is named, or nothing."""
-    training = settings.training
-    asked = training.resume_from_checkpoint or settings.run.resume
-    if asked not in RESUME:
-        if not Path(asked, TRAINER_STATE_NAME).is_file():
-            raise InputError(f"resume: {asked} is not a checkpoint: it has no {TRAINER_STATE_NAME}")
-        return asked
-    # Without the optimizer's state there is nothing to go on with.
-    if asked == "none" or training.save_only_model:
+def _asked(settings: Settings) -> str:
+    return settings.training.resume_from_checkpoint or settings.run.resume
+
+
+def find_checkpoint(settings: Settings, trainer: CPOTrainer) -> str | None:
+    """Find what to go on from: the newest checkpoint that is whole, the one that is named, or nothing."""
+    asked = _asked(settings)
+    if asked == "none" or (asked == "auto" and not checkpoints(str(settings.training.output_dir))):
         return None
-    return last_complete_checkpoint(str(training.output_dir))
+    with input_errors():
+        return trainer.find_checkpoint(True if asked == "auto" else asked, say=_warn)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _save_settings(settings: Settings) -> None:
     """Keep what was asked for beside what came of it, which may be published; `cpo-kernels train` takes the file."""
     path = Path(str(settings.training.output_dir), SETTINGS)
-    write_whole(path, yaml.safe_dump(_without_secrets(settings.given), sort_keys=True))
-
-
-def _without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what must not be shown of a configuration: tokens and keys, also within mappings."""
-    return {
-        name: _without_secrets(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if not str(name).endswith(SECRETS)
-    }
+    write_whole(path, yaml.safe_dump(without_secrets(settings.given), sort_keys=True))
 
 
 def _print_metrics(metrics: dict[str, Any]) -> None:

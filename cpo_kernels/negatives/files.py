@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to, and move what was written there into its place.
 
     A reader never sees half a file, and after an error ``path`` is as it was. The folder is made if it is missing.
+    Runs that write the same file at once, on one machine or several, do not meet: the last of them to finish wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
         partial.replace(path)

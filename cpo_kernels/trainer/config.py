@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.kinds import counted_kinds
+from cpo_kernels.negatives.redaction import is_secret, without_secrets
 from cpo_kernels.options import Objective
 
 REFERENCES = ("frozen", "precomputed", "none")
@@ -70,7 +72,7 @@ def _weight(kind: str) -> Any:
     return _option(1.0, f"A negative of the kind {kind} counts in the contrast as much as this many of it.")
 
 
-@dataclass
+@dataclass(repr=False)
 class CPOConfig(TrainingArguments):
     """Arguments of :class:`~cpo_kernels.trainer.CPOTrainer`: ``L = alpha * contrast + mle_weight * MLE``.
 
@@ -170,6 +172,13 @@ class CPOConfig(TrainingArguments):
     )
     backend: str = _option("auto", "Backend of the kernels; see cpo_kernels.backends.")
 
+    allow_partial_resume: bool = _option(
+        False, "Go on from a checkpoint that lacks optimizer, schedule or generators: not bit for bit the same run."
+    )
+    allow_changed_resume: bool = _option(
+        False, "Go on from a checkpoint of a run with other settings, data or models, which are listed."
+    )
+
     learning_rate: float = _option(1e-5, "The initial learning rate.")
     logging_steps: float = _option(10, "Log every so many steps.")
     # A non-finite loss must show in the logs, not be replaced by an average.
@@ -185,6 +194,32 @@ class CPOConfig(TrainingArguments):
         self._check_lengths()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: examples are text, which no model's forward takes")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as they may be shown, as reports take them: without tokens, keys and credentials."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
+
+    def __str__(self) -> str:
+        lines = [f"{name}={value!r},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled, which Trainer leaves beside every model as ``training_args.bin``: no secrets."""
+        return {name: None if is_secret(name) else without_secrets(value) for name, value in self.__dict__.items()}
+
+    def __copy__(self) -> CPOConfig:
+        return self._with_state(self.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CPOConfig:
+        return self._with_state(copy.deepcopy(self.__dict__, memo))
+
+    def _with_state(self, state: dict[str, Any]) -> CPOConfig:
+        """Make a copy, which keeps the secrets that a pickle has not."""
+        other = object.__new__(type(self))
+        other.__dict__.update(state)
+        return other
 
     def _fill_in(self) -> None:
         """Set the fields that are None to the preset's values, and TRL's names of losses to ours."""

@@ -30,7 +30,6 @@ from .data import TokenizedExamples
 from .encoding import text_behind
 from .files import write_whole
 from .judges import Judge
-from .reference import fingerprint
 from .trainer import CPOTrainer
 from .verdicts import WinRate, judge_identity, judge_pairs, win_rate
 from .writing import ModelWriter, room_for
@@ -291,12 +290,16 @@ def _generations(
     """
     path = None if directory is None else directory / GENERATIONS
     writer = ModelWriter(lambda: model, tokenizer)
-    asked = [fingerprint(model), asdict(sampling), writer.ends, list(indices), [list(prompt) for prompt in prompts]]
+    asked = [writer.identity, asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["key"] == key:
-            return kept["completions"]
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                return kept["completions"]
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"the generations in {path} cannot be read ({error!r}); delete the file, and they are made again"
+            raise ValueError(message) from error
     completions = [drawn for (drawn,) in writer(prompts, indices, 1, sampling)]
     if path is not None:
         write_whole(path, json.dumps({"key": key, "completions": completions}))

@@ -31,7 +31,7 @@ from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.endpoint import Endpoint
 
 from .data import tokenize_examples
-from .reference import fingerprint
+from .fingerprint import fingerprint
 
 Verdict = float | None
 Judge = Callable[[str, str, str], Verdict]

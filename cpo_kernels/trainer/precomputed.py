@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import trange
 
 from .builder import BatchBuilder
 from .data import TokenizedExamples
 from .files import whole_file
+
+DIGEST = "xxh3_128"
+DELETE = "delete the file, and they are computed again"
 
 ScoreExamples = Callable[[Sequence[int]], list[Tensor]]
 
@@ -89,6 +94,9 @@ def load_or_compute(
         batch_size: examples scored at a time by each process.
         score: from indices of examples to the log-likelihoods of their candidates, one tensor per example.
         accelerator: for the number of processes and what they share.
+
+    Raises:
+        ValueError: a file that is cut off or is not what was written; the message names it.
     """
     path = directory / f"{key}.safetensors"
     # Decided by one process: a file system may show a file to the others later.
@@ -96,8 +104,24 @@ def load_or_compute(
     if not found:
         _compute(path, num_examples, batch_size, score, accelerator)
         accelerator.wait_for_everyone()
-    tensors = load_file(path)
-    return ReferenceScores(tensors["starts"], tensors["logps"])
+    return _load(path, num_examples)
+
+
+def _load(path: Path, num_examples: int) -> ReferenceScores:
+    try:
+        with safe_open(path, framework="pt") as file:
+            written = (file.metadata() or {}).get(DIGEST)
+            starts, logps = file.get_tensor("starts"), file.get_tensor("logps")
+        whole = written == _digest(starts, logps) and len(starts) == num_examples + 1
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the reference scores in {path} cannot be read ({error}); {DELETE}") from error
+    if not whole:
+        raise ValueError(f"the reference scores in {path} are not those that were written; {DELETE}")
+    return ReferenceScores(starts, logps)
+
+
+def _digest(starts: Tensor, logps: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(starts.numpy().tobytes() + logps.numpy().tobytes())
 
 
 def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator) -> None:
@@ -113,4 +137,4 @@ def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExample
     starts = torch.tensor([0, *(len(logps) for _, logps in scores)]).cumsum(0)
     logps = torch.tensor([value for _, own in scores for value in own], dtype=torch.float32)
     with whole_file(path) as partial:
-        save_file({"starts": starts, "logps": logps}, partial)
+        save_file({"starts": starts, "logps": logps}, partial, metadata={DIGEST: _digest(starts, logps)})

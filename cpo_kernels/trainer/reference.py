@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +21,7 @@ from cpo_kernels.models.head import evaluating
 
 from .batch import body_inputs, layout_of
 from .config import CPOConfig
-
-FILE_NAME = "reference.json"
+from .fingerprint import fingerprint
 
 
 class Reference:
@@ -43,8 +39,12 @@ class Reference:
         self._model, self.adapters = model, adapters
         self._start = trained_besides_adapters(model()) if adapters else {}
         # Taken before parameters are sharded or trained.
-        self.fingerprint = fingerprint(model(), frozen_only=adapters)
+        self.fingerprint = self.take_fingerprint()
         self.description = describe(model())
+
+    def take_fingerprint(self) -> str:
+        """Return the fingerprint of the weights that the reference has now."""
+        return fingerprint(self._model(), frozen_only=self.adapters, as_they_were=self._start)
 
     @property
     def moving(self) -> list[str]:
@@ -127,6 +127,16 @@ def trained_besides_adapters(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def not_saved_with_adapters(model: nn.Module) -> list[str]:
+    """Return the names of the trained parameters that a checkpoint of a model with adapters does not hold."""
+    if not hasattr(model, "peft_config"):
+        return []
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model)
+    return [name for name in trained_besides_adapters(model) if name not in saved]
+
+
 def make_reference(
     config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
 ) -> tuple[nn.Module | None, Reference | None]:
@@ -169,35 +179,7 @@ def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
     return logps / torch.tensor(cu_tokens, device=logps.device).diff()
 
 
-def fingerprint(model: nn.Module, samples: int = 64, frozen_only: bool = False) -> str:
-    """Digest a model's parameters, or those that are not trained: names, shapes and ``samples`` values each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if frozen_only and parameter.requires_grad:
-            continue
-        values = parameter.detach().flatten()
-        stride = max(1, values.numel() // samples)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(json.dumps(values[::stride][:samples].double().tolist()).encode())
-    return digest.hexdigest()
-
-
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what besides its parameters decides what a model says."""
     config: Any = model.config
     return {"config": config.to_dict(), "dtypes": sorted({str(p.dtype) for p in model.parameters()})}
-
-
-def save_fingerprint(value: str, checkpoint: str | Path) -> None:
-    """Leave the reference's fingerprint in a checkpoint, in place of the reference itself."""
-    Path(checkpoint, FILE_NAME).write_text(json.dumps({"fingerprint": value}), encoding="utf-8")
-
-
-def check_fingerprint(value: str, checkpoint: str) -> None:
-    """Raise ``ValueError`` if a checkpoint was trained with another reference; one without a fingerprint passes."""
-    path = Path(checkpoint, FILE_NAME)
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != value:
-        raise ValueError(
-            f"the reference of this trainer is not the one that {checkpoint} was trained with; construct CPOTrainer "
-            "with the model that the run began with, or pass it as ref_model"
-        )

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
@@ -23,18 +23,20 @@ from .builder import BatchBuilder
 from .config import CPOConfig
 from .data import TokenizedExamples, collate_indices, tokenize_examples
 from .dropout import disable_dropout
-from .files import last_complete_checkpoint
+from .fingerprint import fingerprint
 from .metrics import MetricSums, contrast_metrics
 from .negatives import EVALUATION_STEP, Negatives
 from .own_loss import LossFn, check_own_loss, own_loss
 from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
-from .reference import Sources, check_fingerprint, make_reference, per_token, save_fingerprint
+from .reference import Sources, make_reference, not_saved_with_adapters, per_token
+from .resumable import ResumableTrainer
+from .run_record import data_record, frozen_fingerprints, model_record, settings_of
 
 logger = logging.get_logger(__name__)
 
 
-class CPOTrainer(Trainer):
+class CPOTrainer(ResumableTrainer):
     """Trains a causal language model on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
 
     The body of the model runs once a step and its head never: the loss comes from the hidden states, without logits.
@@ -120,8 +122,8 @@ class CPOTrainer(Trainer):
         self._upcoming: deque[list[list[int]]] = deque()
         self._epoch_iterator: Iterator | None = None
         self.ref_model, self.reference = make_reference(self.args, lambda: self._policy, ref_model, self.accelerator)
-        # A resumed run must have the same reference, also where its scores are all that is kept of it.
-        self._fingerprint = None if self.reference is None else self.reference.fingerprint
+        # Of what no checkpoint holds, and a resumed run must have again.
+        self._fingerprints = frozen_fingerprints(self.accelerator.unwrap_model(self._policy), self.reference)
         sources = Sources(
             policy=lambda: self._policy,
             reference=self.reference,
@@ -229,24 +231,6 @@ class CPOTrainer(Trainer):
             if not batches and self._upcoming:
                 return
             self._upcoming.append([batch["index"].tolist() for batch in batches])
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See ``Trainer.train``; ``resume_from_checkpoint=True`` goes on from the last one written to its end.
-
-        Raises:
-            ValueError: no such checkpoint, or one that was trained with another reference.
-        """
-        self._epoch_iterator = None
-        self._negatives.store.negatives.clear()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
-        if resume_from_checkpoint:
-            if self._fingerprint is not None:
-                check_fingerprint(self._fingerprint, resume_from_checkpoint)
-            self._negatives.store.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # The loss
 
@@ -430,14 +414,39 @@ class CPOTrainer(Trainer):
 
     # Checkpoints
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoint = Path(self._get_output_dir(trial=trial), name)
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        if self._fingerprint is not None and self.args.should_save:
-            save_fingerprint(self._fingerprint, checkpoint)
+    def _prepare_run(self) -> None:
+        self._epoch_iterator = None
+        self._negatives.store.negatives.clear()
+        model = self.accelerator.unwrap_model(self._policy)
+        if hasattr(model, "peft_config") and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # The weights under the adapters may have changed since the trainer was made.
+            if self.reference is not None and self.reference.adapters:
+                self._fingerprints["reference"] = self.reference.take_fingerprint()
+            else:
+                self._fingerprints["base"] = fingerprint(model, frozen_only=True)
+
+    def _load_own_state(self, checkpoint: str) -> None:
+        unsaved = not_saved_with_adapters(self.accelerator.unwrap_model(self._policy))
+        if unsaved and not self.args.allow_partial_resume:
+            raise ValueError(
+                f"{unsaved[0]!r} is trained besides the adapters, and checkpoints of a model with adapters do not hold "
+                "it, so the run does not go on where it was; allow_partial_resume goes on without"
+            )
+        self._negatives.store.load(checkpoint)
+
+    def _save_own_state(self, checkpoint: Path) -> None:
         if self.args.num_autoregressive_negatives:
             self._negatives.store.save(checkpoint, self.accelerator.process_index)
-        self.accelerator.wait_for_everyone()
-        # The state of Trainer comes last: a checkpoint that has it has everything.
-        super()._save_checkpoint(model, trial)
+
+    def run_record(self) -> dict[str, Any]:
+        """What a checkpoint records of the run, to be compared when it goes on."""
+        loss = self._loss_fn
+        return {
+            "settings": settings_of(self.args),
+            "model": model_record(self.accelerator.unwrap_model(self._policy)),
+            "data": None if self.train_dataset is None else data_record(cast(TokenizedExamples, self.train_dataset)),
+            "tokens": {name: getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            "loss_fn": None if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
+            "processes": self.args.world_size,
+            **self._fingerprints,
+        }

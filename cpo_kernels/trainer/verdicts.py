@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from cpo_kernels.negatives.redaction import without_credentials
+
 from .judges import Judge, Question, Verdict
 
 Z95 = 1.959963984540054  # The 97.5 % quantile of the standard normal distribution.
@@ -74,12 +76,14 @@ def judge_pairs(
 def judge_identity(judge: Judge) -> str:
     """Name what cached verdicts of a judge are kept under: its ``identity``, or the name of a plain function.
 
+    URLs in it are without user and password: it is written into caches and reports.
+
     Raises:
         ValueError: neither is there; two lambdas, say, cannot be told apart.
     """
     identity = getattr(judge, "identity", None)
     if identity is not None:
-        return str(identity)
+        return without_credentials(str(identity))
     name = getattr(judge, "__qualname__", "<lambda>")
     if name.endswith("<lambda>"):
         raise ValueError(
@@ -141,7 +145,9 @@ def _read_cache(path: Path) -> dict[str, Verdict]:
             entry = json.loads(line)
             known[entry["key"]] = _checked(entry["verdict"], "a cached verdict")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}, is not a cached verdict: {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}, line {number}, is not a cached verdict: {line[:80]!r}; delete the line, and it is asked again"
+            ) from error
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))

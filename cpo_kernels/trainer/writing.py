@@ -12,12 +12,14 @@ from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
 from cpo_kernels.negatives.endings import end_token_ids, turn_end
+from cpo_kernels.negatives.files import write_whole
+from cpo_kernels.negatives.redaction import without_credentials
 from cpo_kernels.negatives.seeds import call_seed
 
 from .config import CPOConfig
 from .data import TokenizedExamples
 from .encoding import continuations, prompt_texts
-from .reference import fingerprint
+from .fingerprint import fingerprint
 
 FILE_NAME = "autoregressive-{process}.json"
 KEY_VARIABLE = "CPO_KERNELS_COMPLETIONS_KEY"
@@ -44,14 +46,21 @@ class Store:
     def save(self, checkpoint: str | Path, process: int) -> None:
         """Leave what is not yet used in a checkpoint: a resumed run must not write it anew with another model."""
         entries = [[*key, own] for key, own in self.negatives.items()]
-        Path(checkpoint, FILE_NAME.format(process=process)).write_text(json.dumps(entries), encoding="utf-8")
+        write_whole(Path(checkpoint, FILE_NAME.format(process=process)), json.dumps(entries))
 
     def load(self, checkpoint: str) -> None:
-        """Read what all processes left in a checkpoint."""
+        """Read what all processes left in a checkpoint.
+
+        Raises:
+            ValueError: a file that is cut off or damaged; the message names it.
+        """
         self.negatives = {}
         for path in sorted(Path(checkpoint).glob(FILE_NAME.format(process="*"))):
-            for step, index, own in json.loads(path.read_text(encoding="utf-8")):
-                self.negatives[step, index] = own
+            try:
+                for step, index, own in json.loads(path.read_text(encoding="utf-8")):
+                    self.negatives[step, index] = own
+            except (OSError, ValueError, TypeError) as error:
+                raise ValueError(f"{path} cannot be read ({error}); go on from another checkpoint") from error
 
 
 def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
@@ -91,7 +100,7 @@ class ModelWriter:
     @property
     def identity(self) -> str:
         """What tells its negatives from those of another."""
-        return fingerprint(self.model())
+        return f"{fingerprint(self.model())} {self.ends} {self.tokenizer.pad_token_id}"
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
         """Write ``count`` completions of each prompt, which has a key of its own."""
@@ -128,7 +137,7 @@ class EndpointWriter:
     @property
     def identity(self) -> str:
         """What tells its negatives from those of another."""
-        return f"{self.endpoint.url} {self.endpoint.model}"
+        return without_credentials(f"{self.endpoint.url} {self.endpoint.model}")
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
         """Write ``count`` completions of each prompt; a server knows no keys."""

@@ -17,6 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cpo_kernels.__main__ import main
+from cpo_kernels.cli import parts
 from cpo_kernels.cli.parsing import parse
 from cpo_kernels.cli.train import make_trainer
 from cpo_kernels.negatives import similarity_ranks
@@ -205,8 +206,56 @@ def test_a_finished_file_is_left_alone(config, calls, tmp_path, capsys):
     assert calls == []
     assert (tmp_path / "negatives.jsonl").stat().st_mtime_ns == before
     assert "is complete" in capsys.readouterr().out
-    assert main(["negatives", config(seed=4)]) == 0  # other negatives are asked for
+    assert main(["negatives", config(seed=4)]) == 2  # other negatives are asked for
+    assert "--overwrite" in capsys.readouterr().err
+    assert calls == []
+    assert main(["negatives", config(seed=4), "--overwrite"]) == 0
     assert calls == [0, 4, 8]
+
+
+def test_a_file_is_replaced_only_when_that_is_asked_for(config, calls, tmp_path, capsys):
+    """One of somebody else, and one that was changed since it was finished."""
+    path = tmp_path / "negatives.jsonl"
+    path.write_text("mine\n")
+    assert main(["negatives", config()]) == 2
+    assert f"{path} is there already, and was not written by this command; give another" in capsys.readouterr().err
+    assert (path.read_text(), calls) == ("mine\n", [])
+    assert main(["negatives", config(), "--overwrite"]) == 0
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    assert main(["negatives", config()]) == 2
+    assert f"{path} is finished, but was changed since; give another" in capsys.readouterr().err
+    assert path.read_text() == whole[:100]
+    assert main(["negatives", config(), "--overwrite"]) == 0
+    assert path.read_text() == whole
+
+
+def test_a_call_that_is_killed_before_it_says_so_is_finished_by_the_next(config, calls, tmp_path, monkeypatch):
+    monkeypatch.setattr("cpo_kernels.cli.negatives.hash_file", lambda path: [][0])
+    with pytest.raises(IndexError):
+        main(["negatives", config()])
+    whole = (tmp_path / "negatives.jsonl").read_text()
+    monkeypatch.undo()
+    assert main(["negatives", config()]) == 0
+    assert (tmp_path / "negatives.jsonl").read_text() == whole
+
+
+def test_what_another_call_has_finished_meanwhile_is_left_alone(config, calls, tmp_path, monkeypatch, capsys):
+    path, again = tmp_path / "negatives.jsonl", []
+    write = parts.Job.write
+
+    def interrupted(job, part):
+        written = write(job, part)
+        if part.start == 8 and not again:  # the others are removed meanwhile
+            again.append(1)
+            assert main(["negatives", config()]) == 0
+            again.append(path.read_text())
+        return written
+
+    monkeypatch.setattr(parts.Job, "write", interrupted)
+    assert main(["negatives", config()]) == 0
+    assert "is complete: another call has written it meanwhile" in capsys.readouterr().out
+    assert path.read_text() == again[1]
 
 
 def test_a_mended_line_costs_its_part(config, calls, tmp_path, capsys):

@@ -114,6 +114,22 @@ def test_the_reference_stays_whatever_is_trained_besides_adapters(tmp_path, make
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_what_no_checkpoint_holds_is_not_resumed_without_asking(tmp_path):
+    """PEFT saves biases with ``bias="all"``, and nothing else of the base model that is trained besides adapters."""
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = trainer(tmp_path / "biases", BESIDES["biases"](), **options)
+    whole.train()
+    resumed = trainer(tmp_path / "biases", BESIDES["biases"](), **options)
+    assert resumed.reference.fingerprint == whole.reference.fingerprint == whole.reference.take_fingerprint()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "biases" / "checkpoint-1"))
+    for (name, value), other in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(value, other), name
+    trainer(tmp_path / "norms", BESIDES["norms"](), **options).train()
+    resumed = trainer(tmp_path / "norms", BESIDES["norms"](), **options)
+    with pytest.raises(ValueError, match=r"norm.weight' is trained besides the adapters, and checkpoints .* not hold"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "norms" / "checkpoint-1"))
+
+
 def test_the_model_is_as_it_was_where_the_reference_fails(tmp_path):
     run = trainer(tmp_path, BESIDES["norms"](), learning_rate=0.1)
     run.train()

@@ -1,0 +1,131 @@
+"""A ``transformers.Trainer`` whose checkpoints say what they hold, and that goes on from nothing less."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .config import CPOConfig
+from .files import Needs, own_files, write_record
+from .resuming import find_checkpoint, nothing_found, on_main_process
+
+logger = logging.get_logger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """Records every checkpoint, and checks the record, the settings and the data before it goes on from one."""
+
+    args: CPOConfig
+    _run: dict[str, Any] | None = None
+    _found: str | None = None
+    _took_steps: bool = True
+
+    # What a trainer adds
+
+    def run_record(self) -> dict[str, Any]:
+        """Return what a checkpoint records of the run, to be compared when it goes on."""
+        raise NotImplementedError
+
+    def _prepare_run(self) -> None:
+        """Forget the state of an earlier run."""
+
+    def _load_own_state(self, checkpoint: str) -> None:
+        """Read what :meth:`_save_own_state` left."""
+
+    def _save_own_state(self, checkpoint: Path) -> None:
+        """Leave in a checkpoint what Trainer knows nothing of; called in every process."""
+
+    # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See ``Trainer.train``; ``resume_from_checkpoint=True`` goes on from the newest checkpoint that is whole.
+
+        A run whose checkpoint is at its end already takes no step.
+
+        Raises:
+            ValueError: no such checkpoint, one that is damaged or lacks state (``allow_partial_resume`` goes on
+                without), or one of other settings, data or models (``allow_changed_resume`` confirms them).
+        """
+        self._prepare_run()
+        self._took_steps = False
+        checkpoint: str | None = None
+        if resume_from_checkpoint:
+            checkpoint = self.find_checkpoint(resume_from_checkpoint)
+            self._found = None
+            if checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+            self._load_own_state(checkpoint)
+        self._run = self.run_record()
+        return super().train(checkpoint, *args, **kwargs)
+
+    def find_checkpoint(self, asked: str | bool = True, say: Callable[[str], Any] = logger.warning) -> str | None:
+        """Find the checkpoint that ``train`` goes on from.
+
+        Args:
+            asked: a checkpoint, or True for the newest in ``output_dir`` that is whole and lacks nothing.
+            say: called with sentences about what is passed over, lacking, changed or unknown.
+
+        Returns:
+            Its path; None where no checkpoint was ever written to its end.
+
+        Raises:
+            ValueError: as :meth:`train`.
+        """
+        if self._found is not None and asked == self._found:  # All of it was read a moment ago.
+            return self._found
+        needs = Needs(
+            processes=self.args.world_size,
+            scaler=getattr(self.accelerator, "scaler", None) is not None,
+            negatives=self.args.num_autoregressive_negatives > 0,
+        )
+        run, main = self.run_record(), self.accelerator.is_main_process
+        found = on_main_process(lambda: find_checkpoint(asked, self.args, needs, run), main)
+        if found.path is None and not found.unfinished:
+            raise ValueError(nothing_found(self.args.output_dir, found))
+        for note in found.notes if main else ():
+            say(note)
+        self._found = found.path
+        return found.path
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            done, asked = self.state.global_step, self.state.max_steps
+            logger.warning(f"training has finished: {done} steps were taken and {asked} are asked for")
+            self.control.should_training_stop = True
+            return
+        self._took_steps = True
+        super()._run_epoch(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """See ``Trainer.log``; a run that took no step has no training loss."""
+        if not self._took_steps:
+            logs.pop("train_loss", None)
+        super().log(logs, start_time)
+
+    # Saving
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        checkpoint = Path(self._get_output_dir(trial=trial), name)
+        if self.args.should_save:  # Files of a run that was killed here must not count as those of this one.
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        self._save_own_state(checkpoint)
+        self.accelerator.wait_for_everyone()
+        # The state of Trainer comes last: a checkpoint that has it has everything but the record.
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and checkpoint.is_dir():
+            write_record(
+                checkpoint, own_files(checkpoint), step=self.state.global_step, run=self._run or self.run_record()
+            )
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # All processes have saved theirs before Trainer saves its state.

@@ -1,0 +1,167 @@
+"""What a run was, as its checkpoints record it: settings, data and models, compared when a run goes on.
+
+A setting counts unless the table below says that it does not: one that is new in ``transformers`` counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from array import array
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import xxhash
+from torch import nn
+
+from cpo_kernels.negatives.redaction import without_secrets
+
+from .config import CPOConfig
+from .data import TokenizedExamples
+from .fingerprint import architecture, fingerprint
+
+# They do not change what is trained: where a run writes, what it logs, saves and evaluates, and how it is shown.
+IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "include_", "do_", "_")
+IGNORED = {
+    *("output_dir", "overwrite_output_dir", "reference_cache", "run_name", "project", "report_to", "push_to_hub"),
+    *("resume_from_checkpoint", "allow_partial_resume", "allow_changed_resume", "enable_jit_checkpoint"),
+    *("restore_callback_states_from_checkpoint", "local_rank", "ddp_timeout", "debug"),
+    *("disable_tqdm", "skip_memory_metrics", "torch_empty_cache_steps", "label_names", "prediction_loss_only"),
+    *("per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "batch_eval_metrics"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+}
+# Schedules that read evaluations, so that what is evaluated and when does change what is trained.
+READS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
+EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
+# How long a run is to be may be changed on purpose; it is said, because the learning rate follows it.
+STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
+MODELS = {
+    "reference": "the reference of this trainer is not the one that it was trained with; construct CPOTrainer with the "
+    "model that the run began with, or pass it as ref_model",
+    "base": "the frozen weights under the adapters are not those that it was trained with",
+}
+
+
+def settings_of(config: CPOConfig) -> dict[str, Any]:
+    """Returns the settings of a configuration that change what is trained, as plain values without secrets."""
+    counted = EVALUATIONS if _plain(config.lr_scheduler_type) in READS_EVALUATIONS else ()
+    values = {
+        item.name: getattr(config, item.name)
+        for item in dataclasses.fields(config)
+        if item.name in counted or not (item.name in IGNORED or item.name.startswith(IGNORED_PREFIXES))
+    }
+    return plain_settings(values)
+
+
+def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings in the form in which they are recorded: plain values without secrets."""
+    return without_secrets(_plain(values))
+
+
+def _plain(value: Any) -> Any:
+    """Bring a value to what JSON gives back."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    # The text of an arbitrary object has its address, which says nothing.
+    return value if value is None or isinstance(value, (str, bool, int, float)) else type(value).__name__
+
+
+def model_record(model: nn.Module) -> dict[str, Any]:
+    """Returns what besides its weights decides how a model goes on training: a resumed run takes it from its caller."""
+    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    about = {name: _plain(own) for name, own in architecture(model).items()}
+    return {
+        "class": type(model).__name__.removeprefix("FSDP"),
+        "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
+        "attention": getattr(getattr(model, "config", None), "_attn_implementation", None),
+        "trained": f"{len(trained)} tensors, {xxhash.xxh3_64_hexdigest(repr(trained).encode())}",
+        **{f"{name} {key}": value for name, own in about.items() for key, value in own.items()},
+    }
+
+
+def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
+    """Returns fingerprints of what no checkpoint holds: the reference, or the frozen weights under adapters.
+
+    Args:
+        model: the model that is trained, before it is sharded.
+        reference: a :class:`~.reference.Reference`, or None.
+    """
+    prints = {} if reference is None else {"reference": reference.fingerprint}
+    if hasattr(model, "peft_config") and not (reference is not None and reference.adapters):
+        prints["base"] = fingerprint(model, frozen_only=True)
+    return prints
+
+
+def data_record(examples: TokenizedExamples) -> dict[str, Any]:
+    """Returns digests of a data set: of all of it, of its prompts and completions, and of these in any order."""
+    hashes = example_hashes(examples)
+    return {
+        "examples": len(examples),
+        "digest": examples.digest,
+        "texts": xxhash.xxh3_128_hexdigest(hashes.tobytes()),
+        "texts_in_any_order": xxhash.xxh3_128_hexdigest(np.sort(hashes).tobytes()),
+    }
+
+
+def example_hashes(examples: TokenizedExamples) -> np.ndarray:
+    """Hashes the prompt and completion of every example; (E,) uint64."""
+
+    def hashed(prompt: Any, completion: Any) -> int:
+        return xxhash.xxh3_64_intdigest(array("q", [len(prompt), *prompt, *completion]).tobytes())
+
+    pairs = zip(examples.prompts, examples.completions, strict=True)
+    return np.fromiter((hashed(*pair) for pair in pairs), np.uint64, len(examples))
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Compares the records of two runs in what both of them say.
+
+    Returns:
+        Sentences about what makes them different runs, and those about how long they are, which may change.
+    """
+    changed: list[str] = []
+    lengths: list[str] = []
+    if "data" in before and "data" in now and before["data"] != now["data"]:
+        changed.append(_data_difference(before["data"], now["data"]))
+    for name, text in MODELS.items():
+        if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]:
+            changed.append(text)
+    old, new = _entries(before), _entries(now)
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] == new[name] or (name == EPOCHS and old[STEPS] > 0 and new[STEPS] > 0):
+            continue
+        shown = name.removeprefix("settings.").removeprefix("options.")
+        text = f"{shown}: {json.dumps(old[name])} before, {json.dumps(new[name])} now"
+        (lengths if name in (STEPS, EPOCHS) else changed).append(text)
+    return changed, lengths
+
+
+def _data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before.get("texts") == now["texts"]:
+        return "the training data has the same prompts and completions, but other negatives, ranks or kinds"
+    if before.get("texts_in_any_order") == now["texts_in_any_order"]:
+        return "the training data has the same prompts and completions in another order"
+    return f"the training data is another: {before.get('examples')} examples before, {now['examples']} now"
+
+
+def _entries(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is compared by value: the entries of a record, and those of its parts under dotted names."""
+    entries: dict[str, Any] = {}
+    for part, value in record.items():
+        if part in ("data", *MODELS):
+            continue
+        within = {f"{part}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {}
+        entries |= within or {part: value}
+    return entries
