@@ -18,13 +18,18 @@ class InputError(ValueError):
 
 @contextmanager
 def input_errors(*more: type[Exception]) -> Iterator[None]:
-    """Raise what goes wrong inside, a ``ValueError`` or a type in ``more``, as an error about the input."""
+    """Raise what goes wrong inside, a ``ValueError`` or a type in ``more``, as an error about the input.
+
+    A server that fails is no fault of the input.
+    """
     caught: tuple[type[Exception], ...] = (ValueError, *more)
     try:
         yield
     except InputError:
         raise
     except caught as error:
+        if _is_of_a_server(error):
+            raise
         raise InputError(str(error)) from error
 
 
@@ -38,10 +43,12 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return _explain_import(error)
     if isinstance(error, OSError):
         return _explain_system(error), FAILED
-    endpoint = sys.modules.get("cpo_kernels.negatives.endpoint")
-    if endpoint is not None and isinstance(error, endpoint.EndpointError):
-        return str(error), FAILED
-    return None
+    return (str(error), FAILED) if _is_of_a_server(error) else None
+
+
+def _is_of_a_server(error: BaseException) -> bool:
+    endpoint = sys.modules.get("cpo_kernels.negatives.endpoint")  # not imported for its own sake
+    return endpoint is not None and isinstance(error, endpoint.EndpointError)
 
 
 def _explain_import(error: ImportError) -> tuple[str, int] | None:
