@@ -149,7 +149,7 @@ def _linear_forward(
         out = request.compute(hidden, tied(apply_head(head, hidden)), reading.options)
         out.aux_loss = aux_loss
         if router_loss is not None and out.loss is not None:
-            added = request.router_share * router_loss
+            added = getattr(request, "router_share", 1.0) * router_loss
             out.loss, out.router_loss = out.loss + added, added.detach()
         return out.protected() if may_be_sharded() else out
 

@@ -15,7 +15,6 @@ FAMILIES = {
     "olmoe": {},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "gpt_oss": {"head_dim": 8},
-    "granitemoe": {"logits_scaling": 2.0},
     # By another name in its configuration.
     "jetmoe": {"kv_channels": 8, "aux_loss_coef": 0.2},
 }
