@@ -63,39 +63,44 @@ def read_head(model: PreTrainedModel, *, verify: bool) -> HeadReading:
     with evaluating(model):
         try:
             outputs = body(**inputs) if runs else _made_up(model, ids)
-            found = replay(model, kind.forward, head, answer, (), inputs, body=body, outputs=outputs)
+            with torch.enable_grad():  # logits that ask for a gradient have parameters of their own
+                found = replay(model, kind.forward, head, answer, (), inputs, body=body, outputs=outputs)
             own = replay(model, kind.forward, head, answer, (), inputs) if runs else found
-            earlier = _leak(body, inputs, outputs.last_hidden_state) if runs else 0.0
+            changed = inputs | {"input_ids": _with_other_end(ids)}
+            moved = replay(model, kind.forward, head, answer, (), changed) if runs else found
         except Exception as error:
             raise RuntimeError(
                 f"{kind.__name__} failed on a probe of {ids.shape[1]} tokens, by which its head is read: "
                 f"{type(error).__name__}: {error}"
             ) from error
     hidden = outputs.last_hidden_state
-    if not earlier <= LEAKS.get(hidden.dtype, LEAKS[torch.bfloat16]):
-        raise RuntimeError(
-            f"{kind.__name__} is not causal: on a probe its hidden states move by {earlier:.2g} of their norm when "
-            "later tokens change; expected a decoder (some are one by is_decoder=True or causal=True)"
-        )
-    _check_input(kind.__name__, found, own, hidden)
+    _check_input(kind.__name__, found, own, moved, hidden)
     return HeadReading(_read_options(kind.__name__, found.out.logits, chosen), _same(found.head_input, hidden))
 
 
-def _check_input(name: str, found: Replayed, own: Replayed, hidden: Tensor) -> None:
-    """Raise ``RuntimeError`` unless the head is given what the model's own forward makes of its body's output."""
+def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hidden: Tensor) -> None:
+    """Raise ``RuntimeError`` unless the head gets what the model makes of its body's output, and of no later tokens."""
     given = found.head_input
     if given is None or given.shape[:-1] != hidden.shape[:-1] or not _same(own.head_input, given):
         raise RuntimeError(
             f"{name} does not apply its head to the last hidden state of its body; the fused loss would differ from "
             "the model's own"
         )
+    leak = _distance(own.head_input, moved.head_input)
+    if not leak <= LEAKS.get(hidden.dtype, LEAKS[torch.bfloat16]):
+        raise RuntimeError(
+            f"{name} is not causal: on a probe its hidden states move by {leak:.2g} of their norm when later tokens "
+            "change; expected a decoder (some are one by is_decoder=True or causal=True)"
+        )
 
 
 def _read_options(name: str, logits: Tensor, chosen: Tensor) -> dict[str, float]:
-    """The scale and the softcap that make ``logits`` of ``chosen``, (1, n, V) both."""
+    """Find the scale and the softcap that make ``logits`` of ``chosen``, (1, n, V) both."""
     problem = f"{name} transforms its logits in a way that no scale and no softcap explains"
     if logits.shape != chosen.shape:
         raise RuntimeError(f"{problem}: of {tuple(chosen.shape)} from its head it makes {tuple(logits.shape)}")
+    if logits.requires_grad:
+        raise RuntimeError(f"{problem}: parameters of its own take part, which the fused loss would not train")
     precision = torch.finfo(logits.dtype).eps
     scale, bound = float(logits[0, 0, 0]) / TINY, abs(float(logits[0, 0, -1]))
     options: dict[str, float] = {}
@@ -110,7 +115,7 @@ def _read_options(name: str, logits: Tensor, chosen: Tensor) -> dict[str, float]
 
 
 def _chosen_logits(length: int, vocab: int, device: torch.device) -> Tensor:
-    """Numbers (1, n, V) that tell a scale, a softcap and an exchange of entries from what they came from."""
+    """Make numbers (1, n, V) that tell a scale, a softcap and an exchange of entries from what they came from."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     factors = torch.arange(1, length + 1, dtype=dtype, device=device)[:, None] / 2
     logits = torch.linspace(-40.0, 40.0, vocab, dtype=dtype, device=device) * factors
@@ -118,26 +123,28 @@ def _chosen_logits(length: int, vocab: int, device: torch.device) -> Tensor:
     return logits[None]
 
 
-def _leak(body: nn.Module, inputs: dict[str, Any], hidden: Tensor) -> float:
-    """How far hidden states move, in their norm, when every token of the second half is another."""
-    ids = inputs["input_ids"]
+def _with_other_end(ids: Tensor) -> Tensor:
+    """Change every token of the second half of ids (1, n)."""
     half = ids.shape[1] // 2
-    if half == 0:
-        return 0.0
-    other = torch.cat([ids[:, :half], ids[:, : ids.shape[1] - half].flip(1)], dim=1)
-    moved = body(**{**inputs, "input_ids": other}).last_hidden_state[:, :half].float()
-    still = hidden[:, :half].float()
-    return float(((moved - still).norm(dim=-1) / still.norm(dim=-1).clamp(min=1e-30)).nan_to_num(nan=0.0).max())
+    return torch.cat([ids[:, :half], ids[:, : ids.shape[1] - half].flip(1)], dim=1)
+
+
+def _distance(first: Any, second: Any) -> float:
+    """Measure how far the first half of hidden states (1, n, H) is from that of others, in its norm."""
+    half = first.shape[1] // 2
+    one, other = (states[:, :half].float() for states in (first, second))
+    distances = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-30)
+    return float(distances.nan_to_num(nan=0.0).max()) if half else 0.0
 
 
 def _head_size(model: PreTrainedModel, head: nn.Module) -> int:
-    """The number V of logits, also of a weight that ZeRO has emptied."""
+    """Find the number V of logits, also of a weight that ZeRO has emptied."""
     plain: Any = plain_head(head)
     return int(plain.weight.shape[0] if plain.weight.numel() else plain.out_features)
 
 
 def _plain_tokens(model: PreTrainedModel, vocab: int) -> list[int]:
-    """Ids of n tokens that no configuration gives a meaning, such as a place for an image, where there are others."""
+    """Choose n tokens that no configuration gives a meaning, such as a place for an image, where there are others."""
     config: Any = model.config
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -160,7 +167,7 @@ class _MadeUpOutput(ModelOutput):
 
 
 def _made_up(model: PreTrainedModel, ids: Tensor) -> Any:
-    """What a body might return for tokens (1, n), where it cannot run."""
+    """Make up what a body might return for tokens (1, n), where it cannot run."""
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     width = model.config.get_text_config().hidden_size
     hidden = torch.linspace(-1.0, 1.0, ids.numel() * width, dtype=torch.float32, device=ids.device)
@@ -168,7 +175,7 @@ def _made_up(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def _same(value: Tensor | None, expected: Tensor) -> bool:
-    """Equal but for rounding in the dtype of ``value``; NaN equals NaN, for weights that hold some."""
+    """Tell whether two are equal but for rounding in the dtype of ``value``; NaN equals NaN."""
     if value is None or value.shape != expected.shape:
         return False
     atol = 8 * torch.finfo(value.dtype).eps * max(1.0, float(expected.abs().max().nan_to_num(posinf=1.0)))

@@ -56,7 +56,7 @@ def replay(
 
 
 def one_logit(hidden: Tensor) -> Tensor:
-    """An answer for a head whose logits nobody needs: zeros (..., 1)."""
+    """Answer for a head whose logits nobody needs: zeros (..., 1)."""
     return hidden.new_zeros((*hidden.shape[:-1], 1))
 
 
@@ -81,7 +81,7 @@ class _StandIn(nn.Module):
 
 
 def _substituted(module: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """``module`` with other modules in place of some within it: itself, or a shallow copy where one of them is."""
+    """Put other modules in place of some within one; returns it, or a shallow copy where one of them is in it."""
     if module in twins:
         return twins[module]
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -102,7 +102,7 @@ def router_losses(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The load-balancing loss of a mixture of experts, raw and as the model adds it to its loss.
+    """Compute the load-balancing loss of a mixture of experts, raw and as the model adds it to its loss.
 
     Both come from the model's own forward, which gets labels for a loss of the logits that is always 0; so what is
     added is what the model adds, whatever it calls the coefficient and however it counts the tokens.

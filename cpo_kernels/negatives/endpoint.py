@@ -66,7 +66,7 @@ class Endpoint:
         self._api_key = api_key
 
     def _client(self) -> Any:
-        """A client of its own for each event loop."""
+        """Make a client, which belongs to one event loop."""
         return self._openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._api_key or "none",
@@ -87,7 +87,7 @@ class Endpoint:
         raise EndpointError(f"{self.url} gave no {what}: {problem}")
 
     def _quoted(self, thing: object) -> str:
-        """What a server said, short and without keys, for a message."""
+        """Quote what a server said, short and without keys, for a message."""
         return self._secrets.hidden_in(str(thing))
 
     def _in_flight(

@@ -11,7 +11,7 @@ ENCODED = ("content-encoding", "content-length", "transfer-encoding")
 
 
 def bounded_client(openai: Any, seconds: float, login: tuple[str, str] | None) -> Any:
-    """An asynchronous client that reads an answer whole, within ``seconds`` and :data:`MAX_ANSWER_BYTES`.
+    """Make an asynchronous client that reads an answer whole, within ``seconds`` and :data:`MAX_ANSWER_BYTES`.
 
     The timeouts of HTTP libraries are for every single read, so a body that comes byte by byte never meets them. What
     takes longer is the library's own timeout, which ``openai`` retries; a redirection is not followed.

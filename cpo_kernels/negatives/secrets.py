@@ -34,7 +34,7 @@ class Secrets:
         return f"{type(self).__name__}({HIDDEN})"
 
     def hidden_in(self, text: str) -> str:
-        """The beginning of a text on one line, with every secret, and every part of one of 8 characters, left out."""
+        """Return the beginning of a text on one line, with every secret and every 8 characters of one left out."""
         text = "".join(c if c.isprintable() else " " for c in text[: 8 * SHOWN])
         lower = text.lower() if len(text.lower()) == len(text) else text  # a few letters are longer in lower case
         secret = [False] * len(text)

@@ -135,7 +135,42 @@ def test_loss_and_gradients_equal_those_of_the_models_own_logits(family):
     assert options == pytest.approx(model._head_reading.options, rel=1e-2)
 
 
+def pooled():
+    """Causal up to the end of its body, and not beyond."""
+
+    class Pooled(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            hidden = self.model(input_ids, **kwargs).last_hidden_state
+            logits = self.lm_head(hidden + hidden.mean(1, keepdim=True))
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=logits)
+
+    torch.manual_seed(0)
+    return Pooled(transformers.LlamaConfig(**ROPE))
+
+
+def temperature_of_its_own():
+    class Trained(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, input_ids=None, **kwargs):
+            out = super().forward(input_ids, **kwargs)
+            out.logits = out.logits * self.temperature
+            return out
+
+    return Trained(transformers.LlamaConfig(**ROPE))
+
+
+def test_a_scale_that_is_trained_is_refused_and_a_frozen_one_is_a_number():
+    with pytest.raises(RuntimeError, match=r"Trained transforms its logits .* parameters of its own take part"):
+        attach_linear_loss(temperature_of_its_own())
+    frozen = temperature_of_its_own().requires_grad_(False)
+    assert attach_linear_loss(frozen)._head_reading.options == {"logit_scale": 0.5}
+
+
 NOT_CAUSAL = {
+    "between body and head": pooled,
     "xlnet": lambda: from_config("xlnet", **XLNET),
     "xlm": lambda: from_config("xlm", **XLM),
     "bert": lambda: from_config("bert", **BERT),
