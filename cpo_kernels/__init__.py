@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
-from . import backends
-from .engine.plan import Plan
-from .engine.statistics import TokenStatistics, linear_token_statistics
-from .engine.vocab_parallel import VocabShard
-from .functional import (
-    contrastive_loss,
-    cpo_loss,
-    linear_cpo_loss,
-    linear_sequence_logps,
-    linear_sequence_loss,
-    linear_token_logps,
-    plan,
-    sequence_logps,
-    token_logps,
-)
-from .layout import CandidateLayout
-from .modules import CPOLoss, LinearCPOLoss
-from .objective import CPOOutput
+try:
+    from . import backends
+    from .engine.plan import Plan
+    from .engine.statistics import TokenStatistics, linear_token_statistics
+    from .engine.vocab_parallel import VocabShard
+    from .functional import (
+        contrastive_loss,
+        cpo_loss,
+        linear_cpo_loss,
+        linear_sequence_logps,
+        linear_sequence_loss,
+        linear_token_logps,
+        plan,
+        sequence_logps,
+        token_logps,
+    )
+    from .layout import CandidateLayout
+    from .modules import CPOLoss, LinearCPOLoss
+    from .objective import CPOOutput
+except (ImportError, OSError) as error:
+    if sys.modules.get("torch") is not None:
+        raise
+    # `cpo-kernels info` has to say so, and it is in this package.
+    _MISSING: Exception | None = error
+else:
+    _MISSING = None
 
 if TYPE_CHECKING:
     from .models import attach_linear_loss
@@ -62,4 +71,6 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    if _MISSING is not None and name in __all__:
+        raise ImportError(f"cpo_kernels needs torch, which cannot be imported ({_MISSING}); pip install torch")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

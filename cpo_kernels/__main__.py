@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from .cli import help as texts
-from .cli.errors import InputError, unknown
+from .cli.errors import FAILED, MISUSED, InputError, explain, unknown
 from .cli.processes import leave_process_group
-
-# What the commands need beside the package itself: the extra "trainer".
-TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "xxhash", "yaml")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 2 for a mistake in what was asked for."""
+    """Run a command; returns the exit status: 2 for a mistake in what was asked for, 130 after Ctrl-C, else 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(texts.overview())
@@ -24,36 +22,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in texts.COMMANDS:
         message = f"{unknown('command', command, texts.COMMANDS)}; expected one of {', '.join(texts.COMMANDS)}"
         print(f"cpo-kernels: {message}", file=sys.stderr)
-        return 2
-    if command == "info":
-        return _info(rest)
+        return MISUSED
     try:
-        if command in texts.DESCRIPTIONS and ({"-h", "--help"} & set(rest) or not rest):
-            print(importlib.import_module("cpo_kernels.cli.parsing").help_of(command))
-            return 0
-        importlib.import_module(f"cpo_kernels.cli.{command}").run(rest)
-    except InputError as error:
-        print(f"cpo-kernels {command}: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in TRAINER:
+        _run(command, rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be written at exit
+        return FAILED
+    except (Exception, KeyboardInterrupt) as error:
+        explained = explain(error)
+        if explained is None:
             raise
-        print(f"cpo-kernels {command}: {error}; pip install 'cpo-kernels[trainer]'", file=sys.stderr)
-        return 2
+        message, status = explained
+        print(f"cpo-kernels {command}: {message}", file=sys.stderr)
+        return status
     return 0
 
 
-def _info(arguments: Sequence[str]) -> int:
+def _run(command: str, arguments: list[str]) -> None:
+    if command == "info":
+        _info(arguments)
+    elif command in texts.DESCRIPTIONS and ({"-h", "--help"} & set(arguments) or not arguments):
+        print(importlib.import_module("cpo_kernels.cli.parsing").help_of(command))
+    else:
+        importlib.import_module(f"cpo_kernels.cli.{command}").run(arguments)
+
+
+def _info(arguments: Sequence[str]) -> None:
     if arguments and arguments[0] not in ("-h", "--help"):
-        print(f"cpo-kernels info: takes no arguments, got {' '.join(arguments)!r}", file=sys.stderr)
-        return 2
+        raise InputError(f"takes no arguments, got {' '.join(arguments)!r}")
     if arguments:
         print(f"usage: cpo-kernels info\n\n{texts.COMMANDS['info']}")
-        return 0
+        return
     from .cli.info import report
 
     print(report())
-    return 0
 
 
 def command() -> int:

@@ -79,6 +79,7 @@ class MeanLogitsRequest:
 
     def __init__(self, request: Any, *row_sets: Tensor) -> None:
         self.request, self.row_sets = request, row_sets
+        self.router_share = 0.0  # trainers add the loss of the router by a coefficient of their own
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
         """Compute the request's output with ``mean_logits``; arguments as for :meth:`CPORequest.compute`."""

@@ -30,14 +30,14 @@ class FusedCPOTrainer(CPOTrainer):
 
     Raises:
         RuntimeError: the installed TRL lacks a name that is used here.
-        ValueError: an encoder-decoder, or a load-balancing loss of experts.
+        ValueError: an encoder-decoder.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         require_names("trl", TESTED, CPOTrainer, "get_batch_loss_metrics", "concatenated_inputs", "cpo_loss")
         super().__init__(*args, **kwargs)
-        if self.is_encoder_decoder or self.aux_loss_enabled:
-            raise ValueError("expected a decoder-only model without output_router_logits")
+        if self.is_encoder_decoder:
+            raise ValueError("expected a decoder-only model")
         attach_linear_loss(self.model)  # type: ignore[type-var]
         self.head_options: dict[str, Any] = {}
 
@@ -71,7 +71,9 @@ class FusedCPOTrainer(CPOTrainer):
             rows["concatenated_input_ids"],
             attention_mask=rows["concatenated_attention_mask"],
             linear_loss=MeanLogitsRequest(request, *positions.chunk(2)),
+            **({"output_router_logits": True} if self.aux_loss_enabled else {}),
         )
+        loss = out.loss + self.aux_loss_coef * out.aux_loss if self.aux_loss_enabled else out.loss
         averages = out.logps.view(pairs, 2) / (divisors if self.alpha else 1)
         _, chosen, rejected = self.cpo_loss(*averages.T)
         metrics = {
@@ -82,7 +84,7 @@ class FusedCPOTrainer(CPOTrainer):
             "nll_loss": nll(averages * divisors),
         }
         prefix, gather = "eval_" if train_eval == "eval" else "", self.accelerator.gather_for_metrics
-        return out.loss, {prefix + name: gather(value).mean().item() for name, value in metrics.items()}
+        return loss, {prefix + name: gather(value).mean().item() for name, value in metrics.items()}
 
     def _objective(self) -> dict[str, Any]:
         """Translate TRL's options to those of :func:`cpo_kernels.linear_cpo_loss` without a reference."""

@@ -25,7 +25,7 @@ from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, 
 
 TESTED = "1.16"
 # What an objective computes of these options of TRL's.
-PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False, "aux_loss_enabled": False}
+PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
 
 class FusedDPOTrainer(DPOTrainer):
@@ -48,8 +48,9 @@ class FusedDPOTrainer(DPOTrainer):
 
     Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
     (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
-    softcap) and ``num_tokens``. TRL's ``entropy`` and ``mean_token_accuracy`` need the logits, and are not there; with
-    :func:`~cpo_kernels.integrations.trl.patch_fused_head` TRL's own DPOTrainer has them.
+    softcap), ``num_tokens`` and, of a mixture of experts, ``aux_loss``. TRL's ``entropy`` and ``mean_token_accuracy``
+    need the logits, and are not there; with :func:`~cpo_kernels.integrations.trl.patch_fused_head` TRL's own DPOTrainer
+    has them.
 
     Raises:
         RuntimeError: the installed TRL lacks a private name that is used here; or prompt tuning, p-tuning or another
@@ -129,9 +130,13 @@ class FusedDPOTrainer(DPOTrainer):
         chosen[list(layout.cu_groups[:-1])] = True
         of_chosen = chosen.repeat_interleave(counts)
         request = CPORequest(targets, layout, ref_logps=ref / per_token, **self.objective)
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         row_sets = [layout.rows[where] for where in (of_chosen, ~of_chosen)]  # type: ignore[index]
-        out = model(**body_inputs(inputs), linear_loss=MeanLogitsRequest(request, *row_sets))
+        out = model(**body_inputs(inputs), **router, linear_loss=MeanLogitsRequest(request, *row_sets))
         metrics = group_metrics(inputs["group_sizes"], out.logps * per_token, out.rewards * per_token)
+        if self.aux_loss_enabled:
+            out.loss = out.loss + self.router_aux_loss_coef * out.aux_loss
+            metrics["aux_loss"] = out.aux_loss.detach()[None]
         record(self, inputs["attention_mask"], metrics, out.mean_logits, [len(rows) for rows in row_sets])
         return (out.loss, self._logits(model, inputs)) if return_outputs else out.loss
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import apply_head, find_base, head_modules
-from .head import check_head, find_body, find_head, head_options, verify_head
+from .head import check_head, find_body, find_head
 from .prefix.masks import with_prefix_tree
 from .prefix.tree import PrefixTree
+from .reading import read_head
+from .replay import one_logit, replay, router_losses
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRequest, StatisticsRequest
 from .sharded import may_be_sharded, run_inside
 from .tied import find_embedding, one_gradient
@@ -41,24 +43,28 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     ``StatisticsRequest``), the model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without
     the keyword it behaves as before. With ``prefix_tree=PrefixTree(...)`` its rows are packed groups, see
     :func:`cpo_kernels.models.pack_groups`, and it takes no ``attention_mask`` or ``position_ids``. The change is made
-    in place, survives ``copy.deepcopy``, and leaves parameters, ``state_dict`` and ``save_pretrained`` as they are;
-    attaching twice changes nothing.
+    in place, survives ``copy.deepcopy``, ``pickle`` and ``torch.save`` (what is loaded has the loss attached, and needs
+    this package), and leaves parameters, ``state_dict`` and ``save_pretrained`` as they are; attaching twice changes
+    nothing.
+
+    What a model does to its logits, a scale or a softcap, and between its body and its head is found by running its
+    own forward, whatever its family. A mixture of experts with ``output_router_logits`` adds its load-balancing loss to
+    ``loss`` as it does with labels, and returns it as ``aux_loss``.
 
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``
             of one, whose base model is changed. Adapters of the body need nothing here; of the head, LoRA, DoRA and
             ``modules_to_save`` are applied as they are active at each call, and disabled adapters give the base.
-        verify: run one forward pass of a few tokens to check that the model's own logits are the head's product with
-            the body's output, scaled and capped as its configuration says, so that a model family with a transform
-            unknown here raises instead of training on wrong numbers. Skipped on the meta device and once the model
-            is sharded.
+        verify: also run the body on a few tokens, to check that the model gives its head what the body returns and
+            that no hidden state depends on later tokens. Skipped on the meta device and once the model is sharded.
 
     Returns:
         ``model``.
 
     Raises:
         RuntimeError: no recognisable body or head, a head with other adapters or quantised weights, prompt learning,
-            an encoder-decoder, logits that are not this head's, or a ``forward`` that has been replaced on the object.
+            an encoder-decoder, logits that are not this head's but for a scale and a softcap, a model that is not
+            causal, or a ``forward`` that has been replaced on the object.
     """
     base: Any = find_base(model)
     if getattr(type(base), "_computes_linear_loss", False):
@@ -70,8 +76,7 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
         )
     find_body(base)
     check_head(find_head(base))
-    if verify:
-        verify_head(base)
+    base._head_reading = read_head(base, verify=verify)
     kind: Any = type(base)
     base.__class__ = _with_linear_loss(kind)
     return model
@@ -85,17 +90,26 @@ def _with_linear_loss(base: type) -> type:
     def forward(
         self: PreTrainedModel, *args: Any, linear_loss: Any = None, prefix_tree: PrefixTree | None = None, **kwargs: Any
     ) -> Any:
+        if linear_loss is not None:
+            return _linear_forward(self, original, linear_loss, prefix_tree, args, kwargs)
         if prefix_tree is not None:
             kwargs = with_prefix_tree(self, prefix_tree, kwargs)
-        if linear_loss is None:
-            return original(self, *args, **kwargs)
-        return _linear_forward(self, linear_loss, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # The class has the name of its base and cannot be looked up by it, so it is made anew where it is loaded.
+        return _make, (base,), *object.__reduce_ex__(self, max(2, int(protocol)))[2:]
 
     forward.__doc__ = original.__doc__
     forward.__signature__ = _extended_signature(original)  # type: ignore[attr-defined]
     # The name is kept: it becomes `architectures` of a saved configuration, and Trainer looks it up.
-    members = {"forward": forward, "__module__": base.__module__, "_computes_linear_loss": True}
-    return type(base.__name__, (base,), members)
+    members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": base.__module__}
+    return type(base.__name__, (base,), members | {"_computes_linear_loss": True})
+
+
+def _make(base: type) -> Any:
+    """An empty object of a model class with the loss attached, for pickle."""
+    return object.__new__(_with_linear_loss(base))
 
 
 def _extended_signature(function: Callable[..., Any]) -> inspect.Signature:
@@ -107,16 +121,45 @@ def _extended_signature(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=[*parameters[:at], *extra, *parameters[at:]])
 
 
-def _linear_forward(model: PreTrainedModel, request: Any, *args: Any, **kwargs: Any) -> LinearLossOutput:
+def _linear_forward(
+    model: Any,
+    original: Callable[..., Any],
+    request: Any,
+    tree: PrefixTree | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> LinearLossOutput:
     for name in ("labels", "logits_to_keep"):
         if kwargs.pop(name, None) is not None:
             raise ValueError(f"{name} has no meaning together with linear_loss, which brings its own targets")
-    body, head = find_body(model), find_head(model)
+    body, head, reading = find_body(model), find_head(model), model._head_reading
+    given = kwargs if tree is None else with_prefix_tree(model, tree, kwargs)
     with one_gradient(body, find_embedding(model), head) as tied:
-        rows = body(*args, **{**kwargs, "use_cache": False, "return_dict": True}).last_hidden_state.flatten(0, -2)
+        outputs = body(*args, **{**given, **_router_keyword(model, kwargs), "use_cache": False, "return_dict": True})
+    rows = outputs.last_hidden_state
+    if not reading.direct:
+        rows = replay(model, original, head, one_logit, args, given, body=body, outputs=outputs).head_input
+    aux_loss = router_loss = None
+    if getattr(outputs, "router_logits", None) is not None:
+        # Positions that candidates share count for each of them, as they do in rows of their own.
+        counted = kwargs if tree is None else kwargs | {"attention_mask": tree.readers}
+        aux_loss, router_loss = router_losses(model, original, head, body, outputs, args, counted)
 
     def compute(hidden: Tensor) -> LinearLossOutput:
-        out = request.compute(hidden, tied(apply_head(head, hidden)), head_options(model))
+        out = request.compute(hidden, tied(apply_head(head, hidden)), reading.options)
+        out.aux_loss = aux_loss
+        if router_loss is not None and out.loss is not None:
+            added = getattr(request, "router_share", 1.0) * router_loss
+            out.loss, out.router_loss = out.loss + added, added.detach()
         return out.protected() if may_be_sharded() else out
 
-    return run_inside(head_modules(head), compute, rows)
+    return run_inside(head_modules(head), compute, rows.flatten(0, -2))
+
+
+def _router_keyword(model: Any, kwargs: dict[str, Any]) -> dict[str, bool]:
+    """Ask the body of a mixture of experts for its router's logits where the model's own forward would."""
+    config = model.config.get_text_config()
+    if not hasattr(config, "output_router_logits"):
+        return {}
+    asked = kwargs.get("output_router_logits")
+    return {"output_router_logits": bool(config.output_router_logits if asked is None else asked)}

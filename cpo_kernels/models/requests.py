@@ -30,6 +30,9 @@ class LinearLossOutput(ModelOutput):
         contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
         embeddings: (S, H) float32, see :class:`LogpsRequest`.
         token_logps, entropy, samples: (N,), see :class:`StatisticsRequest`.
+        aux_loss: scalar, differentiable, the load-balancing loss of a mixture of experts that outputs router logits.
+        router_loss: scalar, detached, what it adds to ``loss``: what the model adds with labels, which is
+            ``router_aux_loss_coef`` times ``aux_loss``, times the ``router_share`` of the request.
         exact: internal, see :meth:`protected`.
     """
 
@@ -46,6 +49,8 @@ class LinearLossOutput(ModelOutput):
     token_logps: Tensor | None = None
     entropy: Tensor | None = None
     samples: Tensor | None = None
+    aux_loss: Tensor | None = None
+    router_loss: Tensor | None = None
     exact: ExactValues | None = None
 
     def __post_init__(self) -> None:
@@ -81,12 +86,14 @@ class CPORequest:
         targets: (N,) int64, the vocabulary entry of each token; -100 for none.
         layout: which row of the flattened (B * L, H) hidden states predicts each token, and which candidate of
             which group it belongs to.
+        router_share: how much of the model's own load-balancing loss is added; in one of several accumulated batches
+            its part of them, and 0 leaves it to the caller.
         options: objective and head keywords of ``linear_cpo_loss`` (``ref_logps``, ``beta``, ``mle_weight``, ...).
             ``bias``, ``logit_scale`` and ``softcap`` are the model's own.
     """
 
-    def __init__(self, targets: Tensor, layout: CandidateLayout, **options: Any) -> None:
-        self.targets, self.layout, self.options = targets, layout, options
+    def __init__(self, targets: Tensor, layout: CandidateLayout, *, router_share: float = 1.0, **options: Any) -> None:
+        self.targets, self.layout, self.router_share, self.options = targets, layout, router_share, options
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The loss from hidden states (R, H), the head applied to them, and what is done to its logits."""
@@ -112,13 +119,21 @@ class SequenceLossRequest:
         layout: as for :class:`CPORequest`.
         loss_fn: called with log-likelihoods (s,) of the segments of some whole groups, and ``groups``, the range of
             their indices; returns the sum of their losses, a scalar.
+        router_share: as for :class:`CPORequest`.
         options: head keywords of ``linear_sequence_loss``.
     """
 
     def __init__(
-        self, targets: Tensor, layout: CandidateLayout, loss_fn: Callable[[Tensor, range], Tensor], **options: Any
+        self,
+        targets: Tensor,
+        layout: CandidateLayout,
+        loss_fn: Callable[[Tensor, range], Tensor],
+        *,
+        router_share: float = 1.0,
+        **options: Any,
     ) -> None:
         self.targets, self.layout, self.loss_fn, self.options = targets, layout, loss_fn, options
+        self.router_share = router_share
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """The loss; arguments as for :meth:`CPORequest.compute`."""

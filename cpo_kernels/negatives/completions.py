@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .autoregressive import Sampling
-from .endpoint import Endpoint
+from .endpoint import Endpoint, EndpointError
 from .seeds import request_seed
 
 
@@ -49,19 +49,21 @@ class CompletionsEndpoint(Endpoint):
         sampling = sampling or Sampling()
         size = max(1, sampling.batch_size // count)
         starts = range(0, len(prompts), size)
-        answers = dict(
-            self._in_flight(
-                lambda start: self._ask(list(prompts[start : start + size]), start, count, sampling), starts
-            )
-        )
+
+        async def ask(client: Any, start: int) -> list[list[Completion]]:
+            return await self._ask(client, list(prompts[start : start + size]), start, count, sampling)
+
+        answers = dict(self._in_flight(ask, starts))
         return [completions for place in range(len(starts)) for completions in answers[place]]
 
-    def _ask(self, prompts: list[str], first: int, count: int, sampling: Sampling) -> list[list[Completion]]:
+    async def _ask(
+        self, client: Any, prompts: list[str], first: int, count: int, sampling: Sampling
+    ) -> list[list[Completion]]:
         """Ask for the completions of some prompts, the first of which has the index ``first``."""
         last = first + len(prompts) - 1
         which = f"prompt {first}" if first == last else f"prompts {first} to {last}"
-        answer = self._request(
-            self._client.completions.create,
+        answer = await self._request(
+            client.completions.create,
             f"completions of {self.model} for {which}",
             prompt=prompts,
             n=count,
@@ -70,25 +72,28 @@ class CompletionsEndpoint(Endpoint):
             top_p=sampling.top_p,
             seed=request_seed(sampling.seed, first),
         )
-        problem = _problem(answer, len(prompts) * count)
+        problem = self._problem(answer, len(prompts) * count)
         if problem is not None:
-            raise RuntimeError(f"{self.url} answered {which} with {problem}; expected {len(prompts) * count} choices")
+            expected = len(prompts) * count
+            raise EndpointError(f"{self.url} answered {which} with {problem}; expected {expected} choices")
         # Those of the first prompt come first; servers number them so, and may send them in the order they ended.
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         completions = [Completion(choice.text, choice.finish_reason == "stop") for choice in choices]
         return [completions[start : start + count] for start in range(0, len(completions), count)]
 
-
-def _problem(answer: Any, expected: int) -> str | None:
-    """Say what is wrong with an answer that should have so many choices, or None."""
-    choices = getattr(answer, "choices", None)
-    if not isinstance(choices, list):
-        return f"no choices: {str(answer)[:200]!r}"
-    if len(choices) != expected:
-        return f"{len(choices)} choices"
-    if not all(isinstance(getattr(choice, "text", None), str) for choice in choices):
-        return "a choice without text"
-    numbers = [getattr(choice, "index", None) for choice in choices]
-    if sorted(number for number in numbers if isinstance(number, int)) != list(range(expected)):
-        return f"choices numbered {str(numbers)[:200]}"
-    return None
+    def _problem(self, answer: Any, expected: int) -> str | None:
+        """Say what is wrong with an answer that should have so many choices, or None."""
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list):
+            return f"no choices: {self._quoted(answer)!r}"
+        if len(choices) != expected:
+            return f"{len(choices)} choices"
+        texts: list[Any] = [getattr(choice, "text", None) for choice in choices]
+        if not all(isinstance(text, str) for text in texts):
+            return "a choice without text"
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+            return "a text that is not Unicode (it has a lone surrogate)"
+        numbers = [getattr(choice, "index", None) for choice in choices]
+        if sorted(number for number in numbers if type(number) is int) != list(range(expected)):
+            return f"choices numbered {self._quoted(numbers)}"
+        return None

@@ -116,9 +116,9 @@ class ContrastBatch:
 
         Returns:
             input_ids (B, L) int64, right-padded, with attention_mask (B, L) int64 or, for shared prefixes, the parts
-            of a :class:`~cpo_kernels.models.PrefixTree` as tree_groups, tree_branches, tree_positions (B, L); targets,
-            rows (N,) int64, with rows into the flattened (B * L) positions; and host lists: cu_tokens (S + 1),
-            cu_groups (G + 1), ranks (S), kinds (S).
+            of a :class:`~cpo_kernels.models.PrefixTree` as tree_groups, tree_branches, tree_positions, tree_readers
+            (B, L); targets, rows (N,) int64, with rows into the flattened (B * L) positions; and host lists: cu_tokens
+            (S + 1), cu_groups (G + 1), ranks (S), kinds (S).
         """
         body, rows_of = self._shared() if self._saves_by_sharing() else self._separate()
         cu_tokens, rows, targets = [0], list[int](), list[int]()
@@ -181,12 +181,13 @@ class ContrastBatch:
                 rows_of.append([first, *range(start, start + len(completion) - 1)])
         return {"input_ids": input_ids, "attention_mask": attention_mask}, rows_of
 
-    def _shared(self) -> tuple[dict[str, Tensor], list[list[int]]]:
+    def _shared(self) -> tuple[dict[str, Any], list[list[int]]]:
         shared = pack_groups(self.prompts, self.completions, pad_token_id=self.pad_token_id)
         tree = {
             "tree_groups": shared.tree.groups,
             "tree_branches": shared.tree.branches,
             "tree_positions": shared.tree.positions,
+            "tree_readers": shared.tree.readers,
         }
         return {"input_ids": shared.input_ids, **tree}, [rows for own in shared.rows for rows in own]
 
@@ -200,5 +201,5 @@ def body_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the keywords of a model's forward from a batch's tensors."""
     if "tree_groups" not in inputs:
         return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    tree = PrefixTree(inputs["tree_groups"], inputs["tree_branches"], inputs["tree_positions"])
+    tree = PrefixTree(*(inputs[f"tree_{part}"] for part in ("groups", "branches", "positions", "readers")))
     return {"input_ids": inputs["input_ids"], "prefix_tree": tree}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,11 +50,12 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
     Raises:
         ValueError: as for :func:`ensemble`; tokenizers that differ; a model and an adapter; adapters other than plain
             LoRA of one base.
-        OSError: a directory that holds no model.
+        OSError: a directory that holds no model, or ``out_dir`` is a file.
     """
     check_alpha(alpha)
     if Path(out_dir).resolve() in (Path(first_dir).resolve(), Path(second_dir).resolve()):
         raise ValueError(f"the ensemble would overwrite one of its parts, {out_dir}; expected another directory")
+    _check_not_a_file(out_dir)
     tokenizer = _common_tokenizer(first_dir, second_dir)
     adapters = [_is_adapter(path) for path in (first_dir, second_dir)]
     if all(adapters):
@@ -107,9 +109,16 @@ class EnsembleCallback(TrainerCallback):
         if not isinstance(other, nn.Module):
             other = AutoModelForCausalLM.from_pretrained(other)
         out = os.path.join(args.output_dir, "ensemble")
+        _check_not_a_file(out)
         model.save_pretrained(out, state_dict=_average_states(trained, _state(other), self.alpha))
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(out)
+
+
+def _check_not_a_file(path: Source) -> None:
+    """Raise ``NotADirectoryError`` for a file, to which ``save_pretrained`` would write nothing without an error."""
+    if os.path.isfile(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))
 
 
 def check_alpha(alpha: float) -> None:

@@ -28,7 +28,7 @@ from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
 from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives.endings import end_token_ids
-from cpo_kernels.negatives.endpoint import Endpoint
+from cpo_kernels.negatives.endpoint import Endpoint, EndpointError
 
 from .data import tokenize_examples
 from .fingerprint import fingerprint
@@ -71,9 +71,9 @@ class ChatJudge(Endpoint):
         options: further keywords of ``chat.completions.create``. Default: ``{"temperature": 0}``.
 
     Raises:
-        RuntimeError: ``openai`` is not installed; on asking, a request that failed for good or a response without
-            choices. The message names the URL and the pair.
-        ValueError: ``workers`` below 1.
+        RuntimeError: ``openai`` is not installed; on asking, a request that failed for good or an answer that is not a
+            chat message. The message names the URL and the pair.
+        ValueError: as for :class:`~cpo_kernels.negatives.endpoint.Endpoint`.
     """
 
     symmetric = False
@@ -90,6 +90,7 @@ class ChatJudge(Endpoint):
         super().__init__(url, model, **endpoint)
         self.instructions = instructions
         self.options: dict[str, Any] = {"temperature": 0} if options is None else dict(options)
+        self._secrets.add(*map(str, (self.options.get("extra_headers") or {}).values()))
 
     @property
     def identity(self) -> str:
@@ -99,32 +100,35 @@ class ChatJudge(Endpoint):
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
         """Give the verdict in this order; a chat model's depends on the order."""
-        return self._ask(Question(0, prompt, first, second))
+        return next(iter(dict(self._in_flight(self._ask, [Question(0, prompt, first, second)])).values()))
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
         """Yield ``(index, verdict)`` as they come, before an error also those that were in flight beside it."""
         return self._in_flight(self._ask, questions)
 
-    def _ask(self, question: Question) -> Verdict:
+    async def _ask(self, client: Any, question: Question) -> Verdict:
         text = QUESTION.format(prompt=question.prompt, first=question.first, second=question.second)
         messages = [{"role": "system", "content": self.instructions}, {"role": "user", "content": text}]
-        answer = self._answer(messages, question.pair)
+        answer = await self._answer(client, messages, question.pair)
         if parse_verdict(answer) is None:
             messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": REMINDER}]
-            answer = self._answer(messages, question.pair)
+            answer = await self._answer(client, messages, question.pair)
         return parse_verdict(answer)
 
-    def _answer(self, messages: list[dict[str, str]], pair: int) -> str:
-        response = self._request(
-            self._client.chat.completions.create,
+    async def _answer(self, client: Any, messages: list[dict[str, str]], pair: int) -> str:
+        answer = await self._request(
+            client.chat.completions.create,
             f"verdict of {self.model} on pair {pair}",
             messages=messages,
             **self.options,
         )
-        choices = getattr(response, "choices", None)
-        if not choices:
-            raise RuntimeError(f"{self.url} answered without choices on pair {pair}: {str(response)[:200]!r}")
-        return choices[0].message.content or ""
+        choices = getattr(answer, "choices", None)
+        if not isinstance(choices, list) or not choices:
+            raise EndpointError(f"{self.url} answered without choices on pair {pair}: {self._quoted(answer)!r}")
+        content = getattr(getattr(choices[0], "message", None), "content", ...)
+        if not isinstance(content, str | None):
+            raise EndpointError(f"{self.url} answered without a message on pair {pair}: {self._quoted(answer)!r}")
+        return content or ""
 
 
 def parse_verdict(answer: str) -> Verdict:

@@ -64,7 +64,10 @@ def own_loss(
         nll = -(sums * here.best).sum() / problem.num_target_tokens
         return objective.contrast_weight * loss / problem.num_groups + objective.mle_weight * nll
 
-    request = SequenceLossRequest(inputs["targets"], layout_of(inputs), loss_of, **config.head_options)
+    share = (len(starts) - 1) / inputs["num_groups"]
+    request = SequenceLossRequest(
+        inputs["targets"], layout_of(inputs), loss_of, router_share=share, **config.head_options
+    )
     out = model(**body_inputs(inputs), linear_loss=request)
     sums, losses = (torch.cat([part[i].reshape(-1) for _, part in sorted(seen.items())]) for i in (0, 1))
     nll = -(sums * problem.best).sum() / problem.num_target_tokens

@@ -43,9 +43,12 @@ class CPOTrainer(ResumableTrainer):
     Negatives are a pure function of (seed, optimizer step, example) and of the model that draws them, so a batch of 8
     and 4 accumulated batches of 2 give the same gradients, and a resumed run equals an uninterrupted one.
 
-    Logs ``loss, contrastive_loss, nll_loss, rewards/chosen, rewards/rejected, margin, accuracy, accuracy/KIND`` as
-    means over the logging window, and for every metric that was NaN or Inf its count as ``nonfinite/NAME``.
-    ``evaluate`` returns the same with the prefix ``eval_``, and ``eval_perplexity``.
+    A mixture of experts with ``output_router_logits=True`` in its configuration adds its load-balancing loss, over the
+    tokens of all candidates of a batch; accumulated batches count by their groups.
+
+    Logs ``loss, contrastive_loss, nll_loss, rewards/chosen, rewards/rejected, margin, accuracy, accuracy/KIND``, and
+    ``aux_loss`` of a mixture of experts, as means over the logging window, and for every metric that was NaN or Inf its
+    count as ``nonfinite/NAME``. ``evaluate`` returns the same with the prefix ``eval_``, and ``eval_perplexity``.
 
     Args:
         model: a decoder-only model, or a ``PeftModel`` around one; :func:`cpo_kernels.attach_linear_loss` is applied
@@ -265,6 +268,7 @@ class CPOTrainer(ResumableTrainer):
             ref_logps=ref_logps,
             num_groups=inputs["num_groups"],
             num_target_tokens=inputs["num_target_tokens"],
+            router_share=self._own_groups(inputs) / inputs["num_groups"],
             candidate_eps=self.args.candidate_eps,
             grad_filter_eps=self.args.grad_filter_eps,
             **self.args.objective_options,
@@ -312,6 +316,8 @@ class CPOTrainer(ResumableTrainer):
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
         if self.args.candidate_eps is not None or self.args.grad_filter_eps is not None:
             sums.add("dropped", out.dropped, tokens)
+        if out.aux_loss is not None:
+            sums.add("aux_loss", out.aux_loss, groups)
         metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], [*KINDS])
         contrasted = metrics["accuracy"][1]
         total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has none
@@ -365,7 +371,8 @@ class CPOTrainer(ResumableTrainer):
         nll = means[f"{prefix}nll_loss"]
         contrast = means.get(f"{prefix}contrastive_loss", 0.0)
         weights = self.args.objective_options
-        means[f"{prefix}loss"] = weights["contrast_weight"] * contrast + weights["mle_weight"] * nll
+        router = means.pop(f"{prefix}router_loss", 0.0)
+        means[f"{prefix}loss"] = weights["contrast_weight"] * contrast + weights["mle_weight"] * nll + router
         means[f"{prefix}perplexity"] = math.exp(nll) if nll < 700 else math.inf
         return output._replace(metrics={**(output.metrics or {}), **means})
 
@@ -385,6 +392,8 @@ class CPOTrainer(ResumableTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self._forward(model, inputs)
         self._record(self._eval_sums, out, inputs, batch.num_groups, batch.num_target_tokens)
+        if out.router_loss is not None:
+            self._eval_sums.add("router_loss", out.router_loss, batch.num_groups)
         return out.loss, None, None
 
     # The reference

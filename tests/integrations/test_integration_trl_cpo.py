@@ -9,9 +9,10 @@ import torch
 pytest.importorskip("trl")
 
 import tiny_models
+from expert_models import experts
 from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
-from transformers import MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl_runs import (
     BETA,
@@ -143,16 +144,24 @@ def encoder_decoder():
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
 
 
-def with_router_logits():
-    sizes = {"vocab_size": tiny_models.VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, output_router_logits=True))
+def test_an_encoder_decoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a decoder-only model"):
+        cpo(FusedCPOTrainer, tmp_path, {"max_completion_length": 16}, model=encoder_decoder())
 
 
-@pytest.mark.parametrize("model", [encoder_decoder, with_router_logits])
-def test_models_whose_loss_is_not_computed_are_refused(tmp_path, model):
-    with pytest.raises(ValueError, match="expected a decoder-only model without output_router_logits"):
-        cpo(FusedCPOTrainer, tmp_path, {"max_completion_length": 16}, model=model())
+@pytest.mark.parametrize("name", ["simpo", "AlphaPO"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_routers_loss_is_added_as_stock_adds_it(tmp_path, name, asked):
+    """By TRL's coefficient, which it reads from the model's configuration."""
+    model = experts(output_router_logits=asked)
+    stock, ours = (cpo(trainer, tmp_path, CASES[name], model=model) for trainer in (CPOTrainer, FusedCPOTrainer))
+    batch = first_batch(ours)
+    (want, want_grads), (loss, grads) = step(stock, batch), step(ours, batch)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, want_grads[key], rtol=1e-4, atol=2e-5, msg=lambda m, n=key: f"{n}: {m}")
+    ours.aux_loss_coef = 0.0
+    assert bool(abs(step(ours, batch)[0] - loss) > 0.1) is asked
 
 
 def test_what_is_not_computed_is_named(tmp_path, monkeypatch):

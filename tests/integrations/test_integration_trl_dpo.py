@@ -18,6 +18,7 @@ pytest.importorskip("trl")
 import tiny_models
 import trl
 from datasets import Dataset, IterableDataset
+from expert_models import experts
 from pair_formulas import SMOOTHED, loss_of_pairs
 from tolerance import assert_accurate
 from transformers import TrainerCallback
@@ -377,6 +378,26 @@ def test_what_is_not_computed_is_named(arguments, message):
     trainer = SimpleNamespace(loss_types=loss_types, loss_weights=[1.0] * len(loss_types), **options)
     with pytest.raises(ValueError, match=message):
         objective_of(trainer)
+
+
+@pytest.mark.parametrize(("asked", "coefficient"), [(True, None), (False, None), (True, 0.0), (False, 0.7)])
+def test_the_routers_loss_is_added_as_stock_adds_it(tmp_path, asked, coefficient):
+    """By TRL's coefficient, whatever the configuration of the model says of router logits."""
+    arguments = {"router_aux_loss_coef": coefficient, "gradient_accumulation_steps": 2}
+
+    def made_of(trainer):
+        model, ref_model = (experts(output_router_logits=asked) for _ in range(2))
+        return dpo(trainer, tmp_path, arguments, model=model, ref_model=ref_model)
+
+    made = [made_of(trainer) for trainer in (trl.DPOTrainer, FusedDPOTrainer)]
+    batches = [first_batch(trainer) for trainer in made]
+    (want, want_grads), (loss, grads) = (step(*one) for one in zip(made, batches, strict=True))
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for key, grad in grads.items():
+        torch.testing.assert_close(grad, want_grads[key], rtol=1e-4, atol=2e-5, msg=lambda m, n=key: f"{n}: {m}")
+    runs = [history(made_of(trainer)) for trainer in (trl.DPOTrainer, FusedDPOTrainer)]
+    assert ("aux_loss" in runs[1][0]) is (coefficient != 0.0)
+    assert_histories_equal(*runs, left_out=NOT_LOGGED)
 
 
 def test_an_option_that_is_not_computed_is_refused_before_the_reference_runs(tmp_path, monkeypatch):

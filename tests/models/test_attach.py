@@ -238,25 +238,35 @@ def test_an_adapter_in_the_body_trains_through_the_fused_loss():
     assert grads and all(grad.abs().sum() > 0 for grad in grads)
 
 
-def scaled_logits_model():
-    """A family this package has never heard of: its logits are twice the head's product."""
+def odd(transform):
+    """A family this package has never heard of, with logits of its own."""
 
-    class Doubled(transformers.LlamaForCausalLM):
+    class Odd(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            out.logits = 2 * out.logits
+            out.logits = transform(out.logits)
             return out
 
-    return Doubled(tiny_models.llama().config)
+    return Odd(tiny_models.llama().config)
 
 
-def scaled_hidden_model():
-    class Halved(transformers.LlamaForCausalLM):
+def other_hidden_model():
+    """Its head sees what its body is told by no argument that a caller can give."""
+
+    class Other(transformers.LlamaForCausalLM):
         def forward(self, input_ids, **kwargs):
-            hidden = self.model(input_ids).last_hidden_state
-            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden / 2))
+            hidden = self.model(input_ids.flip(1)).last_hidden_state
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(hidden))
 
-    return Halved(tiny_models.llama().config)
+    return Other(tiny_models.llama().config)
+
+
+def failing_model():
+    class Failing(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            raise ValueError("no language is set")
+
+    return Failing(tiny_models.llama().config)
 
 
 def quantised_head():
@@ -278,8 +288,13 @@ def encoder_decoder():
         (lambda: transformers.GPT2ForSequenceClassification(tiny_models.gpt2().config), "no recognisable head"),
         (encoder_decoder, "T5ForConditionalGeneration is an encoder-decoder"),
         (quantised_head, "torch.int8.*is quantised"),
-        (scaled_logits_model, "Doubled transforms its logits"),
-        (scaled_hidden_model, "Halved does not apply its head to the last hidden state"),
+        (lambda: odd(lambda logits: logits.pow(3)), "Odd transforms its logits in a way that no scale and no softcap"),
+        (lambda: odd(lambda logits: logits - logits.max()), "Odd transforms its logits"),
+        (lambda: odd(lambda logits: logits.flip(-1)), "Odd transforms its logits"),
+        (lambda: odd(lambda logits: logits[..., 1:]), r"Odd transforms .* of \(1, 16, 24\) .* it makes \(1, 16, 23\)"),
+        (lambda: odd(lambda logits: logits.clamp(max=100.0)), "Odd transforms its logits"),
+        (other_hidden_model, "Other does not apply its head to the last hidden state of its body"),
+        (failing_model, "Failing failed on a probe of 16 tokens.*ValueError: no language is set"),
     ],
 )
 def test_a_model_that_cannot_be_read_is_refused(make_model, message):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,15 +22,23 @@ class PrefixTree:
         branches: (B, L) int32, 0 for the prompt and c >= 1 for the c-th candidate of the group; 0 where padded.
         positions: (B, L) int64, the position in prompt and candidate: 0 to P - 1 along a prompt of P tokens, from P
             on along each of its candidates; 0 where padded.
+        readers: (B, L) int64, how many candidates read the position: all of its group along a prompt, one along a
+            candidate, none where padded. Only the load-balancing loss of a mixture of experts asks for them; default:
+            one, where not padded.
     """
 
     groups: Tensor
     branches: Tensor
     positions: Tensor
+    readers: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.readers is None:
+            self.readers = (self.groups >= 0).long()
 
     def to(self, device: torch.device | str) -> PrefixTree:
         """The same tree on a device."""
-        return PrefixTree(self.groups.to(device), self.branches.to(device), self.positions.to(device))
+        return PrefixTree(*(getattr(self, part.name).to(device) for part in fields(self)))
 
 
 @dataclass
@@ -78,7 +86,7 @@ def pack_groups(
     shape = len(bins), max(sum(lengths[g] for g in members) for members in bins)
     input_ids = torch.full(shape, pad_token_id, device="cpu")
     groups, branches = (torch.full(shape, fill, dtype=torch.int32, device="cpu") for fill in (-1, 0))
-    positions = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    positions, readers = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(2))
     rows: list[list[list[int]]] = [[] for _ in prompts]
     for b, members in enumerate(bins):
         start = 0
@@ -88,8 +96,10 @@ def pack_groups(
             groups[b, start:stop] = g
             for tensor, values in ((input_ids, ids), (branches, numbers), (positions, depths)):
                 tensor[b, start:stop] = torch.tensor(values, device="cpu")
+            readers[b, start:stop] = 1
+            readers[b, start : start + len(prompts[g])] = len(completions[g])
             start = stop
-    return SharedBatch(input_ids, PrefixTree(groups, branches, positions), rows)
+    return SharedBatch(input_ids, PrefixTree(groups, branches, positions, readers), rows)
 
 
 def _check_groups(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[Sequence[int]]]) -> None:
