@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from benchmarks import shapes
-from benchmarks.contestants import OURS, LineUp, asked_of, forget_compiled
+from benchmarks.contestants import OURS, LineUp, asked_of
 from benchmarks.measure import Contestant
 from benchmarks.peers import BUILDERS
 from benchmarks.problem import draw
@@ -25,7 +26,7 @@ def contestants(request: pytest.FixtureRequest) -> Iterator[dict[str, Contestant
     """Everyone who runs on a shape, by name, on tensors that are drawn once."""
     shape = CASES[request.param]
     yield {entry.name: entry for entry in LineUp(draw(shape)).everyone(asked_of(shape))}
-    forget_compiled()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", [OURS, *BUILDERS])

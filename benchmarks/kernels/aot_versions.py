@@ -25,7 +25,7 @@ VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 
 
 def install(version: str) -> Path:
-    """Return the folder of a version of Triton, installed unless it is there."""
+    """Returns the folder of a version of Triton, installed unless it is there."""
     folder = FOLDER / version
     if not (folder / f"triton-{version}.dist-info").exists():
         log(f"installing triton {version} ...")
@@ -35,7 +35,7 @@ def install(version: str) -> Path:
 
 
 def run_aot(version: str, out: Path | None, arguments: Sequence[str]) -> int:
-    """Compile with a version of Triton, report into `out` (None: the default) and return the exit status."""
+    """Compiles with a version of Triton, report into `out` (None: the default) and return the exit status."""
     paths = (str(install(version)), str(ROOT), os.environ.get("PYTHONPATH"))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -47,7 +47,7 @@ def run_aot(version: str, out: Path | None, arguments: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the versions one after another, the newest last."""
+    """Runs the versions one after another, the newest last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS, help="default: %(default)s")
     options, arguments = parser.parse_known_args(argv)

@@ -19,7 +19,7 @@ from hopper_host import Schedule, Unit
 from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
 from tolerance import assert_accurate
 
-from benchmarks.kernels import small_run
+import small_run
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 
 pytestmark = [
