@@ -5,9 +5,8 @@ Before they are timed, the loss and every gradient of each head are compared wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,13 +124,11 @@ def run(setting: Setting) -> Iterator[Record]:
         contestants = [ready(FLOOR, Floor.of(problem, None))]
         for kind in KINDS:
             head = make(kind, problem)
-            check: Callable[[Any], dict[str, float]] = partial(found_by, kind, short, head)
+
+            def check(_: object, head: Head = head, kind: str = kind, short: Problem = short) -> dict[str, float]:
+                return {"products": head.products(), "error_worst": worst_error(kind, short)}
+
             contestants.append(Contestant(kind, lambda head=head: head.fused, check, needed=True))
         name, rounds = f"heads, {shape.sizes['dtype']}", setting.rounds(5, 5)
         case = Case(name, contestants, shape.sizes, {"floor": FLOOR}, rounds=rounds, peaks=True)
         yield from measure(case, setting.device)
-
-
-def found_by(kind: str, short: Problem, head: Head, _result: object) -> dict[str, float]:
-    """Returns what a record says of a head besides its time."""
-    return {"products": head.products(), "error_worst": worst_error(kind, short)}

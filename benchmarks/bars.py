@@ -97,11 +97,6 @@ def sizes(record: Record) -> str:
     return f", {record.case}" + (f" (V={given['V']}, H={given['H']}, N={given['N']})" if "V" in given else "")
 
 
-def case(record: Record) -> str:
-    """Returns a record's case."""
-    return f": {record.case}"
-
-
 def heads(parts: Parts) -> Part:
     """Returns the head's timings, or a part without any."""
     return records.heads(parts) or NOTHING
@@ -264,7 +259,7 @@ def autoregressive(parts: Parts) -> Iterator[Bar]:
     """Checks a step with one negative that the model writes against an MLE step."""
     found = parts.get("negatives", NOTHING).select("autoregressive 1")
     what = "autoregressive negatives, K = 1, against an MLE step"
-    yield from held(found, "of_mle", AUTOREGRESSIVE, what, label=case, why="writing")
+    yield from held(found, "of_mle", AUTOREGRESSIVE, what, label=lambda r: f": {r.case}", why="writing")
 
 
 Row = Callable[[Parts], Iterable[Bar]]

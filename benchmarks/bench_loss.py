@@ -18,7 +18,6 @@ from benchmarks.peers import BUILDERS
 from benchmarks.problem import draw
 
 CASES = {shape.name.replace(" ", "-"): shape for shape in (*shapes.CASES, *shapes.QUICK_CASES)}
-ROUNDS = 5
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -35,6 +34,6 @@ def test_loss_and_gradients(benchmark, request, contestants: dict[str, Contestan
     if entry is None or entry.absent:
         pytest.skip(f"{name} is not timed on this shape" if entry is None else entry.absent)
     benchmark.group = request.node.callspec.params["contestants"]
-    result = benchmark.pedantic(entry.build(), rounds=ROUNDS, warmup_rounds=1)
+    result = benchmark.pedantic(entry.build(), rounds=5, warmup_rounds=1)
     if entry.check is not None:
         entry.check(result)

@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 from benchmarks import records
-from benchmarks.records import Parts, Record
+from benchmarks.records import Parts
 from benchmarks.tables import heading, in_a_sentence, markdown, shown
 
 # The first of these that a record has is compared; of the floor itself it is the seconds.
-COMPARED = ("floor", "of_trl", "of_mle", "of_base", "ratio", "total", "of_plan", "of_product", "of_copy")
+COMPARED = ("floor", "of_trl", "of_mle", "of_base", "ratio", "total", "of_plan", "of_product")
 COMPARED += ("nats_largest", "tflops", "gbs", "seconds")
 Key = tuple[str, str, str]  # part, case with its conditions, contestant
 
@@ -25,16 +25,12 @@ def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
     found = {}
     for name, part in parts.items():
         for record in part.records:
+            case = "; ".join(filter(None, (record.case, in_a_sentence(record.conditions))))
             for value in ("seconds",) if record.is_floor else COMPARED:
                 if value in record.values:
-                    found[name, case_of(record), record.contestant] = value, record.values[value]
+                    found[name, case, record.contestant] = value, record.values[value]
                     break
     return found
-
-
-def case_of(record: Record) -> str:
-    """Returns a case with all that distinguishes it from others of its name."""
-    return "; ".join(filter(None, (record.case, in_a_sentence(record.conditions))))
 
 
 def compare(before: Parts, after: Parts) -> str:

@@ -37,7 +37,7 @@ class LineUp:
         """Describes the bare products of some work."""
         problem = self.problem.as_work(work)
         call = Floor.of(problem, self.budget)
-        warm_up = call if problem.hidden.is_cuda else Floor.of(tiny_problem(problem), None)
+        warm_up = call if problem.hidden.is_cuda else Floor.of(draw(tiny(problem.shape)), None)
         return Contestant(FLOOR, lambda: call, warm_up=warm_up, needed=True, **self.described(work))
 
     def peer(self, peer: Peer, work: str, *, needed: bool = False) -> Contestant:
@@ -47,7 +47,7 @@ class LineUp:
         def warm_up() -> object:
             # What a first call costs besides work: compilation needs the real shape, libraries and threads do not.
             # On a GPU, libraries choose their kernels by shape and the allocator grows to it.
-            return peer.run(problem if peer.compiles or problem.hidden.is_cuda else tiny_problem(problem))
+            return peer.run(problem if peer.compiles or problem.hidden.is_cuda else draw(tiny(problem.shape)))
 
         check = partial(self.oracles.check, work)
         call = partial(peer.run, problem)
@@ -92,11 +92,6 @@ class LineUp:
 def asked_of(shape: Shape) -> tuple[str, ...]:
     """Returns the peers that a shape asks for, installed or not, able or not."""
     return tuple(name for name in (BUILDERS if shape.peers is None else shape.peers) if name not in shape.without)
-
-
-def tiny_problem(problem: Problem) -> Problem:
-    """Draws the same work on few numbers."""
-    return draw(tiny(problem.shape))
 
 
 def smallest_budget(problem: Problem) -> int:

@@ -82,7 +82,7 @@ class Head:
 
     def __init__(self, name: str, problem: Looked, setting: Setting) -> None:
         self.name, self.problem, self.setting = name, problem, setting
-        dense = Dense(problem.hidden, problem.weight, problem.targets, problem.rows)
+        dense = Dense(problem.hidden, problem.weight, problem.targets, problem.layout.rows)
         self.oracle, self.single = Oracle(dense, problem.loss_of), problem.to(torch.float32)
 
     @cached_property

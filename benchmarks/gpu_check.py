@@ -36,7 +36,7 @@ from benchmarks.processes import end_group
 from benchmarks.records import Part, Parts, Record
 from benchmarks.suite import PARTS as SUITE_PARTS
 from benchmarks.tables import markdown
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.negatives.files import write_whole
 
 CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compiled
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
@@ -78,11 +78,7 @@ class Settings:
         return usual | os.environ | chosen
 
 
-class NothingToDoError(Exception):
-    """Says why a part has nothing to do here."""
-
-
-Command = Callable[[Settings], list[str]]  # raises NothingToDoError
+Command = Callable[[Settings], list[str]]
 
 
 def extension(name: str) -> Path | None:
@@ -119,7 +115,7 @@ def tests(settings: Settings, shard: int) -> list[str]:
 def sanitizer(settings: Settings, tool: str) -> list[str]:
     """Runs one of compute-sanitizer's tools over a small run of every kernel of the compiled CUDA extension."""
     if extension("_cuda") is None or settings.device == "cpu":
-        raise NothingToDoError("no GPU, or no CUDA kernels in this build (cpo_kernels/_cuda is absent)")
+        return ["sh", "-c", f"echo needs a GPU and CUDA kernels, cpo_kernels/_cuda; exit {NOTHING_TO_DO}"]
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     watched = [sys.executable, "tests/support/small_run.py", "cuda"]
     # Blocks that torch's allocator hands out again would hide accesses beyond their ends.
@@ -127,21 +123,11 @@ def sanitizer(settings: Settings, tool: str) -> list[str]:
     return [*caching, program or "compute-sanitizer", "--tool", tool, "--error-exitcode", str(FOUND), *watched]
 
 
-def suite(settings: Settings, name: str) -> list[str]:
-    """Runs one part of the suite into NAME.json; what it had measured when its time was up is there."""
-    return measured(settings, f"suite {name}", settings.out)
-
-
-def table(settings: Settings, tool: str, file: str) -> list[str]:
-    """Measures a table into the folder of the results, until a little before the limit."""
-    seconds = ["--seconds", str(settings.limit - 20)]
-    return [*measured(settings, f"kernels.{tool}", settings.out / file), *seconds]
-
-
-def measured(settings: Settings, module: str, out: Path) -> list[str]:
-    """Runs a module of the benchmarks."""
-    command = [sys.executable, "-m", *f"benchmarks.{module}".split(), "--out", str(out), "--device", settings.device]
-    return [*command, *["--quick"] * settings.quick]
+def measured(settings: Settings, module: str, file: str = "") -> list[str]:
+    """Runs a module of the benchmarks that writes as it goes: of the suite, or a table until the limit is near."""
+    command = [sys.executable, "-m", *f"benchmarks.{module}".split(), "--out", str(settings.out / file)]
+    command += ["--device", settings.device, *["--quick"] * settings.quick]
+    return [*command, *(["--seconds", str(settings.limit - 20)] if file else [])]
 
 
 # Of the suite those that decide bars first.
@@ -149,16 +135,12 @@ SUITE_ORDER = ("heads", "lengths", "filters", "negatives", "sharing", "steps", "
 PARTS: dict[str, Command] = {
     "build": build,
     "tests-1": partial(tests, shard=1),
-    "bench": partial(suite, name="gpu"),
+    "bench": partial(measured, module="suite gpu"),
     **{f"sanitizer-{tool}": partial(sanitizer, tool=tool) for tool in TOOLS},
-    "tune": partial(table, tool="tune", file="tuning.json"),
-    "choose": partial(table, tool="choose", file="selection.json"),
-    **{f"suite-{name}": partial(suite, name=name) for name in SUITE_ORDER},
+    "tune": partial(measured, module="kernels.tune", file="tuning.json"),
+    "choose": partial(measured, module="kernels.choose", file="selection.json"),
+    **{f"suite-{name}": partial(measured, module=f"suite {name}") for name in SUITE_ORDER},
     **{f"tests-{shard}": partial(tests, shard=shard) for shard in range(2, SHARDS + 1)},
-}
-NOTES = {
-    "tune": "to adopt tuning.json, copy it over cpo_kernels/kernels/triton/tuning.json",
-    "choose": "to adopt selection.json, copy it over cpo_kernels/kernels/selection.json, tuning.json first",
 }
 GROUPS = {group: [name for name in PARTS if name.startswith(f"{group}-")] for group in ("tests", "sanitizer", "suite")}
 NAMES = (*GROUPS, *PARTS)
@@ -187,7 +169,7 @@ def run_part(name: str, settings: Settings) -> Record:
                 end_group(process.pid)
                 process.wait()
         output = path.read_bytes()[start:].decode(errors="replace")
-        note = NOTES.get(name, "")
+        note = ""
         if name.startswith("tests-"):
             note = count_tests(output)
         elif code < 0:
@@ -195,8 +177,6 @@ def run_part(name: str, settings: Settings) -> Record:
         elif status == "nothing to do":
             note = output.splitlines()[-1]
         tail = "" if status in GOOD else "\n".join(output.splitlines()[-TAIL:])
-    except NothingToDoError as reason:
-        status, note, tail = "nothing to do", str(reason), ""
     except OSError as error:  # a program that is not there
         status, note, tail = "failed", str(error), ""
     log(f"{name}: {status} after {time.monotonic() - started:.0f} s; {note}")

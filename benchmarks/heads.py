@@ -18,7 +18,7 @@ from benchmarks.contestants import OURS, LineUp, asked_of
 from benchmarks.floor import plan_of
 from benchmarks.measure import MIB, Case, dtype_name, each, measure, ready
 from benchmarks.peers import ours
-from benchmarks.problem import Problem, draw
+from benchmarks.problem import draw
 from benchmarks.processes import call_alone
 from benchmarks.records import Record
 from benchmarks.setting import Setting
@@ -35,7 +35,8 @@ def run(setting: Setting) -> Iterator[Record]:
     best = best_of(found)
     chosen = setting.choose(shapes.QUICK_CASES, shapes.CASES, shapes.GPU_CASES)
     cases = {shape.name: partial(beside_peers, shape, setting, best) for shape in chosen}
-    yield from each(cases | {LOGPS: partial(accuracies, setting), "peak memory": partial(peaks, setting)})
+    accuracy = setting.choose(shapes.QUICK_ACCURACY, shapes.ACCURACY, shapes.ACCURACY)
+    yield from each(cases | {LOGPS: partial(beside_peers, accuracy, setting), "peak memory": partial(peaks, setting)})
 
 
 def run_wide(setting: Setting) -> Iterator[Record]:
@@ -55,7 +56,7 @@ def beside_peers(shape: Shape, setting: Setting, best: dict[str, float] | None =
 
 
 def ceilings(setting: Setting) -> list[Record]:
-    """Measures what the device does at best: products of each dtype, torch's and ours, and a copy."""
+    """Measures what the device does at best: products of each dtype, torch's and ours."""
     size, device, records = setting.choose(64, 4096, 8192), setting.device, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -68,25 +69,13 @@ def ceilings(setting: Setting) -> list[Record]:
             for who, call in calls.items()
         ]
         records += measure(Case(CEILINGS, products, {"dtype": name, "size": size}), device)
-    source = torch.ones(setting.choose(2**12, 2**27, 2**29), device=device)
-    target = torch.empty_like(source)
-    copy = ready("copy", lambda: target.copy_(source), values=lambda s: {"gbs": 2e-9 * source.nbytes / s})
-    return records + measure(Case(CEILINGS, [copy], {"bytes": source.nbytes}), device)
+    return records
 
 
 def best_of(found: list[Record]) -> dict[str, float]:
     """Returns the fastest product of each dtype."""
-    best: dict[str, float] = {}
-    for record in found:
-        if "tflops" in record.values:
-            dtype = record.conditions["dtype"]
-            best[dtype] = max(best.get(dtype, 0.0), record.values["tflops"])
-    return best
-
-
-def accuracies(setting: Setting) -> Iterator[Record]:
-    """Measures log-likelihoods of long sequences, whose rounding adds up: their errors in nats."""
-    return beside_peers(shapes.QUICK_ACCURACY if setting.quick else shapes.ACCURACY, setting)
+    rates = sorted((r.values["tflops"], r.conditions["dtype"]) for r in found if "tflops" in r.values)
+    return {dtype: rate for rate, dtype in rates}  # the last of a dtype counts
 
 
 def peaks(setting: Setting) -> Iterator[Record]:
@@ -108,12 +97,7 @@ def peak_of_ours(shape: Shape, max_logits_bytes: int | None, device: torch.devic
     line_up = LineUp(draw(shape, device=device))
     peer = line_up.peer(ours(OURS, max_logits_bytes), shape.work, needed=True)
     (record,) = measure(line_up.case([peer], rounds=1), device)
-    return against_plan(record.values["peak_mib"], line_up.problem, max_logits_bytes)
-
-
-def against_plan(peak_mib: float, problem: Problem, max_logits_bytes: int | None) -> dict[str, float]:
-    """Returns a peak, what the plan says it will hold and what it may, and the ratios of the peak to these."""
-    plan = plan_of(problem, max_logits_bytes)
-    planned, budget = plan.bytes / MIB, plan.budget_bytes / MIB
-    values = {"peak_mib": peak_mib, "planned_mib": planned, "budget_mib": budget}
-    return values | {"of_plan": peak_mib / planned, "of_budget": peak_mib / budget}
+    plan = plan_of(line_up.problem, max_logits_bytes)
+    peak, planned, budget = record.values["peak_mib"], plan.bytes / MIB, plan.budget_bytes / MIB
+    values = {"peak_mib": peak, "planned_mib": planned, "budget_mib": budget}
+    return values | {"of_plan": peak / planned, "of_budget": peak / budget}

@@ -30,7 +30,7 @@ from benchmarks.contestants import FLOOR, OURS, OURS_ON, OURS_PAIRS
 from benchmarks.floor import Floor
 from benchmarks.measure import dtype_name, synchronize
 from benchmarks.oracle import Oracles
-from benchmarks.peers import DYNAMIC, VARYING, Peer, build, ours
+from benchmarks.peers import VARYING, Peer, build, ours
 from benchmarks.problem import IGNORE, Problem
 from benchmarks.processes import ProcessError, call_alone, end_with
 from benchmarks.records import Record
@@ -140,7 +140,7 @@ def run(setting: Setting) -> Iterator[Record]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task.pt"
         torch.save(task, path)
-        yield from records(task, path, setting.choose(QUICK_PEERS, PEERS, (*PEERS, DYNAMIC)))
+        yield from records(task, path, QUICK_PEERS if setting.quick else PEERS)
 
 
 def draw_batches(corpus: Corpus, sizes: Sizes, seed: int = 0) -> list[Tensor]:
@@ -150,7 +150,7 @@ def draw_batches(corpus: Corpus, sizes: Sizes, seed: int = 0) -> list[Tensor]:
     """
     completions = [e.completion for e in corpus.examples if len(e.completion) <= sizes.longest]
     if len(completions) < CANDIDATES:
-        raise ValueError(f"only {len(completions)} completions of at most {sizes.longest} tokens in {corpus.source}")
+        raise ValueError(f"only {len(completions)} completions of at most {sizes.longest} tokens")
     draw = random.Random(seed)
     return [
         pad([draw.sample(completions, CANDIDATES) for _ in range(draw.choice(GROUPS))]) for _ in range(sizes.batches)

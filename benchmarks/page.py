@@ -52,10 +52,3 @@ def cell(record: Record, best: float | None) -> str:
 def conditions(part: Part) -> str:
     """Says what the figures of a part depend on, with its command."""
     return f"{environment.in_a_line(part.environment)}; {part.seconds:.0f} s"
-
-
-def headline(parts: Parts) -> str:
-    """Returns what is printed at the end of a run."""
-    lines = [bars.table(bars.verdicts(parts))]
-    lines += [f"{part.name} did not finish: {part.error}" for part in parts.values() if part.error]
-    return "\n\n".join(lines)

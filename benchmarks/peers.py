@@ -25,7 +25,7 @@ SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # the same and a reduction, "none" or "mean"
 Loss = Callable[..., Tensor]  # hidden, weight, targets, ref_logps -> scalar
 Result = tuple[Tensor, tuple[Tensor, ...]]
-COMPILED, DYNAMIC = "torch.compile", "torch.compile, dynamic=True"
+COMPILED = "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ class Peer:
         sequence_logps: log-likelihoods alone; None where it has none to give.
         nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
         work: the work it does; one that does "cpo" also does "pairs".
-        skips_ignored: -100 rows stay out of its GEMMs.
         compiles: its first call of a shape compiles.
     """
 
@@ -47,7 +46,6 @@ class Peer:
     sequence_logps: SequenceLogps | None
     nll: Loss | None = None
     work: str = CPO
-    skips_ignored: bool = False
     compiles: bool = False
 
     def work_on(self, shape: Shape) -> str | None:
@@ -93,11 +91,11 @@ def _eager() -> Peer:
     return _of_cross_entropy("eager", cross_entropy)
 
 
-def _compiled(name: str = COMPILED, **options: Any) -> Peer:
+def _compiled(**options: Any) -> Peer:
     eager = _eager()
     calls = {"loss": eager.loss, "sequence_logps": eager.sequence_logps, "nll": eager.nll}
     compiled = {key: torch.compile(call, **options) for key, call in calls.items()}
-    return replace(eager, name=name, compiles=True, **compiled)
+    return replace(eager, name=COMPILED, compiles=True, **compiled)
 
 
 def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
@@ -120,7 +118,7 @@ def _cut_cross_entropy() -> Peer:
         impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
         return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
 
-    return _of_cross_entropy("Cut Cross-Entropy", cross_entropy, skips_ignored=True, compiles=True)
+    return _of_cross_entropy("Cut Cross-Entropy", cross_entropy, compiles=True)
 
 
 def _trl() -> Peer:
@@ -194,7 +192,7 @@ def ours(
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_sequence_logps(hidden, weight, targets, **head)
 
-    return Peer(name, loss, sequence_logps, nll, skips_ignored=True)
+    return Peer(name, loss, sequence_logps, nll)
 
 
 def build(name: str, builders: Mapping[str, Callable[[], Peer]]) -> Peer | str:
@@ -216,5 +214,5 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     "QuACK": _quack,
 }
 # For calls whose shapes vary, of which nobody is told beforehand: compiled for every shape it would be until it gives
-# up, so it compiles for those dimensions that have been seen to change, or for any.
-VARYING = BUILDERS | {COMPILED: _compiled, DYNAMIC: partial(_compiled, DYNAMIC, dynamic=True)}
+# up, so it compiles for those dimensions that have been seen to change.
+VARYING = BUILDERS | {COMPILED: _compiled}

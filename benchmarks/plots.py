@@ -36,7 +36,7 @@ class Style:
             return {"color": FLOOR_COLOUR, "marker": "_", "linestyle": "--"}
         if name.startswith("cpo-kernels"):
             return {"color": OUR_COLOUR, "marker": "o", "linestyle": "-" if name == OURS else ":"}
-        index = self.peers.index(name) if name in self.peers else len(self.peers)
+        index = [*self.peers, name].index(name)
         return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "-"}
 
 

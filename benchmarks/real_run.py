@@ -28,7 +28,6 @@ from cpo_kernels.models import CPORequest
 from cpo_kernels.trainer import TokenizedExamples
 
 NEGATIVES = {"num_batch_negatives": 1, "num_truncation_negatives": 1, "num_mean_field_negatives": 1}
-K = sum(NEGATIVES.values())
 # glibc hands every tensor of a step back to the kernel, which clears it anew: long beside a small step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
@@ -96,12 +95,6 @@ class Looked:
         dtype = {"dtype": dtype_name(self.hidden.dtype), "mle_weight": self.options["mle_weight"]}
         return sizes | {"K": self.layout.cu_groups[1] - 1} | dtype | {"step": self.step}
 
-    @property
-    def rows(self) -> Tensor:
-        """Returns the row (N,) of each token."""
-        rows = self.layout.rows
-        return torch.arange(self.targets.numel(), device=self.targets.device) if rows is None else rows
-
     def plan(self) -> Plan:
         """Returns what our call will do."""
         return cpo_kernels.plan(self.hidden, self.weight, self.targets, layout=self.layout, **self.options)
@@ -166,7 +159,7 @@ def train(setting: Setting, sizes: Sizes) -> list[Looked]:
     )
     looked: list[Looked] = []
     sizes_of_model = training.Sizes("", False, len(corpus.tokenizer), sizes.width, sizes.heads, sizes.layers)
-    model = training.make_model(sizes_of_model, 2 * sizes.longest, end=corpus.eos)
+    model = training.make_model(sizes_of_model, 2 * sizes.longest, end=corpus.tokenizer.eos_token_id)
 
     def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
         config = CPOConfig(

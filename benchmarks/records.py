@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.negatives.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,6 @@ class Part:
             and (having is None or having in record.values)
             and all(({"case": record.case} | dict(record.conditions)).get(key) == conditions[key] for key in conditions)
         ]
-
-    def cases(self) -> list[str]:
-        """Returns the names of the cases in order."""
-        return list(by_case(self.records))
 
 
 Parts = dict[str, Part]

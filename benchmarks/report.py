@@ -15,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import environment, page, plots, records
+from benchmarks import bars, environment, page, plots, records
 from benchmarks.environment import RESULTS, ROOT, log
 from benchmarks.records import Part
 from benchmarks.setting import Setting, add_options
 from benchmarks.suite import ON_REQUEST, PARTS
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.negatives.files import write_whole
 
 
 def run_part(name: str, setting: Setting) -> Part:
@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         records.save(parts, results)
     records.save(parts, results)
     write_whole(results.with_suffix(".md"), page.render(parts, name, plots.draw(parts, args.output, name)))
-    print(page.headline(parts))
-    return 1 if any(part.error for part in parts.values()) else 0
+    failed = [f"{part.name} did not finish: {part.error}" for part in parts.values() if part.error]
+    print(bars.table(bars.verdicts(parts)), *failed, sep="\n\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from benchmarks import environment, records
 from benchmarks.environment import log
-from benchmarks.measure import NotHereError
 from benchmarks.processes import summary
 from benchmarks.records import Part, Record
 from benchmarks.setting import Setting, add_options
@@ -59,9 +58,6 @@ def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
             part.seconds = time.monotonic() - started
             log(f"  {record.case}: {record.contestant}: {dict(record.values) or record.note}")
             records.save({name: part}, path)
-        part.error = ""
-    except NotHereError as error:
-        part.records.append(Record("", "", note=str(error)))
         part.error = ""
     except Exception as error:  # what was measured before it still counts
         part.error = summary(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.records import Part, Record
+from benchmarks.records import Part, Record, by_case
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "seconds": ("s", "{:.4g}"),
@@ -24,9 +24,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "slowest": ("slowest, s", "{:.2f}"),
     "steady_of_ours": ("x ours, after ten", "{:.2f}"),
     "of_product": ("x one product", "{:.3f}"),
-    "of_copy": ("x copy", "{:.2f}"),
     "of_triton": ("Triton's time over it", "{:.2f}"),
-    "gemms": ("GEMMs", "{:.2f}"),
     "tflops": ("TFLOP/s", "{:.3f}"),
     "of_tflops": ("of the ceiling", "{:.0%}"),
     "gbs": ("GB/s", "{:.1f}"),
@@ -100,8 +98,7 @@ def case_table(records: Sequence[Record]) -> str:
 def part_tables(part: Part) -> list[str]:
     """Returns a heading, the common conditions and a table for every case."""
     lines = []
-    for case in part.cases():
-        records = part.select(case=case)
+    for case, records in by_case(part.records).items():
         line = in_a_sentence(common_conditions(records))
         lines += [f"### {case}", *[line] * bool(line), case_table(records)]
     return lines

@@ -29,12 +29,6 @@ class Corpus:
 
     examples: list[Example]
     tokenizer: PreTrainedTokenizerFast
-    source: str
-
-    @property
-    def eos(self) -> int:
-        """Returns the id of the end of a text."""
-        return self.tokenizer.eos_token_id
 
 
 def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
@@ -55,8 +49,7 @@ def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
         cut = len(words) * draw.choice((2, 3, 4)) // 6
         prompt, completion = (tokenizer.encode(" ".join(part)) for part in (words[:cut], ["", *words[cut:]]))
         examples.append(Example(prompt[-longest:], [*completion[: longest - 1], tokenizer.eos_token_id]))
-    source = " ".join(path.name for path in setting.texts) or "the reference text of Python"
-    return Corpus(examples, tokenizer, source)
+    return Corpus(examples, tokenizer)
 
 
 def read(setting: Setting) -> str:

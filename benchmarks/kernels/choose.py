@@ -144,10 +144,12 @@ def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen:
     """Times the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
     for nbytes, tokens in ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
         size = (0, 2) if setting.quick else (nbytes, tokens)
-        problem = LogitsProblem(*size, task.vocab or 2000, task.dtype or torch.bfloat16, setting.device)
+        problem = LogitsProblem(*size, task.vocab, task.dtype, setting.device)
         calls = {name: problem.step(AUTO, *way(task, setting, name), *chosen) for name in names}
-        place = f"{task}, {problem.logits.nbytes / 2**20:.3g} MiB".removeprefix(", ")
-        yield place, medians(setting, {name: ready(str(name), call) for name, call in calls.items()})
+        yield (
+            f"{task}, {problem.logits.nbytes / 2**20:.3g} MiB",
+            medians(setting, {name: ready(str(name), call) for name, call in calls.items()}),
+        )
 
 
 def way(task: Task, setting: Setting, name: str | None) -> tuple[Choice, ...]:
@@ -156,18 +158,20 @@ def way(task: Task, setting: Setting, name: str | None) -> tuple[Choice, ...]:
 
 
 def linear(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
-    """Times the whole call on hidden states, with a fused linear path and without."""
-    mode = TRAINED if task.name == "linear_kept" else NO_GRAD
-    shape = replace(BAR_8K, hidden=task.hidden, vocab=task.vocab, mode=mode)
+    """Times the whole call on hidden states; a small head where the size does not matter."""
+    mode = NO_GRAD if task.name == "linear_forward" else TRAINED
+    shape = replace(BAR_8K, hidden=task.hidden or 64, vocab=task.vocab or 1000, mode=mode)
     line_up = LineUp(draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device))
     peers = {name: under_choices(ours(str(name)), *way(task, setting, name), *chosen) for name in names}
-    yield str(task), medians(setting, {name: line_up.peer(p, shape.work, needed=True) for name, p in peers.items()})
+    contestants = {name: line_up.peer(peer, shape.work, needed=True) for name, peer in peers.items()}
+    yield str(task) or "a small head", medians(setting, contestants)
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ROW_VOCABULARIES = ((2000, 2048), (32000, 65536), (128256, 160000), (262144, None))  # V and its bound
 VOCABULARIES = ((32000, 65536), (128256, None))
 HIDDEN_SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, None))
+HEADS = [(vocab, BF16, bound, *hidden) for vocab, bound in VOCABULARIES for hidden in HIDDEN_SIZES]
 
 
 def over_rows(name: str, run: Any, vocabularies: Sequence[tuple[int, int | None]] = ROW_VOCABULARIES) -> list[Task]:
@@ -175,21 +179,15 @@ def over_rows(name: str, run: Any, vocabularies: Sequence[tuple[int, int | None]
     return [Task(name, run, vocab, dtype, bound) for dtype in (BF16, FP32) for vocab, bound in vocabularies]
 
 
-def over_heads(name: str) -> list[Task]:
-    """Returns those of an operation on hidden states and head."""
-    sizes = [(vocab, BF16, bound, *hidden) for vocab, bound in VOCABULARIES for hidden in HIDDEN_SIZES]
-    return [Task(name, linear, *size) for size in sizes]
-
-
 # What a later choice builds upon first, and last what is new to the hardware and can hang.
 TASKS = [
     *over_rows("row_forward", of_logits),
     *over_rows("row_backward", of_logits),
-    Task("contrast", of_logits),
+    Task("contrast", linear),
     *over_rows("logits_loss", of_logits, VOCABULARIES),
     *over_rows("row_gradient_", row_gradient),
-    *over_heads("linear_forward"),
-    *over_heads("linear_kept"),
+    *(Task("linear_forward", linear, *size) for size in HEADS),
+    *(Task("linear_kept", linear, *size) for size in HEADS),
 ]
 
 

@@ -209,7 +209,7 @@ def fail():
     raise ValueError("no\nand more")
 
 
-alone = partial(call_alone, preload=["benchmarks.processes"])
+alone = partial(call_alone, preload=["benchmarks.measure"])
 
 
 def test_a_process_returns_or_says_why_not():

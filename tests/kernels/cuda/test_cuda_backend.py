@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import small_run
 import torch
 from problems import PROBLEMS
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 
-import small_run
 from cpo_kernels import cpo_loss, linear_cpo_loss, token_logps
 from cpo_kernels.engine.tokens import dense_tokens
 from cpo_kernels.kernels import ops, registry, selection

@@ -14,12 +14,12 @@ from dataclasses import replace
 import hopper_host
 import pytest
 import simt_host
+import small_run
 import torch
 from hopper_host import Schedule, Unit
 from linear_cases import DTYPES, HEADS, case, check, check_gradient, coefs
 from tolerance import assert_accurate
 
-import small_run
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 
 pytestmark = [
