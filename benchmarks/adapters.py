@@ -110,7 +110,7 @@ def worst_error(kind: str, problem: Problem) -> float:
         exact.inputs = exact.inputs.detach().double().requires_grad_()
     exact_loss, exact_grads = exact.dense()
     pairs = zip((loss, *grads), (exact_loss, *exact_grads), strict=True)
-    error = max(float((out.double() - ref).norm() / ref.norm()) for out, ref in pairs)
+    error = max(((out.double() - ref).norm() / ref.norm()).item() for out, ref in pairs)
     if not error <= SAME_LOSS[problem.shape.dtype]:  # not `>`: NaN is another loss too
         raise AnotherLossError(f"relative error {error:.2g}")
     return error

@@ -59,7 +59,9 @@ class Floor:
             torch.mm(hidden, self.weight.T, out=out)
             if grads:
                 torch.mm(out, self.weight, out=grads[0][start : start + count])
-            if len(grads) > 1:
-                grads[1].addmm_(out.T, hidden, beta=min(index, 1))
+            if len(grads) > 1 and index == 0:
+                torch.mm(out.T, hidden, out=grads[1])
+            elif len(grads) > 1:
+                grads[1].addmm_(out.T, hidden)
             start += count
         return None, grads

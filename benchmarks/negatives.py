@@ -49,7 +49,7 @@ class Way:
     @property
     def unique(self) -> str:
         """Returns a name that no other of the case has."""
-        return self.name + OFF * (not self.shared)
+        return self.name + OFF * (self.name != MLE and not self.shared)
 
 
 def contrasting(name: str, *, shared: bool = True, source: str = "reference", **counts: int) -> Way:

@@ -34,8 +34,14 @@ config = {"TILE": 65536, "num_warps": 4, "num_stages": 1}
 launch = partial(aot_cases.contrast_groups, 32, ranked=True, config=config)
 case = aot_cases.Case("spilling", launch, "contrast_kernel")
 spilling = aot.compile_case(case, aot.TARGETS["sm_90"])
-jobs = [("sm_90", "row_backward_ bf16, shared rows, bias and softcap"), ("sm_90", "linear_forward bf16, odd V")]
-found = [kernel for target, case in jobs for kernel in aot.compile_case(aot.CASES[case], aot.TARGETS[target])]
+jobs = [("gfx942", "contrast of 2, ipo"), ("sm_90", "row_backward_ bf16, shared rows, bias and softcap")]
+found = []
+for target, case in jobs:
+    try:
+        found += aot.compile_case(aot.CASES[case], aot.TARGETS[target])
+    except Exception as error:  # versions of Triton that bring no linker for AMD's GPUs
+        if "ROCm linker" not in str(error):
+            raise
 aot.write(aot.Part(aot.REPORT, {"triton": [aot.triton.__version__]}, spilling + found), aot.Path(sys.argv[1]))
 """
 
@@ -48,7 +54,7 @@ def test_kernels_compile_without_problems_and_one_that_spills_is_found(tmp_path)
     assert done.returncode == 0, done.stderr
     spilling, *found = aot.load(tmp_path).records
     assert spilling.note.startswith("spills ") and not any(kernel.note for kernel in found)
-    assert {kernel.contestant for kernel in found} >= {"linear_forward bf16, odd V"}
+    assert {kernel.contestant for kernel in found} >= {"row_backward_ bf16, shared rows, bias and softcap"}
     assert all(kernel.values["registers"] > 0 for kernel in found)
 
 
