@@ -78,7 +78,8 @@ def run(setting: Setting) -> Iterator[Record]:
     """Measures small calls, then the curves in N, V and K."""
     for shape in SMALL_CALLS:
         line_up = LineUp(draw(replace(shape, rounds=setting.rounds(shape.rounds, shape.rounds)), device=setting.device))
-        yield from measure(line_up.case(line_up.everyone(()), peaks=False), setting.device)
+        for record in measure(line_up.case(line_up.everyone(()), peaks=False), setting.device):
+            yield replace(record, values={**record.values, "milliseconds": 1e3 * record.values["seconds"]})
     sizes = setting.choose(QUICK, ON_CPU, ON_GPU)
     # A virtual machine gets memory from its host at the first touch, which takes longer than the use.
     torch.ones(sizes.touched, dtype=torch.uint8)

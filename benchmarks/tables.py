@@ -10,6 +10,7 @@ from benchmarks.records import Part, Record, by_case
 COLUMNS: dict[str, tuple[str, str]] = {
     "seconds": ("s", "{:.4g}"),
     "median": ("median s", "{:.4g}"),
+    "milliseconds": ("ms", "{:.3f}"),
     "spread": ("spread", "{:.0%}"),
     "rounds": ("rounds", "{:.0f}"),
     "floor": ("x floor", "{:.3f}"),

@@ -180,7 +180,7 @@ def compile_in_a_process(case: str, target: str) -> list[Record]:
     """
     with tempfile.NamedTemporaryFile("r", errors="replace") as stderr:
         try:
-            found = call_alone(compile_named, case, target, stderr.name, preload=["benchmarks.kernels.aot"])
+            found = call_alone(compile_named, case, target, stderr.name, preload=["benchmarks.kernels.aot_cases"])
         except ProcessError as error:
             said = re.search(r"error: (.+)", stderr.read())
             note = f"does not compile: {error}" + (f" ({said.group(1)})" if said else "")
