@@ -142,8 +142,7 @@ def row_gradient(task: Task, setting: Setting, _names: Sequence[str | None], _ch
 
 def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
     """Times the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
-    for nbytes, tokens in ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
-        size = (0, 2) if setting.quick else (nbytes, tokens)
+    for size in ((0, 2),) if setting.quick else ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
         problem = LogitsProblem(*size, task.vocab, task.dtype, setting.device)
         calls = {name: problem.step(AUTO, *way(task, setting, name), *chosen) for name in names}
         yield (
