@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from benchmarks import shapes
-from benchmarks.contestants import OURS, LineUp, asked_of, forget_compiled
+from benchmarks.contestants import OURS, LineUp, asked_of
 from benchmarks.measure import Contestant
 from benchmarks.peers import BUILDERS
 from benchmarks.problem import draw
 
 CASES = {shape.name.replace(" ", "-"): shape for shape in (*shapes.CASES, *shapes.QUICK_CASES)}
-ROUNDS = 5
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -25,7 +25,7 @@ def contestants(request: pytest.FixtureRequest) -> Iterator[dict[str, Contestant
     """Everyone who runs on a shape, by name, on tensors that are drawn once."""
     shape = CASES[request.param]
     yield {entry.name: entry for entry in LineUp(draw(shape)).everyone(asked_of(shape))}
-    forget_compiled()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", [OURS, *BUILDERS])
@@ -34,6 +34,6 @@ def test_loss_and_gradients(benchmark, request, contestants: dict[str, Contestan
     if entry is None or entry.absent:
         pytest.skip(f"{name} is not timed on this shape" if entry is None else entry.absent)
     benchmark.group = request.node.callspec.params["contestants"]
-    result = benchmark.pedantic(entry.build(), rounds=ROUNDS, warmup_rounds=1)
+    result = benchmark.pedantic(entry.build(), rounds=5, warmup_rounds=1)
     if entry.check is not None:
         entry.check(result)

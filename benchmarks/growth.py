@@ -1,9 +1,10 @@
-"""Part `growth`: time and peak memory of the loss and its gradients as N, V and K grow.
+"""Part `growth`: time and peak memory of the loss and its gradients as N, V and K grow, and what a small call takes.
 
 A curve is one quantity growing. bfloat16, because models are trained in it and because its products are fast: the rest
 of the work, by which implementations differ, weighs most. Peers that compile keep what they compiled along a curve,
 with the growing dimension dynamic from the beginning; compiling is not timed (benchmarks.lengths asks what it costs).
-A peer whose call takes longer than a limit grows no further. Liger contrasts pairs only: see benchmarks.heads.
+A peer whose call takes longer than a limit grows no further. Liger contrasts pairs only: see benchmarks.heads. Small
+calls are float32, many rounds of ours alone: what surrounds the products.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.contestants import LineUp, forget_compiled
-from benchmarks.measure import Contestant, measure
+from benchmarks.contestants import LineUp
+from benchmarks.measure import measure, not_here
 from benchmarks.peers import VARYING
 from benchmarks.problem import Problem, draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, fp32
 
 QUICK_PEERS = ("eager", "F.linear_cross_entropy")  # need no seconds to import or compile
 PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "TRL fused head", "Cut Cross-Entropy")
 GROWING = {"N": 0, "K": 1}  # the dimension of hidden states, targets and references; V is dimension 0 of the head
+SMALL_CALLS = [fp32("small call", head, 4, 4, variants=False, rounds=120) for head in ((8192, 256), (256, 64))]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Sizes:
     touched: int = 0
 
     def curves(self) -> dict[str, list[Shape]]:
-        """Return the shapes of each curve by the quantity that grows, the smallest first."""
+        """Returns the shapes of each curve by the quantity that grows, the smallest first."""
         base = Shape("", self.vocab, self.hidden, 2, self.length, torch.bfloat16, variants=False, rounds=self.rounds)
         wide = base.with_tokens(self.vocab_tokens)
         return {
@@ -65,44 +67,19 @@ class Sizes:
         }
 
 
-ON_CPU = Sizes(
-    hidden=256,
-    vocab=50257,
-    tokens=(512, 1024, 2048, 4096),
-    vocab_tokens=512,
-    vocabularies=(8192, 32768, 131072, 262144),
-    negatives=(1, 4, 16),
-    length=64,
-    rounds=3,
-    limit=0.4,
-    touched=2 * 2**30,
-)
-ON_GPU = Sizes(
-    hidden=4096,
-    vocab=128256,
-    tokens=(1024, 2048, 4096, 8192, 16384, 32768, 65536),
-    vocab_tokens=8192,
-    vocabularies=(32768, 65536, 131072, 262144),
-    negatives=(1, 2, 4, 8, 16),
-    length=128,
-    rounds=5,
-    limit=2.0,
-)
-QUICK = Sizes(
-    hidden=32,
-    vocab=509,
-    tokens=(128, 256),
-    vocab_tokens=128,
-    vocabularies=(509, 1021),
-    negatives=(1, 2),
-    length=16,
-    rounds=1,
-    limit=10.0,
-)
+_VOCABULARIES = (8192, 32768, 131072, 262144)
+_POWERS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ON_CPU = Sizes(256, 50257, (512, 1024, 2048, 4096), 512, _VOCABULARIES, (1, 4, 16), 64, 5, 0.4, 2 * 2**30)
+ON_GPU = Sizes(4096, 128256, _POWERS, 8192, _VOCABULARIES[1:], (1, 2, 4, 8, 16), 128, 5, 2.0)
+QUICK = Sizes(32, 509, (128, 256), 128, (509, 1021), (1, 2), 16, 1, 10.0)
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measure the curves in N, V and K."""
+    """Measures small calls, then the curves in N, V and K."""
+    for shape in SMALL_CALLS:
+        line_up = LineUp(draw(replace(shape, rounds=setting.rounds(shape.rounds, shape.rounds)), device=setting.device))
+        for record in measure(line_up.case(line_up.everyone(()), peaks=False), setting.device):
+            yield replace(record, values={**record.values, "milliseconds": 1e3 * record.values["seconds"]})
     sizes = setting.choose(QUICK, ON_CPU, ON_GPU)
     # A virtual machine gets memory from its host at the first touch, which takes longer than the use.
     torch.ones(sizes.touched, dtype=torch.uint8)
@@ -111,13 +88,13 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def curve(along: str, shapes: list[Shape], limit: float, setting: Setting) -> Iterator[Record]:
-    """Measure the points in turn, with the peers that have not been stopped."""
-    forget_compiled()
+    """Measures the points in turn, with the peers that have not been stopped."""
+    torch._dynamo.reset()
     out = {name: "not in a quick run" for name in PEERS if setting.quick and name not in QUICK_PEERS}
     for index, shape in enumerate(shapes):
         line_up = LineUp(mark(draw(shape, device=setting.device), along))
         running = line_up.everyone([name for name in PEERS if name not in out], VARYING)
-        stopped = [Contestant(name, lambda: lambda: None, absent=why) for name, why in out.items()]
+        stopped = [not_here(name, why) for name, why in out.items()]
         records = measure(line_up.case([*running, *stopped]), setting.device)
         yield from records
         out |= {record.contestant: record.note for record in records if not record.values}
@@ -128,7 +105,7 @@ def curve(along: str, shapes: list[Shape], limit: float, setting: Setting) -> It
 
 
 def mark(problem: Problem, along: str) -> Problem:
-    """Tell compilers which dimension grows, as they would find out at the second point."""
+    """Tells compilers which dimension grows, as they would find out at the second point."""
     mark_dynamic = torch._dynamo.maybe_mark_dynamic
     if along == "V":
         mark_dynamic(problem.weight, 0)

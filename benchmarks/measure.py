@@ -1,8 +1,14 @@
-"""Describes what is compared with what, and measures it: contestants of a case, in turns, checked, with their peaks."""
+"""Describes what is compared with what, and measures it: contestants of a case, in turns, checked, with their peaks.
+
+Every contestant is timed once a round, as often as all others, and each round begins with another one, so that a drift
+of the machine hits all alike. What is told is the median over the rounds, with the spread between the quartiles.
+"""
 
 from __future__ import annotations
 
 import gc
+import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +17,12 @@ from typing import Any
 import torch
 
 from benchmarks.environment import log
-from benchmarks.memory import meter_for
+from benchmarks.meters import Call, Clock, PeakMeter, clock_for
+from benchmarks.processes import summary
 from benchmarks.records import Record
-from benchmarks.timing import Call, clock_for, interleave
 
 MIB = 2**20
+LEAST_ROUNDS = 3  # before the time may be up
 
 
 class ContestantError(Exception):
@@ -43,7 +50,6 @@ class Contestant:
         ratios: value and the contestant over whose seconds its own are; in place of the case's.
         conditions: of its record, besides those of the case.
         values: makes more values from its seconds.
-        fresh: whether its gradients are new memory, without which it has no peak.
         absent: why it does not run, where that is known beforehand.
     """
 
@@ -55,13 +61,17 @@ class Contestant:
     ratios: Mapping[str, str] | None = None
     conditions: Mapping[str, Any] = field(default_factory=dict)
     values: Callable[[float], Mapping[str, float]] = lambda seconds: {}
-    fresh: bool = True
     absent: str = ""
 
 
 def ready(name: str, call: Call, **options: Any) -> Contestant:
-    """Describe a contestant whose call is there already and without which nothing can be compared."""
+    """Describes a contestant whose call is there already and without which nothing can be compared."""
     return Contestant(name, lambda: call, needed=True, **options)
+
+
+def not_here(name: str, why: str) -> Contestant:
+    """Describes one that does not run."""
+    return Contestant(name, lambda: lambda: None, absent=why)
 
 
 @dataclass(frozen=True)
@@ -93,86 +103,102 @@ class Case:
     note: str = ""
 
 
-def measure(case: Case, device: torch.device) -> list[Record]:
-    """Measure a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
+def measure(case: Case, device: torch.device, clock: Clock | None = None) -> list[Record]:
+    """Measures a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
 
     Raises:
         ContestantError: from what befell a contestant that is needed.
     """
-    return Measurement(case, device).records()
+    measurement = Measurement(case, device, clock or clock_for(device))
+    measurement.warm_up()
+    measurement.take_turns()
+    return [measurement.record(contestant) for contestant in case.contestants]
 
 
 class Measurement:
-    """Holds what is found of the contestants of one case."""
+    """Holds what is found of the contestants of one case: calls, seconds of each round, errors, why one has left."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.contestants = {contestant.name: contestant for contestant in case.contestants}
-        self.reasons = {name: own.absent for name, own in self.contestants.items() if own.absent}
+    def __init__(self, case: Case, device: torch.device, clock: Clock) -> None:
+        self.case, self.clock, self.meter = case, clock, PeakMeter(device)
+        self.reasons = {own.name: own.absent for own in case.contestants if own.absent}
+        self.contestants = {own.name: own for own in case.contestants if not own.absent}
+        self.calls: dict[str, Call] = {}
+        self.times: dict[str, list[float]] = {}
         self.found: dict[str, dict[str, float]] = {}  # by the first timed call
-        self.meter = meter_for(device)
 
-    def records(self) -> list[Record]:
-        """Warm everyone up, time them, and make a record of each."""
-        calls = {}
+    def warm_up(self) -> None:
+        """Builds everyone and runs each once, to the end, so that the errors of one are not another's."""
         for name, contestant in self.contestants.items():
-            if name not in self.reasons and (call := self.warm_up(contestant)):
-                calls[name] = call
-        case, clock = self.case, clock_for(self.device)
-        watched = {"before": self.before, "after": self.after, "failed": self.failed}
-        timings = interleave(calls, case.rounds, case.seconds, clock=clock, **watched)
-        seconds = {name: timing.median for name, timing in timings.items()}
-        records = []
-        for name, own in self.contestants.items():
-            conditions = {**case.conditions, **own.conditions}
-            values: dict[str, float] = {}
-            if name in timings:
-                over = case.ratios if own.ratios is None else own.ratios
-                values = timings[name].values()
-                values |= {ratio: seconds[name] / seconds[other] for ratio, other in over.items() if other in seconds}
-                values |= {speed: seconds[o] / seconds[name] for speed, o in case.speeds.items() if o in seconds}
-                values |= {**own.values(seconds[name]), **self.found[name]}
-            records.append(Record(case.name, name, values, conditions, self.reasons.get(name, case.note)))
-        return records
+            try:
+                call = contestant.build()
+                self.case.before()
+                (contestant.warm_up or call)()
+                synchronize()
+                self.calls[name], self.times[name] = call, []
+            except Exception as error:  # a contestant may fail in any way of its own
+                self.failed(name, error)
 
-    def warm_up(self, contestant: Contestant) -> Call | None:
-        """Build and run it once, to the end, so that its errors are not another's; None where that fails."""
-        try:
-            call = contestant.build()
-            self.case.before()
-            (contestant.warm_up or call)()
-            synchronize()
-            return call
-        except Exception as error:  # a contestant may fail in any way of its own
-            self.failed(contestant.name, error)
-        free_memory()
-        return None
+    def take_turns(self) -> None:
+        """Times every call once a round; who fails leaves the turns."""
+        started = time.monotonic()
+        for index in range(self.case.rounds):
+            if index >= LEAST_ROUNDS and time.monotonic() - started > self.case.seconds:
+                break
+            names = list(self.calls)
+            first = index % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                try:
+                    self.run(name)
+                except Exception as error:  # as above
+                    self.failed(name, error)
+                    del self.calls[name], self.times[name]
 
-    def before(self, name: str) -> None:
-        """Prepare a call, and start the meter for the first one."""
+    def run(self, name: str) -> None:
+        """Times a call; the first one has its peak of memory taken and its result checked, outside of the time."""
         self.case.before()
-        if self.case.peaks and name not in self.found:
+        first, values = name not in self.found, dict[str, float]()
+        if first and self.case.peaks:
             self.meter.start()
-
-    def after(self, name: str, result: Any) -> None:
-        """Take the peak of a first call and check its result."""
-        if name in self.found:
+        seconds, result = self.clock(self.calls[name])
+        self.times[name].append(seconds)
+        if not first:
             return
-        values: dict[str, float] = {}
-        if self.case.peaks and self.contestants[name].fresh:
-            beyond = self.meter.growth() - sum(grad.nbytes for grad in result[1])
-            values["peak_mib"] = beyond / MIB
-        check = self.contestants[name].check
-        self.found[name] = values | dict(check(result) if check else {})
+        contestant = self.contestants[name]
+        if self.case.peaks:
+            values["peak_mib"] = (self.meter.growth() - sum(grad.nbytes for grad in result[1])) / MIB
+        self.found[name] = values | dict(contestant.check(result) if contestant.check else {})
 
     def failed(self, name: str, error: Exception) -> None:
-        """Note why a contestant has no values, and let go of what its call held."""
+        """Notes why a contestant has no values, and lets go of what its call held."""
         if self.contestants[name].needed:
             raise ContestantError(f"{name}: {summary(error)}") from error
         self.reasons[name] = summary(error)
         log(f"    without {name}: {self.reasons[name]}")
         error.__traceback__ = None
         free_memory()
+
+    def record(self, own: Contestant) -> Record:
+        """Returns what there is to say of a contestant."""
+        case, name, values = self.case, own.name, dict[str, float]()
+        if name in self.times:
+            medians = {who: statistics.median(times) for who, times in self.times.items()}
+            over = case.ratios if own.ratios is None else own.ratios
+            values = in_rounds(self.times[name])
+            values |= {ratio: medians[name] / medians[other] for ratio, other in over.items() if other in medians}
+            values |= {
+                speed: medians[other] / medians[name] for speed, other in case.speeds.items() if other in medians
+            }
+            values |= {**own.values(medians[name]), **self.found[name]}
+        return Record(case.name, name, values, {**case.conditions, **own.conditions}, self.reasons.get(name, case.note))
+
+
+def in_rounds(times: Sequence[float]) -> dict[str, float]:
+    """Returns the median of some rounds, and the distance between their quartiles as a share of it."""
+    median, spread = statistics.median(times), 0.0
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        spread = (high - low) / median if median else 0.0
+    return {"seconds": median, "spread": spread, "rounds": float(len(times))}
 
 
 class Agreement:
@@ -183,7 +209,7 @@ class Agreement:
         self.expected: list[torch.Tensor] = []
 
     def __call__(self, result: Any) -> dict[str, float]:
-        """Raise :class:`AnotherLossError` unless the result is that of the first."""
+        """Raises :class:`AnotherLossError` unless the result is that of the first."""
         own = [torch.as_tensor(part).detach().double() for part in self.of(result)]
         self.expected = self.expected or own
         for found, wanted in zip(own, self.expected, strict=True):
@@ -193,8 +219,8 @@ class Agreement:
         return {}
 
 
-def each(cases: Mapping[str, Callable[[], Iterator[Record]]]) -> Iterator[Record]:
-    """Yield the records of cases one after the other; one that fails does not keep the next from being measured.
+def each(cases: Mapping[str, Callable[[], Iterable[Record]]]) -> Iterator[Record]:
+    """Yields the records of cases one after the other; one that fails does not keep the next from being measured.
 
     Raises:
         ContestantError: at the end, naming those that failed.
@@ -215,23 +241,18 @@ def each(cases: Mapping[str, Callable[[], Iterator[Record]]]) -> Iterator[Record
 
 
 def synchronize() -> None:
-    """Wait until a GPU that is in use is done."""
+    """Waits until a GPU that is in use is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def free_memory() -> None:
-    """Hand back what calls have held."""
+    """Hands back what calls have held."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def summary(error: Exception) -> str:
-    """Return the type and the first line of an error."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return float32 or bfloat16."""
+    """Returns float32 or bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.measure import AnotherLossError
 from benchmarks.problem import IGNORE, Problem
-from benchmarks.shapes import DPO, NO_GRAD
+from benchmarks.shapes import NO_GRAD
 
 BLOCK = 2048  # entries of the vocabulary at a time: their weights in fp64 stay in memory that is used again
 COMPARED_ROWS = 512  # of two matrices, at a time
@@ -31,7 +30,7 @@ class Dense:
     """Holds what the logits say in float64, by one pass over all of them in blocks of the vocabulary."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> None:
-        """Run the pass over rows (R, H) and a head (V, H), for targets (N,) and the row (N,) of each, or one a row."""
+        """Runs the pass over rows (R, H) and a head (V, H), for targets (N,) and the row (N,) of each, or one a row."""
         self.hidden, self.weight, self.targets = hidden.detach().double(), weight.detach(), targets
         self.rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
         half = SAMPLED_COLUMNS // 2  # half of the columns are targets, half are any
@@ -49,7 +48,7 @@ class Dense:
         self.token_logps = logits_of_targets - self.lse[self.rows]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield first row and rows of the head in float64, in the memory of the block before."""
+        """Yields first row and rows of the head in float64, in the memory of the block before."""
         buffer = self.weight.new_empty(BLOCK, self.weight.shape[1], dtype=torch.float64)
         for start in range(0, len(self.weight), BLOCK):
             rows = self.weight[start : start + BLOCK]
@@ -80,7 +79,7 @@ class Oracle:
             self.grad_hidden += dlogits @ block
 
     def errors(self, loss: float, grad_hidden: Tensor, grad_weight: Tensor | None) -> Errors:
-        """Compare a loss and gradients (R, H) and (V, H), None where the head is frozen."""
+        """Compares a loss and gradients (R, H) and (V, H), None where the head is frozen."""
         found = {"error_loss": abs(loss - self.loss) / abs(self.loss)}
         found["error_grad_hidden"] = relative(grad_hidden[self.rows], self.grad_hidden)
         if grad_weight is not None:
@@ -92,17 +91,19 @@ class Oracles:
     """Holds results on a problem against the oracle of the work they do; the logits are computed once."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.dense = problem, dense_of(problem)
+        rows = problem.targets.flatten() != IGNORE
+        predicting = problem.hidden.flatten(0, 2)[rows], problem.weight, problem.targets.flatten()[rows]
+        self.problem, self.dense = problem, Dense(*predicting)
         self.of = cache(self._of)
 
     def _of(self, work: str) -> Oracle:
-        """Return the oracle of some work on these tensors."""
+        """Returns the oracle of some work on these tensors."""
         problem = self.problem.as_work(work)
-        reference = exact_reference(problem)
+        reference = None if problem.ref_logps is None else problem.ref_logps.double()
         return Oracle(self.dense, lambda logps: problem.objective(sequence_sums(problem, logps), reference))
 
     def check(self, work: str, result: tuple[Tensor, tuple[Tensor, ...]]) -> Errors:
-        """Return the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
+        """Returns the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
 
         Raises:
             AnotherLossError: they are more than rounding explains, or a row that predicts nothing has a gradient.
@@ -124,14 +125,14 @@ class Oracles:
 
 
 def require_same(errors: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Raise :class:`AnotherLossError` where a relative error is more than rounding in a dtype explains."""
+    """Raises :class:`AnotherLossError` where a relative error is more than rounding in a dtype explains."""
     bounded = [error for name, error in errors.items() if name.startswith("error_")]
     if not all(error <= SAME_LOSS[dtype] for error in bounded):  # not `>`: NaN is another loss too
         raise AnotherLossError(f"computes another loss: {errors}, expected at most {SAME_LOSS[dtype]}")
 
 
 def check_gradients(problem: Problem, grads: tuple[Tensor, ...]) -> None:
-    """Raise :class:`AnotherLossError` for gradients of another form, or of a row that predicts nothing."""
+    """Raises :class:`AnotherLossError` for gradients of another form, or of a row that predicts nothing."""
     if [(g.shape, g.dtype) for g in grads] != [(t.shape, t.dtype) for t in problem.wanted]:
         raise AnotherLossError(
             f"{len(grads)} gradients of other shapes or dtypes than the {len(problem.wanted)} wanted"
@@ -140,38 +141,24 @@ def check_gradients(problem: Problem, grads: tuple[Tensor, ...]) -> None:
         raise AnotherLossError("a row that predicts nothing got a gradient")
 
 
-def dense_of(problem: Problem) -> Dense:
-    """Run the float64 pass over the rows of a problem that predict a token."""
-    rows = problem.targets.flatten() != IGNORE
-    return Dense(problem.hidden.flatten(0, 2)[rows], problem.weight, problem.targets.flatten()[rows])
-
-
 def sequence_sums(problem: Problem, token_logps: Tensor) -> Tensor:
-    """Add up the log-probabilities of predicted tokens to log-likelihoods (G, C)."""
+    """Adds up the log-probabilities of predicted tokens to log-likelihoods (G, C)."""
     there = problem.targets != IGNORE
     return token_logps.new_zeros(there.shape).masked_scatter(there, token_logps).sum(-1)
 
 
-def exact_reference(problem: Problem) -> Tensor | None:
-    """Return the log-likelihoods (G, C) of the reference in float64; None without one."""
-    if problem.shape.work == DPO:
-        model = replace(problem, hidden=problem.ref_hidden, weight=problem.ref_weight)
-        return sequence_sums(problem, dense_of(model).token_logps)
-    return None if problem.ref_logps is None else problem.ref_logps.double()
-
-
 def inside(entries: Tensor, start: int, block: Tensor) -> Tensor:
-    """Return which vocabulary entries are of the block that starts there."""
+    """Returns which vocabulary entries are of the block that starts there."""
     return (entries >= start) & (entries < start + len(block))
 
 
 def some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Return at most `count` different indices below `size`, the same ones on every device."""
+    """Returns at most `count` different indices below `size`, the same ones on every device."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].to(device)
 
 
 def relative(out: Tensor, ref: Tensor) -> float:
-    """Return ||out - ref|| / ||ref|| of two matrices, in float64 some rows at a time, for all would be fresh memory."""
+    """Returns ||out - ref|| / ||ref|| of two matrices in float64, some rows at a time."""
     distances, norms = [], []
     for own, right in zip(out.split(COMPARED_ROWS), ref.split(COMPARED_ROWS), strict=True):
         distances.append(torch.linalg.vector_norm(own.double() - right.double()))

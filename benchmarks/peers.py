@@ -1,6 +1,6 @@
 """Composes other implementations of the head, each into the same loss as ours.
 
-Every contestant maps (hidden, weight, targets, *reference) to the loss of `Problem.objective`: unranked CPO over the
+Every contestant maps (hidden, weight, targets, ref_logps) to the loss of `Problem.objective`: unranked CPO over the
 summed token log-probabilities, beta 0.1, or the mean cross-entropy. A peer whose loss has one form only is compared
 with ours on the same tensors read as that form: see the kinds of work in shapes.py.
 
@@ -12,17 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import BETA, IGNORE, Problem, contrast
-from benchmarks.shapes import CHUNKED, CPO, DPO, NLL, NO_GRAD, PAIRS, POLICIES, Shape
+from benchmarks.shapes import CHUNKED, CPO, NLL, NO_GRAD, PAIRS, Shape
 
 SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, H), (G, C, T) -> (G, C)
-Loss = Callable[..., Tensor]  # hidden, weight, targets, *Problem.reference -> scalar
+CrossEntropy = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # the same and a reduction, "none" or "mean"
+Loss = Callable[..., Tensor]  # hidden, weight, targets, ref_logps -> scalar
 Result = tuple[Tensor, tuple[Tensor, ...]]
+COMPILED = "torch.compile"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ class Peer:
         sequence_logps: log-likelihoods alone; None where it has none to give.
         nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
         work: the work it does; one that does "cpo" also does "pairs".
-        skips_ignored: -100 rows stay out of its GEMMs.
         compiles: its first call of a shape compiles.
     """
 
@@ -44,53 +46,60 @@ class Peer:
     sequence_logps: SequenceLogps | None
     nll: Loss | None = None
     work: str = CPO
-    skips_ignored: bool = False
     compiles: bool = False
 
     def work_on(self, shape: Shape) -> str | None:
-        """Return the work it does on the tensors of a shape; None where it can do none that compares."""
+        """Returns the work it does on the tensors of a shape; None where it can do none that compares."""
         if shape.mode == NO_GRAD:
-            return shape.work if self.sequence_logps and self.work == CPO else None
+            return None if self.sequence_logps is None else shape.work if self.work == CPO else self.work
         if shape.work == NLL:
             return NLL if self.nll else None
         return {CPO: shape.work, NLL: None}.get(self.work, self.work)
 
     def run(self, problem: Problem) -> Result:
-        """Return loss and wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
+        """Returns loss and wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
         tensors, shape = (problem.hidden, problem.weight, problem.targets), problem.shape
         if shape.mode == NO_GRAD:
             with torch.no_grad():
                 return self.sequence_logps(*tensors), ()  # type: ignore[misc]
-        loss = (self.nll if shape.work == NLL else self.loss)(*tensors, *problem.reference)  # type: ignore[misc]
+        loss = self.nll(*tensors) if shape.work == NLL else self.loss(*tensors, problem.ref_logps)  # type: ignore[misc]
         return loss, torch.autograd.grad(loss, problem.wanted)
 
 
-def _eager() -> Peer:
+def _of_cross_entropy(name: str, cross_entropy: CrossEntropy, **options: Any) -> Peer:
+    """Makes a peer from a linear cross-entropy of tokens (G, C, T), by `reduction` summed up in plain torch."""
+
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = hidden @ weight.T
-        nll = F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORE, reduction="none")
-        return -nll.view(targets.shape).sum(-1)
+        return -cross_entropy(hidden, weight, targets, "none").view(targets.shape).float().sum(-1)
 
     def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = hidden @ weight.T
-        return F.cross_entropy(logits.flatten(0, 2).float(), targets.flatten(), ignore_index=IGNORE)
+        return cross_entropy(hidden, weight, targets, "mean")
 
-    return _from_logps("eager", sequence_logps, nll)
+    return Peer(name, _contrasted(sequence_logps), sequence_logps, nll, **options)
 
 
-def _compiled() -> Peer:
+def _contrasted(sequence_logps: SequenceLogps) -> Loss:
+    """Makes the loss of a peer that only knows log-probabilities."""
+    return lambda hidden, weight, targets, ref: contrast(sequence_logps(hidden, weight, targets), ref)
+
+
+def _eager() -> Peer:
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = (hidden @ weight.T).flatten(0, 2).float()
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+    return _of_cross_entropy("eager", cross_entropy)
+
+
+def _compiled(**options: Any) -> Peer:
     eager = _eager()
-    return Peer(
-        "torch.compile",
-        loss=torch.compile(eager.loss, fullgraph=True, dynamic=False),
-        sequence_logps=torch.compile(eager.sequence_logps, fullgraph=True, dynamic=False),
-        nll=torch.compile(eager.nll, fullgraph=True, dynamic=False),
-        compiles=True,
-    )
+    calls = {"loss": eager.loss, "sequence_logps": eager.sequence_logps, "nll": eager.nll}
+    compiled = {key: torch.compile(call, **options) for key, call in calls.items()}
+    return replace(eager, name=COMPILED, compiles=True, **compiled)
 
 
 def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
-    """Make a peer by `policy`, which says how gradients are summed over chunks; None does not chunk."""
+    """Makes a peer by `policy`, which says how gradients are summed over chunks; None does not chunk."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"F.linear_cross_entropy is not in torch {torch.__version__}")
     options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
@@ -99,14 +108,17 @@ def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
         flat = (hidden.flatten(0, 2), weight, targets.flatten())
         return F.linear_cross_entropy(*flat, ignore_index=IGNORE, reduction=reduction, options=options)
 
-    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        nll = cross_entropy(hidden, weight, targets, "none")
-        return -nll.view(targets.shape).float().sum(-1)
+    return _of_cross_entropy(name, cross_entropy)
 
-    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(hidden, weight, targets, "mean")
 
-    return _from_logps(name, sequence_logps, nll)
+def _cut_cross_entropy() -> Peer:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
+        return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
+
+    return _of_cross_entropy("Cut Cross-Entropy", cross_entropy, compiles=True)
 
 
 def _trl() -> Peer:
@@ -119,23 +131,7 @@ def _trl() -> Peer:
         logps = ChunkedLogProbFunction.apply(hidden.flatten(0, 2), weight, None, flat.clamp(min=0), *arguments)[0]
         return logps.masked_fill(flat == IGNORE, 0.0).view(targets.shape).sum(-1)
 
-    return _from_logps("TRL fused head", sequence_logps)
-
-
-def _cut_cross_entropy() -> Peer:
-    from cut_cross_entropy import linear_cross_entropy
-
-    def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
-        impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
-        return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
-
-    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return -cross_entropy(hidden, weight, targets, "none").sum(-1)
-
-    def nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(hidden, weight, targets, "mean")
-
-    return _from_logps("Cut Cross-Entropy", sequence_logps, nll, skips_ignored=True, compiles=True)
+    return Peer("TRL fused head", _contrasted(sequence_logps), sequence_logps)
 
 
 def _quack() -> Peer:
@@ -150,11 +146,11 @@ def _quack() -> Peer:
 
 
 def _pairs_in_order(*tensors: Tensor) -> list[Tensor]:
-    """Put (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first, then all rejected ones."""
+    """Puts (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first."""
     return [tensor.transpose(0, 1).flatten(0, 1) for tensor in tensors]
 
 
-def _liger_cpo() -> Peer:
+def _liger() -> Peer:
     from liger_kernel.chunked_loss import LigerFusedLinearCPOLoss
 
     # alpha weighs Liger's NLL term; the preference term has weight 1. chunk_size counts pairs, 1 is its default.
@@ -169,27 +165,9 @@ def _liger_cpo() -> Peer:
         return call(hidden, weight, targets)[0]
 
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        chosen, rejected = call(hidden, weight, targets)[1][:2]
-        return torch.stack((chosen, rejected), dim=-1)
+        return torch.stack(call(hidden, weight, targets)[1][:2], dim=-1)
 
     return Peer("Liger CPO", loss, sequence_logps, work=PAIRS, compiles=True)
-
-
-def _liger_dpo() -> Peer:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    criterion = LigerFusedLinearDPOLoss(beta=BETA, chunk_size=1)
-
-    def call(
-        hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor, ref_weight: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        stacked, flat, reference = _pairs_in_order(hidden, targets, ref_hidden)
-        return criterion(weight, stacked, flat, ref_input=reference, ref_weight=ref_weight)
-
-    def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return torch.stack(call(hidden, weight, targets, hidden, weight)[1][:2], dim=-1)
-
-    return Peer("Liger DPO", lambda *tensors: call(*tensors)[0], sequence_logps, work=DPO, compiles=True)
 
 
 def ours(
@@ -198,7 +176,7 @@ def ours(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Peer:
-    """Make this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
+    """Makes this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps
 
     head = {"max_logits_bytes": max_logits_bytes, "logits_dtype": logits_dtype, "backend": backend}
@@ -214,71 +192,27 @@ def ours(
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return linear_sequence_logps(hidden, weight, targets, **head)
 
-    return Peer(name, loss, sequence_logps, nll, skips_ignored=True)
-
-
-def ours_dpo(name: str, max_logits_bytes: int | None = None) -> Peer:
-    """Make the same on hidden states and head of a reference model, whose log-likelihoods come first."""
-    peer = ours(name, max_logits_bytes)
-
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_hidden: Tensor, ref_weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            ref_logps = peer.sequence_logps(ref_hidden, ref_weight, targets)  # type: ignore[misc]
-        return peer.loss(hidden, weight, targets, ref_logps)
-
-    return replace(peer, loss=loss, work=DPO)
-
-
-def compiled_for_varying(name: str, dynamic: bool | None) -> Peer:
-    """Compile eager for shapes that vary: every dimension dynamic, or (None) those that have been seen to change.
-
-    `BUILDERS` compiles for one shape, which is torch.compile's best where shapes stay; where they vary it would compile
-    for every shape until it gives up.
-    """
-    eager = _eager()
-    return replace(eager, name=name, loss=torch.compile(eager.loss, dynamic=dynamic), compiles=True)
+    return Peer(name, loss, sequence_logps, nll)
 
 
 def build(name: str, builders: Mapping[str, Callable[[], Peer]]) -> Peer | str:
-    """Return a peer, or why it cannot be built here."""
+    """Returns a peer, or why it cannot be built here."""
     try:
         return builders[name]()
     except (ImportError, AttributeError, RuntimeError) as error:  # transformers raises RuntimeError for its imports
         return str(error).splitlines()[0]
 
 
-def _from_logps(
-    name: str,
-    sequence_logps: SequenceLogps,
-    nll: Loss | None = None,
-    *,
-    skips_ignored: bool = False,
-    compiles: bool = False,
-) -> Peer:
-    """Make a peer that only knows token log-probabilities: sum them, then contrast in plain torch."""
-
-    def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
-        return contrast(sequence_logps(hidden, weight, targets), ref_logps)
-
-    return Peer(name, loss, sequence_logps, nll, skips_ignored=skips_ignored, compiles=compiles)
-
-
 BUILDERS: dict[str, Callable[[], Peer]] = {
     "eager": _eager,
-    "torch.compile": _compiled,
+    COMPILED: partial(_compiled, fullgraph=True, dynamic=False),  # its best where shapes stay
     "F.linear_cross_entropy": partial(_linear_cross_entropy, "F.linear_cross_entropy", None),
     CHUNKED: partial(_linear_cross_entropy, CHUNKED, "auto"),
-    **{name: partial(_linear_cross_entropy, name, name.split(", ")[1]) for name in POLICIES},
-    "Liger CPO": _liger_cpo,
-    "Liger DPO": _liger_dpo,
+    "Liger CPO": _liger,
     "TRL fused head": _trl,
     "Cut Cross-Entropy": _cut_cross_entropy,
     "QuACK": _quack,
 }
-
-COMPILED, DYNAMIC = "torch.compile", "torch.compile, dynamic=True"
-# For calls whose shapes vary: nobody is told a shape beforehand.
-VARYING = BUILDERS | {
-    COMPILED: partial(compiled_for_varying, COMPILED, None),
-    DYNAMIC: partial(compiled_for_varying, DYNAMIC, True),
-}
+# For calls whose shapes vary, of which nobody is told beforehand: compiled for every shape it would be until it gives
+# up, so it compiles for those dimensions that have been seen to change.
+VARYING = BUILDERS | {COMPILED: _compiled}

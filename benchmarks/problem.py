@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import CPO, DPO, NLL, NO_GRAD, PAIRS, TRAINED, Shape
+from benchmarks.shapes import CPO, NLL, NO_GRAD, TRAINED, Shape
 
 BETA = 0.1
 IGNORE = -100
@@ -24,55 +24,36 @@ class Problem:
     weight: Tensor  # (V, H)
     targets: Tensor  # (G, C, T)
     ref_logps: Tensor | None = None  # (G, C) fp32, for "cpo"
-    ref_hidden: Tensor | None = None  # (G, C, T, H) and ...
-    ref_weight: Tensor | None = None  # ... (V, H) of a reference model, for "dpo"
-
-    @property
-    def reference(self) -> tuple[Tensor | None, ...]:
-        """Return what the loss takes of a reference, after hidden states, head and targets."""
-        if self.shape.work == NLL:
-            return ()
-        return (self.ref_hidden, self.ref_weight) if self.shape.work == DPO else (self.ref_logps,)
 
     @property
     def wanted(self) -> tuple[Tensor, ...]:
-        """Return the tensors whose gradients are taken."""
+        """Returns the tensors whose gradients are taken."""
         return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
 
     def as_work(self, work: str) -> Problem:
-        """Return the same for other work; that of one negative reads the candidates of each group two by two."""
-        return self if work == self.shape.work else {PAIRS: self.as_pairs, DPO: self.as_dpo}[work]()
-
-    def as_pairs(self) -> Problem:
-        """Return K = 1 without a reference (Xu et al.'s CPO)."""
+        """Returns the same for other work: pairs without a reference, of the candidates of each group two by two."""
+        if work == self.shape.work:
+            return self
         pairs = self.shape.pairs()
         dims = (pairs.groups, pairs.candidates, pairs.tokens)
         hidden = self.hidden.detach().view(*dims, pairs.hidden).requires_grad_(self.hidden.requires_grad)
         return Problem(pairs, hidden, self.weight, self.targets.view(dims))
 
-    def as_dpo(self) -> Problem:
-        """Return K = 1 with hidden states and head of a reference model, which differ from the policy's."""
-        pairs = self.as_pairs()
-        hidden, drawn = pairs.hidden.detach(), torch.Generator(self.hidden.device).manual_seed(1)
-        noise = torch.randn(hidden.shape, generator=drawn, device=hidden.device, dtype=hidden.dtype)
-        reference = {"ref_hidden": hidden + 0.5 * noise, "ref_weight": 0.9 * self.weight.detach()}
-        return replace(pairs, shape=replace(pairs.shape, work=DPO), **reference)
-
     def objective(self, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        """Return the loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
+        """Returns the loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
         if self.shape.work == NLL:
             return -logps.sum() / (self.targets != IGNORE).sum()
         return contrast(logps, ref_logps)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Return unranked CPO: the mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
+    """Returns unranked CPO: the mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
     scores = BETA * (logps if ref_logps is None else logps - ref_logps)
     return (torch.logsumexp(scores, dim=-1) - scores[:, 0]).mean()
 
 
 def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
-    """Draw inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
+    """Draws inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
 
     With that, a sequence's log-likelihood spreads by about 2 * sqrt(T) nats around -3 T; references spread by 10 more,
     so at beta 0.1 the contrast is not settled and every candidate has a gradient.
@@ -90,7 +71,7 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
 
 
 def random_rows(count: int, width: int, dtype: torch.dtype, drawn: dict[str, Any]) -> Tensor:
-    """Draw (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
+    """Draws (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
 
     Drawing every number takes most of the time of the largest heads: a host's generator runs on one thread.
     """

@@ -14,20 +14,18 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from benchmarks import bars, page, records, scaling, tables
-from benchmarks.records import Parts, Record
+from benchmarks import bars, page, records, tables
+from benchmarks.environment import RESULTS, ROOT
+from benchmarks.records import Parts
 from benchmarks.suite import ON_REQUEST
-from benchmarks.tables import markdown
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("README.md", "docs/results.md", "docs/plugging-in.md", "docs/training.md", "docs/design.md")
 BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
 @lru_cache
 def results(path: Path) -> Parts:
-    """Read a result file.
+    """Reads a result file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -37,91 +35,43 @@ def results(path: Path) -> Parts:
     return records.load(path)
 
 
-def one_value(parts: Parts, where: str) -> str:
-    """Return a number, by `PART | CASE | CONTESTANT | VALUE`, of the one record of that name."""
-    part, case, contestant, name = (word.strip() for word in where.split("|"))
-    record = records.only(parts[part].select(contestant, case=case), where)
+def one_value(parts: Parts, part: str, case: str, contestant: str, name: str) -> str:
+    """Returns a number of the one record of that part, case and contestant."""
+    (record,) = parts[part].select(contestant, case=case)
     return tables.shown(name, record.values[name])
 
 
-def short_matrix(parts: Parts, where: str) -> str:
-    """Return times over the floor of the cases whose names are given, separated by `|`; contestants that ran in one."""
-    part, cases = records.heads(parts), [word.strip() for word in where.split("|")]
-    timed = [r for case in cases for r in part.select(case=case) if "floor" in r.values and not is_floor(r)]
-    names = list(dict.fromkeys(record.contestant for record in timed))
-    best = {case: min(r.values["floor"] for r in timed if r.case == case and same_work(r)) for case in cases}
-    cells = {(r.contestant, r.case): emphasised(r, best[r.case]) for r in timed}
-    return markdown(["", *cases], [[name, *(cells.get((name, case), "") for case in cases)] for name in names])
-
-
-def same_work(record: Record) -> bool:
-    """Return whether a record is of the work of most: K negatives with a reference."""
-    return record.conditions.get("work") == "cpo"
-
-
-def is_floor(record: Record) -> bool:
-    """Return whether a record is of bare products."""
-    return record.contestant.startswith("floor")
-
-
-def emphasised(record: Record, best: float) -> str:
-    """Write the fastest in bold."""
-    text = f"{record.values['floor']:.2f}"
-    return f"**{text}**" if record.values["floor"] == best else text
-
-
 def lives(parts: Parts, case: str) -> str:
-    """Return batches of varying lengths in a few columns; those that were stopped show how far they had come."""
-    records = [r for r in parts["lengths"].select(case=case.strip()) if "total" in r.values and not is_floor(r)]
+    """Returns batches of varying lengths in a few columns; those that were stopped show how far they had come."""
     names = ("total", "batches", "first")
     rows = [
         [r.contestant, *(tables.shown(name, r.values.get(name)) for name in names)]
-        for r in records
-        if r.conditions.get("run") != "last"
+        for r in parts["lengths"].select(case=case, having="total")
+        if not r.is_floor and r.conditions.get("run") != "last"
     ]
-    return markdown(["", "seconds", "batches done", "first call, s"], rows)
+    return tables.markdown(["", "seconds", "batches done", "first call, s"], rows)
 
 
-def minutes(parts: Parts, _: str) -> str:
-    """Return the minutes of all parts of a usual run."""
-    return f"{sum(part.seconds for part in parts.values() if part.name not in ON_REQUEST) / 60:.0f}"
-
-
-def case_of(parts: Parts, where: str) -> str:
-    """Return the table of a case, by `PART | CASE`."""
-    part, case = (word.strip() for word in where.split("|"))
-    return tables.case_table(parts[part].select(case=case))
-
-
-def part_of(parts: Parts, name: str) -> str:
-    """Return all tables of a part, and the line that says where they come from."""
-    return "\n\n".join([*tables.part_tables(parts[name.strip()]), page.conditions(parts[name.strip()])])
-
-
-BLOCKS: dict[str, Callable[[Parts, str], str]] = {
-    "bars": lambda parts, _: bars.table(bars.verdicts(parts)),
-    "matrix": lambda parts, _: page.matrix(records.heads(parts)),
-    "short matrix": short_matrix,
-    "part": part_of,
-    "case": case_of,
+# What a block says, by its name: of the parts of its file, and of the words after its name, which `|` separates.
+BLOCKS: dict[str, Callable[..., str]] = {
+    "bars": lambda parts: bars.table(bars.verdicts(parts)),
+    "matrix": lambda parts, *cases: page.matrix(records.heads(parts), cases),
+    "part": lambda parts, name: "\n\n".join([*tables.part_tables(parts[name]), page.conditions(parts[name])]),
+    "case": lambda parts, name, case: tables.case_table(parts[name].select(case=case)),
     "lives": lives,
-    "minutes": minutes,
-    "conditions": lambda parts, name: page.conditions(parts[name.strip()]),
-    "cost model": lambda parts, _: scaling.check(list(scaling.points(parts))),
-    "memory model": lambda parts, _: scaling.check(list(scaling.memory_points(parts)), "MiB"),
-    "predictions": lambda parts, _: scaling.predictions(),
-    "eager logits": lambda parts, _: f"{scaling.eager_logits(scaling.LLAMA_70B, scaling.Step()) / scaling.GIB:.0f}",
+    "minutes": lambda parts: f"{sum(p.seconds for p in parts.values() if p.name not in ON_REQUEST) / 60:.0f}",
     "value": one_value,
 }
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:
-    """Return a document with the figures that the result files have now."""
+    """Returns a document with the figures that the result files have now."""
 
     def replace(match: re.Match[str]) -> str:
         file, block, old = match.groups()
         name, _, where = block.partition(":")
-        new = BLOCKS[name.strip()](results(folder / f"{file}.json"), where)
+        words = [word.strip() for word in where.split("|")] if where else []
+        new = BLOCKS[name.strip()](results(folder / f"{file}.json"), *words)
         inline = "\n" not in old and "\n" not in new
         return f"<!-- from {file}: {block} -->{new if inline else f'{chr(10) * 2}{new}{chr(10) * 2}'}<!-- end -->"
 
@@ -129,14 +79,13 @@ def rendered(text: str, folder: Path = RESULTS) -> str:
 
 
 def outdated(documents: Iterable[Path]) -> list[Path]:
-    """Return the documents that do not say what the files say."""
-    return [
-        path for path in documents if path.read_text(encoding="utf-8") != rendered(path.read_text(encoding="utf-8"))
-    ]
+    """Returns the documents that do not say what the files say."""
+    texts = {path: path.read_text(encoding="utf-8") for path in documents}
+    return [path for path, text in texts.items() if text != rendered(text)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write the documents, or only compare them."""
+    """Writes the documents, or only compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a document differs")
     args = parser.parse_args(argv)

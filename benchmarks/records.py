@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cpo_kernels.trainer.files import write_whole
+from cpo_kernels.negatives.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Record:
     conditions: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def is_floor(self) -> bool:
+        """Returns whether it is of bare products."""
+        return self.contestant.startswith("floor")
+
+    @property
+    def is_peer(self) -> bool:
+        """Returns whether it is neither of ours nor of a floor."""
+        return not self.contestant.startswith(("cpo-kernels", "floor"))
+
 
 @dataclass
 class Part:
@@ -53,31 +63,41 @@ class Part:
     seconds: float = 0.0
     error: str = ""
 
-    def select(self, contestant: str | None = None, **conditions: Any) -> list[Record]:
-        """Return the records of a contestant (None: of all) that meet all conditions; `case` is one of them."""
+    def select(self, contestant: str | None = None, *, having: str | None = None, **conditions: Any) -> list[Record]:
+        """Returns the records of a contestant (None: of all) with a value that meet conditions, `case` too."""
         return [
             record
             for record in self.records
             if contestant in (None, record.contestant)
+            and (having is None or having in record.values)
             and all(({"case": record.case} | dict(record.conditions)).get(key) == conditions[key] for key in conditions)
         ]
-
-    def cases(self) -> list[str]:
-        """Return the names of the cases in order."""
-        return list(dict.fromkeys(record.case for record in self.records))
 
 
 Parts = dict[str, Part]
 
 
+def by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Returns records by case, in order."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.case, []).append(record)
+    return found
+
+
+def value(records: Iterable[Record], name: str) -> list[float]:
+    """Returns a value of all records that have it."""
+    return [record.values[name] for record in records if name in record.values]
+
+
 def heads(parts: Parts) -> Part | None:
-    """Return the part `heads` with the records of `wide`, where either was run."""
+    """Returns the part `heads` with the records of `wide`, where either was run."""
     given = [parts[name] for name in ("heads", "wide") if name in parts]
     return replace(given[0], records=[record for part in given for record in part.records]) if given else None
 
 
 def load(path: Path) -> Parts:
-    """Read the parts of a result file; none where there is no such file."""
+    """Reads the parts of a result file; none where there is no such file."""
     if not path.exists():
         return {}
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
@@ -87,32 +107,11 @@ def load(path: Path) -> Parts:
     }
 
 
-def as_json(part: Part) -> dict[str, Any]:
-    """Return what JSON can hold; values that are no finite numbers are left out, since it has none."""
-    content = asdict(part)
-    del content["name"]
-    for record in content["records"]:
-        record["values"] = {name: value for name, value in record["values"].items() if math.isfinite(value)}
-    return content
-
-
 def save(parts: Parts, path: Path) -> None:
-    """Write a result file, whole or not at all."""
-    content = {"parts": {name: as_json(part) for name, part in parts.items()}}
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def only(records: Sequence[Record], what: str) -> Record:
-    """Return the one record.
-
-    Raises:
-        LookupError: there are none or several.
-    """
-    if len(records) != 1:
-        raise LookupError(f"{what}: expected one record, found {len(records)}")
-    return records[0]
-
-
-def value(records: Iterable[Record], name: str) -> list[float]:
-    """Return a value of all records that have it."""
-    return [record.values[name] for record in records if name in record.values]
+    """Writes a result file, whole or not at all, without values that are no finite numbers, for which JSON has none."""
+    contents = {}
+    for name, part in parts.items():
+        contents[name] = {key: content for key, content in asdict(part).items() if key != "name"}
+        for record in contents[name]["records"]:
+            record["values"] = {key: value for key, value in record["values"].items() if math.isfinite(value)}
+    write_whole(path, json.dumps({"parts": contents}, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,37 +31,32 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
-        """Return whether the sizes are those of a GPU."""
+        """Returns whether the sizes are those of a GPU."""
         return self.device.type == "cuda"
 
     def choose(self, quick: T, cpu: T, gpu: T) -> T:
-        """Return what is for this setting."""
+        """Returns what is for this setting."""
         return quick if self.quick else gpu if self.on_gpu else cpu
 
     def rounds(self, cpu: int, gpu: int) -> int:
-        """Return how often everyone is timed."""
+        """Returns how often everyone is timed."""
         return self.choose(1, cpu, gpu)
 
     @property
     def options(self) -> list[str]:
-        """Return the arguments of a command: see :func:`add_options`."""
+        """Returns the arguments of a command: see :func:`add_options`."""
         options = ["--device", str(self.device), *["--quick"] * self.quick]
         options += ["--texts", *map(str, self.texts)] if self.texts else []
         return options + (["--tokenizer", str(self.tokenizer)] if self.tokenizer else [])
 
-    def resolved(self) -> Setting:
-        """Return the same with absolute paths, for a process with another working directory."""
-        texts = tuple(path.resolve() for path in self.texts)
-        return replace(self, texts=texts, tokenizer=self.tokenizer and self.tokenizer.resolve())
-
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """Return what was asked for by the options of :func:`add_options`."""
+        """Returns what was asked for by the options of :func:`add_options`."""
         return cls(args.device, args.quick, tuple(args.texts), args.tokenizer)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a :class:`Setting`."""
+    """Adds the options of a :class:`Setting`."""
     parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
     parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")

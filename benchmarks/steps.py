@@ -11,9 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from random import Random
 from typing import Any
 
 import datasets
@@ -24,19 +22,19 @@ from torch.nn.utils import get_total_norm
 
 from benchmarks.contestants import OURS
 from benchmarks.measure import Agreement, Case, Contestant, dtype_name, each, measure
+from benchmarks.meters import Call
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.timing import Call
 from benchmarks.training import (
     GPT2_SMALL,
     GPT2_TINY,
     LLAMA_1B,
     LLAMA_SMALL,
     LLAMA_TINY,
+    Given,
     OwnStep,
-    Sizes,
+    draw_tokens,
     gradients,
-    make_model,
     make_tokenizer,
     twin,
 )
@@ -50,82 +48,52 @@ BETA = 0.1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Describes what the trainers of a case are given.
-
-    Attributes:
-        work: "dpo" or "xu_cpo".
-        sizes: of policy and reference.
-        pairs: of a step.
-        tokens: of a prompt, and of each of its two completions, EOS included.
-        dtype: of the parameters.
-        every: whether our other ways run too: TRL's trainers with our head.
-    """
-
-    work: str
-    sizes: Sizes
-    pairs: int
-    tokens: int
-    dtype: torch.dtype = torch.float32
-    every: bool = True
-
-    @property
-    def name(self) -> str:
-        """Return that of the case in the results."""
-        return f"{OBJECTIVES[self.work]}, {self.sizes.name}, {dtype_name(self.dtype)}"
-
-    @property
-    def fed(self) -> int:
-        """Count the tokens that TRL feeds: prompt and completion of both sequences of every pair."""
-        return self.pairs * 2 * 2 * self.tokens
-
-    @property
-    def conditions(self) -> dict[str, object]:
-        """Return those of the case's records."""
-        rest = {"N": self.fed // 2, "K": 1, "dtype": dtype_name(self.dtype), "prompt": 0.5, "work": self.work}
-        return self.sizes.conditions | rest | {"pairs": self.pairs, "tokens": self.fed}
+def name_of(pairs: Given) -> str:
+    """Returns the name of a case in the results."""
+    return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}"
 
 
-def cases(setting: Setting) -> list[Pairs]:
-    """Return what is run on a device."""
-    few = partial(Pairs, every=False)
-    on_gpu = [
-        Pairs(work, *own, dtype=torch.bfloat16)
-        for own in ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512))
-        for work in ("dpo", "xu_cpo")
-    ]
+def fed(pairs: Given) -> int:
+    """Counts the tokens that TRL feeds: prompt and completion of both sequences of every pair."""
+    return pairs.groups * 2 * 2 * pairs.tokens
+
+
+def cases(setting: Setting) -> list[Given]:
+    """Returns what is run on a device."""
+    sizes, dtype, works = ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)), torch.bfloat16, ("dpo", "xu_cpo")
+    on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
     # Without a reference a step is short: with 64 tokens its products outweigh what any step costs.
-    on_cpu = [Pairs("dpo", GPT2_SMALL, 2, 40), few("xu_cpo", GPT2_SMALL, 2, 64), few("dpo", LLAMA_SMALL, 2, 32)]
-    return setting.choose([Pairs("dpo", GPT2_TINY, 2, 8), Pairs("xu_cpo", LLAMA_TINY, 2, 8)], on_cpu, on_gpu)
+    on_cpu = [Given("dpo", GPT2_SMALL, 2, 40), Given("xu_cpo", GPT2_SMALL, 2, 64), Given("dpo", LLAMA_SMALL, 2, 32)]
+    return setting.choose([Given("dpo", GPT2_TINY, 2, 8), Given("xu_cpo", LLAMA_TINY, 2, 8)], on_cpu, on_gpu)
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measure every trainer in every case."""
+    """Measures every trainer in every case."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    yield from each({pairs.name: partial(beside_trl, pairs, setting) for pairs in cases(setting)})
+    yield from each({name_of(pairs): partial(beside_trl, pairs, setting) for pairs in cases(setting)})
 
 
-def beside_trl(pairs: Pairs, setting: Setting) -> Iterator[Record]:
-    """Measure one case."""
+def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
+    """Measures one case."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = Trainers(pairs, setting.device, folder)
         agree = Agreement(TOLERANCE[pairs.dtype], lambda result: (result[0], get_total_norm(result[1])))
 
-        def contestant(name: str, build: Callable[[], Call]) -> Contestant:
-            def check(result: tuple[Tensor, tuple[Tensor, ...]]) -> dict[str, float]:
-                return agree(result) | {"loss": float(result[0])}
-
-            return Contestant(name, build, check, values=lambda s: {"tokens_per_second": pairs.fed / s})
+        def check(result: tuple[Tensor, tuple[Tensor, ...]]) -> dict[str, float]:
+            return agree(result) | {"loss": float(result[0])}
 
         case = Case(
-            pairs.name,
-            [contestant(name, build) for name, build in trainers.steps().items()],
-            pairs.conditions,
+            name_of(pairs),
+            [
+                Contestant(name, build, check, values=lambda s: {"tokens_per_second": fed(pairs) / s})
+                for name, build in trainers.steps().items()
+            ],
+            pairs.conditions
+            | {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)},
             speeds={"of_trl": STOCK},
-            rounds=setting.rounds(3, 5),
+            rounds=setting.rounds(5, 5),
             before=lambda: trainers.policy.zero_grad(set_to_none=True),
             peaks=True,
         )
@@ -135,27 +103,24 @@ def beside_trl(pairs: Pairs, setting: Setting) -> Iterator[Record]:
 class Trainers:
     """Makes the trainers of one case around one policy and one reference."""
 
-    def __init__(self, pairs: Pairs, device: torch.device, folder: str) -> None:
+    def __init__(self, pairs: Given, device: torch.device, folder: str) -> None:
         self.pairs, self.device, self.folder = pairs, device, folder
-        self.policy, self.reference = (
-            make_model(pairs.sizes, 2 * pairs.tokens, seed).to(device, pairs.dtype) for seed in (0, 1)
-        )
+        self.policy, self.reference = (pairs.model(device, seed) for seed in (0, 1))
         self.tokenizer = make_tokenizer(pairs.sizes.vocabulary)
         self.texts = make_texts(pairs)
 
     def steps(self) -> dict[str, Callable[[], Call]]:
-        """Return how to make the step of each; TRL first."""
-        found = {STOCK: partial(self.trl_step, "stock")}
-        if self.pairs.every:
-            found[FUSED[self.pairs.work]] = partial(self.trl_step, "fused")
-        if self.pairs.every and self.pairs.work == "dpo":  # TRL has no fused head for its CPOTrainer
+        """Returns how to make the step of each; TRL first, which has no fused head for its CPOTrainer."""
+        found: dict[str, Callable[[], Call]] = {STOCK: partial(self.trl_step, "stock")}
+        found[FUSED[self.pairs.kind]] = partial(self.trl_step, "fused")
+        if self.pairs.kind == "dpo":
             found[PATCHED] = partial(self.trl_step, "patched")
         return found | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}
 
     def trl_step(self, kind: str) -> Call:
-        """Make that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
-        trainer_class, config_class, context = trl_classes(self.pairs.work, kind)
-        options = {"per_device_train_batch_size": self.pairs.pairs, "gradient_checkpointing": False}
+        """Makes that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
+        trainer_class, config_class, context = trl_classes(self.pairs.kind, kind)
+        options = {"per_device_train_batch_size": self.pairs.groups, "gradient_checkpointing": False}
         data = datasets.Dataset.from_list(self.texts)
         trainer = trainer_class(**self.models(), args=config_class(**options, **self.arguments()), train_dataset=data)
         batch = next(iter(trainer.get_train_dataloader()))
@@ -170,32 +135,25 @@ class Trainers:
         return step
 
     def our_step(self, sharing: str) -> OwnStep:
-        """Make that of CPOTrainer, which packs the batch in every step."""
-        args = CPOConfig(objective=self.pairs.work, prefix_sharing=sharing, **self.arguments())
+        """Makes that of CPOTrainer, which packs the batch in every step."""
+        args = CPOConfig(objective=self.pairs.kind, prefix_sharing=sharing, **self.arguments())
         trainer = CPOTrainer(**self.models(), args=args, train_dataset=self.texts)
         trainer.model.train()
-        return OwnStep(trainer, self.pairs.pairs)
+        return OwnStep(trainer, self.pairs.groups)
 
     def arguments(self) -> dict[str, Any]:
-        """Return what every trainer is told."""
-        return {
-            "output_dir": self.folder,
-            "beta": BETA,
-            "max_length": 2 * self.pairs.tokens,
-            "use_cpu": self.device.type == "cpu",
-            "bf16": False,
-            "report_to": "none",
-            "dataloader_pin_memory": False,
-        }
+        """Returns what every trainer is told."""
+        common = {"output_dir": self.folder, "report_to": "none", "dataloader_pin_memory": False, "bf16": False}
+        return common | {"beta": BETA, "max_length": 2 * self.pairs.tokens, "use_cpu": self.device.type == "cpu"}
 
     def models(self) -> dict[str, Any]:
-        """Return the models of every trainer, and its tokenizer."""
+        """Returns the models of every trainer, and its tokenizer."""
         models = {"model": twin(self.policy), "processing_class": self.tokenizer}
-        return models | ({"ref_model": twin(self.reference)} if self.pairs.work == "dpo" else {})
+        return models | ({"ref_model": twin(self.reference)} if self.pairs.kind == "dpo" else {})
 
 
 def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractContextManager]]:
-    """Return trainer, configuration and the context of its steps; TRL is only needed here."""
+    """Returns trainer, configuration and the context of its steps; TRL is only needed here."""
     import trl
     from trl.experimental import cpo
 
@@ -208,13 +166,10 @@ def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractCo
     return fused if kind == "fused" else stock, config, fused_head if kind == "patched" else nullcontext
 
 
-def make_texts(pairs: Pairs) -> list[dict[str, str]]:
-    """Draw random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
-    draw = Random(0)
-
-    def text(length: int) -> str:
-        return " ".join(f"w{draw.randrange(pairs.sizes.vocabulary - 1)}" for _ in range(length))
-
-    lengths = {"prompt": pairs.tokens, "chosen": pairs.tokens - 1, "rejected": pairs.tokens - 1}
-    drawn = [{name: text(length) for name, length in lengths.items()} for _ in range(pairs.pairs)]
-    return [pair | {"prompt": pair["prompt"] + " "} for pair in drawn]
+def make_texts(pairs: Given) -> list[dict[str, str]]:
+    """Draws random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
+    lengths = (pairs.tokens, pairs.tokens - 1, pairs.tokens - 1)
+    drawn = draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
+    texts = [" ".join(f"w{token}" for token in tokens) for tokens in drawn]
+    three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
+    return [{"prompt": prompt + " ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in three]

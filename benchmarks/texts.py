@@ -29,16 +29,10 @@ class Corpus:
 
     examples: list[Example]
     tokenizer: PreTrainedTokenizerFast
-    source: str
-
-    @property
-    def eos(self) -> int:
-        """Return the id of the end of a text."""
-        return self.tokenizer.eos_token_id
 
 
 def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
-    """Return every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
+    """Returns every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
 
     Args:
         setting: names the text and the tokenizer.
@@ -55,12 +49,11 @@ def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
         cut = len(words) * draw.choice((2, 3, 4)) // 6
         prompt, completion = (tokenizer.encode(" ".join(part)) for part in (words[:cut], ["", *words[cut:]]))
         examples.append(Example(prompt[-longest:], [*completion[: longest - 1], tokenizer.eos_token_id]))
-    source = " ".join(path.name for path in setting.texts) or "the reference text of Python"
-    return Corpus(examples, tokenizer, source)
+    return Corpus(examples, tokenizer)
 
 
 def read(setting: Setting) -> str:
-    """Read one paragraph a line."""
+    """Reads one paragraph a line."""
     if setting.texts:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in setting.texts)
     from pydoc_data.topics import topics
@@ -70,14 +63,12 @@ def read(setting: Setting) -> str:
 
 
 def make_tokenizer(setting: Setting, paragraphs: list[str]) -> PreTrainedTokenizerFast:
-    """Make GPT-2's from its files, or one trained on the text."""
+    """Makes GPT-2's from its files, or one trained on the text."""
     if setting.tokenizer:
-        bpe = ByteLevelBPETokenizer(
-            str(setting.tokenizer / "vocab.json"), str(setting.tokenizer / "merges.txt"), add_prefix_space=False
-        )
+        files = [str(setting.tokenizer / name) for name in ("vocab.json", "merges.txt")]
+        bpe = ByteLevelBPETokenizer(*files, add_prefix_space=False)
     else:
         bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator(
-            paragraphs, vocab_size=TRAINED_VOCABULARY, min_frequency=2, special_tokens=[EOS], show_progress=False
-        )
+        options = {"min_frequency": 2, "special_tokens": [EOS], "show_progress": False}
+        bpe.train_from_iterator(paragraphs, vocab_size=TRAINED_VOCABULARY, **options)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=EOS, eos_token=EOS, pad_token=EOS)

@@ -6,19 +6,14 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass, field
+from random import Random
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.measure import dtype_name
 from cpo_kernels import CPOTrainer
 
 EOS = "</s>"
@@ -45,7 +40,7 @@ class Sizes:
 
     @property
     def conditions(self) -> dict[str, object]:
-        """Return the sizes by the names of the results."""
+        """Returns the sizes by the names of the results."""
         return {"model": self.name, "V": self.vocabulary, "H": self.width, "layers": self.layers, "tied": self.tied}
 
 
@@ -56,38 +51,75 @@ GPT2_TINY = Sizes("GPT-2, tiny", llama=False, vocabulary=64, width=16, heads=2, 
 LLAMA_TINY = Sizes("Llama, tiny", llama=True, vocabulary=64, width=16, heads=4, layers=1)
 
 
-def make_model(sizes: Sizes, positions: int, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
-    """Make a model in float32 on the host, without dropout, that takes so many positions."""
+@dataclass(frozen=True)
+class Given:
+    """Describes what the steps of a case are given; all texts are as long, so that none has more to do than another.
+
+    Attributes:
+        kind: what is done with it: an objective, a family of negatives, an attention.
+        sizes: of the models.
+        groups: prompts, each with its completions.
+        tokens: of a prompt, and of each completion, EOS included.
+        dtype: of the parameters.
+    """
+
+    kind: str
+    sizes: Sizes
+    groups: int
+    tokens: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def conditions(self) -> dict[str, object]:
+        """Returns what all records say of it."""
+        return self.sizes.conditions | {"dtype": dtype_name(self.dtype), "prompt": 0.5}
+
+    def model(self, device: torch.device, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+        """Makes a model of its sizes."""
+        return make_model(self.sizes, 2 * self.tokens, seed, attention).to(device, self.dtype)
+
+
+def make_model(
+    sizes: Sizes, positions: int, seed: int = 0, attention: str = "sdpa", end: int | None = None
+) -> PreTrainedModel:
+    """Makes a model in float32 on the host, without dropout, that takes so many positions.
+
+    One token is the beginning, the end and the padding: `end`, or the last one, which is that of make_tokenizer.
+    """
     torch.manual_seed(seed)
-    # One token for all: that of make_tokenizer.
-    special = {name: sizes.vocabulary - 1 for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    end = sizes.vocabulary - 1 if end is None else end
+    shape = {"hidden_size": sizes.width, "num_attention_heads": sizes.heads, "num_hidden_layers": sizes.layers}
+    shape |= {"max_position_embeddings": positions, "vocab_size": sizes.vocabulary}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     if sizes.llama:  # four query heads to a key, an MLP of four times the width
-        shape = {"hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_hidden_layers": sizes.layers}
-        heads = {"num_attention_heads": sizes.heads, "num_key_value_heads": max(1, sizes.heads // 4)}
-        options = {"max_position_embeddings": positions, "tie_word_embeddings": sizes.tied}
-        config = LlamaConfig(vocab_size=sizes.vocabulary, **shape, **heads, **options, **special)
-        return LlamaForCausalLM._from_config(config, attn_implementation=attention)
-    shape = {"n_embd": sizes.width, "n_head": sizes.heads, "n_layer": sizes.layers, "n_positions": positions}
-    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(vocab_size=sizes.vocabulary, **shape, **dropout, **special)
-    return GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+        keys = {"num_key_value_heads": max(1, sizes.heads // 4), "intermediate_size": 4 * sizes.width}
+        config = LlamaConfig(**shape, **keys, tie_word_embeddings=sizes.tied)
+    else:
+        config = GPT2Config(**shape, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copy a model around the same parameters and gradients, so that what a trainer does to its modules stays there."""
+    """Copies a model around the same parameters and gradients, so that what is done to its modules stays there."""
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of one token a word, w0 and so on; the last of the vocabulary is EOS and padding."""
+    """Makes a tokenizer of one token a word, w0 and so on; the last of the vocabulary is EOS and padding."""
     words = {f"w{index}": index for index in range(vocabulary - 1)} | {EOS: vocabulary - 1}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS)
 
 
+def draw_tokens(vocabulary: int, *lengths: int, seed: int = 0) -> list[list[int]]:
+    """Draws texts of so many tokens each, without EOS."""
+    draw = Random(seed)
+    return [[draw.randrange(vocabulary - 1) for _ in range(length)] for length in lengths]
+
+
 def gradients(model: PreTrainedModel) -> tuple[Tensor, ...]:
-    """Return those of all parameters that have one."""
+    """Returns those of all parameters that have one."""
     return tuple(p.grad for p in model.parameters() if p.grad is not None)
 
 
@@ -110,7 +142,7 @@ class OwnStep:
     tokens: int = 0
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run a step without an optimizer; its gradients are added to those that are there."""
+        """Runs a step without an optimizer; its gradients are added to those that are there."""
         begun, trainer = time.perf_counter(), self.trainer
         trainer.state.global_step += 1  # new negatives
         examples = iter([{"index": torch.arange(self.groups)}])
@@ -122,6 +154,6 @@ class OwnStep:
         return loss.detach(), gradients(trainer.model)
 
     def values(self) -> dict[str, float]:
-        """Return what a record says besides its time."""
+        """Returns what a record says besides its time."""
         making = statistics.median(self.making[1:] or self.making)
         return {"positions": self.positions, "tokens": self.tokens, "making": making}

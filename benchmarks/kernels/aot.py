@@ -11,21 +11,15 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import multiprocessing
 import os
-import queue
 import re
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,14 +31,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.environment import log
+from benchmarks import records
+from benchmarks.environment import RESULTS, log
 from benchmarks.kernels.aot_cases import CASES, Case
+from benchmarks.processes import ProcessError, call_alone
+from benchmarks.records import Part, Record
+from benchmarks.tables import part_tables
 from cpo_kernels.kernels.triton import linear, tuning
 
-RESULTS = Path(__file__).parent.parent / "results"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REPORT = "triton-aot"
 KIB, MIB = 2**10, 2**20
+INTRODUCTION = """\
+# Triton kernels compiled ahead of time
+
+Made by `python -m benchmarks.kernels.aot` with triton {versions}, the figures by the first of them; without a GPU, with
+the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local memory per
+thread, shared memory bytes per program. A note is a problem."""
 
 
 @dataclass(frozen=True)
@@ -73,43 +76,18 @@ TARGETS = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """Describes a compiled kernel: ``registers`` per thread (of vectors on AMD), ``spill_bytes`` in local memory.
-
-    ``failure`` says why there is none, and there is nothing else to say then.
-
-    ``scalar_spills``: scalar registers that AMD's compiler keeps in lanes of vector registers. They cost an instruction
-    to move and no memory; those for which lanes do not suffice count in ``spill_bytes``.
-    """
-
-    case: str
-    target: str
-    kernel: str
-    warps: int = 0
-    stages: int = 0
-    registers: int = 0
-    spill_bytes: int = 0
-    scalar_spills: int = 0
-    shared_bytes: int = 0
-    missing: tuple[str, ...] = ()
-    failure: str = ""
-
-
-def problems(kernel: Kernel) -> list[str]:
-    """Name what a kernel must not do, if it does."""
-    limit = TARGETS[kernel.target].shared_limit
-    found = [f"does not compile: {kernel.failure}"] if kernel.failure else []
-    found += [f"no instruction matches {pattern}" for pattern in kernel.missing]
-    if kernel.spill_bytes:
-        found.append(f"spills {kernel.spill_bytes} bytes a thread")
-    if kernel.shared_bytes > limit:
-        found.append(f"takes {kernel.shared_bytes} bytes of shared memory, {kernel.target} has {limit}")
-    return [f"{kernel.case} for {kernel.target}: {kernel.kernel} {problem}" for problem in found]
+def problems(target: Target, values: Mapping[str, float], missing: Sequence[str]) -> str:
+    """Names what a kernel must not do, if it does."""
+    found = [f"no instruction matches {pattern}" for pattern in missing]
+    if values["spill_bytes"]:
+        found.append(f"spills {values['spill_bytes']} bytes a thread")
+    if values["shared_bytes"] > target.shared_limit:
+        found.append(f"takes {values['shared_bytes']} bytes of shared memory, {target.name} has {target.shared_limit}")
+    return "; ".join(found)
 
 
 def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
-    """Compile everything that ``launch`` launches; nothing runs."""
+    """Compiles everything that ``launch`` launches; nothing runs."""
     compiled = []
     run = JITFunction.run
 
@@ -136,7 +114,7 @@ def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
 
 
 def dump(cubin: bytes, *options: str) -> str:
-    """Return what cuobjdump says about a cubin."""
+    """Returns what cuobjdump says about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -144,201 +122,107 @@ def dump(cubin: bytes, *options: str) -> str:
 
 
 def cuda_resources(usage: str) -> dict[str, int]:
-    """Read registers and local memory from ``cuobjdump -res-usage``."""
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
-    return {
-        "registers": int(numbers["REG"]),
-        "spill_bytes": int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        "scalar_spills": 0,
-    }
+    """Reads registers per thread and local memory from ``cuobjdump -res-usage``."""
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """Read registers and local memory from the metadata at the end of the assembly."""
+    """Reads vector registers and local memory from the metadata at the end of the assembly.
+
+    Scalar registers that are kept in lanes of vector registers (moved scalars) cost an instruction and no memory; those
+    for which lanes do not suffice count as spills.
+    """
     names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
     numbers = {name: int(value) for name, value in re.findall(rf"\.({names}):\s+(\d+)", assembly)}
-    return {
-        "registers": numbers["vgpr_count"],
-        "spill_bytes": max(numbers["private_segment_fixed_size"], 4 * numbers["vgpr_spill_count"]),
-        "scalar_spills": numbers["sgpr_spill_count"],
-    }
+    spills = max(numbers["private_segment_fixed_size"], 4 * numbers["vgpr_spill_count"])
+    counts = {"registers": numbers["vgpr_count"], "moved_scalars": numbers["sgpr_spill_count"]}
+    return counts | {"spill_bytes": spills}
 
 
 def missing_instructions(case: Case, target: str, code: str) -> tuple[str, ...]:
-    """Return patterns that a case requires on an architecture and that its machine code does not match."""
+    """Returns patterns that a case requires on an architecture and that its machine code does not match."""
     patterns = [p for required in case.required for prefix, p in required.items() if target.startswith(prefix)]
     return tuple(pattern for pattern in patterns if not re.search(pattern, code))
 
 
-def describe(case: Case, target: Target, compiled: Any) -> Kernel:
-    """Return what is reported of a compiled kernel."""
-    metadata = compiled.metadata
+def describe(case: Case, target: Target, compiled: Any) -> Record:
+    """Returns what is reported of a compiled kernel, with its problems as a note."""
+    metadata, required = compiled.metadata, compiled.metadata.name == case.kernel and case.required
     if target.gpu.backend == "cuda":
         cubin = compiled.asm["cubin"]
-        resources, code = cuda_resources(dump(cubin, "-res-usage")), ""
-        if metadata.name == case.kernel and case.required:
-            code = dump(cubin, "-sass")
+        resources, code = cuda_resources(dump(cubin, "-res-usage")), dump(cubin, "-sass") if required else ""
     else:
         code = compiled.asm["amdgcn"]
         resources = amd_resources(code)
-    missing = missing_instructions(case, target.name, code) if metadata.name == case.kernel else ()
-    return Kernel(
-        case=case.name,
-        target=target.name,
-        kernel=metadata.name,
-        warps=metadata.num_warps,
-        stages=metadata.num_stages,
-        shared_bytes=metadata.shared,
-        missing=missing,
-        **resources,
-    )
+    missing = missing_instructions(case, target.name, code) if required else ()
+    values = {"warps": metadata.num_warps, "stages": metadata.num_stages, "shared_bytes": metadata.shared, **resources}
+    return Record(target.name, case.name, values, {"kernel": metadata.name}, problems(target, values, missing))
 
 
-def compile_case(case: Case, target: Target) -> list[Kernel]:
-    """Compile all kernels of a case.
+def compile_case(case: Case, target: Target) -> list[Record]:
+    """Compiles all kernels of a case.
 
     Raises:
         RuntimeError: the case did not launch the kernel that it is about.
     """
     kernels = [describe(case, target, compiled) for compiled in compile_launches(case.launch, target)]
-    if case.kernel not in {kernel.kernel for kernel in kernels}:
-        raise RuntimeError(f"{case.name} launched {[k.kernel for k in kernels]}, expected {case.kernel}")
+    launched = [kernel.conditions["kernel"] for kernel in kernels]
+    if case.kernel not in launched:
+        raise RuntimeError(f"{case.name} launched {launched}, expected {case.kernel}")
     return kernels
 
 
-def serve(jobs: Connection, stderr: str) -> None:
-    """Compile (case, target) after (case, target) until there are none; what the compilers say goes to a file."""
+def compile_in_a_process(case: str, target: str) -> list[Record]:
+    """Compiles a case in a process of its own: compilers stop at what they find impossible.
+
+    Returns its kernels, or one that says why there are none, with the compilers' own words, which exceptions lack.
+    """
+    with tempfile.NamedTemporaryFile("r", errors="replace") as stderr:
+        try:
+            found = call_alone(compile_named, case, target, stderr.name, preload=["benchmarks.kernels.aot_cases"])
+        except ProcessError as error:
+            said = re.search(r"error: (.+)", stderr.read())
+            note = f"does not compile: {error}" + (f" ({said.group(1)})" if said else "")
+            found = [Record(target, case, {}, {"kernel": CASES[case].kernel}, note)]
+    for kernel in found:
+        if kernel.note:
+            log(f"{case} for {target}: {kernel.conditions['kernel']} {kernel.note}")
+    return found
+
+
+def compile_named(case: str, target: str, stderr: str) -> list[Record]:
+    """Compiles a case by its name for a target by its name; what the compilers say goes to a file."""
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
-    for case, target in iter(jobs.recv, None):
-        try:
-            kernels = compile_case(CASES[case], TARGETS[target])
-        except Exception as error:  # whatever a compiler raises
-            kernels = [Kernel(case, target, CASES[case].kernel, failure=f"{type(error).__name__}: {error}".strip())]
-        jobs.send(kernels)
+    return compile_case(CASES[case], TARGETS[target])
 
 
-class Compiler:
-    """Holds a process that compiles, and the next one where it ends: compilers stop at what they find impossible."""
-
-    def __init__(self) -> None:
-        self.stderr = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115 - closed by end()
-        self.start()
-
-    def start(self) -> None:
-        """Start the process."""
-        context = multiprocessing.get_context("spawn")
-        self.jobs, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, self.stderr.name))
-        self.process.start()
-        theirs.close()
-
-    def run(self, case: str, target: str) -> list[Kernel]:
-        """Compile a case; return its kernels, or one that says why there are none."""
-        self.stderr.seek(0, os.SEEK_END)
-        try:
-            self.jobs.send((case, target))
-            kernels: list[Kernel] = self.jobs.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            status = self.process.exitcode or 0
-            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            kernels = [Kernel(case, target, CASES[case].kernel, failure=f"the compiler ended with {how}")]
-            self.start()
-        said = re.search(r"error: (.+)", self.stderr.read())
-        # The compilers' own words, which exceptions do not carry.
-        return [replace(k, failure=f"{k.failure} ({said.group(1)})") if k.failure and said else k for k in kernels]
-
-    def end(self) -> None:
-        """Let the process end."""
-        with suppress(ConnectionError):
-            self.jobs.send(None)
-        self.process.join()
-        self.stderr.close()
+def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Record]:
+    """Compiles every case for every target, as many at a time as there are cores; problems are told as they come."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = pool.map(compile_in_a_process, *zip(*itertools.product(cases, targets), strict=True))
+        return [kernel for kernels in jobs for kernel in kernels]
 
 
-def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Kernel]:
-    """Compile every case for every target, as many at a time as there are cores; problems are told as they come."""
-    jobs = list(itertools.product(cases, targets))
-    free: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
-
-    def run(job: tuple[str, str]) -> list[Kernel]:
-        compiler = free.get()
-        try:
-            kernels = compiler.run(*job)
-        finally:
-            free.put(compiler)
-        for problem in itertools.chain.from_iterable(map(problems, kernels)):
-            log(problem)
-        return kernels
-
-    compilers = [Compiler() for _ in range(min(len(os.sched_getaffinity(0)), len(jobs)))]
-    for compiler in compilers:
-        free.put(compiler)
-    try:
-        with ThreadPoolExecutor(len(compilers)) as pool:
-            return [kernel for kernels in pool.map(run, jobs) for kernel in kernels]
-    finally:
-        for compiler in compilers:
-            compiler.end()
+def load(folder: Path) -> Part:
+    """Reads the report in a folder."""
+    return records.load(folder / f"{REPORT}.json")[REPORT]
 
 
-@dataclass(frozen=True)
-class Report:
-    """Holds what one version of Triton made of the kernels, and what other versions (``beside``) had as problems."""
-
-    triton: str
-    kernels: list[Kernel]
-    beside: dict[str, list[str]] = field(default_factory=dict)
-
-    def problems(self) -> list[str]:
-        """Return those of all kernels, and of the other versions."""
-        own = [problem for kernel in self.kernels for problem in problems(kernel)]
-        return own + [f"triton {version}: {problem}" for version, found in self.beside.items() for problem in found]
-
-    @staticmethod
-    def load(folder: Path) -> Report:
-        """Read the report in a folder."""
-        content = json.loads((folder / f"{REPORT}.json").read_text())
-        kernels = [Kernel(**kernel | {"missing": tuple(kernel["missing"])}) for kernel in content["kernels"]]
-        return Report(content["triton"], kernels, content["beside"])
-
-    def write(self, folder: Path) -> None:
-        """Write both files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{REPORT}.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
-        (folder / f"{REPORT}.md").write_text(markdown(self))
+def write(part: Part, folder: Path) -> None:
+    """Writes the report: JSON and a page with one table an architecture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save({REPORT: part}, folder / f"{REPORT}.json")
+    (folder / f"{REPORT}.md").write_text(page(part))
 
 
-def markdown(report: Report) -> str:
-    """Return one table an architecture."""
-    checked = f", and checked with {' and '.join(report.beside)} too" if report.beside else ""
-    lines = [
-        "# Triton kernels compiled ahead of time",
-        "",
-        f"Made by `python -m benchmarks.kernels.aot` with triton {report.triton}{checked}; without a GPU, with",
-        "the block sizes of `tuning.json`. Registers are per thread (vector registers on AMD), spills bytes of local",
-        "memory per thread, shared memory bytes per program. Moved scalars, on AMD: scalar registers kept in lanes of",
-        "vector registers, which costs an instruction and no memory.",
-    ]
-    for target in TARGETS.values():
-        rows = [kernel for kernel in report.kernels if kernel.target == target.name]
-        if rows:
-            lines += ["", f"## {target.name} ({target.shared_limit // KIB} KiB of shared memory)", ""]
-            lines += [
-                "| case | kernel | warps | stages | registers | spills | shared | moved scalars |",
-                "| --- | --- " + "| ---: " * 6 + "|",
-            ]
-            lines += [
-                f"| {k.case} | {k.kernel} | {k.warps} | {k.stages} | {k.registers} | {k.spill_bytes} "
-                f"| {k.shared_bytes} | {k.scalar_spills} |"
-                for k in rows
-            ]
-    lines += ["", "## Problems", "", *([f"- {problem}" for problem in report.problems()] or ["None."])]
-    return "\n".join(lines) + "\n"
+def page(part: Part) -> str:
+    """Returns one table an architecture, and the problems that other versions had."""
+    return "\n\n".join([INTRODUCTION.format(versions=", ".join(part.environment["triton"])), *part_tables(part)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile and report; exit status 1 if any kernel has a problem."""
+    """Compiles and report; exit status 1 if any kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
@@ -347,14 +231,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    started = time.perf_counter()
     cases = [name for name in CASES if any(part in name for part in options.cases)]
-    others = [Report.load(folder) for folder in options.beside]
-    beside = {other.triton: other.problems() for other in others}
-    report = Report(triton.__version__, compile_all(cases, options.targets), beside)
-    report.write(options.out)
-    found, seconds = report.problems(), time.perf_counter() - started
-    log(f"{len(report.kernels)} kernels of {len(cases)} cases in {seconds:.0f} s, {len(found)} problems")
+    part = Part(REPORT, {"triton": [triton.__version__]}, compile_all(cases, options.targets))
+    for other in map(load, options.beside):
+        (version,) = other.environment["triton"]
+        part.environment["triton"].append(version)
+        part.records += [replace(r, case=f"{r.case}, triton {version}") for r in other.records if r.note]
+    write(part, options.out)
+    found = [record for record in part.records if record.note]
+    log(f"{len(part.records)} kernels of {len(cases)} cases, {len(found)} problems")
     return 1 if found else 0
 
 

@@ -14,50 +14,40 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from benchmarks.environment import log
+from benchmarks.environment import ROOT, log
 
-ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "build" / "triton"
 # That of torch 2.11, that of the torch which development pins, and the newest, in this order.
 VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 
 
-def install(version: str) -> Path:
-    """Return the folder of a version of Triton, installed unless it is there."""
+def run_aot(version: str, arguments: Sequence[str]) -> int:
+    """Compiles with a version of Triton, installed unless it is there; returns the exit status."""
+    log(f"triton {version} ...")
     folder = FOLDER / version
     if not (folder / f"triton-{version}.dist-info").exists():
-        log(f"installing triton {version} ...")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
         subprocess.run([*pip, f"triton=={version}"], check=True)
-    return folder
-
-
-def run_aot(version: str, out: Path | None, arguments: Sequence[str]) -> int:
-    """Compile with a version of Triton, report into `out` (None: the default) and return the exit status."""
-    paths = (str(install(version)), str(ROOT), os.environ.get("PYTHONPATH"))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment.setdefault("TRITON_CACHE_DIR", str(FOLDER / "cache"))
-    where = [] if out is None else ["--out", str(out)]
-    log(f"triton {version} ...")
-    command = [sys.executable, "-m", "benchmarks.kernels.aot", *where, *arguments]
+    paths = filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH")))
+    environment = {"TRITON_CACHE_DIR": str(FOLDER / "cache")} | os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "benchmarks.kernels.aot", *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the versions one after another, the newest last."""
+    """Runs the versions one after another, the newest last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS, help="default: %(default)s")
     options, arguments = parser.parse_known_args(argv)
+    reports = {version: ["--out", str(FOLDER / "reports" / version)] for version in options.versions}
     *others, newest = options.versions
-    whole = not arguments and tuple(options.versions) == VERSIONS
-    reports = {version: FOLDER / "reports" / version for version in options.versions}
-    statuses = [run_aot(version, reports[version], arguments) for version in others]
-    beside = [str(reports[version]) for version in others]
-    statuses.append(run_aot(newest, None if whole else reports[newest], [*arguments, "--beside", *beside]))
-    return 1 if any(statuses) else 0
+    if not arguments and tuple(options.versions) == VERSIONS:
+        reports[newest] = []  # that of the repository
+    statuses = [run_aot(version, [*reports[version], *arguments]) for version in others]
+    beside = ["--beside", *(reports[version][1] for version in others)]
+    return 1 if any([*statuses, run_aot(newest, [*reports[newest], *arguments, *beside])]) else 0
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ def corpus(tmp_path, longest: int = 1000, **setting: object) -> texts.Corpus:
 
 def test_prompt_and_completion_make_the_paragraph(tmp_path):
     found = corpus(tmp_path)
-    assert len(found.examples) == 20 and found.source == "text.txt"
+    assert len(found.examples) == 20
     decoded = {found.tokenizer.decode(e.prompt + e.completion[:-1]) for e in found.examples}
     assert decoded == {f"{i} {WORDS}" for i in range(20)}
-    assert all(e.completion[-1] == found.eos not in e.prompt + e.completion[:-1] for e in found.examples)
+    assert all(
+        e.completion[-1] == found.tokenizer.eos_token_id not in e.prompt + e.completion[:-1] for e in found.examples
+    )
     assert len({len(e.prompt) for e in found.examples}) > 1
 
 
@@ -36,7 +38,7 @@ def test_long_texts_lose_beginning_or_end(tmp_path):
     whole, cut = corpus(tmp_path), corpus(tmp_path, 8)
     for long, short in zip(whole.examples, cut.examples, strict=True):
         assert short.prompt == long.prompt[-8:]
-        assert short.completion == [*long.completion[:7], cut.eos]
+        assert short.completion == [*long.completion[:7], cut.tokenizer.eos_token_id]
 
 
 def test_the_same_seed_is_the_same_order(tmp_path):
@@ -49,7 +51,7 @@ def test_the_tokenizer_is_read_from_its_files(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     found = corpus(tmp_path, tokenizer=tmp_path)
-    assert len(found.tokenizer) == len(vocabulary) and found.eos == len(letters)
+    assert len(found.tokenizer) == len(vocabulary) and found.tokenizer.eos_token_id == len(letters)
     assert {i for e in found.examples for i in e.prompt} <= set(vocabulary.values())
 
 

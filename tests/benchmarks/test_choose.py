@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels import choose
-from benchmarks.kernels.choose import Measured, Size, Task
-from benchmarks.kernels.tune import write_table
+from benchmarks.kernels import adopt, choose
+from benchmarks.kernels.adopt import write_table
+from benchmarks.kernels.choose import Measured, Task
 from benchmarks.setting import Setting
 from cpo_kernels.kernels import selection
 from cpo_kernels.kernels.cuda import extension as cuda_extension
@@ -22,7 +23,6 @@ from cpo_kernels.kernels.selection import Choice, Sizes
 pytestmark = pytest.mark.cpu
 CPU = torch.device("cpu")
 BF16, FP32 = torch.bfloat16, torch.float32
-FOREVER = float("inf")
 ALL = ("triton", "torch", "cuda")
 dry_run = pytest.mark.interpreter  # on a GPU, gpu-check measures
 
@@ -42,6 +42,7 @@ def table(tmp_path_factory, monkeypatch):
     path = tmp_path_factory.mktemp("committed") / "selection.json"
     path.write_text(json.dumps({"source": "choices: not measured yet", "prefer": {}, "choices": []}))
     monkeypatch.setattr(choose, "TABLE", path)
+    monkeypatch.setattr(choose, "CHOICES", replace(choose.CHOICES, table=path))
     return json.loads(path.read_text())
 
 
@@ -49,8 +50,8 @@ def table(tmp_path_factory, monkeypatch):
 
 
 def rows(operation="row_forward", bound=None, dtype=BF16, **seconds) -> Measured:
-    size = Size(bound or 262144, dtype, bound)
-    return Measured(operation, size, {str(size): {None if n == "none" else n: s for n, s in seconds.items()}})
+    where = Task(operation, None, bound or 262144, dtype, bound)
+    return Measured(where, {str(where): {None if n == "none" else n: s for n, s in seconds.items()}})
 
 
 @pytest.mark.parametrize(("seconds", "backend"), [(0.97, "cuda"), (0.985, "triton"), (1.0, "triton"), (2.0, "triton")])
@@ -68,7 +69,7 @@ def test_the_fastest_of_several_ways_is_chosen():
 
 def test_of_several_places_the_least_gain_counts():
     places = {"G=1": {"triton": 1.0, "cuda": 0.5}, "G=2": {"triton": 1.0, "cuda": 0.99}}
-    measured = Measured("contrast", Size(), places)
+    measured = Measured(Task("contrast", None), places)
     assert choose.fastest(measured) == "triton"
     assert choose.figures(measured) == "cuda at least 1.01x the speed of triton at G=1; G=2"
     places["G=2"] = {"triton": 1.0, "cuda": 0.8}
@@ -113,8 +114,8 @@ def test_each_size_gets_what_is_fastest_there(faster):
 
 def test_null_keeps_a_way_around_out_where_it_does_not_pay():
     def at(bound, none, **others):
-        size = Size(128256, BF16, None, bound or 8192, bound)
-        return Measured("linear_forward", size, {str(size): {None: none, **others}})
+        where = Task("linear_forward", None, 128256, BF16, None, bound or 8192, bound)
+        return Measured(where, {str(where): {None: none, **others}})
 
     measured = [at(1024, 1.0, cuda=0.8, triton=0.9), at(2048, 1.0, cuda=1.2), at(None, 1.0, cuda=0.9)]
     entries = choose.entries(measured, "sm_90")
@@ -140,7 +141,7 @@ def test_measurements_take_the_place_of_choices_of_their_own_kind_only():
         old("sm_90", "row_backward", dtype="any"),
     ]
     table = {"source": "cpu: x. choices: none", "prefer": {}, "measurements": {"sm_80": "there"}, "choices": choices}
-    contrast = Measured("contrast", Size(), {"G=1": {"triton": 1.0, "cuda": 2.0}})
+    contrast = Measured(Task("contrast", None), {"G=1": {"triton": 1.0, "cuda": 2.0}})
     new = choose.merged(table, [rows(triton=1.0, cuda=0.5), contrast], "sm_90", "here")
     assert new["measurements"] == {"sm_80": "there", "sm_90": "here"}
     assert new["source"].startswith("cpu: x. choices: benchmarks/kernels/choose.py")
@@ -170,14 +171,14 @@ LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss
 
 def run(tmp_path, *arguments: str) -> tuple[int, dict]:
     out = tmp_path / "selection.json"
-    status = choose.main(["--quick", "--device", "cpu", "--out", str(out), *arguments])
+    status = choose.CHOICES.main(["--quick", "--device", "cpu", "--out", str(out), *arguments])
     return status, json.loads(out.read_text()) if out.exists() else {}
 
 
 @dry_run
 def test_a_dry_run_measures_every_operation_at_every_size(gpu, tmp_path, capsys, monkeypatch):
-    """A dry run takes one size only, so that half of the sizes would say the same once more."""
-    tasks = {(task.operation, task.size.dtype): task for task in choose.TASKS}
+    """A dry run takes one size only, so that all of an operation would say the same."""
+    tasks = {task.name: task for task in choose.TASKS}
     monkeypatch.setattr(choose, "TASKS", list(tasks.values()))
     launched = set()
     for name in LAUNCHES:
@@ -198,7 +199,7 @@ def test_a_dry_run_measures_every_operation_at_every_size(gpu, tmp_path, capsys,
 @dry_run
 def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cuda_extension, "_load", lambda: (None, "it was not built"))
-    some = {each.operation: each for each in choose.TASKS}
+    some = {each.name: each for each in choose.TASKS}
     tasks = [some[operation] for operation in ("row_forward", "linear_forward", "linear_kept")]
     monkeypatch.setattr(choose, "TASKS", tasks)
     status, table = run(tmp_path)
@@ -209,33 +210,33 @@ def test_without_the_extension_there_is_less_to_choose(tmp_path, capsys, monkeyp
 
 def test_a_dry_run_does_not_touch_the_committed_table():
     with pytest.raises(SystemExit):
-        choose.main(["--quick", "--device", "cpu"])
+        choose.CHOICES.main(["--quick", "--device", "cpu"])
 
 
-def task(seconds: float, seen=None, now=None, operation="row_forward", **bounds) -> Task:
+def task(seconds: float, seen=None, now=None, name="row_forward", **bounds) -> Task:
     """One that finds the compiled kernels to take so long, where Triton's take 1 s."""
 
-    def places(_setting, size, names, chosen):
+    def places(where, _setting, names, chosen):
         if seen is not None:
             seen.append([(choice.operation, choice.backend, choice.vocab_at_most) for choice in chosen])
         if now is not None:
             now[0] += 1.0
         if seconds <= 0:
             raise RuntimeError("out of something")
-        yield str(size), {name: seconds if name == "cuda" else 1.0 for name in names}
+        yield str(where), {name: seconds if name == "cuda" else 1.0 for name in names}
 
-    return Task(operation, Size(64, FP32, **bounds), places)
+    return Task(name, places, 64, FP32, **bounds)
 
 
-def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu, table):
+def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu, tmp_path):
     seen = []
     tasks = [
         task(0.5, seen, vocab_at_most=100),
-        task(2.0, seen, operation="contrast"),
-        task(0.5, seen, operation="row_gradient_"),
-        task(0.5, seen, operation="linear_kept"),
+        task(2.0, seen, name="contrast"),
+        task(0.5, seen, name="row_gradient_"),
+        task(0.5, seen, name="linear_kept"),
     ]
-    list(choose.measure_all(tasks, Setting(CPU, quick=True), FOREVER, table))
+    choose.CHOICES.run(tasks, Setting(CPU, quick=True), tmp_path / "out.json", float("inf"))
     assert seen == [[], *[[("row_forward", "cuda", 100)]] * 3]
 
 
@@ -246,9 +247,9 @@ def test_what_was_measured_when_the_time_was_up_is_written(gpu, tmp_path, monkey
     now = [0.0]
     tasks = [task(0.5, now=now, vocab_at_most=bound) for bound in (10, 20)] + [task(0.5, now=now)]
     monkeypatch.setattr(choose, "TASKS", tasks)
-    monkeypatch.setattr(choose.time, "monotonic", lambda: now[0])
-    # Past the deadline only strictly: what starts at the deadline still runs.
-    status, table = run(tmp_path, "--seconds", str(measured - 1))
+    monkeypatch.setattr(adopt.time, "monotonic", lambda: now[0])
+    # The first one begins whatever it takes, and then what would probably end in time.
+    status, table = run(tmp_path, "--seconds", str(measured if measured else -1))
     assert status == (0 if measured == 3 else 1)
     assert [c.get("vocab_at_most") for c in table.get("choices", [])] == [10, 20, None][:measured]
 
@@ -280,7 +281,7 @@ def test_a_wrong_result_is_not_chosen(gpu, tmp_path, monkeypatch, capsys, operat
             logps[:] = [1.1 * logp for logp in logps]
 
         monkeypatch.setattr(gpu, name, wrong)
-    monkeypatch.setattr(choose, "TASKS", [t for t in choose.TASKS if t.operation == operation][:1])
+    monkeypatch.setattr(choose, "TASKS", [t for t in choose.TASKS if t.name == operation][:1])
     status, table = run(tmp_path)
     log = capsys.readouterr().err
     assert status == 1 and table["choices"] == []

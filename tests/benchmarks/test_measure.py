@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import mmap
+import os
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import processes
 from benchmarks.measure import (
     Agreement,
     AnotherLossError,
@@ -17,13 +23,15 @@ from benchmarks.measure import (
     ContestantError,
     NotHereError,
     each,
+    in_rounds,
     measure,
+    not_here,
     ready,
 )
-from benchmarks.memory import PeakMeter
+from benchmarks.meters import PeakMeter
+from benchmarks.processes import ProcessError, call_alone
 from benchmarks.records import Record
 from benchmarks.setting import CPU
-from benchmarks.timing import Timing, interleave
 
 pytestmark = pytest.mark.cpu
 
@@ -40,45 +48,50 @@ class Clock:
         return seconds, (name, seconds)
 
 
-def takes(**seconds: float):
-    return {name: partial(lambda name, own: (name, own), name, own) for name, own in seconds.items()}
+def taking(**seconds):
+    """Contestants that take so long; several numbers are the warm-up and one round after the other."""
+
+    def call(name, own):
+        left = iter(own) if isinstance(own, list) else iter(lambda: own, None)
+        return lambda: (name, next(left))
+
+    return [Contestant(name, partial(call, name, own)) for name, own in seconds.items()]
 
 
 def test_everyone_runs_once_a_round_and_each_round_begins_with_another():
     clock = Clock()
-    timings = interleave(takes(a=1.0, b=50.0, c=2.0), 4, clock=clock)
+    records = measure(Case("x", taking(a=1.0, b=50.0, c=2.0), rounds=4), CPU, clock)
     assert "".join(clock.calls) == "abc" + "bca" + "cab" + "abc"
-    assert {name: timing.seconds for name, timing in timings.items()} == {
-        "a": (1.0,) * 4,
-        "b": (50.0,) * 4,
-        "c": (2.0,) * 4,
-    }
+    found = {record.contestant: (record.values["seconds"], record.values["rounds"]) for record in records}
+    assert found == {"a": (1.0, 4), "b": (50.0, 4), "c": (2.0, 4)}
 
 
 def test_rounds_end_when_the_time_is_up_but_there_are_three():
-    calls = {name: partial(time.sleep, 0.01) for name in "ab"}
-    timings = interleave(calls, 9, seconds=0.0)
-    assert {len(timing.seconds) for timing in timings.values()} == {3}
+    records = measure(Case("x", taking(a=1.0, b=1.0), rounds=9, seconds=0.0), CPU, Clock())
+    assert [record.values["rounds"] for record in records] == [3, 3]
 
 
 def test_who_fails_leaves_the_turns_and_the_others_have_all_rounds():
-    left = iter([None, None, ValueError("no more")])
+    good, bad = measure(Case("x", taking(a=1.0, b=[1.0, 1.0, 1.0]), rounds=5), CPU, Clock())
+    assert good.values["rounds"] == 5 and not bad.values and bad.note.startswith("StopIteration")
 
-    def fails():
-        if error := next(left):
-            raise error
 
-    failed = {}
-    timings = interleave({"a": lambda: None, "b": fails}, 5, failed=failed.__setitem__)
-    assert len(timings["a"].seconds) == 5 and timings.keys() == {"a"} and str(failed["b"]) == "no more"
-    with pytest.raises(ZeroDivisionError):
-        interleave({"a": lambda: 1 / 0}, 2)
+def test_the_median_counts_and_neither_the_least_nor_the_mean():
+    """By the fewest seconds and by the mean, `a` would be faster."""
+    records = measure(
+        Case(
+            "x", taking(a=[0, 1.0, 9.0, 8.0, 1.5, 7.0], b=[0, 6.0, 6.0, 6.0, 6.0, 6.0]), rounds=5, ratios={"of_b": "b"}
+        ),
+        CPU,
+        Clock(),
+    )
+    assert records[0].values["seconds"] == 7.0 and records[0].values["of_b"] == 7.0 / 6.0
 
 
 def test_medians_and_the_spread_between_quartiles_are_told():
-    timing = Timing((1.0, 9.0, 2.0, 3.0, 4.0))
-    assert timing.values() == {"seconds": 3.0, "spread": pytest.approx((4 - 2) / 3), "rounds": 5.0}
-    assert Timing((2.0,)).spread == 0
+    found = {"seconds": 3.0, "spread": pytest.approx((4 - 2) / 3), "rounds": 5.0}
+    assert in_rounds((1.0, 9.0, 2.0, 3.0, 4.0)) == found
+    assert in_rounds((2.0,))["spread"] == 0
 
 
 def sleeps(name: str, seconds: float, **options) -> Contestant:
@@ -92,7 +105,7 @@ def found(case: Case) -> dict[str, Record]:
 def test_values_are_ratios_of_medians():
     others = {"ratios": {"of_a": "a", "of_nobody": "nobody"}, "values": lambda s: {"per_second": 1 / s}}
     contestants = [sleeps("a", 0.01), sleeps("b", 0.02), sleeps("c", 0.03, conditions={"K": 1}, **others)]
-    records = found(Case("x", contestants, {"N": 8, "K": 3}, {"of_b": "b"}, {"speed": "a"}, rounds=3, note="slow"))
+    records = found(Case("x", contestants, {"N": 8, "K": 3}, {"of_b": "b"}, {"speed": "a"}, note="slow"))
     seconds = {name: record.values["seconds"] for name, record in records.items()}
     assert records["a"].values["of_b"] == seconds["a"] / seconds["b"] and records["b"].values["of_b"] == 1
     assert records["b"].values["speed"] == seconds["a"] / seconds["b"]
@@ -117,7 +130,7 @@ def not_built():
         (Contestant("b", not_built), "ImportError: no such package"),
         (Contestant("b", lambda: lambda: 1 / 0), "ZeroDivisionError: division by zero"),
         (sleeps("b", 0.0, check=refuse), "AnotherLossError: computes another loss"),
-        (sleeps("b", 0.0, absent="not asked for"), "not asked for"),
+        (not_here("b", "not asked for"), "not asked for"),
     ],
 )
 def test_who_is_absent_fails_or_is_wrong_has_a_reason_and_no_values(contestant, why):
@@ -148,12 +161,12 @@ def test_the_peak_is_beyond_the_gradients_that_are_returned():
         temporary = torch.ones(2**22)  # 16 MiB
         return temporary.sum(), (torch.ones(2**21),)
 
-    records = found(Case("x", [ready("a", call), ready("b", call, fresh=False)], peaks=True))
-    assert records["a"].values["peak_mib"] == pytest.approx(16, abs=4) and "peak_mib" not in records["b"].values
+    (record,) = measure(Case("x", [ready("a", call)], peaks=True), CPU)
+    assert record.values["peak_mib"] == pytest.approx(16, abs=4)
 
 
 def test_the_meter_sees_what_was_touched_and_freed():
-    size, meter, slack = 64 * 2**20, PeakMeter(), 2 * 2**20  # counters of resident pages are batched per core
+    size, meter, slack = 64 * 2**20, PeakMeter(CPU), 2 * 2**20  # counters of resident pages are batched per core
     meter.start()
     assert abs(meter.growth()) <= slack
     with mmap.mmap(-1, size) as block:
@@ -187,3 +200,40 @@ def test_a_case_that_fails_does_not_keep_the_next_from_being_measured():
         for record in each({"first": fails, "second": not_here, "third": lambda: iter([Record("third", "a")])}):
             records.append(record)
     assert [record.case for record in records] == ["first", "second", "third"] and records[1].note == "no interpreter"
+
+
+# Processes of their own
+
+
+def fail():
+    raise ValueError("no\nand more")
+
+
+alone = partial(call_alone, preload=["benchmarks.measure"])
+
+
+def test_a_process_returns_or_says_why_not():
+    assert alone(os.path.join, "a", "b") == "a/b"
+    with pytest.raises(ProcessError, match=r"^ValueError: no$"):
+        alone(fail)
+    with pytest.raises(ProcessError, match="SIGABRT"):
+        alone(os.abort)
+    with pytest.raises(ProcessError, match="exit status 3"):
+        alone(os._exit, 3)
+    assert alone(processes.end_with, "early") == "early"
+
+
+def leave_a_child():
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid
+
+
+def test_what_a_process_leaves_is_ended():
+    child = alone(leave_a_child)
+    for _ in range(200):
+        stat = Path(f"/proc/{child}/stat")
+        if not stat.exists() or ") Z " in stat.read_text():
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("it is still there")

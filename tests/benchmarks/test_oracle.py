@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,21 +11,21 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contestants, oracle, shapes
-from benchmarks.contestants import LineUp, compulsory_bytes, product_flops, smallest_budget
+from benchmarks.contestants import LineUp, product_flops, smallest_budget
 from benchmarks.floor import Floor, plan_of, product_rows
 from benchmarks.measure import AnotherLossError, ContestantError, measure
 from benchmarks.oracle import Dense, Oracle, Oracles
-from benchmarks.peers import BUILDERS, build, ours, ours_dpo
+from benchmarks.peers import BUILDERS, build, ours
 from benchmarks.problem import IGNORE, contrast, draw
 from benchmarks.setting import CPU
 from cpo_kernels import CandidateLayout, linear_cpo_loss
 
 pytestmark = pytest.mark.cpu
 
-SHAPE = shapes.fp32("quick", shapes.SMALL, 4, 16, "", rounds=1, variants=False)
+SHAPE = shapes.fp32("quick", shapes.SMALL, 4, 16, rounds=1, variants=False)
 HALF = replace(SHAPE, prompt_share=0.5)
 # Peers that compile take seconds each, so they are run once, by the slow test
-COMPILING = ("torch.compile", "Liger CPO", "Liger DPO", "Cut Cross-Entropy")
+COMPILING = ("torch.compile", "Liger CPO", "Cut Cross-Entropy")
 PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
 
 
@@ -47,13 +46,13 @@ def in_double(problem, hidden, weight):
         logps = torch.log_softmax(rows @ head.T, -1).gather(-1, problem.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return logps.masked_fill(problem.targets == IGNORE, 0).sum(-1)
 
-    if problem.shape.work == shapes.DPO:
-        ratios = sums(hidden, weight) - sums(problem.ref_hidden.double(), problem.ref_weight.double())
-        return -F.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
+    if problem.shape.work == shapes.PAIRS:
+        chosen, rejected = sums(hidden, weight).unbind(1)
+        return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
     return contrast(sums(hidden, weight), problem.ref_logps.double())
 
 
-@pytest.mark.parametrize("work", [shapes.CPO, shapes.NLL, shapes.DPO])
+@pytest.mark.parametrize("work", [shapes.CPO, shapes.NLL, shapes.PAIRS])
 @pytest.mark.parametrize("shape", [SHAPE, HALF], ids=["whole", "half prompt"])
 def test_the_oracle_is_autograd_in_double(monkeypatch, shape, work):
     monkeypatch.setattr(oracle, "BLOCK", 64)  # several blocks of the vocabulary, the last one shorter
@@ -67,8 +66,7 @@ def test_the_oracle_is_autograd_in_double(monkeypatch, shape, work):
     assert found.loss == pytest.approx(loss.item(), rel=1e-12)
     assert_close(found.grad_hidden, grad_hidden.flatten(0, 2)[predicting][found.rows])
     assert_close(found.grad_weight, grad_weight[found.columns])
-    peer = ours_dpo("ours") if work == shapes.DPO else ours("ours")
-    assert max(oracles.check(work, peer.run(problem)).values()) < 1e-5
+    assert max(oracles.check(work, ours("ours").run(problem)).values()) < 1e-5
 
 
 def test_the_oracle_of_rows_with_several_tokens_is_autograd_in_double(monkeypatch):
@@ -88,13 +86,8 @@ def test_the_oracle_of_rows_with_several_tokens_is_autograd_in_double(monkeypatc
     assert max(errors.values()) < 1e-6
 
 
-def test_the_contrast_is_not_settled_and_the_reference_of_dpo_is_another_model():
-    problem = draw(SHAPE)
-    assert Oracles(problem).of(shapes.CPO).grad_hidden.norm(dim=-1).median() > 1e-4
-    pairs = problem.as_dpo()
-    assert Oracles(pairs).of(shapes.DPO).grad_hidden.norm(dim=-1).median() > 1e-4
-    own = replace(pairs, ref_hidden=pairs.hidden.detach(), ref_weight=pairs.weight.detach())
-    assert Oracles(own).of(shapes.DPO).loss == pytest.approx(math.log(2))
+def test_the_contrast_is_not_settled():
+    assert Oracles(draw(SHAPE)).of(shapes.CPO).grad_hidden.norm(dim=-1).median() > 1e-4
 
 
 def mistaken(name: str):
@@ -142,12 +135,12 @@ def test_gradients_of_prompt_rows_and_missing_ones_are_found():
 
 @pytest.mark.parametrize(
     ("mode", "work", "products"),
-    [("trained", "cpo", 3), ("frozen", "cpo", 2), ("no_grad", "cpo", 1), ("trained", "dpo", 4), ("trained", "nll", 3)],
+    [("trained", "cpo", 3), ("frozen", "cpo", 2), ("no_grad", "cpo", 1), ("trained", "nll", 3)],
 )
 def test_the_floor_multiplies_what_must_be_multiplied(mode, work, products):
-    shape = replace(HALF, mode=mode, work="cpo" if work == "dpo" else work)
+    shape = replace(HALF, mode=mode, work=work)
     with FlopCounterMode(display=False) as counter:
-        _, grads = Floor.of(draw(shape).as_work(work), None)()
+        _, grads = Floor.of(draw(shape), None)()
     assert len(grads) == {"trained": 2, "frozen": 1, "no_grad": 0}[mode]
     assert counter.get_total_flops() == products * product_flops(shape)
     assert product_flops(shape) == 2 * (shape.num_tokens // 2) * shape.vocab * shape.hidden
@@ -155,10 +148,9 @@ def test_the_floor_multiplies_what_must_be_multiplied(mode, work, products):
 
 def test_the_floor_computes_all_three_products():
     hidden, weight = torch.randn(11, 5, dtype=torch.float64), torch.randn(17, 5, dtype=torch.float64)
-    for fresh in (True, False):
-        _, (grad_hidden, grad_weight) = Floor(hidden, weight, [4, 4, 3], fresh=fresh)()
-        assert_close(grad_hidden, hidden @ weight.T @ weight)
-        assert_close(grad_weight, (hidden @ weight.T).T @ hidden)
+    _, (grad_hidden, grad_weight) = Floor(hidden, weight, [4, 4, 3])()
+    assert_close(grad_hidden, hidden @ weight.T @ weight)
+    assert_close(grad_weight, (hidden @ weight.T).T @ hidden)
     with pytest.raises(ValueError, match="11 rows predict"):
         Floor(hidden, weight, [4, 4])
 
@@ -173,16 +165,11 @@ def test_the_floor_multiplies_the_rows_of_our_plan(shape):
         assert rows == [shape.predicted_tokens // shape.groups] * shape.groups
 
 
-def test_compulsory_bytes():
-    shape = replace(HALF, dtype=torch.bfloat16)
-    hidden, weight = 2 * 128 * shape.hidden, 2 * shape.vocab * shape.hidden  # bytes; half of 256 tokens
-    assert compulsory_bytes(shape, "cpo") == 2 * hidden + 2 * weight
-    assert compulsory_bytes(shape, "dpo") == 3 * hidden + 3 * weight
-    assert compulsory_bytes(replace(shape, mode="frozen"), "cpo") == 2 * hidden + weight
-    assert compulsory_bytes(replace(shape, mode="no_grad"), "cpo") == hidden + weight
-    found = contestants.rates(shape, "cpo", {"bfloat16": 2e-6, "copy": 0.5}, 2.0)
+def test_rates_are_of_the_products_of_rows_that_predict():
+    found = contestants.rates(replace(HALF, dtype=torch.bfloat16), {"bfloat16": 2e-6}, 2.0)
     assert found["tflops"] == pytest.approx(3 * 2 * 128 * 509 * 32 / 2e12)
-    assert found["of_tflops"] == found["tflops"] / 2e-6 and found["of_gbs"] == found["gbs"] / 0.5
+    assert found["of_tflops"] == found["tflops"] / 2e-6
+    assert "of_tflops" not in contestants.rates(HALF, {"bfloat16": 2e-6}, 2.0)
 
 
 def everyone(shape, names) -> dict[str, str]:
@@ -201,8 +188,9 @@ def test_every_plain_peer_computes_the_same_loss(every_peer, dtype, work):
 @pytest.mark.slow
 def test_every_compiling_peer_computes_the_same_loss(every_peer):
     notes = everyone(HALF, COMPILING)
-    on_pairs = {contestants.OURS_PAIRS, contestants.OURS_DPO, contestants.FLOOR_DPO}
-    assert notes.keys() == {*COMPILING, *on_pairs, contestants.FLOOR, contestants.OURS} and not any(notes.values())
+    assert notes.keys() == {*COMPILING, contestants.OURS_PAIRS, contestants.FLOOR, contestants.OURS} and not any(
+        notes.values()
+    )
 
 
 def test_a_peer_that_is_not_there_says_so(monkeypatch):
@@ -210,14 +198,16 @@ def test_a_peer_that_is_not_there_says_so(monkeypatch):
     assert everyone(replace(SHAPE, work=shapes.NLL), ["QuACK"])["QuACK"] == "needs a GPU"
 
 
-@pytest.mark.parametrize("cases", [(*shapes.CASES, *shapes.WIDE), shapes.GPU_CASES])
+@pytest.mark.parametrize(
+    "cases", [(*shapes.CASES, *shapes.WIDE), (*shapes.GPU_CASES, *shapes.BAR_LOSSES, *shapes.BAR_PEERS)]
+)
 def test_cases_cover_what_is_compared(cases):
-    assert len({shape.name for shape in cases}) == len(cases) and all(shape.reason for shape in cases)
+    assert len({shape.name for shape in cases}) == len(cases)
     heads_of_models = {(50257, 1600), (32000, 3200), (128256, 4096), (151936, 4096), (262144, 2560)}
     assert heads_of_models <= {(shape.vocab, shape.hidden) for shape in cases}
-    assert {shape.negatives for shape in cases} == {1, 3, 4, 16}
+    assert {shape.candidates for shape in cases} == {2, 4, 5, 17}
     assert {shape.prompt_share for shape in cases} == {0, 0.5, 0.8}
-    assert {shape.mode for shape in cases} == {"trained", "frozen", "no_grad"}
+    assert {"trained", "frozen"} <= {shape.mode for shape in cases}
     assert {name for shape in cases for name in contestants.asked_of(shape)} == set(BUILDERS)
     assert all((shape.groups * shape.candidates) % 2 == 0 for shape in cases)  # the same tokens as pairs
     with pytest.raises(ValueError, match="1000"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -18,85 +16,59 @@ pytest.importorskip("triton")
 
 from benchmarks.kernels import aot, aot_versions
 from benchmarks.kernels.aot_cases import CASES, WGMMA, WIDE_LOAD, WIDE_STORE
+from benchmarks.records import Part, Record
 from cpo_kernels.kernels.triton import tuning
 
 pytestmark = pytest.mark.cpu
 
-GOOD = aot.Kernel(
-    case="row_forward bf16",
-    target="sm_90",
-    kernel="row_forward_kernel",
-    warps=8,
-    stages=1,
-    registers=40,
-    spill_bytes=0,
-    scalar_spills=0,
-    shared_bytes=32,
-)
+SM_90 = aot.TARGETS["sm_90"]
+GOOD = {"warps": 8, "stages": 1, "registers": 40, "spill_bytes": 0, "shared_bytes": 32}
 
-# Groups of 32 in tiles so large that a thread cannot hold its share of the vectors.
-SPILLING = """
+# Some cases, and groups of 32 in tiles so large that a thread cannot hold its share of the vectors.
+COMPILED = """
+import sys
 from functools import partial
 from benchmarks.kernels import aot, aot_cases
 
-if __name__ == "__main__":
-    config = {"TILE": 65536, "num_warps": 4, "num_stages": 1}
-    launch = partial(aot_cases.contrast_groups, 32, ranked=True, config=config)
-    case = aot_cases.Case("spilling", launch, "contrast_kernel")
-    for problem in aot.problems(aot.compile_case(case, aot.TARGETS["sm_90"])[0]):
-        print(problem)
+config = {"TILE": 65536, "num_warps": 4, "num_stages": 1}
+launch = partial(aot_cases.contrast_groups, 32, ranked=True, config=config)
+case = aot_cases.Case("spilling", launch, "contrast_kernel")
+spilling = aot.compile_case(case, aot.TARGETS["sm_90"])
+jobs = [("gfx942", "contrast of 2, ipo"), ("sm_90", "row_backward_ bf16, shared rows, bias and softcap")]
+found = []
+for target, case in jobs:
+    try:
+        found += aot.compile_case(aot.CASES[case], aot.TARGETS[target])
+    except Exception as error:  # versions of Triton that bring no linker for AMD's GPUs
+        if "ROCm linker" not in str(error):
+            raise
+aot.write(aot.Part(aot.REPORT, {"triton": [aot.triton.__version__]}, spilling + found), aot.Path(sys.argv[1]))
 """
 
 
-def run_compiler(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process that compiles, with a cache of its own."""
+def test_kernels_compile_without_problems_and_one_that_spills_is_found(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize(
-    ("target", "cases"),
-    [
-        ("sm_90", ["row_backward_ bf16, shared rows", "linear_forward bf16, odd V"]),
-        ("sm_100", ["row_backward_ bf16 over fp32, shared rows"]),
-        ("gfx942", ["contrast of 2, ipo"]),
-    ],
-)
-def test_kernels_compile_without_problems(tmp_path, target, cases):
-    done = run_compiler(
-        tmp_path, "-m", "benchmarks.kernels.aot", "--targets", target, "--out", str(tmp_path), "--cases", *cases
-    )
-    if "ROCm linker" in done.stdout + done.stderr:
-        pytest.skip("this version of Triton brings no linker for AMD's GPUs")
-    assert done.returncode == 0, done.stdout + done.stderr
-    kernels = json.loads((tmp_path / "triton-aot.json").read_text())["kernels"]
-    for part in cases:
-        name = part if part in CASES else next(case for case in CASES if part in case)
-        found = [k for k in kernels if k["case"] == name and k["kernel"] == CASES[name].kernel]
-        assert len(found) == 1
-        assert found[0]["registers"] > 0
-
-
-def test_a_kernel_that_spills_is_found(tmp_path):
-    done = run_compiler(tmp_path, "-c", SPILLING)
+    command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "contrast_kernel spills" in done.stdout
+    spilling, *found = aot.load(tmp_path).records
+    assert spilling.note.startswith("spills ") and not any(kernel.note for kernel in found)
+    assert {kernel.contestant for kernel in found} >= {"row_backward_ bf16, shared rows, bias and softcap"}
+    assert all(kernel.values["registers"] > 0 for kernel in found)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "missing", "message"),
     [
-        ({"spill_bytes": 8}, "spills 8 bytes a thread"),
-        ({"shared_bytes": 227 * 1024 + 1}, "takes 232449 bytes of shared memory, sm_90 has 232448"),
-        ({"missing": ("HGMMA",)}, "no instruction matches HGMMA"),
-        ({"failure": "PassManager::run failed"}, "does not compile: PassManager::run failed"),
+        ({"spill_bytes": 8}, (), "spills 8 bytes a thread"),
+        ({"shared_bytes": 227 * 1024 + 1}, (), "takes 232449 bytes of shared memory, sm_90 has 232448"),
+        ({}, ("HGMMA",), "no instruction matches HGMMA"),
+        ({}, (), ""),
     ],
 )
-def test_problems_are_named(change, message):
-    assert aot.problems(GOOD) == []
-    (problem,) = aot.problems(replace(GOOD, **change))
-    assert problem == f"row_forward bf16 for sm_90: row_forward_kernel {message}"
+def test_problems_are_named(change, missing, message):
+    assert aot.problems(SM_90, GOOD | change, missing) == message
 
 
 SASS = {
@@ -128,42 +100,25 @@ def test_missing_instructions_are_found(required, target, code, misses):
 
 def test_local_memory_is_read_from_what_the_tools_print():
     usage = " Function kernel:\n  REG:255 STACK:144 SHARED:1024 LOCAL:0 CONSTANT[0]:640 TEXTURE:0 SURFACE:0"
-    assert aot.cuda_resources(usage) == {"registers": 255, "spill_bytes": 144, "scalar_spills": 0}
+    assert aot.cuda_resources(usage) == {"registers": 255, "spill_bytes": 144}
     counts = {"private_segment_fixed_size": 32, "sgpr_count": 90, "sgpr_spill_count": 3}
     assembly = "".join(f"    .{name}: {value}\n" for name, value in (counts | {"vgpr_count": 99}).items())
     found = aot.amd_resources(f"{assembly}    .vgpr_spill_count: 8\n")
-    assert found == {"registers": 99, "spill_bytes": 32, "scalar_spills": 3}
+    assert found == {"registers": 99, "spill_bytes": 32, "moved_scalars": 3}
 
 
-def end_at_once(jobs: Connection, stderr: str) -> None:
-    """In place of :func:`aot.serve`: a compiler that stops at what it finds impossible."""
-    jobs.recv()
+def end_at_once(case: str, target: str, stderr: str) -> None:
+    """In place of :func:`aot.compile_named`: a compiler that stops at what it finds impossible."""
     with Path(stderr).open("a") as file:
         file.write("linear.py:159:0: error: no such layout\nnote: and more\n")
     os.abort()
 
 
-def test_a_compiler_that_ends_is_named_and_the_next_case_gets_another(monkeypatch):
-    monkeypatch.setattr(aot, "serve", end_at_once)
-    compiler = aot.Compiler()
-    first = compiler.process.pid
-    for _ in range(2):
-        (kernel,) = compiler.run(GOOD.case, GOOD.target)
-        assert kernel.failure == "the compiler ended with SIGABRT (no such layout)"
-        (problem,) = aot.problems(kernel)
-        assert problem.startswith("row_forward bf16 for sm_90: row_forward_kernel does not compile: the compiler ended")
-    assert compiler.process.pid != first
-    compiler.end()
-
-
-def test_a_case_that_raises_is_a_kernel_that_does_not_compile(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which runs kernels, and these tensors have no memory
-    compiler = aot.Compiler()
-    first = compiler.process.pid
-    (kernel,) = compiler.run(GOOD.case, GOOD.target)
-    assert "Error: " in kernel.failure
-    assert compiler.process.pid == first
-    compiler.end()
+def test_a_compiler_that_ends_is_named_with_its_last_words(monkeypatch):
+    monkeypatch.setattr(aot, "compile_named", end_at_once)
+    (kernel,) = aot.compile_in_a_process("row_forward bf16", "sm_90")
+    assert kernel.note == "does not compile: ended with SIGABRT (no such layout)"
+    assert (kernel.case, kernel.contestant, kernel.values) == ("sm_90", "row_forward bf16", {})
 
 
 def test_programs_share_out_the_registers_of_an_nvidia_multiprocessor(monkeypatch):
@@ -175,23 +130,25 @@ def test_programs_share_out_the_registers_of_an_nvidia_multiprocessor(monkeypatc
             assert options == tuning.LAUNCH | given
 
 
-def test_what_other_versions_found_is_in_the_report(tmp_path):
-    other = aot.Report("3.6.0", [replace(GOOD, spill_bytes=8)])
-    other.write(tmp_path)
-    loaded = aot.Report.load(tmp_path)
-    assert loaded == other
-    report = aot.Report("3.9.0", [GOOD], {loaded.triton: loaded.problems()})
-    (problem,) = report.problems()
-    assert problem == "triton 3.6.0: row_forward bf16 for sm_90: row_forward_kernel spills 8 bytes a thread"
-    written = aot.markdown(report)
-    assert f"- {problem}" in written and "with triton 3.9.0, and checked with 3.6.0 too;" in written
+def test_what_other_versions_found_is_in_the_report(tmp_path, monkeypatch):
+    spilled = Record("sm_90", "row_forward bf16", GOOD, {"kernel": "row_forward_kernel"}, "spills 8 bytes a thread")
+    good = replace(spilled, note="")
+    aot.write(Part(aot.REPORT, {"triton": ["3.6.0"]}, [good, spilled]), tmp_path / "other")
+    monkeypatch.setattr(aot, "compile_all", lambda cases, targets: [good])
+    monkeypatch.setattr(aot.triton, "__version__", "3.9.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert aot.main(["--out", str(tmp_path), "--beside", str(tmp_path / "other")]) == 1
+    found = aot.load(tmp_path)
+    assert found.environment["triton"] == ["3.9.0", "3.6.0"]
+    assert [(r.case, r.note) for r in found.records] == [("sm_90", ""), ("sm_90, triton 3.6.0", spilled.note)]
+    assert "spills 8 bytes" in (tmp_path / "triton-aot.md").read_text()
+    assert aot.main(["--out", str(tmp_path)]) == 0
 
 
 def test_the_committed_report_is_of_all_cases_and_versions():
     """Made anew by `make check-triton` when a case is added or renamed."""
-    report = aot.Report.load(aot.RESULTS)
-    assert (*report.beside, report.triton) == aot_versions.VERSIONS
-    assert {(k.case, k.target) for k in report.kernels} == {(c, t) for c in CASES for t in aot.TARGETS}
-    assert report.problems() == []
-    written = (aot.RESULTS / "triton-aot.md").read_text()
-    assert written == aot.markdown(report)
+    part = aot.load(aot.RESULTS)
+    assert set(part.environment["triton"]) == set(aot_versions.VERSIONS)
+    assert {(r.contestant, r.case) for r in part.records} == {(c, t) for c in CASES for t in aot.TARGETS}
+    assert not any(record.note for record in part.records)
+    assert (aot.RESULTS / "triton-aot.md").read_text() == aot.page(part)

@@ -23,7 +23,7 @@ def test_the_example_trains_as_one_process_does():
 
 def test_the_benchmark_of_heads(monkeypatch):
     found = list(adapters.run(Setting(quick=True)))
-    heads = [record for record in found if record.contestant in adapters.HEADS]
+    heads = [record for record in found if record.contestant in adapters.KINDS]
     products = {(record.contestant, f"{record.values['products']:.2f}") for record in heads}
     assert products == {("trained", "3.00"), ("frozen", "2.00"), ("LoRA, rank 16", "2.33"), ("tied", "3.00")}
     assert all(r.values["error_worst"] < 1e-5 for r in heads if r.conditions["dtype"] == "float32")

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import simt_host
+import small_run
 import torch
 from problems import PROBLEMS
 from simt_host import EmulatorError
 from tolerance import assert_accurate
 
-from benchmarks.kernels import small_run
 from cpo_kernels import cpo_loss, linear_cpo_loss, token_logps
 from cpo_kernels.engine.tokens import dense_tokens
 from cpo_kernels.kernels import ops, registry, selection

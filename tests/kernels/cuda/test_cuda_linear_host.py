@@ -14,6 +14,7 @@ from dataclasses import replace
 import hopper_host
 import pytest
 import simt_host
+import small_run
 import torch
 from hopper_host import Schedule, Unit
 from linear_cases import case, check, check_gradient, coefs
@@ -22,7 +23,6 @@ from row_kernels import HEADS, SHARED
 from row_kernels import NARROW as DTYPES
 from tolerance import assert_accurate
 
-from benchmarks.kernels import small_run
 from cpo_kernels.kernels.cuda import extension as cuda_extension
 
 pytestmark = [
