@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from .cli import help as texts
-from .cli.errors import FAILED, MISUSED, InputError, explain, unknown
+from .cli.errors import FAILED, INTERRUPTED, MISUSED, InputError, explain, unknown
 from .cli.processes import leave_process_group
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a mistake in what was asked for, 130 after Ctrl-C, else 1."""
+    """Run a command; returns the exit status: 2 for a mistake in what was asked for, 1 for what failed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(texts.overview())
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has enough, as `| head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be written at exit
         return FAILED
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         explained = explain(error)
         if explained is None:
             raise
@@ -60,8 +60,12 @@ def _info(arguments: Sequence[str]) -> None:
 
 
 def command() -> int:
-    """:func:`main` as a process of its own, which also leaves the group of processes that it trained with."""
-    status = main()
+    """Run :func:`main` as a process of its own, which also leaves the group of processes that it trained with."""
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print(f"cpo-kernels {' '.join(sys.argv[1:2])}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     if status == 0:  # after a mistake the others may be waiting for this process
         leave_process_group()
     return status

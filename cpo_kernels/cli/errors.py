@@ -33,12 +33,10 @@ def input_errors(*more: type[Exception]) -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def explain(error: BaseException) -> tuple[str, int] | None:
+def explain(error: Exception) -> tuple[str, int] | None:
     """Say in one sentence what went wrong, with the exit status; None for an error of the program, not of its use."""
     if isinstance(error, InputError):
         return str(error), MISUSED
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
     if isinstance(error, ImportError):
         return _explain_import(error)
     if isinstance(error, OSError):

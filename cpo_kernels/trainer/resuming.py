@@ -104,7 +104,7 @@ def _compare(found: Found, config: CPOConfig, run: dict[str, Any]) -> None:
             "killed just then. Whether they are the same is not known"
         )
         return
-    changed, lengths = differences(before, run)
+    changed, lengths = differences(before, run, str(found.path))
     if changed and not config.allow_changed_resume:
         raise ValueError(
             f"this run is not the one that wrote {found.path}: {'; '.join(changed)}. Undo this, begin anew, or confirm "

@@ -40,9 +40,9 @@ EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_mod
 # How long a run is to be may be changed on purpose; it is said, because the learning rate follows it.
 STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
 MODELS = {
-    "reference": "the reference of this trainer is not the one that it was trained with; construct CPOTrainer with the "
+    "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct CPOTrainer with the "
     "model that the run began with, or pass it as ref_model",
-    "base": "the frozen weights under the adapters are not those that it was trained with",
+    "base": "the frozen weights under the adapters are not those that {checkpoint} was trained with",
 }
 
 
@@ -125,8 +125,10 @@ def example_hashes(examples: TokenizedExamples) -> np.ndarray:
     return np.fromiter((hashed(*pair) for pair in pairs), np.uint64, len(examples))
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Compares the records of two runs in what both of them say.
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str = "the checkpoint"
+) -> tuple[list[str], list[str]]:
+    """Compare the records of two runs, ``before`` that of ``checkpoint``, in what both of them say.
 
     Returns:
         Sentences about what makes them different runs, and those about how long they are, which may change.
@@ -137,7 +139,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
         changed.append(_data_difference(before["data"], now["data"]))
     for name, text in MODELS.items():
         if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]:
-            changed.append(text)
+            changed.append(text.format(checkpoint=checkpoint))
     old, new = _entries(before), _entries(now)
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name] or (name == EPOCHS and old[STEPS] > 0 and new[STEPS] > 0):

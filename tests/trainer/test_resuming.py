@@ -278,10 +278,10 @@ DATA = {
     "order": (shuffled, "same prompts and completions in another order"),
     "fewer": (lambda rows: rows[:-1], "the training data is another: 16 examples before, 15 now"),
     "other": (
-        lambda rows: [*rows[:-1], {"prompt": "the", "completion": "mat"}],
+        lambda rows: [*rows[:-1], {"prompt": "the", "completion": " mat"}],
         "the training data is another: 16 .* 16",
     ),
-    "negatives": (lambda rows: [row | {"negatives": ["the mat"]} for row in rows], "other negatives, ranks or kinds"),
+    "negatives": (lambda rows: [row | {"negatives": [" the mat"]} for row in rows], "other negatives, ranks or kinds"),
 }
 
 
@@ -354,7 +354,7 @@ def test_a_damaged_cache_names_itself(tmp_path, damage):
 
 
 def test_no_secret_reaches_the_disk(tmp_path):
-    secrets = {"hub_token": "s3cr3t", "autoregressive_url": "http://me:s3cr3t@host/v1?api_key=s3cr3t&n=1"}
+    secrets = {"hub_token": "s3cr3t", "autoregressive_url": "http://me:s3cr3t@host/v1"}
     options = {"autoregressive_model": "m", "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     run = trainer(tmp_path, **options, **secrets)
     run.train()
@@ -367,6 +367,6 @@ def test_no_secret_reaches_the_disk(tmp_path):
             with zipfile.ZipFile(file) as parts:
                 assert not any(b"s3cr3t" in parts.read(name) for name in parts.namelist())
     args = torch.load(tmp_path / "training_args.bin", weights_only=False)
-    assert (args.hub_token, args.autoregressive_url) == (None, "http://host/v1?api_key=&n=1")
+    assert (args.hub_token, args.autoregressive_url) == (None, "http://host/v1")
     assert "s3cr3t" not in f"{run.args} {run.args!r} {run.args.to_json_string()} {run.args.to_sanitized_dict()}"
     assert run.args.hub_token == "s3cr3t"  # which a push needs
