@@ -11,21 +11,23 @@ from torch import Tensor
 
 from .engine import compiled
 from .engine.call import Needs, resolve
+from .engine.derivatives import has_tangent
 from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
 from .engine.losses import (
-    CPOLossOfCall,
     FusedLogitsLoss,
     FusedLoss,
     LogitsCall,
     OwnLossOfCall,
+    check_loss,
     coefficients_are_known,
+    make_cpo_loss,
     resolve_cpo,
 )
 from .engine.plan import Plan
 from .engine.tokens import check_targets_in
 from .engine.vocab_parallel import VocabShard
-from .kernels import registry
+from .kernels import plain, registry
 from .kernels.backend import Backend
 from .kernels.device import to_device
 from .kernels.numerics import IGNORE_INDEX, accumulate_dtype
@@ -157,7 +159,13 @@ def sequence_logps(
 def token_logps_of(logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """Run :func:`token_logps` with its options in one object."""
     backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
-    return backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1].reshape(targets.shape)
+    return row_logps(backend, flat, flat_targets, bias, head).reshape(targets.shape)
+
+
+def row_logps(backend: Backend, logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """Compute the log-probability of one target a row; forward-mode differentiation takes plain torch."""
+    forward = plain.row_forward if has_tangent(logits, bias) else backend.rows.forward
+    return forward(logits, targets, None, bias, *head.transform)[1]
 
 
 def flatten_logits(
@@ -262,13 +270,14 @@ def cpo_loss(
     ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
     lengths = (targets != IGNORE_INDEX).sum(-1).reshape(-1)
     problem = checked_problem(objective, shape, lengths, cast_ref(ref, logits.dtype), flat_ranks)
-    if objective.has_kernel and runs_in_one_launch(kernels, logits.dtype, shape[1]):
+    one_launch = objective.has_kernel and runs_in_one_launch(kernels, logits.dtype, shape[1])
+    if one_launch and not has_tangent(flat, bias):
         needs, _, needs_bias = needs_grad(flat, None, bias)
         *terms, sums = FusedLogitsLoss.apply(
             flat, bias, LogitsCall(kernels, head, flat_targets, problem, (needs, needs_bias))
         )
         return summarize(problem, LossTerms(*terms), sums, shape)
-    logps = kernels.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
+    logps = row_logps(kernels, flat, flat_targets, bias, head)
     sums = sum_tokens(logps.reshape(targets.shape)).reshape(-1)
     return summarize(problem, problem.loss(sums), sums, shape)
 
@@ -486,8 +495,8 @@ def linear_cpo_loss(
         return compiled.linear_cpo_loss(hidden, weight, targets, layout, ref_logps, ranks, bias, objective, head, needs)
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))
-    make_loss = partial(CPOLossOfCall, call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
-    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss)
+    make_loss = partial(make_cpo_loss, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss, problem.given)
     return summarize(problem, LossTerms(*terms), sums, inputs.shape, dropped)
 
 
@@ -541,12 +550,14 @@ def linear_sequence_loss(
     if torch.compiler.is_compiling():
         # An operator cannot carry a Python function, so the compiler traces it over the log-likelihoods instead.
         logps = sequence_logps_of(hidden, weight, targets, layout, bias, head)
-        return loss_fn(logps, range(targets.shape[0] if layout is None else layout.num_groups))
+        loss = loss_fn(logps, range(targets.shape[0] if layout is None else layout.num_groups))
+        check_loss(loss, differentiable=logps.requires_grad)
+        return loss
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     candidates = inputs.shape[1] if layout is None else None
     call = resolve(inputs, needs_grad(*inputs.tensors))
-    make_loss = partial(OwnLossOfCall, call, loss_fn, candidates, inputs.hidden.dtype, inputs.hidden.shape[1])
-    return FusedLoss.apply(*inputs.tensors, call, make_loss)[0]
+    make_loss = partial(OwnLossOfCall, loss_fn, candidates, inputs.hidden.dtype, inputs.hidden.shape[1])
+    return FusedLoss.apply(*inputs.tensors, call, make_loss, ())[0]
 
 
 def plan(

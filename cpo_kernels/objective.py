@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,12 +149,12 @@ class ClosedForm(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep the derivative."""
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
-    def backward(ctx, grad_loss):
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         """Multiply by the derivative."""
         (coef,) = ctx.saved_tensors
         return grad_loss.unsqueeze(-1) * coef, None, None
@@ -164,13 +164,13 @@ class ClosedFormBothModes(ClosedForm):
     """The same with a forward mode, which the compiler cannot trace."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep the derivative for both modes."""
         ctx.save_for_backward(inputs[2])
         ctx.save_for_forward(inputs[2])
 
     @staticmethod
-    def jvp(ctx, logps, _loss, _coef):
+    def jvp(ctx: Any, logps: Tensor, _loss: Tensor, _coef: Tensor) -> Tensor:
         """Multiply the direction by the derivative."""
         return (logps * ctx.saved_tensors[0]).sum(-1)
 
@@ -225,6 +225,16 @@ class CPOProblem:
     present: Tensor
     num_groups: float
     num_target_tokens: float | Tensor
+
+    @property
+    def given(self) -> tuple[Tensor | None, Tensor | None]:
+        """The tensors that users gave and may change: ref_logps and ranks, (S,) or None."""
+        return self.ref_logps, self.segment_ranks
+
+    def with_given(self, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
+        """Put others of the same values in their place."""
+        padded = self.ranks if ranks is None else self.groups.pad(ranks)
+        return replace(self, ref_logps=ref_logps, segment_ranks=ranks, ranks=padded)
 
     @property
     def best(self) -> Tensor:
@@ -309,11 +319,13 @@ def make_problem(
 
 
 def check_problem(problem: CPOProblem) -> None:
-    """Raise ``ValueError`` naming the first group without a rank-0 candidate or, if contrasted, without a contrast.
+    """Raise ``ValueError`` naming the first group with a rank below 0, without a rank 0, or without a contrast.
 
     On a GPU the check runs there, without waiting for it, and surfaces as a device assertion.
     """
     ranks, present, weight = problem.ranks, problem.present, problem.objective.contrast_weight
+    if problem.segment_ranks is not None:
+        check_groups(problem, ((ranks >= 0) | ~present).all(-1), "has a rank below 0")
     check_groups(problem, ((ranks == 0) & present).any(-1), "has no rank-0 candidate with tokens")
     if weight > 0:
         contrasted = preferences(ranks, present).flatten(-2).any(-1)

@@ -23,6 +23,7 @@ from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 
 from . import loop
 from .call import Needs, resolve
+from .derivatives import first_order_only
 from .inputs import Inputs, merge_ranks, prepare
 from .logps import run_token_logps, token_logps_grads
 from .losses import CPOLossOfCall, LossResult, resolve_cpo
@@ -234,17 +235,18 @@ def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, rank
 def save_grads(ctx, inputs, output) -> None:
     """Keep the gradients that came with the loss."""
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[-4:])
+    ctx.save_for_backward(*inputs[:3], *output[-4:])
     ctx.needs = ctx.needs_input_grad[:3]
     ctx.others = len(inputs) - 3
 
 
 def linear_cpo_backward(ctx, grad_loss, *_unused):
     """Scale the gradients that came with the loss."""
-    gain, *grads = ctx.saved_tensors
-    scale = grad_loss / gain
-    scaled = [grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-    return (*scaled, *[None] * ctx.others)
+    *sources, gain, of_hidden, of_weight, of_bias = ctx.saved_tensors
+    with torch.no_grad():
+        scale, grads = grad_loss / gain, (of_hidden, of_weight, of_bias)
+        scaled = [grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+    return (*first_order_only(scaled, grad_loss, *sources), *[None] * ctx.others)
 
 
 linear_cpo.register_autograd(linear_cpo_backward, setup_context=save_grads)
@@ -320,9 +322,11 @@ def token_logps_backward(ctx, grad_logps):
     """Recompute the logits and form the gradients."""
     wanted = ctx.needs_input_grad[:3]
     needs = "".join(["1" if need else "0" for need in wanted])
-    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
+    with torch.no_grad():
+        grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
+    kept = [grad if need else None for grad, need in zip(grads, wanted, strict=True)]
     others = [None] * (len(ctx.needs_input_grad) - 3)
-    return (*[grad if need else None for grad, need in zip(grads, wanted, strict=True)], *others)
+    return (*first_order_only(kept, grad_logps, *ctx.saved_tensors[:3]), *others)
 
 
 linear_token_logps.register_autograd(token_logps_backward, setup_context=save_inputs)

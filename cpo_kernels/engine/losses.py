@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cpo_kernels.kernels.backend import Backend
 from cpo_kernels.kernels.device import is_host, without_autocast
@@ -19,6 +18,7 @@ from cpo_kernels.options import Head, Objective
 
 from . import loop
 from .call import Call, Grads, Needs, resolve
+from .derivatives import first_order_only
 from .filters import GradientFilter
 from .inputs import Inputs, largest_group, merge_ranks, per_segment
 from .tokens import Tokens
@@ -177,6 +177,13 @@ class CPOLossOfCall:
         return LossResult(terms, sums, dropped, grads, self.gain, self.call.backend.scale_)
 
 
+def make_cpo_loss(
+    problem: CPOProblem, dtype: torch.dtype, hidden_size: int, call: Call, *given: Tensor | None
+) -> CPOLossOfCall:
+    """Make the loss of a call, of what users have ``given``."""
+    return CPOLossOfCall(call, problem.with_given(*given), dtype, hidden_size)
+
+
 def launch_options(problem: CPOProblem) -> dict[str, Any]:
     """The objective's numbers as a backend's launch takes them."""
     objective = problem.objective
@@ -221,11 +228,11 @@ class OwnLossOfCall:
 
     def __init__(
         self,
-        call: Call,
         loss_fn: Callable[[Tensor, range], Tensor],
         candidates: int | None,
         dtype: torch.dtype,
         hidden_size: int,
+        call: Call,
     ) -> None:
         self.call, self.loss_fn, self.candidates, self.dtype = call, loss_fn, candidates, dtype
         self.num_groups = len(call.tokens.segment_starts) - 1
@@ -239,12 +246,14 @@ class OwnLossOfCall:
         """Return the sums of a chunk's segments and the coefficients of its slots, by autograd of the loss."""
         sums = loop.segment_sums(logps, part)
         if not wanted:
-            self.losses.append(self.loss_fn(self.grouped(sums, part.groups), part.groups))
+            loss = self.loss_fn(self.grouped(sums, part.groups), part.groups)
+            check_loss(loss, differentiable=False)
+            self.losses.append(loss)
             return sums, None
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
             loss = self.loss_fn(self.grouped(leaf, part.groups), part.groups)
-            check_loss(loss)
+            check_loss(loss, differentiable=True)
             (coef,) = torch.autograd.grad(loss, leaf)
         self.losses.append(loss.detach())
         if self.gain is None:
@@ -282,12 +291,12 @@ def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | T
     return torch.clamp(gain, min=1.0) if isinstance(gain, Tensor) else max(gain, 1.0)
 
 
-def check_loss(loss: Tensor) -> None:
-    """Raise ``ValueError`` unless a user's loss is a differentiable scalar."""
+def check_loss(loss: object, *, differentiable: bool = True) -> None:
+    """Raise ``ValueError`` unless a user's loss is a scalar, and depends on the log-likelihoods if that is needed."""
     expected = "loss_fn must return a scalar tensor that depends differentiably on logps, got"
     if not isinstance(loss, Tensor):
         raise ValueError(f"{expected} {type(loss).__name__}")
-    if loss.dim() != 0 or not loss.requires_grad:
+    if loss.dim() != 0 or not (loss.requires_grad or not differentiable):
         raise ValueError(f"{expected} shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}")
 
 
@@ -295,29 +304,36 @@ class FusedLoss(torch.autograd.Function):
     """A scalar loss of (hidden, weight, bias) whose gradients are built in its forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[[], Any]):
-        """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable."""
-        with without_autocast(hidden.device):
-            loss = make_loss()
-            sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
-            result = loss.finish(sums, call.summed(grads.result()))
-        ctx.save_for_backward(hidden, weight, bias)
+    def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[..., Any], given: tuple[Tensor | None, ...]):
+        """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable.
+
+        ``make_loss(call, *given)`` makes the loss; ``given`` are tensors of the user's that it reads.
+        """
+        result = run_loss(call, (hidden, weight, bias), make_loss(call, *given))
+        ctx.save_for_backward(hidden, weight, bias, *call.given, *given)
         ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
         ctx.mark_non_differentiable(*result.terms[1:], result.sums, result.dropped)
         return (*result.terms, result.sums, result.dropped)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_unused):
         """Hand over the stored gradients without a copy; a retained graph builds them anew."""
-        tensors = ctx.saved_tensors
         result, ctx.result = ctx.result, None
-        if result is None:
-            with without_autocast(tensors[0].device):
-                loss = ctx.make_loss()
-                sums, grads = loop.run(ctx.call, ctx.call.bind(*tensors), loss)
-                result = loss.finish(sums, ctx.call.summed(grads.result()))
-        return (*result.scaled_(grad_loss), None, None)
+        with torch.no_grad():
+            if result is None:
+                hidden, weight, bias, targets, rows, *given = ctx.saved_tensors
+                call = ctx.call.with_given(targets, rows)
+                result = run_loss(call, (hidden, weight, bias), ctx.make_loss(call, *given))
+            grads = result.scaled_(grad_loss)
+        sources = ctx.saved_tensors[:3] if torch.is_grad_enabled() else ()
+        return (*first_order_only(grads, grad_loss, *sources), None, None, None)
+
+
+def run_loss(call: Call, tensors: tuple[Tensor, Tensor, Tensor | None], loss: Any) -> LossResult:
+    """Run a loss with its gradients, without autograd."""
+    with without_autocast(tensors[0].device):
+        sums, grads = loop.run(call, call.bind(*tensors), loss)
+        return loss.finish(sums, call.summed(grads.result()))
 
 
 @dataclass(frozen=True)
@@ -337,6 +353,15 @@ class LogitsCall:
     targets: Tensor
     problem: CPOProblem
     needs: tuple[bool, bool]
+
+    @property
+    def given(self) -> tuple[Tensor | None, ...]:
+        """The tensors that users gave and may change: targets, ref_logps and ranks."""
+        return self.targets, *self.problem.given
+
+    def with_given(self, targets: Tensor, *of_problem: Tensor | None) -> LogitsCall:
+        """Put others of the same values in their place."""
+        return replace(self, targets=targets, problem=self.problem.with_given(*of_problem))
 
     def run(self, logits: Tensor, bias: Tensor | None) -> LossResult:
         """Compute the loss and the gradients of logits and bias, in one launch; the gradient has its own memory."""
@@ -373,19 +398,20 @@ class FusedLogitsLoss(torch.autograd.Function):
         """Return the terms of the loss and the sums (S,); only the loss is differentiable."""
         with without_autocast(logits.device):
             result = call.run(logits, bias)
-        ctx.save_for_backward(logits, bias)
+        ctx.save_for_backward(logits, bias, *call.given)
         ctx.call, ctx.result = call, result
         ctx.mark_non_differentiable(*result.terms[1:], result.sums)
         return (*result.terms, result.sums)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss, *_unused):
         """Hand over the stored gradients without a copy; a retained graph builds them anew."""
-        tensors = ctx.saved_tensors
         result, ctx.result = ctx.result, None
-        if result is None:
-            with without_autocast(tensors[0].device):
-                result = ctx.call.run(*tensors)
-        grad, _, grad_bias = result.scaled_(grad_loss)
-        return grad, grad_bias, None
+        with torch.no_grad():
+            if result is None:
+                logits, bias, *given = ctx.saved_tensors
+                with without_autocast(logits.device):
+                    result = ctx.call.with_given(*given).run(logits, bias)
+            grad, _, grad_bias = result.scaled_(grad_loss)
+        sources = ctx.saved_tensors[:2] if torch.is_grad_enabled() else ()
+        return (*first_order_only((grad, grad_bias), grad_loss, *sources), None)
