@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .engine import compiled
 from .engine.call import Needs, resolve
-from .engine.derivatives import has_tangent
+from .engine.derivatives import has_tangent, refuse_tangents
 from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
 from .engine.losses import (
@@ -366,6 +366,7 @@ def logps_of_slots(
     """Log-probabilities in the shape of the targets, with the options in one object."""
     head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
     if torch.compiler.is_compiling():
+        refuse_tangents(hidden, weight, bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         return compiled.token_logps(hidden, weight, targets, layout, bias, head)
     inputs = prepare(hidden, weight, targets, layout, bias, head, grouped=False)
@@ -490,6 +491,7 @@ def linear_cpo_loss(
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
     )
     if torch.compiler.is_compiling():
+        refuse_tangents(hidden, weight, bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         needs = needs_grad(hidden, weight, bias)
         return compiled.linear_cpo_loss(hidden, weight, targets, layout, ref_logps, ranks, bias, objective, head, needs)

@@ -140,7 +140,7 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
 class ClosedForm(torch.autograd.Function):
     """A loss (G,) of log-likelihoods (G, C) whose derivative is what ``coef`` (G, C) says.
 
-    Autograd's own would be NaN where a formula meets an infinity. ``coef`` is differentiated for the second order.
+    Autograd's own would miss the limits of :func:`pair_loss`. ``coef`` is differentiated for the second order.
     """
 
     @staticmethod
@@ -186,10 +186,11 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     better = preferences(ranks, present)
     loss, coef = pair_loss(scores, better, objective) if objective.pairs_only else plackett_luce(scores, better)
     undefined = ~(scores < math.inf).all(-1)
-    loss = loss.masked_fill(undefined, math.nan)
     coef = (objective.beta * coef).masked_fill(undefined.unsqueeze(-1) & present, math.nan)
-    function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
-    return Contrast(function.apply(logps, loss, coef), coef)
+    if objective.pairs_only:  # autograd is right about the other
+        function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
+        loss = function.apply(logps, loss, coef)
+    return Contrast(loss * torch.where(undefined, math.nan, 1.0), coef)
 
 
 class LossTerms(NamedTuple):

@@ -240,13 +240,27 @@ def save_grads(ctx, inputs, output) -> None:
     ctx.others = len(inputs) - 3
 
 
+@custom_op("cpo_kernels::scale_grads", mutates_args=())
+def scale_grads(grads: Sequence[Tensor], scale: Tensor, hidden: Tensor) -> list[Tensor]:
+    """Scale gradients. An argument that is not read, hidden, ties them to what they are the gradients of.
+
+    So the compiler's own refusal of a second derivative finds them; without it, it would leave them out of one.
+    """
+    return [grad * scale for grad in grads]
+
+
+@scale_grads.register_fake
+def _(grads, scale, hidden):
+    return [torch.empty_like(grad) for grad in grads]
+
+
 def linear_cpo_backward(ctx, grad_loss, *_unused):
     """Scale the gradients that came with the loss."""
     *sources, gain, of_hidden, of_weight, of_bias = ctx.saved_tensors
     with torch.no_grad():
-        scale, grads = grad_loss / gain, (of_hidden, of_weight, of_bias)
-        scaled = [grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-    return (*first_order_only(scaled, grad_loss, *sources), *[None] * ctx.others)
+        grads = scale_grads([of_hidden, of_weight, of_bias], grad_loss / gain, sources[0])
+    kept = [grad if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
+    return (*first_order_only(kept, grad_loss, *sources), *[None] * ctx.others)
 
 
 linear_cpo.register_autograd(linear_cpo_backward, setup_context=save_grads)

@@ -47,6 +47,6 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     """Raise ``NotImplementedError`` where forward-mode differentiation is asked of a fused head."""
     if has_tangent(*tensors):
         raise NotImplementedError(
-            "a fused head has no forward-mode derivative, as torch.func.jvp and torch.autograd.forward_ad want it: take "
+            "a fused head has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); take "
             "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have one"
         )

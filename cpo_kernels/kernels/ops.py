@@ -140,7 +140,7 @@ def _register_autograd(operators: RowOperators) -> None:
             c, b = coef.view_as(coef), None if bias is None else bias.view_as(bias)
             logps = plain.row_forward(x, targets, row_starts, b, *ctx.transform)[1]
             (first,) = torch.autograd.grad(logps, x, c, create_graph=True)
-        wanted = [t for t, need in ((x, needs_logits), (c, needs_coef), (b, needs_bias)) if need]
+        wanted: list[Any] = [t for t, need in ((x, needs_logits), (c, needs_coef), (b, needs_bias)) if need]
         grads = iter(torch.autograd.grad(first, wanted, grad, create_graph=third_order, materialize_grads=True))
         of_logits, of_coef, of_bias = (next(grads) if n else None for n in (needs_logits, needs_coef, needs_bias))
         return of_logits, None, None, None, of_coef, of_bias, None, None, None
