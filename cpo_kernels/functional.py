@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -294,7 +294,7 @@ def checked_problem(
     """Bind the objective to groups (G, C) and check them, in compiled code too."""
     groups = Groups(None, shape)
     if torch.compiler.is_compiling():
-        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight)
+        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight > 0)
         return make_problem(objective, groups, lengths, ref_logps, ranks)
     problem = make_problem(objective, groups, lengths, ref_logps, ranks)
     check_problem(problem)
@@ -552,7 +552,8 @@ def linear_sequence_loss(
     if torch.compiler.is_compiling():
         # An operator cannot carry a Python function, so the compiler traces it over the log-likelihoods instead.
         logps = sequence_logps_of(hidden, weight, targets, layout, bias, head)
-        loss = loss_fn(logps, range(targets.shape[0] if layout is None else layout.num_groups))
+        groups = targets.shape[0] if layout is None else layout.boundaries[1].shape[0] - 1
+        loss = loss_fn(logps, cast(range, compiled.AllGroups(groups)))
         check_loss(loss, differentiable=logps.requires_grad)
         return loss
     inputs = prepare(hidden, weight, targets, layout, bias, head)

@@ -184,10 +184,10 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
     scores = scores.masked_fill(~present, 0.0)
     better = preferences(ranks, present)
-    loss, coef = pair_loss(scores, better, objective) if objective.pairs_only else plackett_luce(scores, better)
+    loss, coef = pair_loss(scores, better, objective) if objective.of_pairs else plackett_luce(scores, better)
     undefined = ~(scores < math.inf).all(-1)
     coef = (objective.beta * coef).masked_fill(undefined.unsqueeze(-1) & present, math.nan)
-    if objective.pairs_only:  # autograd is right about the other
+    if objective.of_pairs:  # autograd is right about the other
         function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
         loss = function.apply(logps, loss, coef)
     return Contrast(loss * torch.where(undefined, math.nan, 1.0), coef)

@@ -172,11 +172,16 @@ class Objective:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     @property
+    def of_pairs(self) -> bool:
+        """Tell whether the objective is restricted to one negative per group (K = 1)."""
+        return not LOSSES[self.loss_type].of_groups or self.label_smoothing != 0
+
+    @property
     def pairs_only(self) -> str | None:
-        """Name the option that restricts this objective to one negative per group (K = 1); None without one."""
+        """Name the option that restricts this objective to one negative per group; None without one."""
         if not LOSSES[self.loss_type].of_groups:
             return f"loss_type={self.loss_type!r}"
-        return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+        return f"label_smoothing={self.label_smoothing}" if self.of_pairs else None
 
     @property
     def has_kernel(self) -> bool:
@@ -185,7 +190,7 @@ class Objective:
 
     def check_candidates(self, candidates: int) -> None:
         """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""
-        if self.pairs_only and candidates > 2:
+        if self.of_pairs and candidates > 2:
             raise ValueError(f"{self.pairs_only} needs one negative per group (K = 1), got K = {candidates - 1}")
 
 
