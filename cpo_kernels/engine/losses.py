@@ -389,6 +389,17 @@ class LogitsCall:
         grads = (grad if self.needs[0] else None, None, grad_bias)
         return LossResult(terms, sums, dropped_share(None, terms.loss), grads, 1.0, self.backend.scale_)
 
+    def grads_with_graph(self, logits: Tensor, bias: Tensor | None, grad_loss: Tensor) -> Grads:
+        """Compute the gradients by autograd, so that they can be differentiated again."""
+        with torch.enable_grad():
+            # Views, so that what the upstream gradient was made of is no part of this graph.
+            x, b = logits.view_as(logits), None if bias is None else bias.view_as(bias)
+            logps = self.backend.rows.forward(x, self.targets, None, b, *self.head.transform)[1]
+            sums = logps.view(self.problem.lengths.numel(), -1).double().sum(-1).to(logps.dtype)
+            wanted = [t for t, need in zip((x, b), self.needs, strict=True) if need and t is not None]
+            grads = iter(torch.autograd.grad(self.problem.loss(sums).loss, wanted, grad_loss, create_graph=True))
+        return next(grads) if self.needs[0] else None, None, next(grads) if self.needs[1] else None
+
 
 class FusedLogitsLoss(torch.autograd.Function):
     """A scalar loss of (logits, bias) whose gradients are built in its forward pass."""
@@ -407,11 +418,13 @@ class FusedLogitsLoss(torch.autograd.Function):
     def backward(ctx, grad_loss, *_unused):
         """Hand over the stored gradients without a copy; a retained graph builds them anew."""
         result, ctx.result = ctx.result, None
-        with torch.no_grad():
-            if result is None:
-                logits, bias, *given = ctx.saved_tensors
-                with without_autocast(logits.device):
-                    result = ctx.call.with_given(*given).run(logits, bias)
-            grad, _, grad_bias = result.scaled_(grad_loss)
-        sources = ctx.saved_tensors[:2] if torch.is_grad_enabled() else ()
-        return (*first_order_only((grad, grad_bias), grad_loss, *sources), None)
+        if torch.is_grad_enabled():
+            logits, bias, *given = ctx.saved_tensors
+            grad, _, grad_bias = ctx.call.with_given(*given).grads_with_graph(logits, bias, grad_loss)
+            return grad, grad_bias, None
+        if result is None:
+            logits, bias, *given = ctx.saved_tensors
+            with without_autocast(logits.device):
+                result = ctx.call.with_given(*given).run(logits, bias)
+        grad, _, grad_bias = result.scaled_(grad_loss)
+        return grad, grad_bias, None
