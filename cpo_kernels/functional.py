@@ -12,12 +12,10 @@ from torch import Tensor
 from .engine import compiled
 from .engine.call import Needs, resolve
 from .engine.derivatives import has_tangent, refuse_tangents
+from .engine.fused import FusedLogitsLoss, FusedLoss, LogitsCall
 from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
 from .engine.losses import (
-    FusedLogitsLoss,
-    FusedLoss,
-    LogitsCall,
     OwnLossOfCall,
     check_loss,
     coefficients_are_known,

@@ -9,8 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .kernels.device import is_host
-
 
 @dataclass(frozen=True)
 class CandidateLayout:
@@ -87,7 +85,7 @@ def check_tensor(name: str, boundaries: object) -> None:
     """Raise ``ValueError`` unless ``boundaries`` is an int64 vector on the host, as the other one is."""
     if not isinstance(boundaries, Tensor):
         raise ValueError(f"{name} must be a tensor where the other boundaries are, got {type(boundaries).__name__}")
-    if boundaries.dtype != torch.int64 or boundaries.dim() != 1 or not is_host(boundaries.device):
+    if boundaries.dtype != torch.int64 or boundaries.dim() != 1 or boundaries.device.type != "cpu":
         got = f"{boundaries.dtype} {tuple(boundaries.shape)} on {boundaries.device}"
         raise ValueError(f"{name} must be int64 of one dimension on the CPU, got {got}")
 

@@ -190,7 +190,7 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     if objective.of_pairs:  # autograd is right about the other
         function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
         loss = function.apply(logps, loss, coef)
-    return Contrast(loss * torch.where(undefined, math.nan, 1.0), coef)
+    return Contrast(loss * torch.where(undefined, math.nan, 1.0).to(loss.dtype), coef)
 
 
 class LossTerms(NamedTuple):

@@ -23,9 +23,10 @@ from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 
 from .call import Needs, resolve
 from .derivatives import first_order_only
+from .fused import run_loss
 from .inputs import merge_ranks, prepare
 from .logps import run_token_logps, token_logps_grads
-from .losses import CPOLossOfCall, resolve_cpo, run_loss
+from .losses import CPOLossOfCall, resolve_cpo
 from .tokens import check_targets_in
 
 # The options that are numbers, None among them, in the order of their tensors; the compiler may know them as symbols.
