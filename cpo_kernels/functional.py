@@ -49,7 +49,8 @@ def contrastive_loss(
     """The contrast of section 1 of docs/objective.md, from log-likelihoods; differentiable.
 
     Args:
-        logps: (G, C) log-likelihoods of the candidates, floating point.
+        logps: (G, C) log-likelihoods of the candidates, floating point; -inf is an impossible candidate, see section 4
+            of docs/objective.md.
         ref_logps: (G, C) log-likelihoods under the reference model, or None.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
         beta: inverse temperature of the contrast, > 0.
@@ -528,8 +529,9 @@ def linear_sequence_loss(
         weight: (V, H), same dtype.
         targets: (G, C, T) int64, or (N,) with a layout; -100 for no token.
         loss_fn: called with the log-likelihoods of some whole groups, (len(groups), C) or the packed segments of
-            those groups, and ``groups``, the range of their indices (to look up references or labels). Returns the
-            sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
+            those groups, and ``groups``, the range of their indices (to look up references or labels; compiled code
+            gets an object with the start, stop and length of one). Returns the sum of their losses, a scalar. Gradients
+            flow to the log-likelihoods only, not to tensors it closes over.
         layout: the packed form, or None.
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; the filters take

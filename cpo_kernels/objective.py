@@ -126,10 +126,9 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
     difference = (chosen - rejected).masked_fill(hopeless, -FAR)
     pair = Pair(chosen, rejected, difference, objective.beta, objective.label_smoothing)
     loss, chosen_slope, rejected_slope = LOSSES[objective.loss_type].formula(pair)
-    far_slope = torch.where(hopeless, chosen_slope, rejected_slope)
-    unbounded = (hopeless | beaten) & (far_slope != 0)
+    impossible, far_slope = hopeless | beaten, torch.where(hopeless, chosen_slope, rejected_slope)
+    unbounded = impossible & (far_slope != 0)
     loss = torch.where(unbounded, -far_slope.sign() * math.inf, loss).masked_fill(~wins.any(-1), 0.0)
-    impossible = hopeless | beaten
     chosen_slope = chosen_slope.masked_fill(impossible & (chosen_slope.abs() > STEEP), 0.0)
     rejected_slope = rejected_slope.masked_fill(beaten | (impossible & (rejected_slope.abs() > STEEP)), 0.0)
     none = torch.zeros_like(scores)

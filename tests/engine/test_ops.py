@@ -72,6 +72,11 @@ def test_opcheck_of_the_fused_loss(packed, needs):
     torch.library.opcheck(OPS.linear_cpo.default, (*tensors, *tokens, *references, needs, *OBJECTIVE, *HEAD))
 
 
+def test_opcheck_of_the_gradients_scale():
+    grads = [torch.randn(3, 2), torch.randn(0)]
+    torch.library.opcheck(OPS.scale_grads.default, (grads, torch.tensor(2.0), torch.randn(2, 2)))
+
+
 def test_opcheck_of_the_checks():
     torch.library.opcheck(OPS.checked_targets.default, (torch.tensor([3, -100, 0]), 5))
     lengths, ranks = torch.tensor([2, 1, 3, 4]), torch.tensor([0, 1, 1, 0])
