@@ -24,9 +24,9 @@ from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 from .call import Needs, resolve
 from .derivatives import first_order_only
 from .fused import run_loss
-from .inputs import merge_ranks, prepare
+from .inputs import Inputs, merge_ranks, prepare
 from .logps import run_token_logps, token_logps_grads
-from .losses import CPOLossOfCall, resolve_cpo
+from .losses import CPOLossOfCall, LossResult, resolve_cpo
 from .tokens import check_targets_in
 
 # The options that are numbers, None among them, in the order of their tensors; the compiler may know them as symbols.
@@ -208,14 +208,22 @@ def linear_cpo(
     layout = bound_layout(rows, cu_tokens, cu_groups)
     inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, head_numbers))
     options = unpack(Objective, objective, objective_numbers)
-    call, problem = resolve_cpo(inputs, ref_logps, ranks, options, (needs[0], needs[1], needs[2]))
-    result = run_loss(call, inputs.tensors, CPOLossOfCall(call, problem, inputs.hidden.dtype, inputs.hidden.shape[1]))
-    out = summarize(problem, result.terms, result.sums, inputs.shape, result.dropped)
+    out, result = run_cpo(inputs, ref_logps, ranks, options, (needs[0], needs[1], needs[2]))
     gain = (out.loss.new_ones(()) * result.gain).to(out.loss.dtype)
     loss, contrastive, nll, logps, rewards, accuracy, margin, dropped = out
     of_hidden, of_weight, of_bias = given(result.grads, (hidden, weight, bias))
     terms = loss, contrastive, nll, logps, rewards, accuracy, margin, dropped
     return (*terms, gain, of_hidden, of_weight, of_bias)
+
+
+def run_cpo(
+    inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
+) -> tuple[CPOOutput, LossResult]:
+    """Run the objective and its gradients without autograd."""
+    call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs)
+    loss = CPOLossOfCall(call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    result = run_loss(call, inputs.tensors, loss)
+    return summarize(problem, result.terms, result.sums, inputs.shape, result.dropped), result
 
 
 @linear_cpo.register_fake
