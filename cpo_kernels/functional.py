@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from .engine import compiled
 from .engine.call import Needs, resolve
+from .engine.derivatives import has_tangent, refuse_tangents
+from .engine.fused import FusedLogitsLoss, FusedLoss, LogitsCall
 from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
 from .engine.losses import (
-    CPOLossOfCall,
-    FusedLogitsLoss,
-    FusedLoss,
-    LogitsCall,
     OwnLossOfCall,
+    check_loss,
     coefficients_are_known,
+    make_cpo_loss,
     resolve_cpo,
 )
 from .engine.plan import Plan
 from .engine.tokens import check_targets_in
 from .engine.vocab_parallel import VocabShard
-from .kernels import registry
+from .kernels import plain, registry
 from .kernels.backend import Backend
 from .kernels.device import to_device
 from .kernels.numerics import IGNORE_INDEX, accumulate_dtype
@@ -49,7 +49,8 @@ def contrastive_loss(
     """The contrast of section 1 of docs/objective.md, from log-likelihoods; differentiable.
 
     Args:
-        logps: (G, C) log-likelihoods of the candidates, floating point.
+        logps: (G, C) log-likelihoods of the candidates, floating point; -inf is an impossible candidate, see section 4
+            of docs/objective.md.
         ref_logps: (G, C) log-likelihoods under the reference model, or None.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
         beta: inverse temperature of the contrast, > 0.
@@ -157,7 +158,13 @@ def sequence_logps(
 def token_logps_of(logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """Run :func:`token_logps` with its options in one object."""
     backend, flat, flat_targets = flatten_logits(logits, targets, bias, head)
-    return backend.rows.forward(flat, flat_targets, None, bias, *head.transform)[1].reshape(targets.shape)
+    return row_logps(backend, flat, flat_targets, bias, head).reshape(targets.shape)
+
+
+def row_logps(backend: Backend, logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """Compute the log-probability of one target a row; forward-mode differentiation takes plain torch."""
+    forward = plain.row_forward if has_tangent(logits, bias) else backend.rows.forward
+    return forward(logits, targets, None, bias, *head.transform)[1]
 
 
 def flatten_logits(
@@ -262,13 +269,14 @@ def cpo_loss(
     ref, flat_ranks = (per_segment(n, x, shape, logits) for n, x in (("ref_logps", ref_logps), ("ranks", ranks)))
     lengths = (targets != IGNORE_INDEX).sum(-1).reshape(-1)
     problem = checked_problem(objective, shape, lengths, cast_ref(ref, logits.dtype), flat_ranks)
-    if objective.has_kernel and runs_in_one_launch(kernels, logits.dtype, shape[1]):
+    one_launch = objective.has_kernel and runs_in_one_launch(kernels, logits.dtype, shape[1])
+    if one_launch and not has_tangent(flat, bias):
         needs, _, needs_bias = needs_grad(flat, None, bias)
         *terms, sums = FusedLogitsLoss.apply(
             flat, bias, LogitsCall(kernels, head, flat_targets, problem, (needs, needs_bias))
         )
         return summarize(problem, LossTerms(*terms), sums, shape)
-    logps = kernels.rows.forward(flat, flat_targets, None, bias, *head.transform)[1]
+    logps = row_logps(kernels, flat, flat_targets, bias, head)
     sums = sum_tokens(logps.reshape(targets.shape)).reshape(-1)
     return summarize(problem, problem.loss(sums), sums, shape)
 
@@ -285,7 +293,7 @@ def checked_problem(
     """Bind the objective to groups (G, C) and check them, in compiled code too."""
     groups = Groups(None, shape)
     if torch.compiler.is_compiling():
-        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight)
+        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight > 0)
         return make_problem(objective, groups, lengths, ref_logps, ranks)
     problem = make_problem(objective, groups, lengths, ref_logps, ranks)
     check_problem(problem)
@@ -357,6 +365,7 @@ def logps_of_slots(
     """Log-probabilities in the shape of the targets, with the options in one object."""
     head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
     if torch.compiler.is_compiling():
+        refuse_tangents(hidden, weight, bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         return compiled.token_logps(hidden, weight, targets, layout, bias, head)
     inputs = prepare(hidden, weight, targets, layout, bias, head, grouped=False)
@@ -481,13 +490,14 @@ def linear_cpo_loss(
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
     )
     if torch.compiler.is_compiling():
+        refuse_tangents(hidden, weight, bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         needs = needs_grad(hidden, weight, bias)
         return compiled.linear_cpo_loss(hidden, weight, targets, layout, ref_logps, ranks, bias, objective, head, needs)
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))
-    make_loss = partial(CPOLossOfCall, call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
-    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss)
+    make_loss = partial(make_cpo_loss, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss, problem.given)
     return summarize(problem, LossTerms(*terms), sums, inputs.shape, dropped)
 
 
@@ -519,8 +529,9 @@ def linear_sequence_loss(
         weight: (V, H), same dtype.
         targets: (G, C, T) int64, or (N,) with a layout; -100 for no token.
         loss_fn: called with the log-likelihoods of some whole groups, (len(groups), C) or the packed segments of
-            those groups, and ``groups``, the range of their indices (to look up references or labels). Returns the
-            sum of their losses, a scalar. Gradients flow to the log-likelihoods only, not to tensors it closes over.
+            those groups, and ``groups``, the range of their indices (to look up references or labels; compiled code
+            gets an object with the start, stop and length of one). Returns the sum of their losses, a scalar. Gradients
+            flow to the log-likelihoods only, not to tensors it closes over.
         layout: the packed form, or None.
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; the filters take
@@ -541,12 +552,15 @@ def linear_sequence_loss(
     if torch.compiler.is_compiling():
         # An operator cannot carry a Python function, so the compiler traces it over the log-likelihoods instead.
         logps = sequence_logps_of(hidden, weight, targets, layout, bias, head)
-        return loss_fn(logps, range(targets.shape[0] if layout is None else layout.num_groups))
+        groups = targets.shape[0] if layout is None else layout.boundaries[1].shape[0] - 1
+        loss = loss_fn(logps, cast(range, compiled.AllGroups(groups)))
+        check_loss(loss, differentiable=logps.requires_grad)
+        return loss
     inputs = prepare(hidden, weight, targets, layout, bias, head)
     candidates = inputs.shape[1] if layout is None else None
     call = resolve(inputs, needs_grad(*inputs.tensors))
-    make_loss = partial(OwnLossOfCall, call, loss_fn, candidates, inputs.hidden.dtype, inputs.hidden.shape[1])
-    return FusedLoss.apply(*inputs.tensors, call, make_loss)[0]
+    make_loss = partial(OwnLossOfCall, loss_fn, candidates, inputs.hidden.dtype, inputs.hidden.shape[1])
+    return FusedLoss.apply(*inputs.tensors, call, make_loss, ())[0]
 
 
 def plan(

@@ -23,6 +23,9 @@ class CandidateLayout:
         ranks: (S,) integers, 0 is best, equal ranks express no preference. Default: the first candidate of every
             group is best and the others are equal.
 
+    The boundaries may also be int64 host tensors. A layout that is made inside of a compiled function has to be made of
+    those: lists of integers are compiled for their lengths. It is then checked when the function runs.
+
     Raises:
         ValueError: boundaries that do not start at 0 or that decrease, no group, or a group without segments.
     """
@@ -35,6 +38,15 @@ class CandidateLayout:
     boundaries: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        given = self.cu_tokens, self.cu_groups
+        if any(isinstance(boundaries, Tensor) for boundaries in given):
+            for name, boundaries in zip(("cu_tokens", "cu_groups"), given, strict=True):
+                check_tensor(name, boundaries)
+            if torch.compiler.is_compiling():
+                object.__setattr__(self, "boundaries", given)
+                return
+            for name in ("cu_tokens", "cu_groups"):
+                object.__setattr__(self, name, getattr(self, name).tolist())
         check_boundaries("cu_tokens", self.cu_tokens)
         check_boundaries("cu_groups", self.cu_groups)
         if self.num_groups == 0:
@@ -67,6 +79,15 @@ class CandidateLayout:
     def num_groups(self) -> int:
         """G."""
         return len(self.cu_groups) - 1
+
+
+def check_tensor(name: str, boundaries: object) -> None:
+    """Raise ``ValueError`` unless ``boundaries`` is an int64 vector on the host, as the other one is."""
+    if not isinstance(boundaries, Tensor):
+        raise ValueError(f"{name} must be a tensor where the other boundaries are, got {type(boundaries).__name__}")
+    if boundaries.dtype != torch.int64 or boundaries.dim() != 1 or boundaries.device.type != "cpu":
+        got = f"{boundaries.dtype} {tuple(boundaries.shape)} on {boundaries.device}"
+        raise ValueError(f"{name} must be int64 of one dimension on the CPU, got {got}")
 
 
 def check_boundaries(name: str, boundaries: Sequence[int]) -> None:

@@ -157,10 +157,12 @@ def discopop(pair: Pair) -> PairLoss:
     It mixes the logistic and the exponential loss by the sigmoid of ``difference / tau``.
     """
     d = pair.difference
-    mix, logistic_loss, exponential = (d / pair.tau).sigmoid(), softplus(-d), (-d).exp()
-    loss = logistic_loss * (1 - mix) + exponential * mix
-    mixed = (exponential - logistic_loss) * sigmoid_slope(d / pair.tau) / pair.tau
-    return of_difference(loss, mixed - (-d).sigmoid() * (1 - mix) - exponential * mix)
+    logistic_share, logistic_loss = (-d / pair.tau).sigmoid(), softplus(-d)
+    # exp(-d) overflows long before its share, which is multiplied in by adding logarithms.
+    exponential = (logsigmoid(d / pair.tau) - d).exp()
+    loss = logistic_loss * logistic_share + exponential
+    mixed = exponential * logistic_share - logistic_loss * sigmoid_slope(d / pair.tau)
+    return of_difference(loss, mixed / pair.tau - (-d).sigmoid() * logistic_share - exponential)
 
 
 def sigmoid_slope(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,42 +83,113 @@ def preferences(ranks: Tensor, present: Tensor) -> Tensor:
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
+def log_ratios(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+    """Subtract the reference; what the policy finds impossible stays -inf, whatever the reference finds."""
+    return logps if ref_logps is None else logps - ref_logps.masked_fill(logps == -math.inf, 0.0)
+
+
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
-    """Compute the ranked contrast of scores (G, C) under preferences (G, C, C)."""
-    contrasted = better.any(-1)
+    """Compute the ranked contrast of scores (G, C), -inf for the impossible, under preferences (G, C, C)."""
     lower = scores.unsqueeze(-2).masked_fill(~better, -math.inf)
-    # A candidate with nothing below it must not make NaN out of (-inf) - (-inf), in the loss or in its gradient.
-    top = lower.amax(-1).detach().masked_fill(~contrasted, 0.0)
+    # Where nothing that is possible ranks below, (-inf) - (-inf) must not make NaN of the loss or of its gradient.
+    top = lower.amax(-1).detach()
+    top = top.masked_fill(top == -math.inf, 0.0)
     weights = (lower - top.unsqueeze(-1)).exp()
-    total = weights.sum(-1).masked_fill(~contrasted, 1.0)
+    total = weights.sum(-1)
+    beats_all = total == 0
+    total = total.masked_fill(beats_all, 1.0)
     margins = top + total.log() - scores
-    loss = softplus(margins).masked_fill(~contrasted, 0.0).sum(-1)
-    losing = torch.sigmoid(margins).masked_fill(~contrasted, 0.0)
+    settled = ~better.any(-1) | (beats_all & (scores != -math.inf))
+    loss = softplus(margins).masked_fill(settled, 0.0).sum(-1)
+    losing = torch.sigmoid(margins).masked_fill(settled, 0.0)
     coef = (losing.unsqueeze(-1) * weights / total.unsqueeze(-1)).sum(-2) - losing
     return Contrast(loss, coef)
 
 
+# In place of -inf, a score so low that every sigmoid is 0 or 1, and no product of two of them overflows.
+FAR = 1e15
+# Slopes above this, at scores that far apart, belong to a square: no slope of the others comes near.
+STEEP = 1e8
+
+
 def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
-    """Compute the loss of the one preference in each group (K = 1) by its row of the table of losses."""
+    """Compute the loss of the one preference in each group (K = 1) by its row of the table of losses.
+
+    Where a candidate is impossible, loss and slopes are their limits: infinite for a loss that still has a slope out
+    there. An impossible rejected candidate has no slope, and a slope without a finite limit is 0.
+    """
     wins, loses = better.any(-1), better.any(-2)
     chosen = scores.masked_fill(~wins, 0.0).sum(-1)
     rejected = scores.masked_fill(~loses, 0.0).sum(-1)
-    pair = Pair(chosen, rejected, chosen - rejected, objective.beta, objective.label_smoothing)
+    hopeless, beaten = chosen == -math.inf, rejected == -math.inf
+    chosen, rejected = chosen.masked_fill(hopeless, -FAR), rejected.masked_fill(beaten, -FAR)
+    difference = (chosen - rejected).masked_fill(hopeless, -FAR)
+    pair = Pair(chosen, rejected, difference, objective.beta, objective.label_smoothing)
     loss, chosen_slope, rejected_slope = LOSSES[objective.loss_type].formula(pair)
-    loss = loss.masked_fill(~wins.any(-1), 0.0)
+    impossible, far_slope = hopeless | beaten, torch.where(hopeless, chosen_slope, rejected_slope)
+    unbounded = impossible & (far_slope != 0)
+    loss = torch.where(unbounded, -far_slope.sign() * math.inf, loss).masked_fill(~wins.any(-1), 0.0)
+    chosen_slope = chosen_slope.masked_fill(impossible & (chosen_slope.abs() > STEEP), 0.0)
+    rejected_slope = rejected_slope.masked_fill(beaten | (impossible & (rejected_slope.abs() > STEEP)), 0.0)
     none = torch.zeros_like(scores)
     coef = torch.where(wins, chosen_slope.unsqueeze(-1), torch.where(loses, rejected_slope.unsqueeze(-1), none))
     return Contrast(loss, coef)
 
 
+class ClosedForm(torch.autograd.Function):
+    """A loss (G,) of log-likelihoods (G, C) whose derivative is what ``coef`` (G, C) says.
+
+    Autograd's own would miss the limits of :func:`pair_loss`. ``coef`` is differentiated for the second order.
+    """
+
+    @staticmethod
+    def forward(logps: Tensor, loss: Tensor, coef: Tensor) -> Tensor:
+        """Return the loss."""
+        return loss.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the derivative."""
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        """Multiply by the derivative."""
+        (coef,) = ctx.saved_tensors
+        return grad_loss.unsqueeze(-1) * coef, None, None
+
+
+class ClosedFormBothModes(ClosedForm):
+    """The same with a forward mode, which the compiler cannot trace."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep the derivative for both modes."""
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+
+    @staticmethod
+    def jvp(ctx: Any, logps: Tensor, _loss: Tensor, _coef: Tensor) -> Tensor:
+        """Multiply the direction by the derivative."""
+        return (logps * ctx.saved_tensors[0]).sum(-1)
+
+
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
-    """Compute loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C)."""
-    rewards = logps if ref_logps is None else logps - ref_logps
+    """Compute loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C).
+
+    A log-likelihood of -inf is an impossible candidate; NaN, and a score of +inf, make NaN of their group.
+    """
+    rewards = log_ratios(logps, ref_logps)
     scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
     scores = scores.masked_fill(~present, 0.0)
     better = preferences(ranks, present)
-    loss, coef = pair_loss(scores, better, objective) if objective.pairs_only else plackett_luce(scores, better)
-    return Contrast(loss, objective.beta * coef)
+    loss, coef = pair_loss(scores, better, objective) if objective.of_pairs else plackett_luce(scores, better)
+    undefined = ~(scores < math.inf).all(-1)
+    coef = (objective.beta * coef).masked_fill(undefined.unsqueeze(-1) & present, math.nan)
+    if objective.of_pairs:  # autograd is right about the other
+        function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
+        loss = function.apply(logps, loss, coef)
+    return Contrast(loss * torch.where(undefined, math.nan, 1.0).to(loss.dtype), coef)
 
 
 class LossTerms(NamedTuple):
@@ -156,6 +227,16 @@ class CPOProblem:
     num_target_tokens: float | Tensor
 
     @property
+    def given(self) -> tuple[Tensor | None, Tensor | None]:
+        """The tensors that users gave and may change: ref_logps and ranks, (S,) or None."""
+        return self.ref_logps, self.segment_ranks
+
+    def with_given(self, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
+        """Put others of the same values in their place."""
+        padded = self.ranks if ranks is None else self.groups.pad(ranks)
+        return replace(self, ref_logps=ref_logps, segment_ranks=ranks, ranks=padded)
+
+    @property
     def best(self) -> Tensor:
         """Mark the segments (S,) of rank 0 that have tokens."""
         return self.groups.unpad((self.ranks == 0) & self.present)
@@ -175,11 +256,15 @@ class CPOProblem:
 
     def terms(self, sums: Tensor, group_losses: Tensor) -> LossTerms:
         """Put the loss together from the contrast's loss (G,) of each group."""
+        contrast_weight, mle_weight = self.objective.contrast_weight, self.objective.mle_weight
         contrastive = group_losses.sum() / self.num_groups
-        nll = -(sums * self.best).sum() / self.num_target_tokens
+        nll = -sums.masked_fill(~self.best, 0.0).sum() / self.num_target_tokens
         nll = nll.to(sums.dtype)
-        loss = self.objective.contrast_weight * contrastive + self.objective.mle_weight * nll
-        return LossTerms(loss, contrastive, nll)
+        # A term of weight 0 is left out: 0 * inf is NaN.
+        if contrast_weight == 0:
+            return LossTerms(mle_weight * nll, contrastive, nll)
+        loss = contrast_weight * contrastive
+        return LossTerms(loss + mle_weight * nll if mle_weight else loss, contrastive, nll)
 
     def coefficients(self, sums: Tensor) -> Tensor:
         """``dloss / dsums`` (S,), in closed form."""
@@ -187,7 +272,8 @@ class CPOProblem:
 
     def contrast_coefficients(self, contrast: Contrast) -> Tensor:
         """The contrast's share of ``dloss / dlogps`` (S,): of the means where length_normalized."""
-        return self.groups.unpad(contrast.coef) * (self.objective.contrast_weight / self.num_groups)
+        coef, weight = self.groups.unpad(contrast.coef), self.objective.contrast_weight
+        return coef * (weight / self.num_groups) if weight else torch.zeros_like(coef)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
         """Compute ``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
@@ -233,11 +319,13 @@ def make_problem(
 
 
 def check_problem(problem: CPOProblem) -> None:
-    """Raise ``ValueError`` naming the first group without a rank-0 candidate or, if contrasted, without a contrast.
+    """Raise ``ValueError`` naming the first group with a rank below 0, without a rank 0, or without a contrast.
 
     On a GPU the check runs there, without waiting for it, and surfaces as a device assertion.
     """
     ranks, present, weight = problem.ranks, problem.present, problem.objective.contrast_weight
+    if problem.segment_ranks is not None:
+        check_groups(problem, ((ranks >= 0) | ~present).all(-1), "has a rank below 0")
     check_groups(problem, ((ranks == 0) & present).any(-1), "has no rank-0 candidate with tokens")
     if weight > 0:
         contrasted = preferences(ranks, present).flatten(-2).any(-1)
@@ -288,15 +376,15 @@ def summarize(
     """Make the output from log-likelihood sums (S,); logps and rewards come in ``shape``."""
     sums, loss = sums.detach(), terms.loss
     logps = problem.logps(sums)
-    rewards = logps if problem.ref_logps is None else logps - problem.ref_logps
-    rewards = problem.groups.pad(problem.objective.beta * rewards).masked_fill(~problem.present, 0.0)
+    rewards = problem.objective.beta * log_ratios(logps, problem.ref_logps)
+    rewards = problem.groups.pad(rewards).masked_fill(~problem.present, 0.0)
     best = (problem.ranks == 0) & problem.present
     others = (problem.ranks > 0) & problem.present
     counted = best.any(-1) & others.any(-1)
     worst_best = rewards.masked_fill(~best, math.inf).amin(-1)
     best_other = rewards.masked_fill(~others, -math.inf).amax(-1)
     wins = ((worst_best > best_other) & counted).sum()
-    means = [(rewards * mask).sum(-1) / mask.sum(-1).clamp(min=1) for mask in (best, others)]
+    means = [rewards.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1) for mask in (best, others)]
     return CPOOutput(
         loss=loss,
         contrastive_loss=terms.contrastive_loss.detach(),
@@ -304,6 +392,6 @@ def summarize(
         logps=logps.reshape(shape),
         rewards=problem.groups.unpad(rewards).reshape(shape),
         accuracy=wins / counted.sum(),
-        margin=((means[0] - means[1]) * counted).sum() / counted.sum(),
+        margin=(means[0] - means[1]).masked_fill(~counted, 0.0).sum() / counted.sum(),
         dropped=loss.new_zeros(()).detach() if dropped is None else dropped,
     )

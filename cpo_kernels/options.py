@@ -18,6 +18,9 @@ from .loss_table import LOSS_TYPES, LOSSES
 if TYPE_CHECKING:
     from .engine.vocab_parallel import VocabShard
 
+# What kernels compute in, whatever the dtype of the tensors.
+LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class Head:
@@ -66,15 +69,21 @@ class Head:
     frozen_columns: int = 0
 
     def __post_init__(self) -> None:
-        if not abs(self.logit_scale) < math.inf:
+        if not abs(self.logit_scale) <= LARGEST:
             raise ValueError(f"logit_scale must be a finite number, got {self.logit_scale}")
-        if self.softcap is not None and not (0 < self.softcap < math.inf):
-            raise ValueError(f"softcap must be a positive number or None, got {self.softcap}")
-        if not (0 < self.temperature < math.inf):
+        if self.softcap is not None and not (SMALLEST <= self.softcap <= LARGEST):
+            raise ValueError(f"softcap must be a positive number of float32's range or None, got {self.softcap}")
+        if not (SMALLEST <= self.temperature <= LARGEST):
             raise ValueError(f"temperature must be a positive number, got {self.temperature}")
-        if self.max_logits_bytes is not None and self.max_logits_bytes <= 0:
+        divisors = (self.temperature, self.softcap or 1.0)
+        if not all(abs(x) / y <= LARGEST for x in (self.logit_scale, self.softcap or 0.0) for y in divisors):
+            raise ValueError(
+                f"logit_scale={self.logit_scale}, softcap={self.softcap} and temperature={self.temperature} must have "
+                "ratios within float32's range"
+            )
+        if self.max_logits_bytes is not None and not 0 < self.max_logits_bytes < math.inf:
             raise ValueError(f"max_logits_bytes must be positive, got {self.max_logits_bytes}")
-        if self.frozen_columns < 0:
+        if not self.frozen_columns >= 0:
             raise ValueError(f"frozen_columns must be at least 0, got {self.frozen_columns}")
         if self.logits_dtype not in (None, torch.float32):
             raise ValueError(f"logits_dtype must be None or torch.float32, got {self.logits_dtype}")
@@ -159,15 +168,20 @@ class Objective:
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         for name in ("num_groups", "num_target_tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
 
     @property
+    def of_pairs(self) -> bool:
+        """Tell whether the objective is restricted to one negative per group (K = 1)."""
+        return not LOSSES[self.loss_type].of_groups or self.label_smoothing != 0
+
+    @property
     def pairs_only(self) -> str | None:
-        """Name the option that restricts this objective to one negative per group (K = 1); None without one."""
+        """Name the option that restricts this objective to one negative per group; None without one."""
         if not LOSSES[self.loss_type].of_groups:
             return f"loss_type={self.loss_type!r}"
-        return f"label_smoothing={self.label_smoothing}" if self.label_smoothing else None
+        return f"label_smoothing={self.label_smoothing}" if self.of_pairs else None
 
     @property
     def has_kernel(self) -> bool:
@@ -176,7 +190,7 @@ class Objective:
 
     def check_candidates(self, candidates: int) -> None:
         """Raise ``ValueError`` if groups of up to ``candidates`` = K + 1 do not suit the loss."""
-        if self.pairs_only and candidates > 2:
+        if self.of_pairs and candidates > 2:
             raise ValueError(f"{self.pairs_only} needs one negative per group (K = 1), got K = {candidates - 1}")
 
 

@@ -58,6 +58,17 @@ class Call:
         leaves = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
         return self.way(*leaves, self.head, self.backend, self.logits_dtype)
 
+    @property
+    def given(self) -> tuple[Tensor, Tensor | None]:
+        """The tensors that users gave and may change: targets and rows."""
+        return self.targets, self.rows
+
+    def with_given(self, targets: Tensor, rows: Tensor | None) -> Call:
+        """Put others of the same values in their place."""
+        dense = self.tokens.rows is None  # else the tokens are copies
+        tokens = replace(self.tokens, targets=targets) if dense else self.tokens
+        return replace(self, targets=targets, rows=rows, tokens=tokens)
+
     def blocks(self) -> list[Block]:
         """Cut all tokens into blocks of rows within the budget, whatever the groups."""
         return split_blocks(self.tokens, 0, self.tokens.targets.numel(), self.plan.chunks[0].rows_per_block)

@@ -1,16 +1,16 @@
 """The fused calls as operators, for ``torch.compile``: one opaque node each, so that no graph breaks.
 
-An operator runs the call as it runs outside of a compiled region, and returns the gradients beside the loss. Constant
-options cross its boundary as one string, counts as symbolic numbers and boundaries as tensors, so that a batch of
-another size compiles nothing anew.
+An operator runs the call as it runs outside of a compiled region, and returns the gradients beside the loss. What has a
+name crosses its boundary as a text, every number in one tensor and boundaries as tensors, so that neither a batch of
+another size nor another value of an option compiles anything anew.
 """
 
 from __future__ import annotations
 
 import math
 from ast import literal_eval
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,40 +21,50 @@ from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.objective import CPOOutput, Groups, check_problem, make_problem, summarize
 from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 
-from . import loop
 from .call import Needs, resolve
+from .derivatives import first_order_only
+from .fused import run_loss
 from .inputs import Inputs, merge_ranks, prepare
 from .logps import run_token_logps, token_logps_grads
 from .losses import CPOLossOfCall, LossResult, resolve_cpo
 from .tokens import check_targets_in
 
-# Options that change with the batch.
-COUNTS = ("num_groups", "num_target_tokens")
-NUMBERS = (
-    *("beta", "margin", "label_smoothing", "contrast_weight", "mle_weight"),
-    *("logit_scale", "softcap", "temperature", "grad_filter_eps", "candidate_eps"),
-)
+# The options that are numbers, None among them, in the order of their tensors; the compiler may know them as symbols.
+NUMBERS = {
+    Objective: (
+        "beta",
+        "margin",
+        "label_smoothing",
+        "contrast_weight",
+        "mle_weight",
+        "num_groups",
+        "num_target_tokens",
+    ),
+    Head: (
+        *("logit_scale", "softcap", "temperature", "grad_filter_eps", "candidate_eps"),
+        *("max_logits_bytes", "frozen_columns"),
+    ),
+}
+NAMES = {
+    kind: tuple(name for name in names if name not in (*NUMBERS[kind], "vocab_shard"))
+    for kind, names in ((Objective, OBJECTIVE_OPTIONS), (Head, HEAD_OPTIONS))
+}
+INTEGERS = ("max_logits_bytes", "frozen_columns")
+Options = TypeVar("Options", Head, Objective)
 
 
-class Packed(NamedTuple):
-    """Options as an operator can carry them: a text of names and values, and beside it the real numbers by position.
-
-    The compiler may hold a real number back as a symbol, which has no text.
-    """
-
-    text: str
-    numbers: list[float]
-
-
-def pack(options: Head | Objective) -> Packed:
-    """Take options apart; counts travel by themselves, and a process group cannot travel at all."""
+def pack(options: Head | Objective) -> tuple[str, Tensor]:
+    """Take options apart into a text and a host tensor; a process group cannot travel at all."""
     if isinstance(options, Head):
         options.check_whole("torch.compile")
-    names = HEAD_OPTIONS if isinstance(options, Head) else OBJECTIVE_OPTIONS
-    constants = [name for name in names if name not in (*NUMBERS, *COUNTS, "vocab_shard")]
-    text = ", ".join([f"{name!r}: {text_of(getattr(options, name))}" for name in constants])
-    values = [getattr(options, name) for name in names if name in NUMBERS]
-    return Packed("{" + text + "}", [math.nan if value is None else value for value in values])
+    text = ", ".join([f"{name!r}: {text_of(getattr(options, name))}" for name in NAMES[type(options)]])
+    values = [getattr(options, name) for name in NUMBERS[type(options)]]
+    return "{" + text + "}", torch.stack([on_host(math.nan if value is None else value) for value in values])
+
+
+def on_host(number: float) -> Tensor:
+    """Make a host tensor of a number; ``torch.tensor`` would need to know it while it is traced."""
+    return torch.full((), number, dtype=torch.float64, device="cpu")
 
 
 def text_of(value: object) -> str:
@@ -62,50 +72,56 @@ def text_of(value: object) -> str:
     return "'float32'" if isinstance(value, torch.dtype) else repr(value)
 
 
-def unpack(names: Sequence[str], text: str, numbers: Sequence[float]) -> dict[str, Any]:
-    """Read what :func:`pack` made of options with these names."""
-    values = [None if math.isnan(number) else number for number in numbers]
-    return literal_eval(text) | dict(zip([name for name in names if name in NUMBERS], values, strict=True))
+def unpack(kind: type[Options], text: str, numbers: Tensor) -> Options:
+    """Put together again what :func:`pack` took apart."""
+    options: dict[str, Any] = literal_eval(text)
+    if options.get("logits_dtype") is not None:
+        options["logits_dtype"] = torch.float32
+    for name, value in zip(NUMBERS[kind], numbers.tolist(), strict=True):
+        options[name] = None if math.isnan(value) else int(value) if name in INTEGERS else value
+    return kind(**options)
 
 
-def unpack_head(text: str, numbers: Sequence[float]) -> Head:
-    """Put a head together again."""
-    options = unpack(HEAD_OPTIONS, text, numbers)
-    options["logits_dtype"] = None if options["logits_dtype"] is None else torch.float32
-    return Head(**options)
+def sums_dtype(head: str, hidden: Tensor) -> torch.dtype:
+    """Read the dtype of log-likelihoods from what :func:`pack` made of a head."""
+    return accumulate_dtype(hidden.dtype if literal_eval(head)["logits_dtype"] is None else torch.float32)
 
 
-def logits_dtype_of(text: str, hidden: Tensor) -> torch.dtype:
-    """Read the dtype of the logits, and no number, from what :func:`pack` made of a head."""
-    return hidden.dtype if literal_eval(text)["logits_dtype"] is None else torch.float32
+def given(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape gradients as their tensors, and put an empty one where none is: an operator returns tensors only."""
+    empty = next(tensor for tensor in tensors if tensor is not None).new_empty
+    of_hidden, of_weight, of_bias = (
+        empty(0) if grad is None or tensor is None else grad.reshape(tensor.shape)
+        for grad, tensor in zip(grads, tensors, strict=True)
+    )
+    return of_hidden, of_weight, of_bias
 
 
-def counted(count: float | None) -> Tensor | None:
-    """Make a host tensor of a count, which changes with the batch: a number would be compiled for."""
-    return None if count is None else torch.full((), count, dtype=torch.float64, device="cpu")
-
-
-def needs_of(text: str) -> Needs:
-    """Read which of hidden, weight and bias need gradients: ``"110"`` for the first two."""
-    hidden, weight, bias = (digit == "1" for digit in text)
-    return hidden, weight, bias
-
-
-def given(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """Put an empty tensor in the place of a gradient that is not needed: an operator returns tensors only."""
-    return [like.new_empty(0) if grad is None else grad for grad in grads]
-
-
-def fake_grads(needs: str, *tensors: Tensor | None) -> list[Tensor]:
+def fake_grads(needs: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Make what :func:`given` returns, without numbers."""
-    first, wanted = tensors[0], needs_of(needs)
-    assert first is not None
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if need and tensor is not None
-        else first.new_empty(0)
-        for need, tensor in zip(wanted, tensors, strict=True)
-    ]
+    contiguous = torch.contiguous_format
+    wanted = zip(needs, tensors, strict=True)
+    return given(
+        [torch.empty_like(t, memory_format=contiguous) if n and t is not None else None for n, t in wanted], tensors
+    )
+
+
+class AllGroups(Sequence[int]):
+    """The ``range`` of all groups for a traced function: a range itself would be compiled for its end."""
+
+    start, step = 0, 1
+
+    def __init__(self, stop: int) -> None:
+        self.stop = stop
+
+    def __len__(self) -> int:
+        return self.stop
+
+    def __getitem__(self, index: Any) -> Any:
+        return range(self.stop)[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.stop))
 
 
 # Checks of values cannot be traced. They are operators whose result is used, so that the compiler keeps them.
@@ -124,15 +140,15 @@ def _(targets, vocab):
 
 
 @custom_op("cpo_kernels::checked_lengths", mutates_args=())
-def checked_lengths(lengths: Tensor, ranks: Tensor | None, candidates: int, contrast_weight: float) -> Tensor:
+def checked_lengths(lengths: Tensor, ranks: Tensor | None, candidates: int, contrasted: bool) -> Tensor:
     """Copy lengths (S,) of groups of so many candidates; raises ``ValueError`` as :func:`check_problem` does."""
     groups = Groups(None, (lengths.numel() // candidates, candidates))
-    check_problem(make_problem(Objective(contrast_weight=contrast_weight), groups, lengths, None, ranks))
+    check_problem(make_problem(Objective(contrast_weight=float(contrasted)), groups, lengths, None, ranks))
     return lengths.clone()
 
 
 @checked_lengths.register_fake
-def _(lengths, ranks, candidates, contrast_weight):
+def _(lengths, ranks, candidates, contrasted):
     return torch.empty_like(lengths)
 
 
@@ -163,11 +179,8 @@ def linear_cpo_loss(
     """Trace :func:`cpo_kernels.linear_cpo_loss` as one operator; the arguments are those, cast by autocast."""
     if layout is not None and layout.ranks is not None:
         ranks = merge_ranks(ranks, layout.ranks, (layout.boundaries[0].shape[0] - 1,), hidden)
-    outputs = linear_cpo(
-        *(hidden, weight, bias, targets, *layout_tensors(layout), ref_logps, ranks),
-        *(counted(objective.num_groups), counted(objective.num_target_tokens)),
-        *("".join(["1" if need else "0" for need in needs]), *pack(objective), *pack(head)),
-    )
+    tensors = hidden, weight, bias, targets, *layout_tensors(layout), ref_logps, ranks
+    outputs = linear_cpo(*tensors, list(needs), *pack(objective), *pack(head))
     return CPOOutput(*outputs[: len(CPOOutput._fields)])
 
 
@@ -182,29 +195,23 @@ def linear_cpo(
     cu_groups: Tensor | None,
     ref_logps: Tensor | None,
     ranks: Tensor | None,
-    num_groups: Tensor | None,
-    num_target_tokens: Tensor | None,
-    needs: str,
+    needs: Sequence[bool],
     objective: str,
-    objective_numbers: Sequence[float],
+    objective_numbers: Tensor,
     head: str,
-    head_numbers: Sequence[float],
+    head_numbers: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of ``CPOOutput``, the gain of the gradients, and those of hidden, weight and bias.
 
     A gradient is empty where ``needs`` says so. Backward divides by the gain once it knows the upstream gradient.
     """
-    options = unpack(OBJECTIVE_OPTIONS, objective, objective_numbers)
-    for name, count in zip(COUNTS, (num_groups, num_target_tokens), strict=True):
-        options[name] = None if count is None else float(count)
-    layout, head_options = bound_layout(rows, cu_tokens, cu_groups), unpack_head(head, head_numbers)
-    inputs = prepare(hidden, weight, targets, layout, bias, head_options)
-    out, result = run_cpo(inputs, ref_logps, ranks, Objective(**options), needs_of(needs))
+    layout = bound_layout(rows, cu_tokens, cu_groups)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, head_numbers))
+    options = unpack(Objective, objective, objective_numbers)
+    out, result = run_cpo(inputs, ref_logps, ranks, options, (needs[0], needs[1], needs[2]))
     gain = (out.loss.new_ones(()) * result.gain).to(out.loss.dtype)
     loss, contrastive, nll, logps, rewards, accuracy, margin, dropped = out
-    of_hidden, of_weight, of_bias = given(result.grads, hidden)
-    if inputs.hidden.shape != hidden.shape and of_hidden.numel():
-        of_hidden = of_hidden.reshape(hidden.shape)
+    of_hidden, of_weight, of_bias = given(result.grads, (hidden, weight, bias))
     terms = loss, contrastive, nll, logps, rewards, accuracy, margin, dropped
     return (*terms, gain, of_hidden, of_weight, of_bias)
 
@@ -215,15 +222,13 @@ def run_cpo(
     """Run the objective and its gradients without autograd."""
     call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs)
     loss = CPOLossOfCall(call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
-    sums, grads = loop.run(call, call.bind(*inputs.tensors), loss)
-    result = loss.finish(sums, call.summed(grads.result()))
-    return summarize(problem, result.terms, sums, inputs.shape, result.dropped), result
+    result = run_loss(call, inputs.tensors, loss)
+    return summarize(problem, result.terms, result.sums, inputs.shape, result.dropped), result
 
 
 @linear_cpo.register_fake
-def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, ranks, *options):
-    _num_groups, _num_target_tokens, needs, _objective, _numbers, head, _head_numbers = options
-    dtype = accumulate_dtype(logits_dtype_of(head, hidden))
+def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, ranks, needs, *options):
+    dtype = sums_dtype(options[2], hidden)
     shape = targets.shape[:-1] if cu_tokens is None else (cu_tokens.shape[0] - 1,)
     scalar, per_segment = (lambda: hidden.new_empty((), dtype=dtype)), (lambda: hidden.new_empty(shape, dtype=dtype))
     accuracy = hidden.new_empty((), dtype=torch.float32)
@@ -234,17 +239,35 @@ def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, rank
 def save_grads(ctx, inputs, output) -> None:
     """Keep the gradients that came with the loss."""
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[-4:])
-    ctx.needs = ctx.needs_input_grad[:3]
-    ctx.others = len(inputs) - 3
+    ctx.save_for_backward(*inputs[:3], *output[-4:])
+
+
+@custom_op("cpo_kernels::scale_grads", mutates_args=())
+def scale_grads(grads: Sequence[Tensor], scale: Tensor, hidden: Tensor) -> list[Tensor]:
+    """Scale gradients. An argument that is not read, hidden, ties them to what they are the gradients of.
+
+    So the compiler's own refusal of a second derivative finds them; without it, it would leave them out of one.
+    """
+    return [grad * scale for grad in grads]
+
+
+@scale_grads.register_fake
+def _(grads, scale, hidden):
+    return [torch.empty_like(grad) for grad in grads]
 
 
 def linear_cpo_backward(ctx, grad_loss, *_unused):
     """Scale the gradients that came with the loss."""
-    gain, *grads = ctx.saved_tensors
-    scale = grad_loss / gain
-    scaled = [grad * scale if need else None for grad, need in zip(grads, ctx.needs, strict=True)]
-    return (*scaled, *[None] * ctx.others)
+    hidden, weight, bias, gain, *grads = ctx.saved_tensors
+    with torch.no_grad():
+        grads = scale_grads(grads, grad_loss / gain, hidden)
+    return needed(ctx, grads, grad_loss, hidden, weight, bias)
+
+
+def needed(ctx, grads, *sources):
+    """Return the gradients of hidden, weight and bias that are needed, and None for all other inputs."""
+    wanted = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
+    return (*first_order_only(wanted, *sources), *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 linear_cpo.register_autograd(linear_cpo_backward, setup_context=save_grads)
@@ -267,18 +290,18 @@ def linear_token_logps(
     cu_tokens: Tensor | None,
     cu_groups: Tensor | None,
     head: str,
-    numbers: Sequence[float],
+    numbers: Tensor,
 ) -> Tensor:
     """Return the log-probabilities of all tokens, in the shape of targets; the gradient recomputes the logits."""
     layout = bound_layout(rows, cu_tokens, cu_groups)
-    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head, numbers), grouped=False)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, numbers), grouped=False)
     call = resolve(inputs, (False, False, False), whole_groups=False)
     return run_token_logps(call, call.bind(*inputs.tensors)).logps.reshape(targets.shape)
 
 
 @linear_token_logps.register_fake
 def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, head, numbers):
-    return hidden.new_empty(targets.shape, dtype=accumulate_dtype(logits_dtype_of(head, hidden)))
+    return hidden.new_empty(targets.shape, dtype=sums_dtype(head, hidden))
 
 
 @custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
@@ -291,38 +314,35 @@ def linear_token_logps_backward(
     rows: Tensor | None,
     cu_tokens: Tensor | None,
     cu_groups: Tensor | None,
-    needs: str,
+    numbers: Tensor,
+    needs: Sequence[bool],
     head: str,
-    numbers: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden, weight and bias, empty where ``needs`` says so."""
     layout = bound_layout(rows, cu_tokens, cu_groups)
-    inputs = prepare(hidden, weight, targets, layout, bias, unpack_head(head, numbers), grouped=False)
-    call = resolve(inputs, needs_of(needs), whole_groups=False)
+    inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, numbers), grouped=False)
+    call = resolve(inputs, (needs[0], needs[1], needs[2]), whole_groups=False)
     grads = token_logps_grads(call, call.bind(*inputs.tensors), None, grad_logps.reshape(-1))
-    of_hidden, of_weight, of_bias = given(grads, hidden)
-    return of_hidden.reshape(hidden.shape) if call.needs[0] else of_hidden, of_weight, of_bias
+    return given(grads, (hidden, weight, bias))
 
 
 @linear_token_logps_backward.register_fake
-def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, needs, head, numbers):
-    return tuple(fake_grads(needs, hidden, weight, bias))
+def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, numbers, needs, head):
+    return fake_grads(needs, hidden, weight, bias)
 
 
 def save_inputs(ctx, inputs, output) -> None:
     """Keep what the gradient is recomputed from."""
-    *tensors, head, numbers = inputs
-    ctx.options = head, numbers
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.head, numbers = inputs
+    ctx.save_for_backward(*tensors, numbers)
 
 
 def token_logps_backward(ctx, grad_logps):
     """Recompute the logits and form the gradients."""
-    wanted = ctx.needs_input_grad[:3]
-    needs = "".join(["1" if need else "0" for need in wanted])
-    grads = linear_token_logps_backward(grad_logps, *ctx.saved_tensors, needs, *ctx.options)
-    others = [None] * (len(ctx.needs_input_grad) - 3)
-    return (*[grad if need else None for grad, need in zip(grads, wanted, strict=True)], *others)
+    tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
+    with torch.no_grad():
+        grads = linear_token_logps_backward(grad_logps, *tensors, needs, ctx.head)
+    return needed(ctx, grads, grad_logps, *tensors[:3])
 
 
 linear_token_logps.register_autograd(token_logps_backward, setup_context=save_inputs)

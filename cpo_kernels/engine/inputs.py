@@ -13,6 +13,7 @@ from cpo_kernels.kernels.device import to_device
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.options import Head
 
+from .derivatives import refuse_tangents
 from .vocab_parallel import is_dtensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -115,6 +116,7 @@ def prepare(
     grouped: bool = True,
 ) -> Inputs:
     """Check and flatten; ``grouped`` asks for the (G, C, T, H) form when there is no layout."""
+    refuse_tangents(hidden, weight, bias)
     if hidden.dim() == 0:
         raise ValueError("hidden must be (..., H), got a scalar of shape ()")
     if targets.shape != hidden.shape[:-1] and layout is None:

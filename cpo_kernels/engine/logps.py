@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cpo_kernels.kernels.device import without_autocast
 from cpo_kernels.kernels.numerics import accumulate_dtype
 
 from . import products
 from .call import Call, Grads
+from .derivatives import first_order_only
 from .filters import Kept
 from .head import Forward, LinearHead
 from .loop import Gradients
@@ -78,22 +78,24 @@ class LinearTokenLogps(torch.autograd.Function):
         """Compute (N,)."""
         with without_autocast(hidden.device):
             result = run_token_logps(call, call.bind(hidden, weight, bias))
-        ctx.save_for_backward(hidden, weight, bias, result.unscaled)
+        ctx.save_for_backward(hidden, weight, bias, result.unscaled, *call.given)
         ctx.call, ctx.done = call, result.done
         return result.logps
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logps):
         """Scale what forward built, use what it kept, or recompute."""
-        *tensors, unscaled = ctx.saved_tensors
-        if unscaled is not None:
-            return scale_rows(ctx.call, unscaled, grad_logps), None, None, None
+        hidden, weight, bias, unscaled, *given = ctx.saved_tensors
+        call = ctx.call.with_given(*given)
         # The kept logits are overwritten, so a retained graph recomputes them the second time.
         done, ctx.done = ctx.done, None
-        with without_autocast(tensors[0].device):
-            grads = token_logps_grads(ctx.call, ctx.call.bind(*tensors), done, grad_logps)
-        return (*grads, None)
+        with torch.no_grad(), without_autocast(hidden.device):
+            grads: Grads = (None, None, None)
+            if unscaled is not None:
+                grads = scale_rows(call, unscaled, grad_logps), None, None
+            else:
+                grads = token_logps_grads(call, call.bind(hidden, weight, bias), done, grad_logps)
+        return (*first_order_only(grads, grad_logps, hidden, weight, bias), None)
 
 
 def scale_rows(call: Call, unscaled: Tensor, grad_logps: Tensor) -> Tensor:

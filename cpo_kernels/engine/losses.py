@@ -1,18 +1,16 @@
-"""Losses that come with their gradients: what the autograd functions and the compiled operator run."""
+"""The losses of a call, chunk by chunk: coefficients for the loop, and the result that is made of its sums."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cpo_kernels.kernels.backend import Backend
-from cpo_kernels.kernels.device import is_host, without_autocast
+from cpo_kernels.kernels.device import is_host
 from cpo_kernels.kernels.numerics import accumulate_dtype
 from cpo_kernels.objective import CPOProblem, LossTerms, check_problem, make_groups, make_problem
 from cpo_kernels.options import Head, Objective
@@ -177,6 +175,13 @@ class CPOLossOfCall:
         return LossResult(terms, sums, dropped, grads, self.gain, self.call.backend.scale_)
 
 
+def make_cpo_loss(
+    problem: CPOProblem, dtype: torch.dtype, hidden_size: int, call: Call, *given: Tensor | None
+) -> CPOLossOfCall:
+    """Make the loss of a call, of what users have ``given``."""
+    return CPOLossOfCall(call, problem.with_given(*given), dtype, hidden_size)
+
+
 def launch_options(problem: CPOProblem) -> dict[str, Any]:
     """The objective's numbers as a backend's launch takes them."""
     objective = problem.objective
@@ -221,11 +226,11 @@ class OwnLossOfCall:
 
     def __init__(
         self,
-        call: Call,
         loss_fn: Callable[[Tensor, range], Tensor],
         candidates: int | None,
         dtype: torch.dtype,
         hidden_size: int,
+        call: Call,
     ) -> None:
         self.call, self.loss_fn, self.candidates, self.dtype = call, loss_fn, candidates, dtype
         self.num_groups = len(call.tokens.segment_starts) - 1
@@ -239,12 +244,14 @@ class OwnLossOfCall:
         """Return the sums of a chunk's segments and the coefficients of its slots, by autograd of the loss."""
         sums = loop.segment_sums(logps, part)
         if not wanted:
-            self.losses.append(self.loss_fn(self.grouped(sums, part.groups), part.groups))
+            loss = self.loss_fn(self.grouped(sums, part.groups), part.groups)
+            check_loss(loss, differentiable=False)
+            self.losses.append(loss)
             return sums, None
         with torch.enable_grad():
             leaf = sums.detach().requires_grad_()
             loss = self.loss_fn(self.grouped(leaf, part.groups), part.groups)
-            check_loss(loss)
+            check_loss(loss, differentiable=True)
             (coef,) = torch.autograd.grad(loss, leaf)
         self.losses.append(loss.detach())
         if self.gain is None:
@@ -282,110 +289,10 @@ def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | T
     return torch.clamp(gain, min=1.0) if isinstance(gain, Tensor) else max(gain, 1.0)
 
 
-def check_loss(loss: Tensor) -> None:
-    """Raise ``ValueError`` unless a user's loss is a differentiable scalar."""
+def check_loss(loss: object, *, differentiable: bool = True) -> None:
+    """Raise ``ValueError`` unless a user's loss is a scalar, and depends on the log-likelihoods if that is needed."""
     expected = "loss_fn must return a scalar tensor that depends differentiably on logps, got"
     if not isinstance(loss, Tensor):
         raise ValueError(f"{expected} {type(loss).__name__}")
-    if loss.dim() != 0 or not loss.requires_grad:
+    if loss.dim() != 0 or not (loss.requires_grad or not differentiable):
         raise ValueError(f"{expected} shape {tuple(loss.shape)}, requires_grad={loss.requires_grad}")
-
-
-class FusedLoss(torch.autograd.Function):
-    """A scalar loss of (hidden, weight, bias) whose gradients are built in its forward pass."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[[], Any]):
-        """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable."""
-        with without_autocast(hidden.device):
-            loss = make_loss()
-            sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
-            result = loss.finish(sums, call.summed(grads.result()))
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
-        ctx.mark_non_differentiable(*result.terms[1:], result.sums, result.dropped)
-        return (*result.terms, result.sums, result.dropped)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, *_unused):
-        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
-        tensors = ctx.saved_tensors
-        result, ctx.result = ctx.result, None
-        if result is None:
-            with without_autocast(tensors[0].device):
-                loss = ctx.make_loss()
-                sums, grads = loop.run(ctx.call, ctx.call.bind(*tensors), loss)
-                result = loss.finish(sums, ctx.call.summed(grads.result()))
-        return (*result.scaled_(grad_loss), None, None)
-
-
-@dataclass(frozen=True)
-class LogitsCall:
-    """Everything of a loss of given logits (R, V) but them and the bias: padded groups of C segments of T rows.
-
-    Attributes:
-        backend: has a ``logits_loss``.
-        head: the options of the head.
-        targets: (R,) int64.
-        problem: the objective bound to the groups.
-        needs: whether logits and bias need gradients.
-    """
-
-    backend: Backend
-    head: Head
-    targets: Tensor
-    problem: CPOProblem
-    needs: tuple[bool, bool]
-
-    def run(self, logits: Tensor, bias: Tensor | None) -> LossResult:
-        """Compute the loss and the gradients of logits and bias, in one launch; the gradient has its own memory."""
-        problem, launch = self.problem, self.backend.logits_loss
-        assert launch is not None
-        segments = problem.lengths.numel()
-        grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if any(self.needs) else None
-        sums, _ = launch(
-            logits.detach(),
-            self.targets,
-            grad,
-            torch.arange(segments + 1, device=logits.device) * (self.targets.numel() // segments),
-            None,
-            problem.lengths,
-            problem.ref_logps,
-            problem.segment_ranks,
-            None if bias is None else bias.detach(),
-            *self.head.transform,
-            gain=1.0,
-            **launch_options(problem),
-        )
-        terms, grad_bias = problem.loss(sums), None
-        if self.needs[1] and grad is not None and bias is not None:
-            grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        grads = (grad if self.needs[0] else None, None, grad_bias)
-        return LossResult(terms, sums, dropped_share(None, terms.loss), grads, 1.0, self.backend.scale_)
-
-
-class FusedLogitsLoss(torch.autograd.Function):
-    """A scalar loss of (logits, bias) whose gradients are built in its forward pass."""
-
-    @staticmethod
-    def forward(ctx, logits, bias, call: LogitsCall):
-        """Return the terms of the loss and the sums (S,); only the loss is differentiable."""
-        with without_autocast(logits.device):
-            result = call.run(logits, bias)
-        ctx.save_for_backward(logits, bias)
-        ctx.call, ctx.result = call, result
-        ctx.mark_non_differentiable(*result.terms[1:], result.sums)
-        return (*result.terms, result.sums)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss, *_unused):
-        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
-        tensors = ctx.saved_tensors
-        result, ctx.result = ctx.result, None
-        if result is None:
-            with without_autocast(tensors[0].device):
-                result = ctx.call.run(*tensors)
-        grad, _, grad_bias = result.scaled_(grad_loss)
-        return grad, grad_bias, None

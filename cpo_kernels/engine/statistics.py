@@ -83,8 +83,8 @@ def linear_token_statistics(
         **unknown: what there is not is a ``TypeError`` that names the nearest.
 
     Raises:
-        ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed; the
-            message names the offending one.
+        ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed, or a
+            seed that is no integer; the message names the offending one.
         RuntimeError: a backend that is not available.
     """
     refuse_unknown("linear_token_statistics", unknown)
@@ -105,11 +105,16 @@ def linear_token_statistics(
     return out
 
 
+def is_integer(value: object) -> bool:
+    """Tell whether a value is an integer, Python's or another library's."""
+    return hasattr(value, "__index__") and not isinstance(value, Tensor)
+
+
 def check_num_samples(num_samples: int | None, seed: int | Tensor | None) -> None:
     """Raise ``ValueError`` for a number of samples that cannot be drawn."""
     if num_samples is None:
         return
-    if num_samples < 1:
+    if not is_integer(num_samples) or num_samples < 1:
         raise ValueError(f"num_samples must be at least 1 or None, got {num_samples}")
     if seed is None:
         raise ValueError(f"num_samples={num_samples} needs a seed, got None")
@@ -125,6 +130,8 @@ class Seeds:
     def of(cls, seed: int | Tensor, targets: Tensor) -> Seeds:
         """From what users pass; an integer comes to the device without a copy that waits."""
         if not isinstance(seed, Tensor):
+            if not (is_integer(seed) and -(2**63) <= seed < 2**63):
+                raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
             return cls(torch.full((), seed, dtype=torch.int64, device=targets.device))
         per_token = seed.shape == targets.shape
         if seed.is_floating_point() or seed.is_complex() or not (per_token or seed.numel() == 1):

@@ -134,4 +134,5 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Switch autocast off for a while: what was to be cast has been."""
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

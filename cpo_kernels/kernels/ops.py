@@ -126,7 +126,27 @@ def _register_autograd(operators: RowOperators) -> None:
         grad_bias = grad.sum(0, dtype=stats.dtype).to(bias.dtype) if needs_bias else None
         return (grad if needs_logits else None), None, None, grad_bias, None, None, None
 
+    def save_for_second_order(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, targets, row_starts, _stats, coef, bias, *ctx.transform = inputs
+        ctx.save_for_backward(logits, targets, row_starts, coef, bias)
+
+    def second_order(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, row_starts, coef, bias = ctx.saved_tensors
+        needs_logits, _, _, _, needs_coef, needs_bias, *_ = ctx.needs_input_grad
+        third_order = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views, so that what coef was made of, the logits among it, is no part of this graph.
+            x = logits.view_as(logits) if logits.requires_grad else logits.detach().requires_grad_()
+            c, b = coef.view_as(coef), None if bias is None else bias.view_as(bias)
+            logps = plain.row_forward(x, targets, row_starts, b, *ctx.transform)[1]
+            (first,) = torch.autograd.grad(logps, x, c, create_graph=True)
+        wanted: list[Any] = [t for t, need in ((x, needs_logits), (c, needs_coef), (b, needs_bias)) if need]
+        grads = iter(torch.autograd.grad(first, wanted, grad, create_graph=third_order, materialize_grads=True))
+        of_logits, of_coef, of_bias = (next(grads) if n else None for n in (needs_logits, needs_coef, needs_bias))
+        return of_logits, None, None, None, of_coef, of_bias, None, None, None
+
     operators.forward.register_autograd(backward, setup_context=save_for_backward)
+    operators.backward.register_autograd(second_order, setup_context=save_for_second_order)
 
 
 row_forward, row_backward, row_backward_ = declare_rows(

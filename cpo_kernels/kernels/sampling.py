@@ -17,7 +17,9 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
     """Entropy (R,) in nats of the softmax of each row, from its statistics (2, R)."""
     parts = []
     for tile in long_slices(*logits.shape):
-        log_p = transform_logits(logits[tile].to(stats.dtype), bias, *transform) - stats[:, tile].sum(0)[:, None]
+        y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
+        # The maximum first: together with it, the small logarithm would be rounded to the size of the logits.
+        log_p = y - stats[0, tile, None] - stats[1, tile, None]
         p = log_p.exp()
         parts.append(-torch.where(p == 0, 0.0, p * log_p).sum(-1))
     return torch.cat(parts) if parts else stats[0]

@@ -40,8 +40,8 @@ EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_mod
 # How long a run is to be may be changed on purpose; it is said, because the learning rate follows it.
 STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
 MODELS = {
-    "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct CPOTrainer with the "
-    "model that the run began with, or pass it as ref_model",
+    "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct "
+    "CPOTrainer with the model that the run began with, or pass it as ref_model",
     "base": "the frozen weights under the adapters are not those that {checkpoint} was trained with",
 }
 

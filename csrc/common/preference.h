@@ -25,9 +25,10 @@ struct Preference {
     return (x < 0 ? small : 1.0) / (1.0 + small);
   }
 
+  // At an infinite d the limit, or 0 where that is infinite.
   CPO_HOST_DEVICE double slope(double d) const {
     if (loss == Loss::kHinge) return d < 1.0 ? -1.0 : 0.0;
-    if (loss == Loss::kIpo) return 2.0 * (d - 0.5) / (beta * beta);
+    if (loss == Loss::kIpo) return fabs(d) < HUGE_VAL ? 2.0 * (d - 0.5) / (beta * beta) : 0.0;
     return label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d);
   }
 };

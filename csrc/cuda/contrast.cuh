@@ -3,7 +3,8 @@
 // For each candidate i with a strictly lower-ranked present candidate,
 //   d_i = s_i - logsumexp({s_j : rank_j > rank_i}),   coef_i += f'(d_i),   coef_j -= f'(d_i) * softmax_j.
 // First warps find d_i, each of its own candidates i; then threads add up coef_j, each of its own candidates j, over i in order. All
-// but the input and the outputs is float64.
+// but the input and the outputs is float64. A score of -inf is a candidate that is impossible: d_i is +inf where all below i are, and
+// -inf where i itself is.
 #pragma once
 
 #include <limits>
@@ -74,18 +75,18 @@ CPO_DEVICE double divisor(const ContrastArgs& args, std::int64_t length) {
   return args.length_normalized && length > 1 ? static_cast<double>(length) : 1.0;
 }
 
-// Sums to scores, and ranks; whether a score of this thread's candidates is not finite.
+// Sums to scores, and ranks; whether a score of this thread's candidates is NaN or +inf.
 CPO_DEVICE bool find_scores(const ContrastArgs& args, const Group& group, const Candidates& shared) {
   bool bad = false;
   for (int c = simt::thread_index(); c < group.count; c += simt::thread_count()) {
     const std::int64_t segment = group.first + c, length = simt::load(args.lengths + segment);
     const std::int64_t rank = args.ranks ? simt::load(args.ranks + segment) : (c > 0 ? 1 : 0);
     double reward = shared.score[c] / divisor(args, length);
-    if (args.ref_logps) reward -= simt::load(args.ref_logps + segment);
+    if (args.ref_logps && reward != -kInfinite) reward -= simt::load(args.ref_logps + segment);
     const double score = reward * args.preference.beta + (rank > 0 ? args.margin : 0.0);
-    const bool finite = fabs(score) < kInfinite;
-    bad |= length > 0 && !finite;
-    shared.score[c] = finite ? score : 0.0;
+    const bool defined = score < kInfinite;
+    bad |= length > 0 && !defined;
+    shared.score[c] = defined ? score : 0.0;
     shared.rank[c] = length > 0 ? rank : kAbsentRank;
   }
   return bad;
@@ -96,17 +97,25 @@ CPO_DEVICE void find_preferences(const ContrastArgs& args, const Group& group, i
   for (int i = warp_index(); i < winners; i += warp_count()) {
     const std::int64_t rank = shared.rank[i];
     double top = -kInfinite;
-    for (int j = lane_index(); j < group.count; j += kWarpSize) top = shared.rank[j] > rank ? fmax(top, shared.score[j]) : top;
+    std::int64_t worst = rank;
+    for (int j = lane_index(); j < group.count; j += kWarpSize) {
+      top = shared.rank[j] > rank ? fmax(top, shared.score[j]) : top;
+      worst = Max()(worst, shared.rank[j]);
+    }
     top = warp_reduce(top, Max());
+    worst = warp_reduce(worst, Max());
+    const double centre = top == -kInfinite ? 0.0 : top;  // where nothing below is possible, the difference would be NaN
     double total = 0.0;
-    for (int j = lane_index(); j < group.count; j += kWarpSize) total += shared.rank[j] > rank ? exp(shared.score[j] - top) : 0.0;
+    for (int j = lane_index(); j < group.count; j += kWarpSize) total += shared.rank[j] > rank ? exp(shared.score[j] - centre) : 0.0;
     total = warp_reduce(total, Add());
     if (lane_index() != 0) continue;
-    const bool wins = rank != kAbsentRank && total > 0.0;
-    const double slope = wins ? args.preference.slope(shared.score[i] - top - log(total)) : 0.0;
-    shared.top[i] = wins ? top : 0.0;
+    const bool wins = rank != kAbsentRank && worst > rank;
+    const double score = shared.score[i];
+    const double difference = score == -kInfinite ? score : score - centre - log(total);
+    const double slope = wins ? args.preference.slope(difference) : 0.0;
+    shared.top[i] = centre;
     shared.slope[i] = slope;
-    shared.share[i] = wins ? slope / total : 0.0;
+    shared.share[i] = wins && total > 0.0 ? slope / total : 0.0;
   }
 }
 
@@ -119,7 +128,7 @@ CPO_DEVICE double score_slope(const Candidates& shared, int winners, int j) {
   return slope;
 }
 
-// One score that is NaN or infinite makes NaN of every coefficient of its group.
+// One score that is NaN or +inf makes NaN of every coefficient of its group, unless the contrast has no weight.
 CPO_DEVICE void find_coefficients(const ContrastArgs& args, const Group& group, int winners, bool poisoned, const Candidates& shared) {
   const double mle_scale = args.num_target_tokens ? args.mle_scale / simt::load(args.num_target_tokens) : args.mle_scale;
   for (int c = simt::thread_index(); c < group.count; c += simt::thread_count()) {
@@ -128,7 +137,7 @@ CPO_DEVICE void find_coefficients(const ContrastArgs& args, const Group& group, 
     if (shared.rank[c] != kAbsentRank) {
       coef = score_slope(shared, winners, c) * args.preference.beta * args.contrast_scale / divisor(args, length);
       coef -= shared.rank[c] == 0 ? mle_scale : 0.0;
-      coef = poisoned ? kNotANumber : coef;
+      coef = poisoned && args.contrast_scale != 0.0 ? kNotANumber : coef;
     }
     shared.score[c] = coef;  // which no other thread reads before the barrier
   }

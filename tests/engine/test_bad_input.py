@@ -89,6 +89,7 @@ TENSORS = {
     "ranks_shape": (ranked(*[[0, 1]] * 3), ["ranks", "(3, 3)", "(3, 2)"]),
     "ranks_dtype": (ranked(*[[0.0, 1.0, 1.0]] * 3), ["ranks", "integers", "torch.float32"]),
     "no_rank_0": (ranked([0, 1, 1], [0, 1, 1], [2, 1, 1]), ["group 2", "[2, 1, 1]"]),
+    "negative_rank": (ranked([0, 1, 1], [0, 1, -1], [0, 1, 1]), ["group 1", "rank below 0", "[0, 1, -1]"]),
     "rank_0_absent": (one("targets", set_item((1, 0), -100)), ["group 1", "False"]),
     "nothing_to_contrast": (ranked([0, 1, 1], [0, 0, 0], [0, 1, 1]), ["group 1", "contrast_weight=1.0", "[0, 0, 0]"]),
     "others_absent": (one("targets", set_item((2, slice(1, 3)), -100)), ["group 2", "nothing to contrast"]),
@@ -166,6 +167,14 @@ OPTIONS = {
     "logit_scale": ({"logit_scale": float("inf")}, "logit_scale must be a finite number, got inf"),
     "softcap": ({"softcap": -1.0}, "softcap must be .*-1.0"),
     "softcap_zero": ({"softcap": 0.0}, "softcap must be .*0.0"),
+    "softcap_above_float32": ({"softcap": 1e39}, "softcap must be .*1e[+]39"),
+    "softcap_below_float32": ({"softcap": 1e-46}, "softcap must be .*1e-46"),
+    "logit_scale_above_float32": ({"logit_scale": -1e39}, "logit_scale must be .*-1e[+]39"),
+    "temperature_above_float32": ({"temperature": 1e39}, "temperature must be .*1e[+]39"),
+    "ratio_above_float32": ({"logit_scale": 1e30, "softcap": 1e-20}, "logit_scale=1e[+]30, softcap=1e-20 .* ratios"),
+    "num_groups_infinite": ({"num_groups": math.inf}, "num_groups must be positive, got inf"),
+    "max_logits_bytes_nan": ({"max_logits_bytes": math.nan}, "max_logits_bytes must be positive, got nan"),
+    "frozen_columns_nan": ({"frozen_columns": math.nan}, "frozen_columns must be at least 0, got nan"),
     "temperature": ({"temperature": 0.0}, "temperature must be .*0.0"),
     "max_logits_bytes": ({"max_logits_bytes": 0}, "max_logits_bytes must be positive, got 0"),
     "logits_dtype": ({"logits_dtype": torch.bfloat16}, "logits_dtype must be .*float32, got torch.bfloat16"),
@@ -272,6 +281,10 @@ CONTRASTS = {
     "ref_shape": ({"logps": torch.zeros(2, 3), "ref_logps": torch.zeros(2)}, r"ref_logps.*\(2, 3\).*\(2,\)"),
     "ranks_shape": ({"logps": torch.zeros(2, 3), "ranks": torch.zeros(3).long()}, r"ranks.*\(2, 3\).*\(3,\)"),
     "pair_only": ({"logps": torch.zeros(2, 3), "loss_type": "ipo"}, "loss_type='ipo'.*got K = 2"),
+    "negative_rank": (
+        {"logps": torch.zeros(2, 2), "ranks": torch.tensor([[0, 1], [0, -1]])},
+        r"group 1 has a rank below 0.*\[0, -1\]",
+    ),
     "no_rank_0": ({"logps": torch.zeros(2, 2), "ranks": torch.tensor([[0, 1], [1, 2]])}, r"group 1 .*rank-0.*\[1, 2\]"),
     "no_contrast": (
         {"logps": torch.zeros(2, 2), "ranks": torch.tensor([[0, 0], [0, 1]])},
@@ -346,6 +359,26 @@ def test_a_loss_fn_must_return_a_differentiable_scalar(scalar):
 
     with pytest.raises((ValueError, TypeError, AttributeError), match="loss_fn must return a scalar"):
         linear_sequence_loss(problem.hidden, problem.weight, problem.targets, loss_fn)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("returned", ["matrix", "number"])
+def test_a_loss_fn_must_return_a_scalar_without_gradients_too(returned, compiled):
+    problem = padded()
+
+    def loss_fn(logps, groups):
+        return logps if returned == "matrix" else 1.0
+
+    def call(hidden, weight):
+        return linear_sequence_loss(hidden, weight, problem.targets, loss_fn)
+
+    function = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+    with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException), match="loss_fn must return a scalar"):
+        function(problem.hidden.detach(), problem.weight.detach())
+    constant = linear_sequence_loss(
+        problem.hidden.detach(), problem.weight.detach(), problem.targets, lambda *_: torch.tensor(2.0)
+    )
+    assert constant == 2.0
 
 
 META = {

@@ -240,3 +240,115 @@ def test_other_boundaries_compile_nothing_anew():
         want = linear_cpo_loss(hidden, weight, targets, layout=layout)
         torch.testing.assert_close(compiled(hidden, weight, targets, layout=layout), want, equal_nan=True)
     assert counter.frame_count == 2
+
+
+def frames(function, calls) -> int:
+    """How many graphs the compiler makes of these calls; their results are those of eager execution."""
+    counter = CompileCounter()
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for arguments in calls:
+        torch.testing.assert_close(compiled(*arguments), function(*arguments), equal_nan=True)
+    return counter.frame_count
+
+
+WEIGHT = torch.randn(13, 8)
+REFERENCES = torch.randn(99)
+OF_ANY_SIZE = {
+    "linear_cpo_loss": lambda h, y: linear_cpo_loss(h, WEIGHT, y, mle_weight=0.5).loss,
+    "linear_token_logps": lambda h, y: linear_token_logps(h, WEIGHT, y),
+    "linear_sequence_loss": lambda h, y: linear_sequence_loss(
+        h, WEIGHT, y, lambda logps, groups: logps.sub(REFERENCES[groups.start : groups.stop, None]).square().sum()
+    ),
+    "cpo_loss": lambda h, y: cpo_loss(h @ WEIGHT.T, y, mle_weight=0.5).loss,
+    "sequence_logps": lambda h, y: sequence_logps(h @ WEIGHT.T, y),
+    "contrastive_loss": lambda h, y: contrastive_loss(h.sum((-1, -2))),
+}
+
+
+@pytest.mark.parametrize("name", OF_ANY_SIZE)
+def test_any_numbers_of_groups_candidates_and_tokens_are_one_graph(name):
+    sizes = [(2, 3, 4), (3, 2, 5), (4, 5, 6), (5, 4, 3), (6, 7, 2), (7, 2, 5), (8, 6, 3), (9, 8, 4), (3, 9, 7)]
+    calls = [(torch.randn(*size, 8), torch.randint(13, size)) for size in sizes]
+    assert frames(OF_ANY_SIZE[name], calls) <= 2  # sizes that are equal by chance are taken to be one at first
+
+
+LAYOUTS = [[2, 2], [2, 3, 2], [4, 2], [2, 2, 2, 2], [5, 3], [6, 2, 2], [2] * 7, [9, 3], [2] * 9, [4] * 4]
+OF_ANY_LAYOUT = {
+    "linear_cpo_loss": lambda h, y, layout: linear_cpo_loss(h, WEIGHT, y, layout=layout).loss,
+    "linear_sequence_logps": lambda h, y, layout: linear_sequence_logps(h, WEIGHT, y, layout=layout),
+    "linear_sequence_loss": lambda h, y, layout: linear_sequence_loss(
+        h, WEIGHT, y, lambda logps, groups: logps.square().sum() + len(groups), layout=layout
+    ),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["made outside", "made inside"])
+@pytest.mark.parametrize("name", OF_ANY_LAYOUT)
+def test_any_boundaries_are_one_graph(name, inside):
+    function = OF_ANY_LAYOUT[name]
+    calls = [(hidden, targets, layout) for hidden, targets, layout in map(packed_call, LAYOUTS)]
+    if inside:
+        calls = [(h, y, *layout.boundaries) for h, y, layout in calls]
+        assert frames(lambda h, y, *boundaries: function(h, y, CandidateLayout(*boundaries)), calls) <= 2
+    else:
+        assert frames(function, calls) <= 2  # rows that are None make one more
+
+
+def test_boundaries_of_a_layout_that_is_made_inside_are_checked_when_it_runs():
+    def function(hidden, targets, cu_tokens, cu_groups):
+        return linear_cpo_loss(hidden, WEIGHT, targets, layout=CandidateLayout(cu_tokens, cu_groups)).loss
+
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    hidden, targets, layout = packed_call([2, 2])
+    compiled(hidden, targets, *layout.boundaries)
+    with pytest.raises((ValueError, RuntimeError), match="cu_groups must end at the number of segments, 4, got 3"):
+        compiled(hidden, targets, layout.boundaries[0], torch.tensor([0, 2, 3]))
+    with pytest.raises(ValueError, match=r"cu_tokens must be int64 .* got torch.float32"):
+        CandidateLayout(torch.zeros(3), torch.zeros(2).long())
+
+
+CHANGING = {
+    "linear_cpo_loss": lambda h, y, beta, scale, other: (
+        linear_cpo_loss(
+            h,
+            WEIGHT,
+            y,
+            beta=beta,
+            margin=other,
+            mle_weight=other,
+            num_groups=3 + 2 * beta,
+            temperature=scale,
+            logit_scale=scale,
+            grad_filter_eps=1e-9 * scale,
+        ).loss
+    ),
+    "linear_sequence_logps": lambda h, y, beta, scale, other: linear_sequence_logps(
+        h, WEIGHT, y, temperature=scale, softcap=10 * scale
+    ),
+    "cpo_loss": lambda h, y, beta, scale, other: (
+        cpo_loss(h @ WEIGHT.T, y, beta=beta, margin=other, mle_weight=other, num_groups=3 + 2 * beta).loss
+    ),
+    "contrastive_loss": lambda h, y, beta, scale, other: contrastive_loss(h.sum((-1, -2)), beta=beta, margin=other),
+    "smoothed": lambda h, y, beta, scale, other: contrastive_loss(
+        h[:, :2].sum((-1, -2)), beta=beta, label_smoothing=0.01 * other
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGING)
+def test_other_values_of_the_options_are_one_graph(name):
+    hidden, targets = torch.randn(2, 3, 4, 8), torch.randint(13, (2, 3, 4))
+    calls = [(hidden, targets, 0.1 + step / 10, 1 + step / 7, 0.05 + step / 5) for step in range(10)]
+    assert frames(CHANGING[name], calls) == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_other_values_of_the_options_arrive_in_loss_and_gradient(compiler):
+    function = CHANGING["linear_cpo_loss"]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=compiler)
+    for step in range(3):
+        hidden = torch.randn(2 + step, 2, 3, 8, requires_grad=True)
+        arguments = (hidden, torch.randint(13, (2 + step, 2, 3)), 0.1 + step, 1.5 + step, 0.25 * step + 0.1)
+        losses = compiled(*arguments), function(*arguments)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in losses))

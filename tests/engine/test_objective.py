@@ -270,6 +270,18 @@ def test_settled_contrast_keeps_its_small_loss_in_float32():
     assert loss.item() == pytest.approx(math.log1p(math.exp(-30)), rel=1e-6, abs=0)
 
 
+def test_label_smoothing_is_conservative_dpo_and_robust_dpo_is_a_loss_of_its_own():
+    """At beta .1, epsilon .1 and a difference of 1.5 of the log-ratios, by the formulas of the papers."""
+    logps, smoothed = torch.tensor([[1.5, 0.0]], dtype=F64), {"beta": 0.1, "label_smoothing": 0.1}
+    right, wrong = math.log1p(math.exp(-0.15)), math.log1p(math.exp(0.15))
+    conservative = contrastive_loss(logps, **smoothed).item()
+    assert conservative == pytest.approx(0.9 * right + 0.1 * wrong, rel=1e-12)
+    assert conservative == pytest.approx(0.636, abs=5e-4)
+    robust = contrastive_loss(logps, loss_type="robust", **smoothed).item()
+    assert robust == pytest.approx((0.9 * right - 0.1 * wrong) / 0.8, rel=1e-12)
+    assert robust == pytest.approx(0.602, abs=5e-4)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_reach_the_loss(value):
     assert not contrastive_loss(torch.tensor([[0.0, value, 1.0]])).isfinite()

@@ -52,7 +52,7 @@ def test_opcheck_of_small_sizes(logits_shape):
     torch.library.opcheck(OPS.row_forward.default, (torch.randn(logits_shape), targets, None, None, 1.0, 0.0, 1.0))
 
 
-OBJECTIVE = pack(Objective(beta=0.1, margin=0.2, mle_weight=0.5))
+OBJECTIVE = pack(Objective(beta=0.1, margin=0.2, mle_weight=0.5, num_groups=3.0))
 HEAD = pack(Head(logit_scale=0.9, softcap=4.0, temperature=1.1))
 
 
@@ -67,22 +67,26 @@ def inputs_of(packed: bool) -> tuple[list[torch.Tensor], tuple[torch.Tensor | No
     return tensors, (targets.view(2, 2, 3), None, None, None)
 
 
-@pytest.mark.parametrize("needs", ["111", "100"], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("needs", [[True, True, True], [True, False, False]], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_of_the_fused_loss(packed, needs):
     tensors, tokens = inputs_of(packed)
-    tensors = [t.requires_grad_(need == "1") for t, need in zip(tensors, needs, strict=True)]
+    tensors = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     shape = (4,) if packed else (2, 2)
     references = torch.randn(shape), torch.tensor([0, 1, 1, 0]).view(shape)
-    counts = torch.tensor(3.0, dtype=torch.float64), None
-    torch.library.opcheck(OPS.linear_cpo.default, (*tensors, *tokens, *references, *counts, needs, *OBJECTIVE, *HEAD))
+    torch.library.opcheck(OPS.linear_cpo.default, (*tensors, *tokens, *references, needs, *OBJECTIVE, *HEAD))
+
+
+def test_opcheck_of_the_gradients_scale():
+    grads = [torch.randn(3, 2), torch.randn(0)]
+    torch.library.opcheck(OPS.scale_grads.default, (grads, torch.tensor(2.0), torch.randn(2, 2)))
 
 
 def test_opcheck_of_the_checks():
     torch.library.opcheck(OPS.checked_targets.default, (torch.tensor([3, -100, 0]), 5))
     lengths, ranks = torch.tensor([2, 1, 3, 4]), torch.tensor([0, 1, 1, 0])
-    torch.library.opcheck(OPS.checked_lengths.default, (lengths, ranks, 2, 1.0))
-    torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, 2, 0.0))
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, ranks, 2, True))
+    torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, 2, False))
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -101,7 +105,8 @@ def test_opcheck_of_the_fused_logps(packed):
     tensors, tokens = inputs_of(packed)
     leaves = [t.clone().requires_grad_() for t in tensors]
     torch.library.opcheck(OPS.linear_token_logps.default, (*leaves, *tokens, *HEAD))
-    backward = (torch.randn(tokens[0].shape), *tensors, *tokens, "111", *HEAD)
+    text, numbers = HEAD
+    backward = (torch.randn(tokens[0].shape), *tensors, *tokens, numbers, [True, True, True], text)
     torch.library.opcheck(OPS.linear_token_logps_backward.default, backward)
 
 

@@ -171,8 +171,11 @@ def test_several_samples_take_one_product():
         ({"num_samples": 2}, "num_samples=2 needs a seed"),
         ({"seed": torch.tensor([1, 2])}, r"shape of targets, \(3,\), got torch.int64 \(2,\)"),
         ({"seed": torch.tensor(0.5)}, r"seed must be an integer.* got torch.float32"),
+        ({"seed": 1.5}, "seed must be an integer of 64 bits, got 1.5"),
+        ({"seed": 2**63}, f"seed must be an integer of 64 bits, got {2**63}"),
+        ({"seed": 1, "num_samples": 1.5}, "num_samples must be at least 1 or None, got 1.5"),
     ],
-    ids=["no samples", "no seed", "shape", "dtype"],
+    ids=["no samples", "no seed", "shape", "dtype", "fraction", "large", "fraction of a sample"],
 )
 def test_seeds_and_numbers_of_samples_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
@@ -225,6 +228,17 @@ def test_impossible_words_and_rows_without_a_distribution(backend):
     assert (out.samples == -100).nonzero().tolist() == [[10]]
     assert out.entropy[10].isnan()
     assert (out.entropy[:10] <= math.log(2) + 1e-6).all()
+
+
+@pytest.mark.parametrize("offset", [1e5, -1e5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_entropies_keep_their_small_part_at_large_logits(backend, offset):
+    """Logits that float32 holds exactly: only the formula can lose something."""
+    steps = torch.randint(-512, 512, (3, 211)) / 128
+    hidden, weight = torch.eye(3), (steps + offset).T.contiguous()
+    got = linear_token_statistics(hidden, weight, torch.zeros(3, dtype=torch.int64), entropy=True, backend=backend)
+    p = steps.double().softmax(-1)
+    torch.testing.assert_close(got.entropy.double(), -(p * p.log()).sum(-1), rtol=2e-6, atol=0)
 
 
 def test_nothing_is_computed_that_was_not_asked_for():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from contrast_chunks import (
     GROUPS,
+    IMPOSSIBLE,
     OPTIONS,
     PAIR_LOSSES,
     PAIRS,
@@ -23,6 +24,7 @@ from contrast_chunks import (
     arguments,
     expected,
     full,
+    impossible_chunk,
     segment_sums,
     token_logps,
     with_ranks,
@@ -257,7 +259,7 @@ def test_gain_scales_every_coefficient(kernel):
     assert torch.equal(kernel.launch(chunk, objective, gain=4096.0)[1], 4096 * kernel.launch(chunk, objective)[1])
 
 
-@pairwise({"value": [math.nan, math.inf, -math.inf], "segment": [3, 4], "mle_only": [False, True]})
+@pairwise({"value": [math.nan, math.inf], "segment": [3, 4], "mle_only": [False, True]})
 def test_a_value_that_is_not_finite_stays_in_its_group(kernel, segment, value, mle_only):
     layout = [[(2, 2), (3, 3), (1, 1)], [(2, 2), (3, 4), (0, 5)], [(1, 1), (6, 6), (2, 2)]]
     chunk = Chunk(layout, token_logps(layout))
@@ -267,10 +269,37 @@ def test_a_value_that_is_not_finite_stays_in_its_group(kernel, segment, value, m
     chunk.logps[starts[segment + 1] - 1] = value
     sums, coef = kernel.launch(chunk, objective)
     assert torch.equal(sums[segment], torch.tensor(value)) or sums[segment].isnan()
+    if mle_only:  # the contrast is left out
+        assert torch.equal(coef, before)
+        return
     assert coef[starts[3] : starts[5]].isnan().all()
     assert (coef[starts[5] : starts[6]] == 0).all(), "the absent candidate"
     for other in (slice(0, starts[3]), slice(starts[6], None)):
         assert torch.equal(coef[other], before[other])
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("ranks", [None, "ranked", "ties", "several_positives"])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_candidates(kernel, name, ranks, reference):
+    """A forbidden word in the truth or in a negative: the coefficients are the finite ones of objective.py."""
+    chunk = impossible_chunk(name, ranks, reference=reference)
+    for weight in (1.0, 0.0):
+        objective = Objective(beta=0.3, mle_weight=0.2, contrast_weight=weight)
+        want = expected(chunk, objective, 1.0, torch.float64)[1]
+        assert want.isfinite().all()
+        torch.testing.assert_close(kernel.launch(chunk, objective)[1].double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("impossible", [[1, 3], [0, 2], [0, 1]])
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_pair_losses_of_impossible_candidates(kernel, loss, impossible):
+    chunk = Chunk(PAIRS, token_logps(PAIRS))
+    chunk.logps[chunk.token_starts[1:][impossible] - 1] = -torch.inf
+    objective = Objective(**PAIR_LOSSES[loss])
+    want = expected(chunk, objective, 1.0, torch.float64)[1]
+    assert want.isfinite().all()
+    torch.testing.assert_close(kernel.launch(chunk, objective)[1].double(), want, rtol=1e-5, atol=1e-7)
 
 
 def test_a_reference_that_is_not_finite_counts_only_where_the_candidate_is_present(kernel):

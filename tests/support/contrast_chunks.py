@@ -133,3 +133,25 @@ PAIR_LOSSES: dict[str, dict[str, Any]] = {
     "smoothed": {"label_smoothing": 0.1, "beta": 0.4},
     "smoothed_by_length": {"label_smoothing": 0.2, "length_normalized": True, "margin": 0.3, "mle_weight": 0.5},
 }
+
+
+# Which candidates of which group use a forbidden word, in groups of five, three, two and two.
+IMPOSSIBLE = {
+    "a_negative": [1, 6, 9, 11],
+    "all_negatives": [1, 2, 3, 4, 6, 7, 9],
+    "the_truth": [0, 5, 8],
+    "truth_and_a_negative": [0, 2, 5, 7, 8, 9],
+    "all": list(range(12)),
+    "middle_and_last": [2, 4, 7],
+}
+
+
+def impossible_chunk(name: str, ranks: str | None, *, reference: bool = False) -> Chunk:
+    """Groups some of whose candidates have a token of log-probability -inf, in the reference too."""
+    groups = full([4, 1, 8, 2, 3], [3, 1, 4], [5, 3], [1, 9])
+    chunk = Chunk(groups, token_logps(groups), ranks=None if ranks is None else with_ranks(groups, ranks))
+    if reference:
+        chunk.ref_logps = segment_sums(chunk, torch.float32) + torch.randn(len(chunk.segments))
+        chunk.ref_logps[IMPOSSIBLE[name][::2]] = -torch.inf
+    chunk.logps[chunk.token_starts[1:][IMPOSSIBLE[name]] - 1] = -torch.inf
+    return chunk

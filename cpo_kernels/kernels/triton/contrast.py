@@ -9,6 +9,8 @@ and writes the coefficient of each segment to its tokens. Everything but the inp
 are a few hundred numbers, and neither cancellation nor an approximate exponential is worth a thought there. What one
 program holds stays in its registers, so there is no exchange through memory and no barrier; the work grows with the
 square of the candidates only where each of them has a rank of its own.
+
+A score of -inf is a candidate that is impossible: d_i is +inf where all below i are, and -inf where i itself is.
 """
 
 from collections.abc import Mapping
@@ -95,11 +97,12 @@ def sigmoid(x):
 
 @triton.jit
 def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
-    """Derivative of the loss of one preference with respect to its score difference d."""
+    """Derivative of the loss of one preference by its score difference d; 0 where its limit at an infinite d is not."""
     if LOSS == "hinge":
         result = tl.where(d < 1, -1.0, 0.0).to(tl.float64)
     elif LOSS == "ipo":
-        result = 2.0 * (d - 0.5) * reciprocal(tl.cast(beta * beta, tl.float64))
+        finite = tl.where(tl.abs(d) < float("inf"), d, 0.5)
+        result = 2.0 * (finite - 0.5) * reciprocal(tl.cast(beta * beta, tl.float64))
     else:
         tl.static_assert(LOSS == "plackett_luce")
         result = label_smoothing * sigmoid(d) - (1.0 - label_smoothing) * sigmoid(-d)
@@ -111,10 +114,12 @@ def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: t
     """``coef`` (BLOCK_C,) plus the slopes of one winner against the candidates in ``lower``, of which there is one."""
     winner = tl.sum(tl.where(is_winner, score, 0.0))
     top = tl.max(tl.where(lower, score, float("-inf")))
+    top = tl.where(top == float("-inf"), 0.0, top)  # nothing below is possible, and -inf - -inf would be NaN
     weight = tl.where(lower, tl.exp(tl.where(lower, score - top, 0.0)), 0.0)
     total = tl.sum(weight)
-    f = slope(winner - top - tl.log(total), beta, label_smoothing, LOSS)
-    return coef + tl.where(is_winner, f, 0.0) - weight * (f * reciprocal(total))
+    d = tl.where(winner == float("-inf"), winner, winner - top - tl.log(total))
+    f = slope(d, beta, label_smoothing, LOSS)
+    return coef + tl.where(is_winner, f, 0.0) - weight * (f * reciprocal(tl.where(total == 0.0, 1.0, total)))
 
 
 @triton.jit
@@ -190,12 +195,13 @@ def contrast_kernel(
         rank = tl.load(ranks + segment, mask=exists, other=0).to(tl.int64)
     reward = total * inverse_length(length, LENGTH_NORMALIZED)  # (BLOCK_C,) as everything from here to the stores
     if ref_logps is not None:
-        reward -= tl.load(ref_logps + segment, mask=exists, other=0.0).to(tl.float64)
+        possible = exists & (reward != float("-inf"))
+        reward -= tl.load(ref_logps + segment, mask=possible, other=0.0).to(tl.float64)
     score = reward * beta + tl.where(rank > 0, margin, 0.0)
-    finite = tl.abs(score) < float("inf")
-    # One score that is NaN or infinite makes every coefficient of its group NaN.
-    poison = tl.sum(tl.where(finite | (length == 0), 0.0, float("nan")))
-    score = tl.where(finite, score, 0.0)
+    defined = score < float("inf")
+    # One score that is NaN or +inf makes every coefficient of its group NaN, unless the contrast has no weight.
+    poison = tl.sum(tl.where(defined | (length == 0) | (contrast_scale == 0.0), 0.0, float("nan")))
+    score = tl.where(defined, score, 0.0)
     rank = tl.where(length > 0, rank, LOWEST)
     slopes = contrast_scores(score, rank, ranks, lengths, first, count, beta, label_smoothing, BLOCK_C, LOSS)
 
@@ -251,7 +257,8 @@ def contrast(
 
     Returns:
         sums (S,) float32, accumulated in float64, and ``gain * dloss / dlogp`` (n,) float32 for every slot of a
-        segment: 0 in absent candidates, and NaN in all others of a group whose scores are not finite.
+        segment: 0 in absent candidates, and NaN in all others of a group with a score that is NaN or +inf, unless
+        ``contrast_weight`` is 0.
 
     Raises:
         ValueError: ``max_candidates`` above 2048, or a loss that the kernel lacks.

@@ -222,6 +222,30 @@ def test_the_loss_of_given_logits_is_one_launch(emulated_cuda, emulator, monkeyp
     assert len(launches) == 2  # the second for the retained graph
 
 
+def test_the_loss_of_given_logits_has_a_second_derivative(emulated_cuda):
+    values, targets = torch.randn(2, 3, 4, 33), torch.randint(0, 33, (2, 3, 4))
+    results = []
+    for kind, dtype in (("cuda", torch.float32), ("torch", torch.float64)):
+        logits, bias = values.to(dtype, copy=True).requires_grad_(), torch.linspace(-1, 1, 33, dtype=dtype)
+        leaves = logits, bias.requires_grad_()
+        loss = cpo_loss(logits, targets, bias=bias, mle_weight=0.3, backend=kind).loss.square()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append((*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("buffer", [0, 1, 2])
+def test_the_loss_of_given_logits_is_not_of_buffers_filled_again(emulated_cuda, buffer):
+    logits, targets = torch.randn(2, 3, 4, 33, requires_grad=True), torch.randint(0, 33, (2, 3, 4))
+    buffers = targets, torch.randn(2, 3), torch.tensor([[0, 1, 2], [1, 0, 2]])
+    loss = cpo_loss(logits, targets, ref_logps=buffers[1], ranks=buffers[2], backend="cuda").loss
+    torch.autograd.grad(loss, logits, retain_graph=True)
+    buffers[buffer].copy_(buffers[buffer].flip(-1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+
+
 def test_the_loss_of_given_logits_without_gradients(emulated_cuda):
     logits, targets = torch.randn(2, 3, 4, 65), torch.randint(0, 65, (2, 3, 4))
     found, expected = (cpo_loss(logits, targets, backend=kind) for kind in ("cuda", "torch"))

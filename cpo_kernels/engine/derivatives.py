@@ -1,0 +1,52 @@
+"""Derivatives that the fused functions lack, a second order and forward mode: errors and never zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+class SecondOrderRefusal(torch.autograd.Function):
+    """Hands a gradient on, and raises once that is differentiated with respect to what it was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor | None) -> Tensor:
+        """Return the gradient."""
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> NoReturn:
+        """Raise."""
+        raise RuntimeError(
+            "the gradient of a fused head cannot be differentiated again, because its logits are gone: take "
+            "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have second derivatives"
+        )
+
+
+def first_order_only(grads: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Make a second derivative of ``grads``, computed from ``sources`` without autograd, an error.
+
+    ``create_graph=True`` alone is none: the error comes when the gradients are differentiated, with respect to the
+    upstream gradient or to any other source. torch's ``once_differentiable`` looks at the upstream gradient only.
+    """
+    if not torch.is_grad_enabled():
+        return tuple(grads)
+    return tuple(None if grad is None else SecondOrderRefusal.apply(grad, *sources) for grad in grads)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Tell whether forward-mode differentiation is under way in any of the tensors."""
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise ``NotImplementedError`` where forward-mode differentiation is asked of a fused head."""
+    if has_tangent(*tensors):
+        raise NotImplementedError(
+            "a fused head has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); take "
+            "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have one"
+        )
