@@ -185,7 +185,6 @@ def test_every_plain_peer_computes_the_same_loss(every_peer, dtype, work):
     assert notes.keys() == expected | {contestants.FLOOR, contestants.OURS} and not any(notes.values())
 
 
-@pytest.mark.slow
 def test_every_compiling_peer_computes_the_same_loss(every_peer):
     notes = everyone(HALF, COMPILING)
     assert notes.keys() == {*COMPILING, contestants.OURS_PAIRS, contestants.FLOOR, contestants.OURS} and not any(

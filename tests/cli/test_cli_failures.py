@@ -110,7 +110,6 @@ def interrupted(arguments: list[str], ready) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(program, process.returncode, out, err)
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_training(shared, tmp_path):
     config = write_config(tmp_path / "run.yaml", **shared, max_steps=10**6, save_steps=5, save_total_limit=1)
     run = interrupted(["train", config], lambda: any((tmp_path / "run").glob("checkpoint-*")))
@@ -118,7 +117,6 @@ def test_ctrl_c_while_training(shared, tmp_path):
     assert one_sentence(run.stderr, "train") == "cpo-kernels train: interrupted"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["negatives", "evaluate"])
 def test_ctrl_c_while_a_server_is_silent(shared, tmp_path, command):
     """A minute before its time is over."""

@@ -306,7 +306,6 @@ def test_no_secret_of_a_configuration_reaches_output_dir(config, tmp_path):
 # Two runs at once
 
 
-@pytest.mark.slow
 def test_two_runs_share_a_cache_of_reference_scores(shared, tmp_path):
     cache = {"reference": "precomputed", "resample_negatives": False, "reference_cache": str(tmp_path / "cache")}
     runs = [write_config(tmp_path / f"run{i}.yaml", **shared, **cache, save_strategy="no") for i in range(2)]
@@ -320,7 +319,6 @@ def test_two_runs_share_a_cache_of_reference_scores(shared, tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_where_they_were(shared, tmp_path):
     """To the weights of two processes that were not interrupted; one process is another run."""
     values = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
