@@ -178,5 +178,5 @@ def _same(value: Tensor | None, expected: Tensor) -> bool:
     """Tell whether two are equal but for rounding in the dtype of ``value``; NaN equals NaN."""
     if value is None or value.shape != expected.shape:
         return False
-    atol = 8 * torch.finfo(value.dtype).eps * max(1.0, float(expected.abs().max().nan_to_num(posinf=1.0)))
+    atol = 8 * torch.finfo(value.dtype).eps * max(1.0, float(expected.detach().abs().max().nan_to_num(posinf=1.0)))
     return torch.allclose(value.float(), expected.float(), rtol=0.0, atol=atol, equal_nan=True)
