@@ -99,7 +99,12 @@ def interrupted(arguments: list[str], ready) -> subprocess.CompletedProcess:
     """A command that gets Ctrl-C once ``ready`` says so."""
     program = [sys.executable, "-m", "cpo_kernels", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(program, env=ENVIRONMENT, **pipes)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and a child inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(program, env=ENVIRONMENT, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         while not ready() and process.poll() is None:
             time.sleep(0.05)

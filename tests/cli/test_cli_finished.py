@@ -336,8 +336,6 @@ def test_two_processes_go_on_where_they_were(shared, tmp_path):
     whole = weights(run)
     record = json.loads((run / "checkpoint-2" / RECORD).read_text())
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= record["files"].keys()
-    again = train(config)
-    assert again.returncode == 0 and again.stdout.count("has finished after 4 of 4 steps") == 1
     (run / "model.safetensors").unlink()
     (run / "checkpoint-4" / "rng_state_1.pth").unlink()
     resumed = train(config)

