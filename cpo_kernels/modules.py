@@ -15,7 +15,7 @@ from .options import Head, Objective, chosen, refuse_unknown
 
 
 class _CPOModule(nn.Module):
-    """Holds the options of a loss, checked when the module is made; see :class:`cpo_kernels.options`."""
+    """A module that holds the options of a loss, checked when it is made; see :mod:`cpo_kernels.options`."""
 
     def __init__(
         self,

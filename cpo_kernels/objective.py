@@ -347,7 +347,7 @@ def describe_group(problem: CPOProblem, group: int) -> str:
 
 
 class CPOOutput(NamedTuple):
-    """What the CPO losses return. Only ``loss`` is differentiable.
+    """The result of a CPO loss. Only ``loss`` is differentiable.
 
     Attributes:
         loss: ``contrast_weight * contrastive_loss + mle_weight * nll_loss``, scalar.

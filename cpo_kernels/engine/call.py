@@ -29,7 +29,7 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Call:
-    """Everything of a call but hidden (R, H), weight (V, H) and bias (V,), which autograd tracks.
+    """All of a call but hidden (R, H), weight (V, H) and bias (V,), which autograd tracks.
 
     Attributes:
         head: the options of the head.

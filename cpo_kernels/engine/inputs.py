@@ -1,4 +1,4 @@
-"""Checks and flattening of what users pass, before anything is computed. Nothing here looks at values of tensors."""
+"""Checks and flattening of the arguments of users, before any computation and without reading values of tensors."""
 
 from __future__ import annotations
 

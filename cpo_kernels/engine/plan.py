@@ -28,7 +28,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do; returned by :func:`cpo_kernels.plan`.
+    """The chunks and bytes of a call; returned by :func:`cpo_kernels.plan`.
 
     Attributes:
         chunks: the chunks, in order.

@@ -94,7 +94,7 @@ def _replacements() -> dict[str, Any]:
 
 
 class TokenFields(torch.autograd.Function):
-    """The :data:`FIELDS` that are asked for, each (N,), None for the others; only the entropy has a gradient.
+    """The :data:`FIELDS` that are asked for, each (N,), None for other fields; only the entropy has a gradient.
 
     The entropy alone (GRPO, RLOO) is that of :func:`cpo_kernels.linear_token_statistics`. With other fields (SFT, DPO,
     KTO) all come from one more product in plain torch, 64 MiB of logits at a time. The gradient of the entropy, which

@@ -1,4 +1,4 @@
-"""What every compiled kernel demands of a tensor before its address is taken, and which memory a tensor has."""
+"""Checks of a tensor before a compiled kernel takes its address, and comparisons of the memory of tensors."""
 
 from __future__ import annotations
 

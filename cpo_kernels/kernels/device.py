@@ -1,6 +1,6 @@
-"""What differs between devices: architecture, memory, float32 sums, capture, streams.
+"""The differences between devices: architecture, memory, float32 sums, capture, streams.
 
-A new kind of GPU is described here; AMD's GPUs are devices of type "cuda" to torch, and ``is_amd`` tells them apart.
+A new kind of GPU is described in this module. AMD's GPUs are devices of type "cuda" to torch; ``is_amd`` finds them.
 """
 
 from __future__ import annotations

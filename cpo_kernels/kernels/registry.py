@@ -1,4 +1,4 @@
-"""Which backends exist, which are available here, and which one a call uses.
+"""The registry of backends: which exist, which are available on this machine, and which one a call uses.
 
 A backend supplies the row kernels and may supply the contrast in one launch and a fused linear path; the engine exists
 once. :mod:`cpo_kernels.kernels.selection` says which backend a call uses for what, by measured speed.

@@ -1,4 +1,4 @@
-"""Which backend serves what where: the table ``selection.json``, whose entries are measured, not guessed.
+"""The choice of a backend by operation and device: the table ``selection.json``, whose entries are measured.
 
 ``prefer`` orders the backends for each device type. ``choices`` refines that on a GPU, operation by operation and size
 by size; they are searched in order, and the first whose size matches counts, or nothing does where its backend may not
@@ -28,7 +28,7 @@ OPERATIONS = (*EXCHANGED, "logits_loss", *OPTIONAL)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a choice depends on besides the device.
+    """The sizes and dtypes on which a choice depends besides the device.
 
     Attributes:
         vocab: V.

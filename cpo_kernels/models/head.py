@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal language model keeps its body and its head."""
+"""Find the body and the head of a Hugging Face causal language model."""
 
 from __future__ import annotations
 

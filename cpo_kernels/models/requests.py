@@ -20,7 +20,7 @@ from .adapters import AppliedHead
 
 @dataclass
 class LinearLossOutput(ModelOutput):
-    """What a model returns for a request; a field that the request does not compute is None.
+    """The answer of a model to a request; a field that the request does not compute is None.
 
     Attributes:
         loss: scalar, differentiable.
@@ -77,7 +77,7 @@ class ExactValues:
 
 
 class CPORequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
+    """A request to a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
 
     Not a dataclass, because FSDP casts the tensors of dataclasses among a forward's arguments to its compute dtype,
     and reference log-likelihoods must stay in float32.
@@ -112,7 +112,7 @@ class CPORequest:
 
 
 class SequenceLossRequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
+    """A request for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
 
     Args:
         targets: as for :class:`CPORequest`.
@@ -143,7 +143,7 @@ class SequenceLossRequest:
 
 
 class LogpsRequest:
-    """Asks a model for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
+    """A request for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
 
     Args:
         targets, layout: as for :class:`CPORequest`.
@@ -164,7 +164,7 @@ class LogpsRequest:
 
 
 class StatisticsRequest:
-    """Asks a model for :func:`cpo_kernels.linear_token_statistics` of some rows; without gradient.
+    """A request for :func:`cpo_kernels.linear_token_statistics` of some rows, without gradient.
 
     Args:
         targets: (N,) int64, the vocabulary entry of each token; -100 for none.

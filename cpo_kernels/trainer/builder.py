@@ -18,7 +18,7 @@ from .ranking import Ranking
 
 @dataclass
 class BatchBuilder:
-    """Draws the negatives of some examples and packs them.
+    """A builder of batches, which draws the negatives of examples and packs them.
 
     Args:
         config: the objective and its limits.

@@ -72,7 +72,7 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
 
 
 class EnsembleCallback(TrainerCallback):
-    """Writes an ensemble of the trained and another model to ``output_dir/ensemble`` when training ends.
+    """A callback that writes an ensemble of the trained and another model to ``output_dir/ensemble`` at the end.
 
     Args:
         other: the other model, such as one trained with MLE, or the directory that it was saved in.

@@ -138,7 +138,7 @@ def parse_verdict(answer: str) -> Verdict:
 
 
 class LikelihoodJudge:
-    """Prefers the continuation with the higher log-likelihood per token under a local model.
+    """A judge that prefers the continuation with the higher log-likelihood per token under a local model.
 
     A continuation is scored with EOS at its end, so that an empty one has a score too. A prompt over half of
     ``max_length`` loses its beginning, and a continuation that does not fit behind it its end.

@@ -262,7 +262,7 @@ def _check(example: Row, index: int, where: str, vocab_size: int | None) -> None
 
 
 class _Templates:
-    """Renames the columns of a row and fills in the templates for its prompt and its completion."""
+    """A renaming of the columns of rows, and the templates of their prompt and completion."""
 
     def __init__(self, how: ExampleOptions) -> None:
         self.columns = dict(how.columns or {})

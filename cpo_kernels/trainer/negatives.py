@@ -23,7 +23,7 @@ EVALUATION_STEP = -1  # Every evaluation draws with the same step, though models
 
 
 class NegativeSampler:
-    """Draws the negatives of an example that need no model: a function of (seed, step, example) alone.
+    """A sampler of the negatives that need no model: a function of (seed, step, example) alone.
 
     Batch negatives come from the whole data set. A batch is a random sample of it, so their distribution is that of
     the other completions in a batch, but they depend neither on how a batch is split into micro-batches, nor on the
@@ -99,7 +99,7 @@ class Drawn:
 
 @dataclass
 class Negatives:
-    """Draws the negatives that a configuration asks for.
+    """A source of the negatives that a configuration asks for.
 
     Args:
         config: the numbers of negatives by kind, and how they are made.

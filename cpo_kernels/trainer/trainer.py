@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 
 class CPOTrainer(ResumableTrainer):
-    """Trains a causal language model on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
+    """A trainer of causal language models on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
 
     The body of the model runs once a step and its head never: the loss comes from the hidden states, without logits.
     Negatives are a pure function of (seed, optimizer step, example) and of the model that draws them, so a batch of 8

@@ -26,7 +26,7 @@ BOUNDARY = 16  # bytes: what the copy engine takes rows at multiples of
 
 
 class Kept(NamedTuple):
-    """What :func:`linear_forward` keeps for :func:`linear_backward_`.
+    """The tensors that :func:`linear_forward` keeps for :func:`linear_backward_`.
 
     exponentials (R, V) of the inputs' dtype, in rows padded to 16 bytes; tile_tops (tiles, R) and slopes (N,) float32.
     """

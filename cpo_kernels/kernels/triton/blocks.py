@@ -1,4 +1,4 @@
-"""Where the vectors and the tokens of a row lie: addressing that the row kernels share.
+"""The addresses of the vectors and tokens of a row, which the row kernels share.
 
 A block of a row is [lanes, K], K being the elements of a 16-byte vector, so that a lane is one vector of one thread. A
 row that does not begin at a vector boundary (an odd V) is read from its first boundary on, and the columns before that,

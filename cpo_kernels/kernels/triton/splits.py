@@ -166,7 +166,7 @@ def combine_splits_kernel(
 
 
 class LinearForward(NamedTuple):
-    """What one pass over the vocabulary gives; ``samples`` and ``entropy`` are None unless asked for.
+    """The results of one pass over the vocabulary; ``samples`` and ``entropy`` are None unless asked for.
 
     stats (2, R) float32: row maximum, and log-sum-exp minus maximum; logps (N,) float32, 0 for a target of -100;
     samples (R,) int64; entropy (R,) float32, in nats.

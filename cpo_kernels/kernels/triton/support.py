@@ -1,4 +1,4 @@
-"""Whether the Triton backend can be used here, found out without importing triton, which takes a second.
+"""Checks whether the Triton backend can be used, without importing triton, which takes a second.
 
 Nothing here creates a CUDA context: importing the package must not, or processes could not be forked after it.
 """
