@@ -20,7 +20,7 @@ class SecondOrderRefusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> NoReturn:
-        """Raise ``NotImplementedError``."""
+        """Raise ``RuntimeError``, which names functions that have second derivatives."""
         raise RuntimeError(
             "the gradient of a fused head cannot be differentiated again, because its logits are gone: take "
             "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have second derivatives"

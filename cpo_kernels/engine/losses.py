@@ -54,7 +54,9 @@ class LossResult(NamedTuple):
 
 
 def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:
-    """Return a power of two that lifts coefficients of a float16 gradient out of its subnormals; else 1.
+    """Return the power of two that lifts coefficients of a float16 gradient out of its subnormals.
+
+    For every other dtype it is 1.
 
     Gradients are built before the upstream gradient (a loss scale, say) is known, and must not underflow before.
     """
@@ -94,7 +96,7 @@ def dropped_share(filters: GradientFilter | None, loss: Tensor) -> Tensor:
 
 
 def bind_objective(objective: Objective, tokens: Tokens, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
-    """Bind the objective to the groups of a call and check them: on the host if the lengths are there anyway."""
+    """Bind the objective to the groups of a call and check them: on the host if the lengths are known there."""
     groups = make_groups(tokens.segment_starts, tokens.lengths.device)
     problem = make_problem(objective, groups, tokens.lengths, ref_logps, ranks)
     if tokens.host_lengths is not None and not is_host(problem.lengths.device):

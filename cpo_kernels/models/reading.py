@@ -19,7 +19,7 @@ from .replay import Replayed, replay
 from .sharded import is_sharded
 
 PROBED_TOKENS = 16
-TINY, HUGE = 2.0**-40, 2.0**40  # logits far below and far above any softcap
+TINY, HUGE = 2.0**-40, 2.0**40  # a logit far below any softcap, and one far above
 # Largest change of a hidden state, relative to its norm, that rounding explains when later tokens change.
 LEAKS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 

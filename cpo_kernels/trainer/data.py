@@ -207,7 +207,7 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
 
 
 class _Finish:
-    """A tokenizer's rules that cut prompts and completions to their lengths, and end completions.
+    """The rules by which prompts and completions are cut to their lengths, and completions ended.
 
     Args:
         tokenizer: the tokenizer of the token ids.

@@ -174,7 +174,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
-    """Gather whole tensors on the host from the shards of all processes, where they are wanted; ties stay."""
+    """Gather whole tensors from the shards of all processes: on the host if ``keep``, else empty; ties stay."""
     whole: dict[Tensor, Tensor] = {}
     for tensor in state.values():
         if tensor not in whole:

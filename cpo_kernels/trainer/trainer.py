@@ -282,7 +282,7 @@ class CPOTrainer(ResumableTrainer):
     def _log_weights(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Return the logarithms (S,) of the candidates' weights by kind; None where all weights are equal."""
         of_kind = self.args.negative_weights
-        # A candidate of rank 0 is no negative, so it has no weight.
+        # Candidates of rank 0 are not negatives, so they weigh 1.
         weights = [
             of_kind[kind] if rank > 0 else 1.0 for kind, rank in zip(inputs["kinds"], inputs["ranks"], strict=True)
         ]

@@ -100,7 +100,10 @@ def sigmoid(x):
 
 @triton.jit
 def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
-    """Return the derivative of the loss of one preference by its score difference d; its limit for an infinite d."""
+    """Return the derivative of the loss of one preference by its score difference d.
+
+    For an infinite d it is the limit, or 0 where the limit is infinite.
+    """
     if LOSS == "hinge":
         result = tl.where(d < 1, -1.0, 0.0).to(tl.float64)
     elif LOSS == "ipo":

@@ -47,7 +47,7 @@ def plan_grid(
         cached = [s for s in candidates if 2 * together(s) * block_r * row_bytes <= cache_bytes]
         splits = min(cached or candidates, key=rounds)
     split_tiles = triton.cdiv(vocab_tiles, splits)
-    splits = triton.cdiv(vocab_tiles, split_tiles)  # none without a tile
+    splits = triton.cdiv(vocab_tiles, split_tiles)  # no split is without a tile
     groups = triton.cdiv(row_tiles, together(splits))
     return Grid(row_tiles, splits, triton.cdiv(row_tiles, groups), split_tiles)
 
