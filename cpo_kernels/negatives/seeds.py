@@ -25,7 +25,7 @@ REQUEST_MASK = 2**31 - 1  # Servers differ in how many bits of a seed they take;
 
 
 def generator(*key: Any) -> Random:
-    """Make the generator of a key, whose parts may be any values of different text."""
+    """Make the generator of a key; parts of the same text count as equal."""
     return Random("/".join(map(str, key)))
 
 

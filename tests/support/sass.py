@@ -56,7 +56,7 @@ def dump(option: str, module: Path, arch: str) -> str:
 
 @cache
 def architectures(module: Path) -> list[str]:
-    """Return the architectures of a module's machine code, that for which nvcc links included, even without a kernel."""
+    """Return the architectures of a module's machine code, among them nvcc's for linking, which may have no kernel."""
     command = [cuobjdump() or "cuobjdump", "-lelf", str(module)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sorted({line.split(".")[-2] for line in listed.splitlines() if ".cubin" in line})
