@@ -186,7 +186,7 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     loss, coef = pair_loss(scores, better, objective) if objective.of_pairs else plackett_luce(scores, better)
     undefined = ~(scores < math.inf).all(-1)
     coef = (objective.beta * coef).masked_fill(undefined.unsqueeze(-1) & present, math.nan)
-    if objective.of_pairs:  # of Plackett-Luce, autograd gets the limits right
+    if objective.of_pairs:  # autograd gets the limits of Plackett-Luce right
         function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
         loss = function.apply(logps, loss, coef)
     return Contrast(loss * torch.where(undefined, math.nan, 1.0).to(loss.dtype), coef)

@@ -63,7 +63,7 @@ def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad
     coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
     grads = Gradients(linear, call.needs, num_blocks=len(blocks), rows_once=True)
     workspace = linear.workspace(call.plan.rows_held) if kept is None else None
-    for block in blocks:  # a kept forward is of one block
+    for block in blocks:  # a kept forward has a single block
         done = linear.forward(block, workspace) if kept is None else kept
         dlogits = linear.gradient_(block, done, coef[block.order])
         grads.add(Kept(dlogits, block.rows, absent=block.absent))

@@ -144,7 +144,7 @@ def row_gradient_(
 ) -> tuple[Tensor, Tensor]:
     """Run :func:`row_forward` and :func:`row_backward_` in one read and one write, for a ``coef`` known beforehand.
 
-    Between forward and backward a row lies in the shared memory of up to 8 thread blocks from sm_90 on, else of 1.
+    Between forward and backward a row lies in the shared memory of up to 8 thread blocks (from sm_90 on) or of one.
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
