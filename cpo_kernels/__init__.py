@@ -27,7 +27,7 @@ try:
 except (ImportError, OSError) as error:
     if sys.modules.get("torch") is not None:
         raise
-    # `cpo-kernels info` has to say so, and it is in this package.
+    # Importing goes on, so that `cpo-kernels info` can name what is missing.
     _MISSING: Exception | None = error
 else:
     _MISSING = None
@@ -62,7 +62,7 @@ __all__ = [
     "token_logps",
 ]
 
-# These need transformers, which the losses do not.
+# Imported on first use: these need transformers, which the losses do not.
 _LAZY = {"CPOConfig": "trainer", "CPOTrainer": "trainer", "attach_linear_loss": "models"}
 
 

@@ -13,7 +13,7 @@ from .cli.processes import leave_process_group
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 2 for a mistake in what was asked for, 1 for what failed."""
+    """Run a command and return its exit status: 2 for a mistake in the arguments, 1 for a failure."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(texts.overview())
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(command, rest)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be written at exit
+    except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # unwritten output must not fail at exit
         return FAILED
     except Exception as error:
         explained = explain(error)
@@ -60,13 +60,13 @@ def _info(arguments: Sequence[str]) -> None:
 
 
 def command() -> int:
-    """Run :func:`main` as a process of its own, which also leaves the group of processes that it trained with."""
+    """Run :func:`main` as a whole process, and leave the process group of distributed training at its end."""
     try:
         status = main()
     except KeyboardInterrupt:
         print(f"cpo-kernels {' '.join(sys.argv[1:2])}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    if status == 0:  # after a mistake the others may be waiting for this process
+    if status == 0:  # after a failure, other processes may still wait for this one
         leave_process_group()
     return status
 

@@ -1,4 +1,4 @@
-"""Which backends there are, which are available here and why, and which one a call uses."""
+"""The backends: which exist, which are available on this machine and why, and which one a call uses."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def contrastive_loss(
     loss_type: str = "plackett_luce",
     reduction: str = "mean",
 ) -> Tensor:
-    """The contrast of section 1 of docs/objective.md, from log-likelihoods; differentiable.
+    """Compute the contrast of section 1 of docs/objective.md from log-likelihoods; differentiable.
 
     Args:
         logps: (G, C) log-likelihoods of the candidates, floating point; -inf is an impossible candidate, see section 4
@@ -105,14 +105,14 @@ def token_logps(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Tensor:
-    """Log-probabilities of the targets under logits that already exist; differentiable.
+    """Compute log-probabilities of the targets under logits that already exist; differentiable.
 
     Args:
         logits: (..., V), float32, bfloat16, float16 (or float64 on the torch backend).
         targets: (...) int64; -100 gives 0 and no gradient.
         bias: (V,) added to the logits, or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         (...) float32 (float64 for float64), in nats.
@@ -146,7 +146,7 @@ def sequence_logps(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Tensor:
-    """Log-likelihoods of sequences: (..., T, V), (..., T) -> (...); otherwise as :func:`token_logps`."""
+    """Compute log-likelihoods of sequences: (..., T, V), (..., T) -> (...); otherwise as :func:`token_logps`."""
     refuse_unknown("sequence_logps", unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
@@ -162,7 +162,7 @@ def token_logps_of(logits: Tensor, targets: Tensor, bias: Tensor | None, head: H
 
 
 def row_logps(backend: Backend, logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    """Compute the log-probability of one target a row; forward-mode differentiation takes plain torch."""
+    """Compute the log-probability of one target a row; plain torch does it under forward-mode differentiation."""
     forward = plain.row_forward if has_tangent(logits, bias) else backend.rows.forward
     return forward(logits, targets, None, bias, *head.transform)[1]
 
@@ -170,7 +170,7 @@ def row_logps(backend: Backend, logits: Tensor, targets: Tensor, bias: Tensor | 
 def flatten_logits(
     logits: Tensor, targets: Tensor, bias: Tensor | None, options: Head
 ) -> tuple[Backend, Tensor, Tensor]:
-    """Return the backend, logits (R, V) of unit column stride and targets (R,), checked."""
+    """Check logits and targets; return the backend, logits (R, V) of unit column stride and targets (R,)."""
     options.check_exact("a loss of logits that already exist")
     options.check_whole("a loss of logits that already exist")
     if logits.dtype not in FLOAT_DTYPES:
@@ -197,7 +197,7 @@ def flatten_logits(
 
 
 def sum_tokens(logps: Tensor) -> Tensor:
-    """(..., T) -> (...), accumulated in float64."""
+    """Sum token log-probabilities over the last dimension in float64: (..., T) -> (...)."""
     return logps.double().sum(-1).to(logps.dtype)
 
 
@@ -230,7 +230,7 @@ def cpo_loss(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> CPOOutput:
-    """The whole objective from logits that already exist.
+    """Compute the whole objective from logits that already exist.
 
     Args:
         logits: (G, C, T, V).
@@ -240,13 +240,13 @@ def cpo_loss(
         bias: (V,) or None.
         beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in logits and bias.
 
     Raises:
-        ValueError: bad shapes, dtypes, devices or values; the message names the offending one.
+        ValueError: bad shapes, dtypes, devices or values; the message names the offending value.
     """
     refuse_unknown("cpo_loss", unknown, objective=True)
     objective = Objective(
@@ -282,7 +282,7 @@ def cpo_loss(
 
 
 def runs_in_one_launch(backend: Backend, dtype: torch.dtype, candidates: int) -> bool:
-    """Tell whether the launch for given logits can be used: not for gradients of float16, which need a gain."""
+    """Tell whether one launch can compute the loss of stored logits; not in float16, whose gradients need a gain."""
     usable = backend.logits_loss is not None and candidates <= backend.contrast_candidates
     return usable and dtype != torch.float16 and not torch.compiler.is_compiling()
 
@@ -290,7 +290,7 @@ def runs_in_one_launch(backend: Backend, dtype: torch.dtype, candidates: int) ->
 def checked_problem(
     objective: Objective, shape: tuple[int, int], lengths: Tensor, ref_logps: Tensor | None, ranks: Tensor | None
 ) -> CPOProblem:
-    """Bind the objective to groups (G, C) and check them, in compiled code too."""
+    """Bind the objective to groups (G, C) and check them, also in compiled code."""
     groups = Groups(None, shape)
     if torch.compiler.is_compiling():
         lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight > 0)
@@ -306,7 +306,7 @@ def cast_ref(ref_logps: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def needs_grad(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Needs:
-    """Tell which tensors autograd wants a gradient for, in the current grad mode."""
+    """Tell which of the tensors need a gradient in the current grad mode."""
     enabled = torch.is_grad_enabled()
     return (
         enabled and hidden.requires_grad,
@@ -334,7 +334,7 @@ def linear_token_logps(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Tensor:
-    """Log-probabilities of the targets under the head ``hidden @ weight.T``; the logits are never stored whole.
+    """Compute log-probabilities of the targets under ``hidden @ weight.T``, whose logits are never stored whole.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 (or float64 on the torch backend).
@@ -342,13 +342,13 @@ def linear_token_logps(
         targets: (...) int64; -100 gives 0 and no gradient, and its row enters no GEMM.
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         (...) float32 (float64 for float64), in nats; differentiable in hidden, weight and bias.
 
     Raises:
-        ValueError: bad shapes, dtypes, devices or target values; the message names the offending one.
+        ValueError: bad shapes, dtypes, devices or target values; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
     refuse_unknown("linear_token_logps", unknown)
@@ -362,7 +362,7 @@ def linear_token_logps(
 def logps_of_slots(
     hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
 ) -> Tensor:
-    """Log-probabilities in the shape of the targets, with the options in one object."""
+    """Run :func:`linear_token_logps` with its options in one object, also for a packed layout."""
     head.check_exact("a log-likelihood, whose upstream gradient arrives later,")
     if torch.compiler.is_compiling():
         refuse_tangents(hidden, weight, bias)
@@ -393,7 +393,7 @@ def linear_sequence_logps(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Tensor:
-    """Log-likelihoods of sequences: the sums of :func:`linear_token_logps` over their tokens.
+    """Compute log-likelihoods of sequences: the sums of :func:`linear_token_logps` over their tokens.
 
     Args:
         hidden: (..., T, H), or (R, H) with a layout.
@@ -402,7 +402,7 @@ def linear_sequence_logps(
         layout: the packed form, or None.
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         (...), or (S,) with a layout; differentiable in hidden, weight and bias.
@@ -457,9 +457,9 @@ def linear_cpo_loss(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> CPOOutput:
-    """The whole objective from hidden states: loss and gradients in one pass over the logits, which are never stored.
+    """Compute the whole objective from hidden states, in one pass over the logits, which are never stored.
 
-    Three GEMMs of the rows that predict something; two for a frozen head, one without gradients.
+    The pass takes three GEMMs of the rows that predict something, two for a frozen head, one without gradients.
 
     Args:
         hidden: (G, C, T, H), or (R, H) with a layout; float32, bfloat16, float16 (float64 on the torch backend).
@@ -471,13 +471,13 @@ def linear_cpo_loss(
         bias: (V,) or None.
         beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         CPOOutput: its ``loss`` is differentiable in hidden, weight and bias.
 
     Raises:
-        ValueError: bad shapes, dtypes, devices or values; the message names the offending one.
+        ValueError: bad shapes, dtypes, devices or values; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
     refuse_unknown("linear_cpo_loss", unknown, objective=True)
@@ -522,7 +522,7 @@ def linear_sequence_loss(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Tensor:
-    """Any differentiable loss of sequence log-likelihoods, in one pass over the logits.
+    """Compute any differentiable loss of sequence log-likelihoods in one pass over the logits.
 
     Args:
         hidden: (G, C, T, H), or (R, H) with a layout.
@@ -536,7 +536,7 @@ def linear_sequence_loss(
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; the filters take
             ``1 / G`` for the largest coefficient.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         The sum over all groups, a scalar.
@@ -594,7 +594,7 @@ def plan(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> Plan:
-    """What :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
+    """Return what :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
     refuse_unknown("plan", unknown, objective=True)
     objective = Objective(
         *(beta, margin, label_smoothing, loss_type, length_normalized),

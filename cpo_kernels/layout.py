@@ -1,4 +1,4 @@
-"""Which token is predicted by which row and belongs to which candidate of which prompt."""
+"""The packed layout: which row predicts a token, and which candidate of which prompt the token belongs to."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class CandidateLayout:
         ranks: (S,) integers, 0 is best, equal ranks express no preference. Default: the first candidate of every
             group is best and the others are equal.
 
-    The boundaries may also be int64 host tensors. A layout that is made inside of a compiled function has to be made of
-    those: lists of integers are compiled for their lengths. It is then checked when the function runs.
+    The boundaries may also be int64 host tensors. A layout that is made inside a compiled function has to be made of
+    tensors, since lists of integers are recompiled for each new length. It is then checked when the function runs.
 
     Raises:
         ValueError: boundaries that do not start at 0 or that decrease, no group, or a group without segments.
@@ -34,7 +34,7 @@ class CandidateLayout:
     cu_groups: Sequence[int]
     rows: Tensor | None = None
     ranks: Sequence[int] | Tensor | None = None
-    #: cu_tokens and cu_groups as host tensors, in which compiled code takes them: integers it would compile for.
+    #: cu_tokens and cu_groups as host tensors, as compiled code takes them: for new integers it would recompile.
     boundaries: tuple[Tensor, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class CandidateLayout:
 
 
 def check_tensor(name: str, boundaries: object) -> None:
-    """Raise ``ValueError`` unless ``boundaries`` is an int64 vector on the host, as the other one is."""
+    """Raise ``ValueError`` unless ``boundaries`` is an int64 vector on the host."""
     if not isinstance(boundaries, Tensor):
         raise ValueError(f"{name} must be a tensor where the other boundaries are, got {type(boundaries).__name__}")
     if boundaries.dtype != torch.int64 or boundaries.dim() != 1 or boundaries.device.type != "cpu":

@@ -1,7 +1,7 @@
-"""The losses of a contrast: one row for each, with its formula, its slopes and where it can run.
+"""The losses of a contrast: one row for each, with its formula, its slopes and the kernels that have it.
 
-Everything else that has to know a loss reads it here: the objective and its checks, the trainer's choices, the adapters
-for TRL and Liger, and the codes that the kernels are given. A new loss of pairs is one formula and one row of
+All other modules read this table: the objective and its checks, the trainer's choices, the adapters
+for TRL and Liger, and the codes of the kernels. A new loss of pairs is one formula and one row of
 :data:`LOSSES`; the recipe is the last section of CONTRIBUTING.md. This module imports nothing of the package.
 """
 
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
     Attributes:
         chosen: scores (G,) of the better candidates.
         rejected: scores (G,) of the worse candidates.
-        difference: ``chosen - rejected`` (G,), for which the caller may know a sharper way to compute it.
+        difference: ``chosen - rejected`` (G,), which the caller may compute more exactly than from the two scores.
         beta: the factor in the scores.
         label_smoothing: the probability that a pair is the wrong way round.
         tau: the temperature of discopop's mixture.
@@ -98,7 +98,7 @@ def robust(pair: Pair) -> PairLoss:
 def exo_pair(pair: Pair) -> PairLoss:
     """Compute the loss of EXO, Ji et al. 2024, arXiv 2402.00856, equation 16.
 
-    It is the reverse KL divergence from labels that are smoothed.
+    It is the reverse KL divergence from smoothed labels.
     """
     d, flipped = pair.difference, pair.label_smoothing
     log_right, log_wrong = math.log1p(-flipped), math.log(flipped)
@@ -142,7 +142,7 @@ def apo_zero(pair: Pair) -> PairLoss:
 
 
 def apo_down(pair: Pair) -> PairLoss:
-    """Compute the loss of APO-down, equation 8 of the same paper.
+    """Compute the loss of APO-down, D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
 
     It drives both answers down, and the bad one further.
     """
@@ -158,7 +158,7 @@ def discopop(pair: Pair) -> PairLoss:
     """
     d = pair.difference
     logistic_share, logistic_loss = (-d / pair.tau).sigmoid(), softplus(-d)
-    # exp(-d) overflows long before its share, which is multiplied in by adding logarithms.
+    # exp(-d) would overflow before its product with the share does, so logarithms are added.
     exponential = (logsigmoid(d / pair.tau) - d).exp()
     loss = logistic_loss * logistic_share + exponential
     mixed = exponential * logistic_share - logistic_loss * sigmoid_slope(d / pair.tau)
@@ -178,9 +178,9 @@ class Loss:
         formula: computes the loss of pairs, with its slopes.
         of_groups: whether :mod:`cpo_kernels.objective` extends the loss to groups with any number of negatives; else a
             group may have one only (K = 1).
-        smoothing: whether ``label_smoothing`` has a part in the loss: none, at will, or only above 0.
-        kernel_code: the loss's code in csrc/common/preference.h, which has its slope, as has the contrast of Triton
-            under its name; None where the kernels lack it, so that plain torch computes it.
+        smoothing: whether the loss takes ``label_smoothing``: never, optionally, or only above 0.
+        kernel_code: the loss's code in csrc/common/preference.h, which has its slope; Triton's contrast has the slope
+            under the loss's name. None where the kernels lack the loss, so that plain torch computes it.
     """
 
     formula: Callable[[Pair], PairLoss]
@@ -205,7 +205,7 @@ LOSSES: dict[str, Loss] = {
 LOSS_TYPES = tuple(LOSSES)
 # The codes of the losses that the kernels compute in one launch, by name.
 KERNEL_CODES = {name: loss.kernel_code for name, loss in LOSSES.items() if loss.kernel_code is not None}
-# The names that TRL's DPO gives to plackett_luce, and whether it is then of means per token.
+# The names that TRL's DPO gives to plackett_luce, and whether that loss is of means per token.
 TRL_LOGISTIC = {"sigmoid": False, "sigmoid_norm": True}
 TRL_NAMES = (*TRL_LOGISTIC, *(name for name, loss in LOSSES.items() if not loss.of_groups))
 
@@ -213,7 +213,7 @@ TRL_NAMES = (*TRL_LOGISTIC, *(name for name, loss in LOSSES.items() if not loss.
 def trl_options(name: str, label_smoothing: float = 0.0) -> dict[str, Any]:
     """Return the objective's options for the loss that TRL's DPO calls ``name``.
 
-    TRL takes ipo of means per token, and its logistic losses ignore ``label_smoothing``.
+    TRL computes ipo from means per token, and its logistic losses ignore ``label_smoothing``.
 
     Raises:
         ValueError: a name that is not one of :data:`TRL_NAMES`.

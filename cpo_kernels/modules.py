@@ -15,7 +15,7 @@ from .options import Head, Objective, chosen, refuse_unknown
 
 
 class _CPOModule(nn.Module):
-    """Holds the options of a loss, checked when the module is made; see :class:`cpo_kernels.options`."""
+    """A module that holds the options of a loss, checked when it is made; see :mod:`cpo_kernels.options`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class CPOLoss(_CPOModule):
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> CPOOutput:
-        """(G, C, T, V), (G, C, T) -> CPOOutput."""
+        """Compute the loss of logits (G, C, T, V) and targets (G, C, T)."""
         return cpo_loss(logits, targets, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options)
 
 
@@ -89,7 +89,7 @@ class LinearCPOLoss(_CPOModule):
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> CPOOutput:
-        """(G, C, T, H), (V, H), (G, C, T) -> CPOOutput, or packed with a layout."""
+        """Compute the loss of hidden (G, C, T, H), weight (V, H) and targets (G, C, T), or of a packed layout."""
         return linear_cpo_loss(
             hidden, weight, targets, layout=layout, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options
         )

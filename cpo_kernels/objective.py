@@ -84,14 +84,14 @@ def preferences(ranks: Tensor, present: Tensor) -> Tensor:
 
 
 def log_ratios(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Subtract the reference; what the policy finds impossible stays -inf, whatever the reference finds."""
+    """Subtract the reference; candidates impossible under the policy stay -inf, whatever the reference gives them."""
     return logps if ref_logps is None else logps - ref_logps.masked_fill(logps == -math.inf, 0.0)
 
 
 def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
-    """Compute the ranked contrast of scores (G, C), -inf for the impossible, under preferences (G, C, C)."""
+    """Compute the ranked contrast of scores (G, C), -inf for impossible candidates, under preferences (G, C, C)."""
     lower = scores.unsqueeze(-2).masked_fill(~better, -math.inf)
-    # Where nothing that is possible ranks below, (-inf) - (-inf) must not make NaN of the loss or of its gradient.
+    # Where all lower-ranked candidates are impossible, (-inf) - (-inf) must not make loss or gradient NaN.
     top = lower.amax(-1).detach()
     top = top.masked_fill(top == -math.inf, 0.0)
     weights = (lower - top.unsqueeze(-1)).exp()
@@ -106,17 +106,17 @@ def plackett_luce(scores: Tensor, better: Tensor) -> Contrast:
     return Contrast(loss, coef)
 
 
-# In place of -inf, a score so low that every sigmoid is 0 or 1, and no product of two of them overflows.
+# Stands for an infinite score: every sigmoid of it is 0 or 1, and no product of two such scores overflows.
 FAR = 1e15
-# Slopes above this, at scores that far apart, belong to a square: no slope of the others comes near.
+# At scores FAR apart, slopes above this belong to squared losses; the slopes of all other losses are far below.
 STEEP = 1e8
 
 
 def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
     """Compute the loss of the one preference in each group (K = 1) by its row of the table of losses.
 
-    Where a candidate is impossible, loss and slopes are their limits: infinite for a loss that still has a slope out
-    there. An impossible rejected candidate has no slope, and a slope without a finite limit is 0.
+    Where a candidate is impossible, loss and slopes are their limits; the loss is infinite if its slope has not
+    vanished there. The slope of an impossible rejected candidate is 0, as is a slope without a finite limit.
     """
     wins, loses = better.any(-1), better.any(-2)
     chosen = scores.masked_fill(~wins, 0.0).sum(-1)
@@ -137,9 +137,9 @@ def pair_loss(scores: Tensor, better: Tensor, objective: Objective) -> Contrast:
 
 
 class ClosedForm(torch.autograd.Function):
-    """A loss (G,) of log-likelihoods (G, C) whose derivative is what ``coef`` (G, C) says.
+    """A loss (G,) of log-likelihoods (G, C) whose derivative is given as ``coef`` (G, C).
 
-    Autograd's own would miss the limits of :func:`pair_loss`. ``coef`` is differentiated for the second order.
+    Autograd of the loss would miss the limits of :func:`pair_loss`. Second derivatives are those of ``coef``.
     """
 
     @staticmethod
@@ -149,22 +149,22 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the derivative."""
+        """Save the derivative."""
         ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
-        """Multiply by the derivative."""
+        """Multiply the upstream gradient by the derivative."""
         (coef,) = ctx.saved_tensors
         return grad_loss.unsqueeze(-1) * coef, None, None
 
 
 class ClosedFormBothModes(ClosedForm):
-    """The same with a forward mode, which the compiler cannot trace."""
+    """A :class:`ClosedForm` with a forward mode, which the compiler cannot trace."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep the derivative for both modes."""
+        """Save the derivative for both modes."""
         ctx.save_for_backward(inputs[2])
         ctx.save_for_forward(inputs[2])
 
@@ -177,7 +177,7 @@ class ClosedFormBothModes(ClosedForm):
 def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Tensor, objective: Objective) -> Contrast:
     """Compute loss and ``dL_g / dlogp_c`` of padded groups; logps, ref_logps, ranks, present are (G, C).
 
-    A log-likelihood of -inf is an impossible candidate; NaN, and a score of +inf, make NaN of their group.
+    A log-likelihood of -inf is an impossible candidate. NaN or a score of +inf makes its whole group NaN.
     """
     rewards = log_ratios(logps, ref_logps)
     scores = objective.beta * rewards + objective.margin * (ranks > 0).to(rewards.dtype)
@@ -186,14 +186,14 @@ def contrast(logps: Tensor, ref_logps: Tensor | None, ranks: Tensor, present: Te
     loss, coef = pair_loss(scores, better, objective) if objective.of_pairs else plackett_luce(scores, better)
     undefined = ~(scores < math.inf).all(-1)
     coef = (objective.beta * coef).masked_fill(undefined.unsqueeze(-1) & present, math.nan)
-    if objective.of_pairs:  # autograd is right about the other
+    if objective.of_pairs:  # autograd gets the limits of Plackett-Luce right
         function = ClosedForm if torch.compiler.is_compiling() else ClosedFormBothModes
         loss = function.apply(logps, loss, coef)
     return Contrast(loss * torch.where(undefined, math.nan, 1.0).to(loss.dtype), coef)
 
 
 class LossTerms(NamedTuple):
-    """The loss and what it is made of, three scalars: see :class:`CPOOutput`."""
+    """The loss and the two terms that it is the sum of, all scalars; see :class:`CPOOutput`."""
 
     loss: Tensor
     contrastive_loss: Tensor
@@ -202,14 +202,14 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class CPOProblem:
-    """The objective bound to the groups of a batch; everything but the log-likelihoods.
+    """The objective bound to the groups of a batch: all that the loss needs but the log-likelihoods.
 
     Attributes:
-        objective: the numbers.
+        objective: the options of the objective.
         groups: the padded layout of the S segments.
         lengths: (S,) tokens of each segment.
         ref_logps: (S,) or None.
-        segment_ranks: (S,) as they were given, or None.
+        segment_ranks: (S,) ranks as users gave them, or None.
         ranks: (G, C).
         present: (G, C).
         num_groups: denominator of the contrast.
@@ -232,7 +232,7 @@ class CPOProblem:
         return self.ref_logps, self.segment_ranks
 
     def with_given(self, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
-        """Put others of the same values in their place."""
+        """Replace ref_logps and ranks by other tensors of the same values."""
         padded = self.ranks if ranks is None else self.groups.pad(ranks)
         return replace(self, ref_logps=ref_logps, segment_ranks=ranks, ranks=padded)
 
@@ -246,7 +246,7 @@ class CPOProblem:
         return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
 
     def contrast(self, sums: Tensor) -> Contrast:
-        """Compute the loss (G,) and ``dL_g / dlogp_c`` (G, C)."""
+        """Compute the contrast's loss (G,) of each group and ``dL_g / dlogp_c`` (G, C)."""
         ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
         return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
 
@@ -267,22 +267,22 @@ class CPOProblem:
         return LossTerms(loss + mle_weight * nll if mle_weight else loss, contrastive, nll)
 
     def coefficients(self, sums: Tensor) -> Tensor:
-        """``dloss / dsums`` (S,), in closed form."""
+        """Compute ``dloss / dsums`` (S,), in closed form."""
         return self.sum_coefficients(self.contrast_coefficients(self.contrast(sums)))
 
     def contrast_coefficients(self, contrast: Contrast) -> Tensor:
-        """The contrast's share of ``dloss / dlogps`` (S,): of the means where length_normalized."""
+        """Compute the contrast's share of ``dloss / dlogps`` (S,), by per-token means if length_normalized."""
         coef, weight = self.groups.unpad(contrast.coef), self.objective.contrast_weight
         return coef * (weight / self.num_groups) if weight else torch.zeros_like(coef)
 
     def sum_coefficients(self, coef: Tensor) -> Tensor:
-        """Compute ``dloss / dsums`` (S,) from the contrast's coefficients (S,), with those of the NLL."""
+        """Compute ``dloss / dsums`` (S,) from the contrast's coefficients (S,) and the likelihood term."""
         if self.objective.length_normalized:
             coef = coef / self.lengths.clamp(min=1)
         return coef - self.best.to(coef.dtype) * (self.objective.mle_weight / self.num_target_tokens)
 
     def chunk(self, groups: range, segments: slice) -> CPOProblem:
-        """Take the problem of some consecutive groups, with the denominators of the whole."""
+        """Take the problem of some consecutive groups, with the denominators of the whole batch."""
         g = slice(groups.start, groups.stop)
         slots, width = self.groups.slots, self.groups.shape[1]
         return replace(
@@ -299,7 +299,7 @@ class CPOProblem:
 def make_problem(
     objective: Objective, groups: Groups, lengths: Tensor, ref_logps: Tensor | None, ranks: Tensor | None
 ) -> CPOProblem:
-    """Bind the objective to groups: lengths, ref_logps and ranks are (S,). No value is looked at."""
+    """Bind the objective to groups without reading any value; lengths, ref_logps and ranks are (S,)."""
     padded_ranks = default_ranks(groups.shape, lengths.device) if ranks is None else groups.pad(ranks)
     present = groups.pad(lengths) > 0
     num_target_tokens: float | Tensor | None = objective.num_target_tokens
@@ -321,7 +321,7 @@ def make_problem(
 def check_problem(problem: CPOProblem) -> None:
     """Raise ``ValueError`` naming the first group with a rank below 0, without a rank 0, or without a contrast.
 
-    On a GPU the check runs there, without waiting for it, and surfaces as a device assertion.
+    A check on a GPU is not waited for; its failure is a device assertion.
     """
     ranks, present, weight = problem.ranks, problem.present, problem.objective.contrast_weight
     if problem.segment_ranks is not None:
@@ -347,7 +347,7 @@ def describe_group(problem: CPOProblem, group: int) -> str:
 
 
 class CPOOutput(NamedTuple):
-    """What the CPO losses return. Only ``loss`` is differentiable.
+    """The result of a CPO loss. Only ``loss`` is differentiable.
 
     Attributes:
         loss: ``contrast_weight * contrastive_loss + mle_weight * nll_loss``, scalar.

@@ -1,4 +1,4 @@
-"""Options of the head and of the objective: every one of them once, with its default, its check and its meaning.
+"""Options of the head and of the objective: the default, check and meaning of each are written once, in this module.
 
 The public functions name them again in their signatures, so that an editor shows them; a test compares both.
 """
@@ -18,13 +18,13 @@ from .loss_table import LOSS_TYPES, LOSSES
 if TYPE_CHECKING:
     from .engine.vocab_parallel import VocabShard
 
-# What kernels compute in, whatever the dtype of the tensors.
+# The limits of float32, in which kernels compute whatever the dtype of the tensors.
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Head:
-    """How hidden states become the logits of the softmax, and with what means.
+    """How hidden states become the logits of the softmax, and what computes them.
 
     ``y = softcap * tanh(((x + bias) * logit_scale) / softcap) / temperature`` for a raw product x; without a softcap,
     ``y = (x + bias) * logit_scale / temperature``.
@@ -119,7 +119,7 @@ class Head:
         return self.logit_scale, self.softcap or 0.0, self.temperature
 
 
-# Arguments that come with every call and not with the options.
+# Arguments that are tensors of a call, not options.
 TENSOR_OPTIONS = ("bias", "layout", "ref_logps", "ranks")
 
 
@@ -199,7 +199,7 @@ OBJECTIVE_OPTIONS = tuple(field.name for field in fields(Objective))
 
 
 def refuse_unknown(function: str, unknown: Mapping[str, object], *, objective: bool = False) -> None:
-    """Raise ``TypeError`` for a keyword argument that there is not, with the one that was probably meant."""
+    """Raise ``TypeError`` for an unknown keyword argument, and name the one that was probably meant."""
     for name in unknown:
         options = HEAD_OPTIONS + (OBJECTIVE_OPTIONS if objective else ()) + TENSOR_OPTIONS
         near = get_close_matches(name, options, n=1)

@@ -1,4 +1,4 @@
-"""Errors that the person who called a command can mend; they are told without a traceback."""
+"""Errors that the user of a command can mend, which are reported without a traceback."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# What the commands need beside the package itself: the extra "trainer".
+# The packages of the extra "trainer", which the commands need.
 TRAINER = ("accelerate", "datasets", "jinja2", "peft", "tokenizers", "tqdm", "transformers", "xxhash", "yaml")
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit statuses; the last is that of shells for Ctrl-C
+FAILED, MISUSED, INTERRUPTED = 1, 2, 130  # exit statuses; shells use the last one for Ctrl-C
 
 
 class InputError(ValueError):
-    """Something in the configuration, on the command line or in the data; the message says what and where."""
+    """An error in the configuration, on the command line or in the data; the message says what and where."""
 
 
 @contextmanager
 def input_errors(*more: type[Exception]) -> Iterator[None]:
-    """Raise what goes wrong inside, a ``ValueError`` or a type in ``more``, as an error about the input.
+    """Turn a ``ValueError``, or an error of a type in ``more``, raised within the context into an ``InputError``.
 
-    A server that fails is no fault of the input.
+    An error of a server is left as it is, since the input is not at fault.
     """
     caught: tuple[type[Exception], ...] = (ValueError, *more)
     try:
@@ -34,7 +34,7 @@ def input_errors(*more: type[Exception]) -> Iterator[None]:
 
 
 def explain(error: Exception) -> tuple[str, int] | None:
-    """Say in one sentence what went wrong, with the exit status; None for an error of the program, not of its use."""
+    """Return a sentence about an error and the exit status; None for an error of the program itself."""
     if isinstance(error, InputError):
         return str(error), MISUSED
     if isinstance(error, ImportError):
@@ -45,7 +45,7 @@ def explain(error: Exception) -> tuple[str, int] | None:
 
 
 def _is_of_a_server(error: BaseException) -> bool:
-    endpoint = sys.modules.get("cpo_kernels.negatives.endpoint")  # not imported for its own sake
+    endpoint = sys.modules.get("cpo_kernels.negatives.endpoint")  # not imported only to check this
     return endpoint is not None and isinstance(error, endpoint.EndpointError)
 
 
@@ -53,13 +53,13 @@ def _explain_import(error: ImportError) -> tuple[str, int] | None:
     package = (error.name or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in TRAINER:
         return f"{error}; pip install 'cpo-kernels[trainer]'", MISUSED
-    if sys.modules.get("torch") is None:  # what fails for want of it may name something else
+    if sys.modules.get("torch") is None:  # an import that fails without torch may name another module
         return f"torch cannot be imported ({error}); pip install torch", FAILED
     return None
 
 
 def _explain_system(error: OSError) -> str:
-    """Name the file and what is wrong with it, where the system says so: a disk that is full, a path that is a file."""
+    """Name the file of a system error and its fault, if the error has them: a full disk, a path that is a file."""
     if error.filename is None or error.strerror is None:
         return " ".join(str(error).split()) or type(error).__name__
     return f"{error.filename}: {error.strerror}"

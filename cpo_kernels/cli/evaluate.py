@@ -1,4 +1,4 @@
-"""``cpo-kernels evaluate``: what a trained model is worth, as JSON and Markdown."""
+"""``cpo-kernels evaluate``: the evaluation of a trained model, as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KEY_VARIABLE = "CPO_KERNELS_JUDGE_KEY"
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Evaluate what ``arguments`` say; prints the report and writes it as report.json and report.md."""
+    """Evaluate the model that ``arguments`` name, print the report, and write it as report.json and report.md."""
     settings = parse(arguments)
     options, config = settings.run, settings.training
     if config.world_size > 1:
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _trained_on(name: str, settings: Settings, data: TokenizedExamples) -> int | None:
-    """Count the examples that the model was trained on, and warn of them; None where that is not known."""
+    """Count the examples on which the model was trained, and warn of them; None where that is unknown."""
     seen = trained_on(name, data)
     if seen:
         print(f"warning: {_seen(name, seen, len(data))}", file=sys.stderr)
@@ -138,7 +138,7 @@ def _judge(settings: Settings) -> Judge | None:
 
 
 def _callable(name: str) -> Judge:
-    """Find the function that ``MODULE:FUNCTION`` names, in a module on the path or in this directory."""
+    """Import the function ``MODULE:FUNCTION``, from a module on the path or in the current directory."""
     module, _, function = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")

@@ -1,4 +1,4 @@
-"""Whether a run has finished already: its command, given again, must not train another step or touch its model."""
+"""Finished runs: the same command, given again, must neither train another step nor change the model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .parsing import Settings
 
 SETTINGS = "cpo_kernels.yaml"
 EXAMPLES = "trained_examples.npy"
-# Options that change nothing about what is trained. All others count, so that a new one does.
+# Options that do not change training. All others count, so that a new option counts.
 _IGNORED_GROUPS: tuple[Any, ...] = (NegativesOptions, EvaluationOptions)
 _IGNORED = {"resume", "trust_remote_code", "eval_data", "eval_split", "max_eval_examples"}
 _COUNTED = {"negatives_file"}
 
 
 def run_of(settings: Settings) -> dict[str, Any]:
-    """Returns the settings and options that change what the command trains, as plain values without secrets."""
+    """Return the settings and options that change what the command trains, as plain values without secrets."""
     ignored = _IGNORED | {item.name for group in _IGNORED_GROUPS for item in dataclasses.fields(group)}
     groups: Iterable[Any] = (ModelOptions, DataOptions, CourseOptions, NegativesOptions)
     names = [item.name for group in groups for item in dataclasses.fields(group)]
@@ -37,11 +37,11 @@ def run_of(settings: Settings) -> dict[str, Any]:
 
 
 def finished_run(settings: Settings) -> str | None:
-    """Says that the run has finished, in a sentence; None where there is something to train.
+    """Say in a sentence that the run has finished; None where there is something to train.
 
     Raises:
-        ValueError: it has finished with other settings, or is to go on and there is no checkpoint; the message says
-            which, and what to do.
+        ValueError: the run has finished with other settings, or is to go on and has no checkpoint; the message says
+            so, and what to do.
     """
     directory = Path(str(settings.training.output_dir))
     record, state = _finished_state(directory)
@@ -72,7 +72,7 @@ def finished_run(settings: Settings) -> str | None:
 
 
 def _finished_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Find the record of a run that has finished, and its steps; what older versions finished has no record."""
+    """Return the record of a finished run, and its steps; a run finished by an older version has no record."""
     try:
         record = read_record(directory)
         if record is not None:
@@ -84,7 +84,7 @@ def _finished_state(directory: Path) -> tuple[dict[str, Any] | None, dict[str, A
 
 
 def _is_longer(settings: Settings, state: dict[str, Any]) -> bool:
-    """Whether more is asked for than was trained: more steps, or where their number is not given, more epochs."""
+    """Tell whether the settings ask for more than was trained: more steps or, if unset, more epochs."""
     training = settings.training
     if training.max_steps > 0:
         return training.max_steps > state["global_step"]
@@ -92,7 +92,7 @@ def _is_longer(settings: Settings, state: dict[str, Any]) -> bool:
 
 
 def begin(directory: Path, examples: Any) -> None:
-    """Leaves word in ``output_dir`` that training is under way, and on which examples, (E,) sorted hashes of them."""
+    """Mark ``output_dir`` as in training, and save the sorted hashes (E,) of the training examples."""
     for name in (RECORD, TRAINER_STATE_NAME):
         (directory / name).unlink(missing_ok=True)
     with whole_file(directory / EXAMPLES) as partial, partial.open("wb") as file:
@@ -100,12 +100,12 @@ def begin(directory: Path, examples: Any) -> None:
 
 
 def finish(directory: Path, state: Any, run: dict[str, Any]) -> None:
-    """Leaves word in ``output_dir`` that training has finished: the record of its weights and of what was trained.
+    """Mark ``output_dir`` as finished: write the record of its weights and of the run.
 
     Args:
         directory: ``output_dir``.
-        state: Trainer's at the end.
-        run: what :func:`run_of` said at the beginning.
+        state: the state of Trainer at the end.
+        run: the result of :func:`run_of` at the beginning.
     """
     weights = {path for pattern in WEIGHTS for path in directory.glob(pattern) if path.is_file()}
     own = [path for path in weights if path.parent == directory]
@@ -114,10 +114,10 @@ def finish(directory: Path, state: Any, run: dict[str, Any]) -> None:
 
 
 def trained_on(name: str, examples: Any) -> int | None:
-    """Counts the examples that a model was trained on; None where the command did not train it, or long ago.
+    """Count the examples on which a model was trained; None where the command did not record them.
 
     Args:
-        name: where the model is, ``output_dir`` or a checkpoint in it.
+        name: directory of the model, ``output_dir`` or a checkpoint in it.
         examples: tokenized examples.
     """
     for directory in (Path(name), Path(name).parent):

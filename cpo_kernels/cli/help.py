@@ -1,4 +1,4 @@
-"""What ``--help`` says besides the options: nothing heavy is imported here."""
+"""The text of ``--help`` besides the options; this module imports nothing heavy."""
 
 from __future__ import annotations
 

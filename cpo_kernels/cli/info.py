@@ -1,4 +1,4 @@
-"""What is installed and which backends it can use; printed by ``python -m cpo_kernels info``."""
+"""The report of ``python -m cpo_kernels info``: installed packages and usable backends."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _extension_lines() -> list[tuple[str, str]]:
 
 
 def report() -> str:
-    """Write the text of ``python -m cpo_kernels info``."""
+    """Return the text of ``python -m cpo_kernels info``."""
     lines = [
         ("cpo-kernels", cpo_kernels.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),

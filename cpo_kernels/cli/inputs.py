@@ -1,4 +1,4 @@
-"""Model, tokenizer and examples that a configuration names."""
+"""The model, tokenizer and examples that a configuration names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .options import RunConfig
 from .parsing import Settings
 from .tiny import LIMITS, tiny_model, tiny_rows, tiny_tokenizer, write_rows
 
-TOKENIZER_ROWS = 64  # A dry run makes its tokenizer of so many rows.
+TOKENIZER_ROWS = 64  # rows of which a dry run makes its tokenizer
 ADAPTERS = "adapter_config.json"
 NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
@@ -31,11 +31,11 @@ HELD_OUT_SEED = 0  # Every command holds out the same examples.
 
 
 class Inputs:
-    """What a command works on, read when it is asked for.
+    """The model, tokenizer and examples of a command, loaded on first use.
 
     Args:
-        settings: what the command is to do.
-        tokenizer: the tokenizer, where it is not the one that the configuration names.
+        settings: the settings of the command.
+        tokenizer: a tokenizer to use in place of the configured one, or None.
     """
 
     def __init__(self, settings: Settings, tokenizer: Any = None) -> None:
@@ -44,7 +44,7 @@ class Inputs:
 
     @cached_property
     def data(self) -> str | None:
-        """Where the training examples come from."""
+        """The source of the training examples."""
         return self._source(self.run.data)
 
     @cached_property
@@ -53,13 +53,13 @@ class Inputs:
         return self._tokenizer() if self._given_tokenizer is None else self._given_tokenizer
 
     def _source(self, source: str | None) -> str | None:
-        """Say where to read; a dry run does not ask the hub."""
+        """Return the source to read: in a dry run a local file, not the hub."""
         if source is None or not self.run.tiny or _is_local(source):
             return source
         if self.run.tiny_data is not None:
             return self.run.tiny_data
         output = Path(self.settings.training.output_dir or ".")
-        # One file a process: two that write at once would read each other's half.
+        # One file a process: processes that write to one file at once would read unfinished lines.
         path = output / f"tiny_data_{os.environ.get('RANK', '0')}.jsonl"
         return write_rows(tiny_rows(self.run), path, LIMITS["max_examples"] + LIMITS["max_eval_examples"])
 
@@ -78,7 +78,7 @@ class Inputs:
 
     @cached_property
     def vocab_size(self) -> int | None:
-        """How many embeddings the model has by its configuration, without loading it; None where that is not said."""
+        """The number of embeddings in the model's configuration, or None; the model is not loaded."""
         from transformers import AutoConfig
 
         if self.run.tiny:
@@ -89,7 +89,7 @@ class Inputs:
             config = AutoConfig.from_pretrained(
                 self.run.model, revision=self.run.revision, trust_remote_code=self.run.trust_remote_code
             )
-        except (OSError, ValueError):  # Loading the model says what is wrong with it.
+        except (OSError, ValueError):  # Loading the model will report the error.
             return None
         return getattr(config.get_text_config(), "vocab_size", None)
 
@@ -130,14 +130,14 @@ class Inputs:
             return peft.PeftModel.from_pretrained(self.model(), name)
 
     def train_examples(self) -> Sequence[Any]:
-        """Load all of the data but what is held out."""
+        """Load all examples that are not held out."""
         if self.data is None:
             raise InputError(NO_DATA)
         examples = self._load(self.data, self.run.data_split, self.run.max_examples)
         return examples if not self.run.eval_fraction else self._split(examples)[0]
 
     def eval_examples(self) -> Sequence[Any] | None:
-        """Load what is held out; None where the configuration has nothing of the kind."""
+        """Load the held-out examples; None where the configuration holds none out."""
         run = self.run
         if run.eval_fraction and self.data is not None:
             examples = self._split(self._load(self.data, run.data_split, run.max_examples))[1]
@@ -187,7 +187,7 @@ def _head(examples: Sequence[Any], count: int | None) -> Sequence[Any]:
 
 @contextmanager
 def whole_files(*names: str) -> Iterator[None]:
-    """Raise what goes wrong inside because a file in these directories is cut off as an error that names the file."""
+    """Turn errors within the context, if a file in these directories is cut off, into one that names the file."""
     try:
         yield
     except Exception as error:

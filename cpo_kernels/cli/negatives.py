@@ -1,7 +1,7 @@
 """``cpo-kernels negatives``: autoregressive negatives for a whole data set, written ahead of time and part by part.
 
-Every part is a file of its own, named by a digest of all that it depends on, and there whole or not at all. So an
-interrupted call goes on where it was, and a line that is mended costs the part it is in.
+Every part is a separate file, named by a digest of all that it depends on, and whole or absent. So an interrupted call
+goes on where it was, and a change to one line of the data costs only the part with that line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEXTS = {
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Write the examples that ``arguments`` say, with negatives."""
+    """Write the examples that ``arguments`` name, with negatives."""
     settings = parse(arguments)
     path = _target(settings)
     folder = path.with_name(f"{path.name}.parts")
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> None:
         if state == "complete":
             print(f"{path} is complete")
             return
-        # A call that was killed between the file and the word that it is complete has all of its parts still.
+        # A call killed after it wrote the file, but before it marked it as complete, still has all of its parts.
         if state != "unknown" or not all((folder / part.name).is_file() for part in parts):
             raise InputError(f"{path} is finished, {TEXTS[state]}; {REPLACE}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,11 +70,11 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _state(path: Path, folder: Path, whole: str) -> str:
-    """Compare a file with what was said of it when it was finished, and with the parts that are asked for now."""
+    """Compare a file with its record of completion, and with the parts that are now asked for."""
     try:
         said = json.loads(_read(folder / COMPLETE))
     except ValueError:
-        said = _read(folder / COMPLETE)  # Older versions said nothing but the digest of the parts.
+        said = _read(folder / COMPLETE)  # Older versions recorded only the digest of the parts.
     if isinstance(said, dict):
         if said.get("parts") != whole:
             return "other"
@@ -93,7 +93,7 @@ def _target(settings: Settings) -> Path:
 
 
 def _merge(path: Path, folder: Path, parts: Sequence[Part], job: Job) -> None:
-    """Join the parts to one file that training reads."""
+    """Join the parts into the one file that training reads."""
     written = [json.loads(_read(folder / part.name)) for part in parts]
     negatives = [own for part in written for own in part["negatives"]]
     ranks = None if job.ranking is None else [own for part in written for own in part["ranks"]]

@@ -1,4 +1,4 @@
-"""What a configuration file says beside the fields of ``CPOConfig``: the model, the data, and what each command writes.
+"""The options of a configuration file beside the fields of ``CPOConfig``: model, data, and the commands' outputs.
 
 The text of a field is what ``--help`` shows; ``_argument_group_name`` is the title above the fields of a class.
 """
@@ -171,13 +171,13 @@ class CourseOptions:
     ensemble_alpha: float = _option(0.5, "Weight of the trained model in the average with ensemble_with.")
 
 
-# In the order that help shows them.
+# In the order in which help shows them.
 GROUPS = (ModelOptions, DataOptions, NegativesOptions, CourseOptions, EvaluationOptions, DryRunOptions)
 
 
 @dataclass
 class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, CourseOptions, DryRunOptions):
-    """All of them; the fields of a configuration file are these and those of ``CPOConfig``."""
+    """All options; a configuration file has the fields of this class and those of ``CPOConfig``."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:

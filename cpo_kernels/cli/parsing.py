@@ -1,4 +1,4 @@
-"""Reads a configuration file and the command line into ``RunConfig`` and ``CPOConfig``; prints their help.
+"""Parse a configuration file and the command line into ``RunConfig`` and ``CPOConfig``, and print their help.
 
 ``transformers.HfArgumentParser`` makes an option of every field, with the field's text and default. Values of a file
 go through the same options, as if they had been written on the command line.
@@ -27,12 +27,12 @@ from .yaml12 import read_yaml
 
 @dataclass
 class Settings:
-    """What a command is to do.
+    """The settings of a command.
 
     Attributes:
-        run: model, data and what the command writes.
+        run: model, data and outputs of the command.
         training: the configuration of the trainer.
-        given: the values that the file and the command line name, before defaults.
+        given: the values in the file and on the command line, without defaults.
     """
 
     run: RunConfig
@@ -41,11 +41,11 @@ class Settings:
 
 
 def parse(arguments: Sequence[str]) -> Settings:
-    """Read ``[CONFIG.yaml] [--key value ...]``; what the command line says wins.
+    """Read ``[CONFIG.yaml] [--key value ...]``; values of the command line take precedence.
 
     Raises:
-        InputError: a file that is not there or not YAML, a field that nothing is known of, or a value of a wrong type
-            or outside its range; the message names the field.
+        InputError: a file that does not exist or is not YAML, an unknown field, or a value of a wrong type or outside
+            its range; the message names the field.
     """
     parser = OptionParser()
     overrides = parser.read(arguments)
@@ -76,9 +76,9 @@ def _construct(cls: type, given: Mapping[str, Any]) -> Any:
 
 
 def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
-    """Return the lengths that follow where documents are cut into pieces by tokens.
+    """Return the lengths that follow from cutting documents into pieces by tokens.
 
-    A piece from within a document has to fill ``max_length``, so that no EOS is put behind it.
+    A piece from within a document has to fill ``max_length``, so that no EOS is appended to it.
     """
     prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens")
     if not prompt or not completion:
@@ -92,14 +92,14 @@ def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows every default, and descriptions with their own line breaks."""
+    """A formatter that shows every default, and keeps the line breaks of descriptions."""
 
 
 class OptionParser(HfArgumentParser):
     """The options of ``RunConfig`` and ``CPOConfig``, in groups for the help text.
 
     Attributes:
-        types: every option with the type of its field.
+        types: the type of the field of every option.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -116,21 +116,21 @@ class OptionParser(HfArgumentParser):
             "config", nargs="?", metavar="CONFIG.yaml", default=argparse.SUPPRESS, help="may hold every option below"
         )
         self.types = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
-        # The first action of a name: those behind it are its --no_NAME.
+        # The first action of a name; later ones are its --no_NAME.
         self._by_name = {action.dest: action for action in reversed(self._actions)}
         for name, hint in self.types.items():
             if dict in _kinds(hint):
                 self._by_name[name].type = _mapping_or_text
-        # TrainingArguments annotates it as a text, for values of old, and wants True.
+        # TrainingArguments annotates it as a text, for old values, but takes True.
         self.types["fsdp"] = bool | str | None
         self._by_name["fsdp"].type = _boolean_or_text
 
     def error(self, message: str) -> NoReturn:
-        """Raise ``InputError`` in place of leaving the program."""
+        """Raise ``InputError`` instead of ending the program."""
         raise InputError(message)
 
     def read(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """Read options and the path of a configuration; only what is given is in the answer."""
+        """Read options and the path of a configuration, and return only those that are given."""
         for action in self._actions:
             action.default = argparse.SUPPRESS
         namespace, others = self.parse_known_args(list(arguments))
@@ -164,7 +164,7 @@ class OptionParser(HfArgumentParser):
 
 
 def _subset(cls: type, names: set[str], title: str) -> type:
-    """Make a dataclass of some of a dataclass's fields, which ``HfArgumentParser`` shows under a title."""
+    """Make a dataclass of some fields of ``cls``, which ``HfArgumentParser`` shows under a title."""
     hints = get_type_hints(cls)
     fields: Any = [
         (item.name, hints[item.name], _copy(item))
@@ -185,7 +185,7 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _mapping_or_text(text: str) -> Any:
-    """Read a mapping, which the command line has as JSON; anything else stays a text."""
+    """Read a mapping given as JSON on the command line; any other text is returned unchanged."""
     if not text.lstrip().startswith("{"):
         return text
     try:

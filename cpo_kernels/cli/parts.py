@@ -39,7 +39,7 @@ class Part:
 
 
 class Job:
-    """Negatives to write: the examples, who draws them, and into which parts.
+    """Negatives to write: the examples, the writer, and the parts.
 
     Raises:
         InputError: data, a model or a server that cannot be used; the message says which.
@@ -58,7 +58,7 @@ class Job:
         self.ends = end_token_ids(self.tokenizer, model)
         with input_errors():
             self.data = tokenize_examples(rows, self.tokenizer, eos_token_id=self.ends, **lengths)
-        # The same for all parts, so that they do not depend on where one begins.
+        # The same for all parts, so that negatives do not depend on where a part begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         self.writer: ModelWriter | EndpointWriter
         if model is None:
@@ -72,7 +72,7 @@ class Job:
             self._rank(config, model)
 
     def _rank(self, config: CPOConfig, model: Any) -> None:
-        """Get ready to rank what is written."""
+        """Prepare the ranking of the written negatives, and its model."""
         if config.embedding_model is None and model is None:
             raise InputError(
                 "negatives_ranking='similarity' needs an embedding_model where a server writes the negatives"
@@ -96,7 +96,7 @@ class Job:
         return parts
 
     def write(self, part: Part) -> dict[str, Any]:
-        """Write the negatives of a part and their ranks, a list for each example; none is the ground truth itself."""
+        """Write negatives for a part, and rank them: a list for each example, without its ground truth."""
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
         kept: Written = []
@@ -117,24 +117,24 @@ class Job:
             return self.writer(prompts, keys, count, sampling)
 
     def _is_truth(self, index: int, ids: Sequence[int]) -> bool:
-        """Tell whether what was drawn is the ground truth in the form it is written in; EOS alone is a fair draw."""
+        """Tell whether a draw equals the ground truth in the form in which it is written; EOS alone does not count."""
         truth = self.data.completions[index]
         if self.as_text:
             return self._text(index, ids) == self._text(index, truth)
         return without_end(ids, self.ends) == without_end(truth, self.ends)
 
     def _text(self, index: int, ids: Sequence[int]) -> str | None:
-        """Return what was drawn for an example as a text behind its prompt's; None where it cannot be one.
+        """Return a draw for an example as the text behind the text of its prompt; None where there is no such text.
 
         A prompt such as "the cat " ends within the token " sat" of its completion: no text behind it begins with a
-        comma. Where token ids are written there is no such draw, and the text is not used.
+        comma. Where token ids are written no draw is refused, and the text is not used.
         """
         prompt = self.examples[index].prompt
         prompt_text = prompt if self.as_text and isinstance(prompt, str) else None
         return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt_text)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the examples that negatives are put to, in the form that these have."""
+        """Return the examples to which negatives are added, as texts or token ids, as the negatives are."""
         data, rows = self.data, []
         for index, example in enumerate(self.examples):
             prompt, (completion, *negatives) = example.prompt, example.candidates

@@ -18,7 +18,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Upper limits of numbers, whatever the file says.
+# Upper limits of numbers in the file.
 LIMITS = {
     "max_examples": 16,
     "max_eval_examples": 4,
@@ -39,7 +39,7 @@ LIMITS = {
     "eval_max_new_tokens": 8,
     "lora_r": 2,
 }
-# Those that hold also where the file does not say.
+# The limits that are also set where the file has no value.
 ALWAYS = (
     "max_examples",
     "max_eval_examples",
@@ -52,7 +52,7 @@ ALWAYS = (
     "eval_generations",
     "eval_max_new_tokens",
 )
-# What a dry run leaves alone: other machines, other programs, kinds of hardware.
+# Values that keep a dry run from using other machines, other programs and special hardware.
 REPLACED = {
     "report_to": "none",
     "push_to_hub": False,
@@ -83,7 +83,7 @@ DROPPED = (
 
 
 def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Cut the values of a configuration file down to what a dry run takes."""
+    """Reduce the values of a configuration file to those of a dry run."""
     import torch
 
     values: dict[str, Any] = {name: value for name, value in given.items() if name not in DROPPED} | REPLACED
@@ -113,7 +113,7 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_rows(run: RunConfig) -> Iterator[dict[str, str]]:
-    """Yield rows with the fields that the configuration's columns and templates ask for, of text that Python ships."""
+    """Yield rows with the fields that columns and templates of the configuration read, of text that Python ships."""
     firsts, seconds = _fields(run)
     for paragraph in _paragraphs():
         words = paragraph.split()
@@ -123,7 +123,7 @@ def tiny_rows(run: RunConfig) -> Iterator[dict[str, str]]:
 
 
 def _fields(run: RunConfig) -> tuple[set[str], set[str]]:
-    """Find the fields that the prompt is made of, and those that only the completion has."""
+    """Return the fields of which the prompt is made, and those of the completion alone."""
     columns: Mapping[str, str] = run.columns if isinstance(run.columns, dict) else {}
     firsts, seconds = _variables(run.prompt_template), _variables(run.completion_template)
     firsts |= {columns[name] for name in ("prompt",) if name in columns}
@@ -143,7 +143,7 @@ def _variables(template: str | None) -> set[str]:
     try:
         return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(template))
     except jinja2.TemplateSyntaxError:
-        return set()  # The error is told where the template is used.
+        return set()  # The error is raised where the template is used.
 
 
 def _paragraphs() -> Iterator[str]:
@@ -157,7 +157,7 @@ def _paragraphs() -> Iterator[str]:
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, count: int) -> str:
-    """Write the first ``count`` rows as JSON lines; returns the path."""
+    """Write the first ``count`` rows as JSON lines, and return the path."""
     lines = [json.dumps(row) + "\n" for row, _ in zip(rows, range(count), strict=False)]
     write_whole(path, "".join(lines))
     return str(path)
@@ -167,7 +167,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], path: Path, count: int) -> str
 
 
 def tiny_tokenizer(rows: Iterable[Mapping[str, Any]]) -> Any:
-    """Train a byte-level BPE on the texts in some rows; it has a plain chat template and depends on nothing else."""
+    """Train a byte-level BPE tokenizer, with a plain chat template, on the texts in some rows alone."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -24,7 +24,7 @@ from .parsing import Settings, parse
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Train what ``arguments`` say and save it; prints the metrics. A run that has finished is left as it is."""
+    """Train the model that ``arguments`` describe, save it, and print metrics; leave a finished run unchanged."""
     settings = parse(arguments)
     if _asked(settings) == "auto":
         is_main = settings.training.process_index == 0
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> None:
             if is_main:
                 print(done)
             return
-    asked_for = run_of(settings)  # before the trainer fills in what depends on the machine
+    asked_for = run_of(settings)  # before the trainer fills in values that depend on the machine
     trainer = make_trainer(settings)
     checkpoint = find_checkpoint(settings, trainer)
     directory = Path(str(settings.training.output_dir))
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def make_trainer(settings: Settings) -> CPOTrainer:
-    """Make the trainer with its model and data; what is wrong with them is told before the first step."""
+    """Make the trainer with its model and data, whose errors are raised before the first step."""
     inputs = Inputs(settings)
     examples, held_out = _train_examples(inputs), inputs.eval_examples()
     given = settings.given.get("eval_strategy", "no")
@@ -100,7 +100,7 @@ def _asked(settings: Settings) -> str:
 
 
 def find_checkpoint(settings: Settings, trainer: CPOTrainer) -> str | None:
-    """Find what to go on from: the newest checkpoint that is whole, the one that is named, or nothing."""
+    """Return the checkpoint to resume from: the newest whole one, the named one, or None."""
     asked = _asked(settings)
     if asked == "none" or (asked == "auto" and not checkpoints(str(settings.training.output_dir))):
         return None
@@ -113,7 +113,7 @@ def _warn(text: str) -> None:
 
 
 def _save_settings(settings: Settings) -> None:
-    """Keep what was asked for beside what came of it, which may be published; `cpo-kernels train` takes the file."""
+    """Save the settings, without secrets, with the model, in a file that ``cpo-kernels train`` reads."""
     path = Path(str(settings.training.output_dir), SETTINGS)
     write_whole(path, yaml.safe_dump(without_secrets(settings.given), sort_keys=True))
 

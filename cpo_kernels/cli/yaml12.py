@@ -1,4 +1,4 @@
-"""Reads configuration files by the rules of YAML 1.2, of which PyYAML has 1.1 alone."""
+"""Read configuration files by the rules of YAML 1.2; PyYAML alone follows YAML 1.1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import InputError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML where ``no`` and ``off`` are words, ``1e-5`` is a number, and no field comes twice."""
+    """A loader for which ``no`` and ``off`` are words, ``1e-5`` is a number, and a repeated field an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -44,7 +44,7 @@ def read_yaml(path: str) -> dict[Any, Any]:
     """Read the fields of a configuration file.
 
     Raises:
-        InputError: a file that is not there, is not YAML or holds no fields.
+        InputError: a file that does not exist, is not YAML or holds no fields.
     """
     try:
         with open(path, encoding="utf-8") as file:

@@ -29,12 +29,12 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Call:
-    """Everything of a call but hidden (R, H), weight (V, H) and bias (V,), which autograd tracks.
+    """All of a call but hidden (R, H), weight (V, H) and bias (V,), which autograd tracks.
 
     Attributes:
         head: the options of the head.
-        backend: its kernels run this call; its row kernels span the processes of a vocabulary-parallel head.
-        way: how it goes from hidden states to log-probabilities and to the gradient of the logits.
+        backend: the kernels that run the call; its row kernels span the processes of a vocabulary-parallel head.
+        way: the class that computes log-probabilities from hidden states, and the gradient of the logits.
         logits_dtype: dtype of the logits.
         needs: whether hidden, weight and bias need gradients.
         targets: (N,) int64.
@@ -64,8 +64,8 @@ class Call:
         return self.targets, self.rows
 
     def with_given(self, targets: Tensor, rows: Tensor | None) -> Call:
-        """Put others of the same values in their place."""
-        dense = self.tokens.rows is None  # else the tokens are copies
+        """Replace targets and rows by other tensors of the same values."""
+        dense = self.tokens.rows is None  # otherwise the tokens hold copies of the targets
         tokens = replace(self.tokens, targets=targets) if dense else self.tokens
         return replace(self, targets=targets, rows=rows, tokens=tokens)
 
@@ -74,13 +74,13 @@ class Call:
         return split_blocks(self.tokens, 0, self.tokens.targets.numel(), self.plan.chunks[0].rows_per_block)
 
     def summed(self, grads: Grads) -> Grads:
-        """Sum the gradient of hidden over the processes of a vocabulary-parallel head; the others are whole."""
+        """Sum the gradient of hidden over the processes of a vocabulary-parallel head; the other two are complete."""
         shard = self.head.vocab_shard
         return grads if shard is None else (shard.sum_grad_hidden(grads[0]), *grads[1:])
 
 
 def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_coefficients: bool = False) -> Call:
-    """Decide what runs a call and on what; the last two arguments are those of :func:`make_plan`.
+    """Decide which backend, way, tokens and plan a call has; the last two arguments are those of :func:`make_plan`.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -117,7 +117,7 @@ def tokens_of(inputs: Inputs) -> Tokens:
 
 
 def enters_whole(rows: Tensor | None, cu_tokens: Sequence[int], head: Head) -> bool:
-    """Tell whether every row enters the products, so that no value is looked at on the host."""
+    """Tell whether every row enters the products, so that the host reads no value of a tensor."""
     capturing = is_capturing()
     padded = rows is None and len({end - start for start, end in pairwise(cu_tokens)}) == 1
     if capturing and not padded:
@@ -150,7 +150,7 @@ def plan_chunks(
         default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
         gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied or filtered else 0,
-        # It depends on the threads of a process, and processes that share a head need the same chunks.
+        # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
         whole_groups=whole_groups,
         known_coefficients=known_coefficients,

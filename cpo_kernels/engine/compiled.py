@@ -1,8 +1,8 @@
 """The fused calls as operators, for ``torch.compile``: one opaque node each, so that no graph breaks.
 
-An operator runs the call as it runs outside of a compiled region, and returns the gradients beside the loss. What has a
-name crosses its boundary as a text, every number in one tensor and boundaries as tensors, so that neither a batch of
-another size nor another value of an option compiles anything anew.
+An operator runs the call as it runs outside of a compiled region, and returns the gradients beside the loss. Options
+that are names cross its boundary as one text, all numbers in one tensor and the boundaries of segments as tensors, so
+that neither a batch of another size nor another value of an option compiles anything anew.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .logps import run_token_logps, token_logps_grads
 from .losses import CPOLossOfCall, LossResult, resolve_cpo
 from .tokens import check_targets_in
 
-# The options that are numbers, None among them, in the order of their tensors; the compiler may know them as symbols.
+# The options that are numbers or None, in the order of their tensor; the compiler may hold them as symbols.
 NUMBERS = {
     Objective: (
         "beta",
@@ -54,7 +54,7 @@ Options = TypeVar("Options", Head, Objective)
 
 
 def pack(options: Head | Objective) -> tuple[str, Tensor]:
-    """Take options apart into a text and a host tensor; a process group cannot travel at all."""
+    """Take options apart into a text and a host tensor; a process group can become neither."""
     if isinstance(options, Head):
         options.check_whole("torch.compile")
     text = ", ".join([f"{name!r}: {text_of(getattr(options, name))}" for name in NAMES[type(options)]])
@@ -63,17 +63,17 @@ def pack(options: Head | Objective) -> tuple[str, Tensor]:
 
 
 def on_host(number: float) -> Tensor:
-    """Make a host tensor of a number; ``torch.tensor`` would need to know it while it is traced."""
+    """Make a host tensor of a number; traced ``torch.tensor`` would need its value."""
     return torch.full((), number, dtype=torch.float64, device="cpu")
 
 
 def text_of(value: object) -> str:
-    """Write a value as Python does; a dtype, of which there is only one, by its name."""
+    """Write a value as Python does; a dtype as ``'float32'``, the only one that an option may have."""
     return "'float32'" if isinstance(value, torch.dtype) else repr(value)
 
 
 def unpack(kind: type[Options], text: str, numbers: Tensor) -> Options:
-    """Put together again what :func:`pack` took apart."""
+    """Restore the options that :func:`pack` took apart."""
     options: dict[str, Any] = literal_eval(text)
     if options.get("logits_dtype") is not None:
         options["logits_dtype"] = torch.float32
@@ -88,7 +88,10 @@ def sums_dtype(head: str, hidden: Tensor) -> torch.dtype:
 
 
 def given(grads: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """Shape gradients as their tensors, and put an empty one where none is: an operator returns tensors only."""
+    """Return the gradients of hidden, weight and bias in the shapes of ``tensors``, an empty tensor for None.
+
+    An operator returns tensors only.
+    """
     empty = next(tensor for tensor in tensors if tensor is not None).new_empty
     of_hidden, of_weight, of_bias = (
         empty(0) if grad is None or tensor is None else grad.reshape(tensor.shape)
@@ -107,7 +110,7 @@ def fake_grads(needs: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor, 
 
 
 class AllGroups(Sequence[int]):
-    """The ``range`` of all groups for a traced function: a range itself would be compiled for its end."""
+    """The ``range`` of all groups for a traced function, which a real range would recompile for each new end."""
 
     start, step = 0, 1
 
@@ -124,7 +127,7 @@ class AllGroups(Sequence[int]):
         return iter(range(self.stop))
 
 
-# Checks of values cannot be traced. They are operators whose result is used, so that the compiler keeps them.
+# Checks of values cannot be traced, so they are operators. Their results are used, so the compiler keeps them.
 
 
 @custom_op("cpo_kernels::checked_targets", mutates_args=())
@@ -153,14 +156,14 @@ def _(lengths, ranks, candidates, contrasted):
 
 
 def bound_layout(rows: Tensor | None, cu_tokens: Tensor | None, cu_groups: Tensor | None) -> CandidateLayout | None:
-    """Put a layout together again from the tensors that crossed the boundary."""
+    """Restore a layout from the tensors that crossed the boundary of an operator."""
     if cu_tokens is None or cu_groups is None:
         return None
     return CandidateLayout(cu_tokens.tolist(), cu_groups.tolist(), rows)
 
 
 def layout_tensors(layout: CandidateLayout | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Take a layout apart into what :func:`bound_layout` wants."""
+    """Take a layout apart into the tensors that :func:`bound_layout` takes."""
     return (None, None, None) if layout is None else (layout.rows, *layout.boundaries)
 
 
@@ -176,7 +179,7 @@ def linear_cpo_loss(
     head: Head,
     needs: Needs,
 ) -> CPOOutput:
-    """Trace :func:`cpo_kernels.linear_cpo_loss` as one operator; the arguments are those, cast by autocast."""
+    """Trace :func:`cpo_kernels.linear_cpo_loss` as one operator, with its arguments after autocast."""
     if layout is not None and layout.ranks is not None:
         ranks = merge_ranks(ranks, layout.ranks, (layout.boundaries[0].shape[0] - 1,), hidden)
     tensors = hidden, weight, bias, targets, *layout_tensors(layout), ref_logps, ranks
@@ -203,7 +206,7 @@ def linear_cpo(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the fields of ``CPOOutput``, the gain of the gradients, and those of hidden, weight and bias.
 
-    A gradient is empty where ``needs`` says so. Backward divides by the gain once it knows the upstream gradient.
+    A gradient that is not needed is empty. Backward divides by the gain once it knows the upstream gradient.
     """
     layout = bound_layout(rows, cu_tokens, cu_groups)
     inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, head_numbers))
@@ -237,16 +240,17 @@ def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, ref_logps, rank
 
 
 def save_grads(ctx, inputs, output) -> None:
-    """Keep the gradients that came with the loss."""
+    """Save the gradients that the forward computed with the loss."""
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:3], *output[-4:])
 
 
 @custom_op("cpo_kernels::scale_grads", mutates_args=())
 def scale_grads(grads: Sequence[Tensor], scale: Tensor, hidden: Tensor) -> list[Tensor]:
-    """Scale gradients. An argument that is not read, hidden, ties them to what they are the gradients of.
+    """Scale gradients; ``hidden`` is not read.
 
-    So the compiler's own refusal of a second derivative finds them; without it, it would leave them out of one.
+    It ties the gradients to what they are gradients of. So the compiler refuses a second derivative of them, which it
+    would otherwise compute without them.
     """
     return [grad * scale for grad in grads]
 
@@ -257,7 +261,7 @@ def _(grads, scale, hidden):
 
 
 def linear_cpo_backward(ctx, grad_loss, *_unused):
-    """Scale the gradients that came with the loss."""
+    """Scale the gradients that the forward computed with the loss."""
     hidden, weight, bias, gain, *grads = ctx.saved_tensors
     with torch.no_grad():
         grads = scale_grads(grads, grad_loss / gain, hidden)
@@ -276,7 +280,7 @@ linear_cpo.register_autograd(linear_cpo_backward, setup_context=save_grads)
 def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, layout: CandidateLayout | None, bias: Tensor | None, head: Head
 ) -> Tensor:
-    """Trace :func:`cpo_kernels.linear_token_logps` as one operator; the arguments are cast by autocast."""
+    """Trace :func:`cpo_kernels.linear_token_logps` as one operator, with its arguments after autocast."""
     return linear_token_logps(hidden, weight, bias, targets, *layout_tensors(layout), *pack(head))
 
 
@@ -318,7 +322,7 @@ def linear_token_logps_backward(
     needs: Sequence[bool],
     head: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of hidden, weight and bias, empty where ``needs`` says so."""
+    """Return the gradients of hidden, weight and bias, empty where ``needs`` asks for none."""
     layout = bound_layout(rows, cu_tokens, cu_groups)
     inputs = prepare(hidden, weight, targets, layout, bias, unpack(Head, head, numbers), grouped=False)
     call = resolve(inputs, (needs[0], needs[1], needs[2]), whole_groups=False)
@@ -332,7 +336,7 @@ def _(grad_logps, hidden, weight, bias, targets, rows, cu_tokens, cu_groups, num
 
 
 def save_inputs(ctx, inputs, output) -> None:
-    """Keep what the gradient is recomputed from."""
+    """Save the tensors from which the gradient is recomputed."""
     *tensors, ctx.head, numbers = inputs
     ctx.save_for_backward(*tensors, numbers)
 

@@ -1,4 +1,4 @@
-"""Derivatives that the fused functions lack, a second order and forward mode: errors and never zeros."""
+"""Errors for the derivatives that the fused functions lack: second order and forward mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 class SecondOrderRefusal(torch.autograd.Function):
-    """Hands a gradient on, and raises once that is differentiated with respect to what it was made of."""
+    """The identity of a gradient, which refuses to be differentiated by the sources of that gradient."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *sources: Tensor | None) -> Tensor:
@@ -20,7 +20,7 @@ class SecondOrderRefusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> NoReturn:
-        """Raise."""
+        """Raise ``RuntimeError``, which names functions that have second derivatives."""
         raise RuntimeError(
             "the gradient of a fused head cannot be differentiated again, because its logits are gone: take "
             "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have second derivatives"
@@ -30,8 +30,8 @@ class SecondOrderRefusal(torch.autograd.Function):
 def first_order_only(grads: Sequence[Tensor | None], *sources: Tensor | None) -> tuple[Tensor | None, ...]:
     """Make a second derivative of ``grads``, computed from ``sources`` without autograd, an error.
 
-    ``create_graph=True`` alone is none: the error comes when the gradients are differentiated, with respect to the
-    upstream gradient or to any other source. torch's ``once_differentiable`` looks at the upstream gradient only.
+    ``create_graph=True`` alone raises nothing: the error comes when the gradients are differentiated with respect to
+    the upstream gradient or any other source. torch's ``once_differentiable`` checks the upstream gradient only.
     """
     if not torch.is_grad_enabled():
         return tuple(grads)

@@ -1,4 +1,4 @@
-"""Filtered gradients: easy candidates and quiet vocabulary columns left out of GEMMs 2 and 3, and what that leaves out.
+"""Filtered gradients: easy candidates and quiet vocabulary columns are left out of GEMMs 2 and 3.
 
 Both thresholds are in units of the largest coefficient that the loss gives a token, so that they do not depend on beta
 or on the size of the batch. The mass of a gradient is the sum of the absolute values of the gradient with respect to
@@ -6,10 +6,9 @@ the logits, token by token: ``2 |coef| (1 - p)`` for a token of probability p. A
 of hidden by at most its mass times the largest norm of a row of the weight, and likewise for the weight, so the mass
 dropped bounds the error.
 
-The columns that are left out still enter the products, all of them as one: their rows of the gradient are close to
-multiples of one another, since what is far down in a softmax differs little between rows. That column is the sum of
-theirs, and stands for each by the share of it that the column has in the mass (the rank-one product of both). What is
-then missing is the difference, a small part of what the columns would be.
+The columns that are left out still enter the products together, as one column that is their sum. They are close to
+multiples of one another, since the low end of a softmax differs little between rows. So each column is approximated by
+its share of their mass times the sum (a rank-one product), and only the small difference is missing.
 """
 
 from __future__ import annotations
@@ -31,23 +30,23 @@ if TYPE_CHECKING:
 
 # Columns are compacted only if at most this share remains: a pass over the gradient must save more than it costs.
 WORTHWHILE_COLUMNS = 0.75
-# Lifts shares of a hundred thousand columns out of float16's subnormals, and no mean of weights to its largest number.
+# Lifts shares of 1e5 columns out of float16's subnormals, without lifting a mean of weights to its largest number.
 SHARES_SCALE = 16.0
-# Float32 numbers held of a column: its largest and its mass, what is left out of that, and shares that wait, twice.
+# Float32 numbers held for a column: its maximum, its mass, the mass left out, and the waiting shares, twice.
 STATISTICS = 4 + 2 * REST_BLOCKS
 
 
 class Kept(NamedTuple):
-    """What of a block's gradient enters GEMMs 2 and 3.
+    """The part of a block's gradient that enters GEMMs 2 and 3.
 
     Attributes:
-        dlogits: (k, c), within the memory of the block's logits; (k, c + 1) with the sum of the others last where only
-            some columns are kept.
+        dlogits: (k, c), within the memory of the block's logits; (k, c + 1) with the sum of the other columns last
+            where only some are kept.
         rows: (k,) or a slice, rows of ``hidden``.
         columns: (c,) vocabulary entries, or None for all of them.
         absent: (k,) bool, rows whose gradient is 0 and whose hidden states may be anything; None: there are none.
-        shares: (V,) of every column in the sum of those that are not kept, 0 for those that are; None for all columns.
-        spare: memory of the block's logits that ``dlogits`` does not need, for (c + 1, H) numbers; None likewise.
+        shares: (V,) share of every column in the sum of the left-out columns, 0 for kept ones; None if all are kept.
+        spare: memory of the block's logits beyond ``dlogits``, for (c + 1, H) numbers; None if all columns are kept.
     """
 
     dlogits: Tensor
@@ -88,14 +87,14 @@ class GradientFilter:
     def drop_candidates(
         self, contrast: Tensor, coef: Tensor, logps: Tensor, slots: Tensor, always: Tensor | None = None
     ) -> Tensor:
-        """Coefficients (n,) of a chunk's slots, 0 for candidates that the contrast has settled.
+        """Return the coefficients (n,) of a chunk's slots, 0 for candidates that the contrast has settled.
 
         Args:
             contrast: (S,) coefficient of each candidate in the contrast.
             coef: (S,) coefficient of each of its tokens.
             logps: (n,) log-probabilities.
             slots: (S,) slots of each candidate.
-            always: (S,) bool, candidates that count whatever the contrast says (those of an NLL), or None.
+            always: (S,) bool, candidates that are never settled (those in the likelihood of the truth), or None.
         """
 
         def of_slots(values: Tensor) -> Tensor:
@@ -112,9 +111,9 @@ class GradientFilter:
         return of_slots(coef.masked_fill(settled, 0.0))
 
     def compact(self, backend: Backend, block: Block, dlogits: Tensor, coef: Tensor) -> Kept | None:
-        """The rows and columns of ``dlogits`` (r, V) that are kept, moved to its front; None if nothing is.
+        """Move the kept rows and columns of ``dlogits`` (r, V) to its front, and return them; None if none is kept.
 
-        Costs a GPU one synchronisation, after which the host knows the sizes.
+        The host waits for a GPU once, to read the sizes.
 
         Args:
             backend: supplies the statistics of the columns.
@@ -128,7 +127,7 @@ class GradientFilter:
             rows, columns = active_rows(block, counts.cpu()), None
         else:
             largest, mass = backend.column_stats(dlogits)
-            quiet = (largest <= self.column_threshold) & ~mass.isnan()  # a maximum may pass over NaN, a sum does not
+            quiet = (largest <= self.column_threshold) & ~mass.isnan()  # the maximum may ignore NaN, the sum does not
             rows_flags, loud = torch.cat([counts, ~quiet]).cpu().split([counts.numel(), quiet.numel()])
             rows, columns = active_rows(block, rows_flags), loud.nonzero().squeeze(1)
         if rows.numel() == 0:
@@ -149,12 +148,12 @@ class GradientFilter:
 
 
 def scratch_bytes(vocab: int, device: torch.device) -> int:
-    """Bytes that a filtered call holds besides logits and gathered rows: three float32 tiles, (V,) statistics."""
+    """Count the bytes of a filtered call besides logits and gathered rows: three float32 tiles, (V,) statistics."""
     return 4 * (3 * tile_elements(device) + STATISTICS * vocab)
 
 
 def active_rows(block: Block, active: Tensor) -> Tensor:
-    """Rows of a block, as increasing host integers, any of whose slots is ``active`` (n,)."""
+    """Return the rows of a block, as increasing host integers, that have an ``active`` (n,) slot."""
     if block.host_row_starts is None:
         return active.nonzero().squeeze(1)
     counted = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
@@ -162,18 +161,18 @@ def active_rows(block: Block, active: Tensor) -> Tensor:
 
 
 def worth_compacting(dlogits: Tensor, rows: int, columns: int, hidden_size: int) -> bool:
-    """Whether few enough columns remain, and leave room for their rows of the weight in the memory of the logits."""
+    """Tell whether few columns remain, and whether their rows of the weight fit the memory of the logits as well."""
     room = (columns + 1) * (rows + hidden_size) <= flat_view(dlogits).numel()
     return room and columns <= WORTHWHILE_COLUMNS * dlogits.shape[1]
 
 
 def flat_view(matrix: Tensor) -> Tensor:
-    """The memory from the first to the last element of a matrix of unit column stride, gaps between rows included."""
+    """Return the memory of a matrix of unit column stride, from first to last element with gaps between rows."""
     return matrix.as_strided(((matrix.shape[0] - 1) * matrix.stride(0) + matrix.shape[1],), (1,))
 
 
 def move_rows_(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The k given ``rows``, increasing host integers, in the first rows of ``matrix``; returns those, and their order.
+    """Move the k given ``rows``, increasing host integers, to the front of ``matrix``; return them and their order.
 
     Only rows beyond the first k move, into the places of rows that are not kept: at most half of the matrix.
     """
@@ -189,16 +188,16 @@ def move_rows_(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def moving_tiles(matrix: Tensor, rows: int) -> list[slice]:
-    """Slices of ``rows`` rows, a copy of which is small beside the matrix and large beside a launch."""
+    """Return slices of ``rows`` rows, whose copy is small beside the matrix and large beside a launch."""
     return long_slices(rows, matrix.shape[1], tile_elements(matrix.device))
 
 
 def move_elements_(backend: Backend, matrix: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """``matrix[rows][:, columns]`` densely at the front of its memory, and the memory left; both index increasing.
+    """Move ``matrix[rows][:, columns]`` to the front of its memory, and return it and the memory left over.
 
-    What the other columns add up to is one more column behind them: from the rounded gradient and not from what it
-    should sum to, since the rounding of a target is large beside it. Element (i, j) of the result lies at or before the
-    start of its source row, which no later tile reads any more.
+    Both ``rows`` and ``columns`` increase. The sum of the other columns is one more column of the result. It is summed
+    from the rounded gradient, not derived from a row sum of 0: the rounding of a target is large beside it. Element
+    (i, j) of the result lies at or before the start of its source row, which no later tile reads any more.
     """
     flat, width = flat_view(matrix), columns.numel() + 1
     for tile in moving_tiles(matrix, rows.numel()):
@@ -209,6 +208,9 @@ def move_elements_(backend: Backend, matrix: Tensor, rows: Tensor, columns: Tens
 
 
 def mean_row(weight: Tensor, shares: Tensor) -> Tensor:
-    """(H,) mean of the rows of (V, H) by their ``shares`` (V,), which add up to 1, in the dtype of the weight."""
+    """Return the (H,) mean of the rows of (V, H) weighted by ``shares`` (V,), which add up to 1.
+
+    It has the dtype of the weight.
+    """
     scale = SHARES_SCALE if weight.dtype == torch.float16 else 1.0
     return torch.mm((shares * scale).to(weight.dtype)[None], weight)[0] / scale

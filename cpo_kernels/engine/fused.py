@@ -27,9 +27,9 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[..., Any], given: tuple[Tensor | None, ...]):
         """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable.
 
-        ``make_loss(call, *given)`` makes the loss; ``given`` are tensors of the user's that it reads.
+        ``make_loss(call, *given)`` makes the loss from ``given``, the user's tensors that it reads.
         """
-        with without_autocast(hidden.device):  # as run_loss, a frame nearer to the products
+        with without_autocast(hidden.device):  # what run_loss does, with one stack frame less
             loss = make_loss(call, *given)
             sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
             result = loss.finish(sums, call.summed(grads.result()))
@@ -40,7 +40,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_unused):
-        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
+        """Return the stored gradients without a copy; build them anew when a retained graph runs backward again."""
         result, ctx.result = ctx.result, None
         with torch.no_grad():
             if result is None:
@@ -61,7 +61,7 @@ def run_loss(call: Call, tensors: tuple[Tensor, Tensor, Tensor | None], loss: An
 
 @dataclass(frozen=True)
 class LogitsCall:
-    """Everything of a loss of given logits (R, V) but them and the bias: padded groups of C segments of T rows.
+    """All of a loss of stored logits (R, V) except logits and bias: padded groups of C segments of T rows.
 
     Attributes:
         backend: has a ``logits_loss``.
@@ -83,7 +83,7 @@ class LogitsCall:
         return self.targets, *self.problem.given
 
     def with_given(self, targets: Tensor, *of_problem: Tensor | None) -> LogitsCall:
-        """Put others of the same values in their place."""
+        """Replace the tensors that users gave by others of the same values."""
         return replace(self, targets=targets, problem=self.problem.with_given(*of_problem))
 
     def run(self, logits: Tensor, bias: Tensor | None) -> LossResult:
@@ -115,7 +115,7 @@ class LogitsCall:
     def grads_with_graph(self, logits: Tensor, bias: Tensor | None, grad_loss: Tensor) -> Grads:
         """Compute the gradients by autograd, so that they can be differentiated again."""
         with torch.enable_grad():
-            # Views, so that what the upstream gradient was made of is no part of this graph.
+            # Views keep the graph that the upstream gradient was made by out of this one.
             x, b = logits.view_as(logits), None if bias is None else bias.view_as(bias)
             logps = self.backend.rows.forward(x, self.targets, None, b, *self.head.transform)[1]
             sums = logps.view(self.problem.lengths.numel(), -1).double().sum(-1).to(logps.dtype)
@@ -139,7 +139,7 @@ class FusedLogitsLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_unused):
-        """Hand over the stored gradients without a copy; a retained graph builds them anew."""
+        """Return the stored gradients without a copy; build them anew when a retained graph runs backward again."""
         result, ctx.result = ctx.result, None
         if torch.is_grad_enabled():
             logits, bias, *given = ctx.saved_tensors

@@ -22,7 +22,7 @@ class Forward(NamedTuple):
     Attributes:
         stats: (2, r), maximum and log-sum-exp minus maximum of each row.
         logps: (n,) in the block's order.
-        source: what the gradient is made of, and written over: the logits (r, V), or what a way has in their place.
+        source: what the gradient is computed from and written over: the logits (r, V), or what a subclass keeps.
     """
 
     stats: Tensor
@@ -34,9 +34,9 @@ class Forward(NamedTuple):
 class LinearHead:
     """The head of a call: hidden (R, H), weight (V, H), bias (V,) or None, and how they become log-probabilities.
 
-    The way from one to the other is a matrix product into a workspace and one read of it by the row kernels. Other
-    ways are subclasses, see :mod:`cpo_kernels.engine.ways`: whatever they hold between forward and gradient, the loop
-    only passes on. ``holds_logits`` says whether there is a workspace at all.
+    This class runs a matrix product into a workspace, which the row kernels read once. Subclasses do it in other ways,
+    see :mod:`cpo_kernels.engine.ways`; the loop passes on what they keep between forward and gradient without reading
+    it. ``holds_logits`` says whether there is a workspace at all.
     """
 
     hidden: Tensor
@@ -50,7 +50,7 @@ class LinearHead:
 
     @classmethod
     def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
-        """Count the bytes of the workspace that a row takes."""
+        """Count the bytes that one row takes in the workspace."""
         return row_width(vocab, hidden.device) * logits_dtype.itemsize
 
     @property
@@ -59,20 +59,20 @@ class LinearHead:
         return self.bias, *self.head.transform
 
     def workspace(self, rows: int) -> Any:
-        """Allocate memory for the logits of so many rows, (rows, V)."""
+        """Allocate memory for the logits (rows, V) of ``rows`` rows."""
         vocab = self.weight.shape[0]
         width = row_width(vocab, self.hidden.device)
         return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
-        """Run the forward of a block; ``keep`` says that :meth:`gradient_` is to follow before the next one."""
+        """Run the forward of a block; ``keep`` says that :meth:`gradient_` follows before the next block's forward."""
         logits = workspace[: block.num_rows]
         self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
         stats, logps = self.backend.rows.forward(logits, block.targets, block.row_starts, *self.transform)
         return Forward(stats, logps, logits)
 
     def recompute(self, block: Block, workspace: Any, before: Forward) -> Forward:
-        """Compute what the gradient is made of again, where its memory has been used since the first forward."""
+        """Compute the source of the gradient again, after later blocks have overwritten it."""
         logits = workspace[: block.num_rows]
         self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
         return before._replace(source=logits)

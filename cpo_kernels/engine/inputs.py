@@ -1,4 +1,4 @@
-"""Checks and flattening of what users pass, before anything is computed. Nothing here looks at values of tensors."""
+"""Checks and flattening of the arguments of users, before any computation and without reading values of tensors."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Inputs(NamedTuple):
         cu_tokens: (S + 1,) host integers.
         cu_groups: (G + 1,) host integers.
         head: the options of the head.
-        shape: of results that have a number for each segment: (G, C), (S,) or whatever targets have before T.
-        layout_ranks: ranks that the layout brings.
+        shape: shape of results with one number a segment: (G, C), (S,), or that of targets without T.
+        layout_ranks: ranks given in the layout, or None.
     """
 
     hidden: Tensor
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> None:
-    """Raise ``ValueError`` for dtypes, devices or shapes that do not fit; the message shows both sides."""
+    """Raise ``ValueError`` for dtypes, devices or shapes that do not fit each other; the message shows both."""
     if not torch.compiler.is_compiling():
         check_whole(hidden, weight, bias)
     if hidden.dtype not in FLOAT_DTYPES:
@@ -76,7 +76,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Ten
 
 
 def check_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise ``ValueError`` for a DTensor, whose shards may be those of FSDP, with other data on every process."""
+    """Raise ``ValueError`` for a DTensor: its shards may be FSDP's, whose processes hold different data."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and is_dtensor(tensor):
             raise ValueError(
@@ -115,7 +115,7 @@ def prepare(
     *,
     grouped: bool = True,
 ) -> Inputs:
-    """Check and flatten; ``grouped`` asks for the (G, C, T, H) form when there is no layout."""
+    """Check and flatten the inputs of a linear function; ``grouped`` asks for (G, C, T, H) where there is no layout."""
     refuse_tangents(hidden, weight, bias)
     if hidden.dim() == 0:
         raise ValueError("hidden must be (..., H), got a scalar of shape ()")
@@ -158,7 +158,7 @@ def prepare(
 def per_segment(
     name: str, values: Tensor | Sequence[int] | None, shape: tuple[int, ...], like: Tensor
 ) -> Tensor | None:
-    """``ref_logps`` or ``ranks`` flattened to contiguous (S,), checked to have ``shape``."""
+    """Flatten ``ref_logps`` or ``ranks`` to contiguous (S,); raise ``ValueError`` unless they have ``shape``."""
     if values is None:
         return None
     if not isinstance(values, Tensor):
@@ -176,7 +176,7 @@ def per_segment(
 def merge_ranks(
     ranks: Tensor | None, layout_ranks: Tensor | Sequence[int] | None, shape: tuple[int, ...], like: Tensor
 ) -> Tensor | None:
-    """Take the ranks of the argument or of the layout, (S,); raises ``ValueError`` if both are given."""
+    """Return the ranks (S,) given as argument or in the layout; raise ``ValueError`` if both are given."""
     if ranks is not None and layout_ranks is not None:
         raise ValueError("ranks are given twice: as an argument and in the layout")
     return per_segment("ranks", layout_ranks if ranks is None else ranks, shape, like)

@@ -23,7 +23,7 @@ class TokenLogps(NamedTuple):
 
     Attributes:
         logps: (N,), 0 where the target is -100.
-        done: the forward of all rows, whose gradient can be written over it; None: the forward is run again for that.
+        done: the forward of all rows, over which the gradient is written; None: backward runs the forward again.
         unscaled: gradient (R, H) of the sum of all log-probabilities, if the head is frozen and no row is shared.
     """
 
@@ -35,8 +35,8 @@ class TokenLogps(NamedTuple):
 def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     """Compute all log-probabilities in one pass, and choose how the gradient will be formed once it is known.
 
-    A frozen head with one token a row: the gradient of each row is built now and scaled later (two GEMMs). Otherwise
-    the logits are kept if all of them fit the budget (three), and recomputed if not (four).
+    With a frozen head and one token a row, the gradient of each row is built now and scaled later (two GEMMs).
+    Otherwise the logits are kept if all of them fit the budget (three GEMMs), and recomputed if not (four GEMMs).
     """
     tokens, blocks = call.tokens, call.blocks()
     scale_later = call.needs == (True, False, False) and tokens.one_per_row
@@ -58,12 +58,12 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
 
 
 def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
-    """Compute the gradients of ``sum_n grad_logps_n * logp_n``, over the kept forward (overwritten) or a new one."""
+    """Compute the gradients of ``sum_n grad_logps_n * logp_n`` from the kept forward, overwritten, or a new one."""
     blocks = call.blocks()
     coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
     grads = Gradients(linear, call.needs, num_blocks=len(blocks), rows_once=True)
     workspace = linear.workspace(call.plan.rows_held) if kept is None else None
-    for block in blocks:  # one, if it is kept
+    for block in blocks:  # a kept forward has a single block
         done = linear.forward(block, workspace) if kept is None else kept
         dlogits = linear.gradient_(block, done, coef[block.order])
         grads.add(Kept(dlogits, block.rows, absent=block.absent))
@@ -75,7 +75,7 @@ class LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: Call):
-        """Compute (N,)."""
+        """Return the log-probabilities (N,)."""
         with without_autocast(hidden.device):
             result = run_token_logps(call, call.bind(hidden, weight, bias))
         ctx.save_for_backward(hidden, weight, bias, result.unscaled, *call.given)
@@ -84,7 +84,7 @@ class LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logps):
-        """Scale what forward built, use what it kept, or recompute."""
+        """Scale the gradient that forward built, or use the logits that it kept, or recompute them."""
         hidden, weight, bias, unscaled, *given = ctx.saved_tensors
         call = ctx.call.with_given(*given)
         # The kept logits are overwritten, so a retained graph recomputes them the second time.
@@ -99,10 +99,10 @@ class LinearTokenLogps(torch.autograd.Function):
 
 
 def scale_rows(call: Call, unscaled: Tensor, grad_logps: Tensor) -> Tensor:
-    """Scale the gradient (R, H) of the plain sum: each row by the gradient of its one token."""
+    """Scale each row of the gradient (R, H) of the sum of all log-probabilities by its token's upstream gradient."""
     present = call.targets >= 0
     per_row = grad_logps.where(present, 0)
     if call.rows is not None:
-        # The row of an absent token may be any number.
+        # An absent token may be given any row, even one out of range.
         per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows.where(present, 0), per_row)
     return (unscaled * per_row.unsqueeze(1)).to(unscaled.dtype)

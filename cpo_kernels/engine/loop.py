@@ -1,4 +1,4 @@
-"""The engine: whole groups at a time, three GEMMs in one pass over the logits. Backends differ in the rows only."""
+"""The engine: whole groups at a time, three GEMMs in one pass over the logits, whatever the backend."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ChunkTokens(NamedTuple):
 
     Attributes:
         groups: indices of the groups.
-        segments: their segments, among all.
-        starts: (s + 1,) prefix count of the slots of each segment, from anywhere.
-        slots_per_segment: slots of every segment, where they all have as many and the host knows it.
+        segments: the slice of their segments among all segments of the call.
+        starts: (s + 1,) prefix count of the slots of each segment, whose first element need not be 0.
+        slots_per_segment: slots of every segment, where all have the same number and the host knows it, or None.
         num_slots: n.
     """
 
@@ -42,10 +42,10 @@ class ChunkTokens(NamedTuple):
 
 
 class SequenceLoss(Protocol):
-    """A loss of the log-likelihoods of sequences, as the loop asks for it: chunk by chunk.
+    """A loss of the log-likelihoods of sequences, which the loop evaluates chunk by chunk.
 
     Attributes:
-        filters: what leaves out small gradients, or None.
+        filters: the filters that leave out small gradients, or None.
     """
 
     filters: GradientFilter | None
@@ -63,7 +63,7 @@ class SequenceLoss(Protocol):
 class Gradients:
     """Gradients of (hidden, weight, bias), summed over blocks; None where not needed.
 
-    ``rows_once``: no row is in two blocks. A row that predicts several tokens may serve several chunks.
+    ``rows_once`` says that no row is in two blocks. A row that predicts several tokens may be in several chunks.
     """
 
     def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], *, num_blocks: int, rows_once: bool) -> None:
@@ -79,7 +79,7 @@ class Gradients:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
 
     def add(self, kept: Kept) -> None:
-        """GEMMs 2 and 3 of one block."""
+        """Add what one block gives to the gradients, by GEMMs 2 and 3."""
         if kept.columns is not None:
             self.add_columns(kept, kept.columns)
             return
@@ -89,14 +89,14 @@ class Gradients:
         if self.weight is not None:
             hidden = linear.hidden[rows]
             if kept.absent is not None:
-                # 0 * NaN is NaN, and padding may hold it.
+                # Padding may hold NaN, and 0 * NaN is NaN.
                 hidden = hidden.masked_fill(kept.absent[:, None], 0.0)
             self.weight.add(dlogits, hidden[:, self.trained])
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
 
     def add_columns(self, kept: Kept, columns: Tensor) -> None:
-        """The same where only some ``columns`` (c,) of the vocabulary have a gradient, and the others their sum."""
+        """Add a block of which only ``columns`` (c,) of the vocabulary are kept, and the sum of the other columns."""
         linear, dlogits, rows, shares, spare = self.linear, kept.dlogits, kept.rows, kept.shares, kept.spare
         assert spare is not None and shares is not None
         if self.hidden is not None:
@@ -112,12 +112,12 @@ class Gradients:
             self.bias += shares.to(self.bias.dtype) * sums[-1]
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(grad_hidden, grad_weight, grad_bias) in the dtypes of what they belong to."""
+        """Return (grad_hidden, grad_weight, grad_bias), each in the dtype of its tensor."""
         bias = None if self.bias is None or self.linear.bias is None else self.bias.to(self.linear.bias.dtype)
         return self.hidden, self.weight_result(), bias
 
     def weight_result(self) -> Tensor | None:
-        """The gradient (V, H) of the weight, 0 in its frozen columns; None where not needed."""
+        """Return the gradient (V, H) of the weight, 0 in its frozen columns; None where not needed."""
         if self.weight is None or not self.trained.start:
             return None if self.weight is None else self.weight.result()
         whole = torch.zeros_like(self.linear.weight, memory_format=torch.contiguous_format)
@@ -126,7 +126,7 @@ class Gradients:
 
 
 def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gradients]:
-    """Pass over all chunks once: log-likelihood sums (S,), and the gradients that the call needs."""
+    """Pass over all chunks once, and return log-likelihood sums (S,) and the gradients that the call needs."""
     tokens, plan, needs_any, filters = call.tokens, call.plan, any(call.needs), loss.filters
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
@@ -161,7 +161,7 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
 
 
 def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:
-    """The slots of some whole groups."""
+    """Return the slots of some whole groups."""
     segments = slice(tokens.segment_starts[groups.start], tokens.segment_starts[groups.stop])
     starts = tokens.token_starts[segments.start : segments.stop + 1]
     slots = tokens.group_starts[groups.stop] - tokens.group_starts[groups.start]
@@ -169,7 +169,7 @@ def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:
 
 
 def segment_sums(logps: Tensor, part: ChunkTokens) -> Tensor:
-    """Sums (s,) of consecutive slots, accumulated in float64: a thousand terms of -10 lose nothing."""
+    """Sum the slots of each segment, (s,), in float64, so that a thousand terms of -10 lose nothing."""
     if part.slots_per_segment is not None:
         return logps.view(-1, part.slots_per_segment).sum(-1, dtype=torch.float64).to(logps.dtype)
     total = torch.segment_reduce(logps.double(), "sum", lengths=part.slots, unsafe=True, initial=0)

@@ -1,4 +1,4 @@
-"""The losses of a call, chunk by chunk: coefficients for the loop, and the result that is made of its sums."""
+"""The losses of a call: coefficients for the loop, chunk by chunk, and the result made of the loop's sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .filters import GradientFilter
 from .inputs import Inputs, largest_group, merge_ranks, per_segment
 from .tokens import Tokens
 
-# Headroom under 1 for the scaled coefficients of a float16 gradient: products sum thousands of them.
+# The largest scaled coefficient of a float16 gradient: below 1, since products sum thousands of coefficients.
 FLOAT16_TARGET = 2.0**-4
 
 
@@ -29,12 +29,12 @@ class LossResult(NamedTuple):
     """A loss computed with its gradients.
 
     Attributes:
-        terms: the loss, and what it is made of.
+        terms: the loss, and the terms that it is the sum of.
         sums: (S,) sums of token log-probabilities.
-        dropped: share of the gradient's mass left out, scalar.
+        dropped: share of the gradient's mass that filters left out, scalar.
         grads: gradients of hidden, weight and bias, times the gain.
         gain: see :func:`float16_gain`.
-        scale_: the backend's way to scale them in place.
+        scale_: the backend's kernel that scales the gradients in place.
     """
 
     terms: LossTerms
@@ -54,9 +54,11 @@ class LossResult(NamedTuple):
 
 
 def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> float | Tensor:
-    """Power of two that lifts coefficients of a float16 gradient out of its subnormals; 1 for every other dtype.
+    """Return the power of two that lifts coefficients of a float16 gradient out of its subnormals.
 
-    Gradients are built before the upstream gradient (a loss scale, say) is known, so they must not underflow first.
+    For every other dtype it is 1.
+
+    Gradients are built before the upstream gradient (a loss scale, say) is known, and must not underflow before.
     """
     if dtype != torch.float16:
         return 1.0
@@ -69,7 +71,7 @@ def float16_gain(dtype: torch.dtype, largest_coefficient: float | Tensor) -> flo
 
 
 def unit_coefficient(objective: Objective, num_groups: float, num_target_tokens: float | Tensor) -> float | Tensor:
-    """The largest coefficient that the objective gives a token's log-probability."""
+    """Return the largest coefficient that the objective gives a token's log-probability."""
     per_group = abs(objective.contrast_weight) * objective.beta / num_groups
     return per_group + abs(objective.mle_weight) / num_target_tokens if objective.mle_weight else per_group
 
@@ -77,7 +79,7 @@ def unit_coefficient(objective: Objective, num_groups: float, num_target_tokens:
 def make_filter(
     head: Head, hidden_size: int, candidate_unit: float, token_unit: float | Tensor, gain: float | Tensor
 ) -> GradientFilter | None:
-    """The filters that the head asks for; None for exact gradients."""
+    """Make the filters that the head asks for; None for exact gradients."""
     if not head.filtered:
         return None
     return GradientFilter(
@@ -89,12 +91,12 @@ def make_filter(
 
 
 def dropped_share(filters: GradientFilter | None, loss: Tensor) -> Tensor:
-    """What the filters left out, 0 without any, as a scalar like the loss."""
+    """Return the share of the gradient that the filters left out, as a scalar like the loss; 0 without filters."""
     return loss.new_zeros(()).detach() if filters is None else filters.share.to(loss)
 
 
 def bind_objective(objective: Objective, tokens: Tokens, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
-    """Bind the objective to the groups of a call, and check them: on the host if it knows the lengths anyway."""
+    """Bind the objective to the groups of a call and check them: on the host if the lengths are known there."""
     groups = make_groups(tokens.segment_starts, tokens.lengths.device)
     problem = make_problem(objective, groups, tokens.lengths, ref_logps, ranks)
     if tokens.host_lengths is not None and not is_host(problem.lengths.device):
@@ -108,14 +110,14 @@ def bind_objective(objective: Objective, tokens: Tokens, ref_logps: Tensor | Non
 
 
 def coefficients_are_known(head: Head, objective: Objective, needs: Needs) -> bool:
-    """Whether tokens get coefficients that depend on no log-probability: the likelihood of the truth alone."""
+    """Tell whether no coefficient depends on a log-probability: the loss is the likelihood of the truth alone."""
     return any(needs) and objective.contrast_weight == 0 and not head.filtered
 
 
 def resolve_cpo(
     inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
 ) -> tuple[Call, CPOProblem]:
-    """Check what comes with the objective, resolve the call and bind the objective to its groups."""
+    """Check ``ref_logps`` and ``ranks``, resolve the call and bind the objective to its groups."""
     objective.check_candidates(largest_group(inputs.cu_groups))
     ref = per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
     flat_ranks = merge_ranks(ranks, inputs.layout_ranks, inputs.shape, inputs.hidden)
@@ -125,7 +127,7 @@ def resolve_cpo(
 
 
 class CPOLossOfCall:
-    """The CPO objective of one call, as the loop asks for it."""
+    """The CPO objective of one call, as a :class:`loop.SequenceLoss`."""
 
     def __init__(self, call: Call, problem: CPOProblem, dtype: torch.dtype, hidden_size: int) -> None:
         objective, needs = problem.objective, any(call.needs)
@@ -135,7 +137,7 @@ class CPOLossOfCall:
         candidate_unit = objective.beta / problem.num_groups
         self.filters = make_filter(call.head, hidden_size, candidate_unit, unit, self.gain) if needs else None
         self.known_beforehand = coefficients_are_known(call.head, objective, call.needs)
-        # Segments that count whatever the contrast says.
+        # Candidates with a likelihood term, which a filter of the contrast must not drop.
         self.always = problem.best if objective.mle_weight else None
         fits = objective.has_kernel and problem.groups.shape[1] <= call.backend.contrast_candidates
         self.one_launch = needs and fits and self.filters is None and not self.known_beforehand
@@ -178,12 +180,12 @@ class CPOLossOfCall:
 def make_cpo_loss(
     problem: CPOProblem, dtype: torch.dtype, hidden_size: int, call: Call, *given: Tensor | None
 ) -> CPOLossOfCall:
-    """Make the loss of a call, of what users have ``given``."""
+    """Make the loss of a call from ``given``, the tensors of the problem that users gave."""
     return CPOLossOfCall(call, problem.with_given(*given), dtype, hidden_size)
 
 
 def launch_options(problem: CPOProblem) -> dict[str, Any]:
-    """The objective's numbers as a backend's launch takes them."""
+    """Return the objective's numbers as keyword arguments of a backend's launch."""
     objective = problem.objective
     return {
         "beta": objective.beta,
@@ -202,7 +204,7 @@ def launch_options(problem: CPOProblem) -> dict[str, Any]:
 def launch_contrast(
     backend: Backend, problem: CPOProblem, gain: float | Tensor, logps: Tensor, part: loop.ChunkTokens
 ) -> tuple[Tensor, Tensor]:
-    """Run the contrast of a chunk by the backend's one launch."""
+    """Run the contrast of a chunk in one launch of the backend."""
     launch, here, starts = backend.contrast, part.segments, problem.groups.starts
     assert launch is not None
     sums, coef = launch(
@@ -219,7 +221,7 @@ def launch_contrast(
 
 
 class OwnLossOfCall:
-    """A user's loss of the log-likelihoods of one call, as the loop asks for it.
+    """A user's loss of the log-likelihoods of one call, as a :class:`loop.SequenceLoss`.
 
     ``loss_fn`` sees (groups, candidates), or packed segments if ``candidates`` is None.
     """
@@ -234,7 +236,7 @@ class OwnLossOfCall:
     ) -> None:
         self.call, self.loss_fn, self.candidates, self.dtype = call, loss_fn, candidates, dtype
         self.num_groups = len(call.tokens.segment_starts) - 1
-        # A loss of one's own has no beta: a candidate's coefficient is taken to be at most that of a mean over groups.
+        # A user's loss has no beta: a candidate's coefficient is assumed to be at most that in a mean over groups.
         unit = 1.0 / self.num_groups
         self.filters = make_filter(call.head, hidden_size, unit, unit, 1.0) if any(call.needs) else None
         self.gain: float | Tensor | None = None
@@ -263,10 +265,10 @@ class OwnLossOfCall:
         return sums, self.filters.drop_candidates(coef, coef * self.gain, logps, part.slots)
 
     def coefficients(self, part: loop.ChunkTokens) -> None:
-        """Return None: what a user's function does with the log-probabilities is not known."""
+        """Return None: a user's function may depend on the log-probabilities in any way."""
 
     def grouped(self, sums: Tensor, groups: range) -> Tensor:
-        """Shape the sums of some groups as ``loss_fn`` takes them."""
+        """Shape the sums of some groups as ``loss_fn`` takes them: (groups, candidates), or unchanged if packed."""
         return sums if self.candidates is None else sums.view(len(groups), self.candidates)
 
     def finish(self, sums: Tensor, grads: Grads) -> LossResult:
@@ -279,7 +281,7 @@ class OwnLossOfCall:
 
 
 def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | Tensor:
-    """Gain of a user's loss from its first coefficients: not more than for a mean over groups, not less than 1.
+    """Return the gain of a user's loss from its first coefficients: from 1 to that of a mean over groups.
 
     A plain sum has coefficients near 1, which the gain of a mean would push beyond float16.
     """

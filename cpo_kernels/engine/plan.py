@@ -1,4 +1,4 @@
-"""The plan: which groups share a chunk of logits, what that takes, and why."""
+"""The plan of a call: which groups share a chunk of logits, and how much memory that takes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do; returned by :func:`cpo_kernels.plan`.
+    """The chunks and bytes of a call; returned by :func:`cpo_kernels.plan`.
 
     Attributes:
         chunks: the chunks, in order.
         num_rows: rows that enter the GEMMs (rows that predict nothing do not).
         num_tokens: tokens that count.
         logits_bytes: size of the one logits buffer.
-        accumulator_bytes: what a half-precision gradient of the weight takes besides itself when it is summed over
-            several chunks: its low halves, or on a GPU a float32 sum.
-        workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
+        accumulator_bytes: memory beyond a half-precision gradient of the weight when it is summed over several chunks:
+            for its low halves, or on a GPU for a float32 sum.
+        workspace_bytes: memory of the backend's products beyond their operands, and of filters beyond the logits.
         gathered_bytes: a copy of the hidden states, or of their gradient, of one chunk, where rows that predict
             nothing lie between those that do, or a filter may leave rows out.
         budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
-            its memory; a row, if that is more), and what the accumulator and the workspace take.
+            its memory; a row, if that is more) plus the accumulator and the workspace.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
             gradients, up to one more for the share of rows whose logits are recomputed.
-        note: why logits are recomputed or the budget is passed, or "".
+        note: why logits are recomputed or the budget is exceeded, or "".
     """
 
     chunks: tuple[Chunk, ...]
@@ -84,8 +84,8 @@ def make_plan(
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
-    The accumulator of grad_weight, gathered rows and the workspace of the products count towards an explicit budget,
-    where it holds them besides the largest group without losing more than half of itself; where not, they come on top.
+    The accumulator of grad_weight, gathered rows and the workspace of the products count towards an explicit budget if
+    they take at most half of it and the largest group fits beside them; otherwise they are added to it.
 
     Args:
         tokens: the tokens that count.
@@ -95,9 +95,9 @@ def make_plan(
         default_bytes: the default for logits.
         accumulator_bytes: what the gradient of the weight takes besides itself if there are several chunks.
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
-        workspace_bytes: what the backend's products take besides their operands, and filters besides the logits.
+        workspace_bytes: memory of the backend's products beyond their operands, and of filters beyond the logits.
         whole_groups: whether the rows of a group must be held together to be computed only once.
-        known_coefficients: whether the gradient of a row waits for nothing, so that no logits are recomputed.
+        known_coefficients: whether coefficients depend on no log-probability, so that no logits are recomputed.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
@@ -116,7 +116,7 @@ def make_plan(
         return asked - overhead if fits or max_logits_bytes is None else asked
 
     overhead = workspace_bytes + asked * gathered_row_bytes // (row_bytes + gathered_row_bytes)
-    # One chunk needs no accumulator, so it may be larger by what that would take.
+    # A single chunk needs no accumulator, so its logits may take the accumulator's memory too.
     if total * row_bytes <= left_for_logits(overhead):
         accumulator = 0
     budget = left_for_logits(overhead + accumulator)
@@ -153,13 +153,13 @@ def make_plan(
 
 
 def even_share(total: int, limit: int) -> int:
-    """The size, at least 1, of the fewest parts of at most ``limit`` that ``total`` splits into evenly."""
+    """Return the size, at least 1, of the fewest equal parts of at most ``limit`` that make up ``total``."""
     parts = max(1, -(-total // limit))
     return max(1, -(-total // parts))
 
 
 def fill_chunks(rows_per_group: list[int], rows_per_chunk: int) -> list[tuple[range, int]]:
-    """Consecutive groups with their rows, filled evenly: a last chunk of few rows would waste its pass over V x H."""
+    """Split groups into runs, with their rows, filled evenly: a last run of few rows would waste a pass over V x H."""
     fair_share = even_share(sum(rows_per_group), rows_per_chunk)
     chunks: list[tuple[range, int]] = []
     start, rows = 0, 0

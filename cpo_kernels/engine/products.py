@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """GEMM 1: ``out[:] = hidden @ weight.T``; (r, H), (V, H) -> (r, V), in the dtype of ``out``."""
+    """Run GEMM 1, ``out[:] = hidden @ weight.T``: (r, H), (V, H) -> (r, V), in the dtype of ``out``."""
     backend.gemm_(hidden, weight.t(), out, False)
 
 
 def hidden_grad(
     backend: Backend, dlogits: Tensor, weight: Tensor, grad: Tensor, rows: Tensor | slice, *, once: bool
 ) -> None:
-    """GEMM 2: ``grad[rows] += dlogits @ weight``; (r, V), (V, H) -> r rows of (R, H).
+    """Run GEMM 2, ``grad[rows] += dlogits @ weight``: (r, V), (V, H) -> r rows of (R, H).
 
     ``once`` says that no other block has these rows, which are still 0: a slice of them is then written in place.
     """
@@ -38,22 +38,22 @@ def hidden_grad(
 
 
 def accumulator_bytes(weight: Tensor) -> int:
-    """What :class:`WeightGrad` holds besides the gradient when several blocks of half precision are summed."""
+    """Count the bytes of :class:`WeightGrad` besides the gradient when half-precision blocks are summed."""
     if weight.dtype.itemsize >= 4:
         return 0
     return weight.numel() * (4 if float32_sums(weight.device) else weight.dtype.itemsize)
 
 
-# Blocks whose left-out columns wait for one pass; each holds (V,) float32 until then.
+# Blocks whose left-out columns are added in one pass over the gradient; each holds (V,) float32 until then.
 REST_BLOCKS = 4
 
 
 class WeightGrad:
     """GEMM 3: the sum over blocks of ``dlogits.T @ hidden``, (V, H) in the weight's dtype.
 
-    Float32 sums in place. A half-precision sum over several blocks is accumulated in float32 where the product itself
-    can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the gradient being the
-    high one: float32-like accumulation for 2 more bytes an element instead of 4.
+    A float32 gradient is summed in place. A half-precision sum over several blocks is accumulated in float32 where the
+    product itself can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the high one being
+    the gradient, which is nearly as exact and takes 2 more bytes an element instead of 4.
     """
 
     def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
@@ -75,21 +75,21 @@ class WeightGrad:
         self.empty = False
 
     def add_columns(self, dlogits: Tensor, hidden: Tensor, columns: Tensor, shares: Tensor, spare: Tensor) -> None:
-        """Add the product of some columns, and by their shares in the last one that of the others.
+        """Add the products of some columns, and of all other columns as shares of the last column of ``dlogits``.
 
         Args:
             dlogits: (r, c + 1).
             hidden: (r, H).
             columns: (c,), increasing.
-            shares: (V,) of every column in the last one of ``dlogits``.
+            shares: (V,) the part that each left-out column has in the last column of ``dlogits``, 0 for ``columns``.
             spare: memory for (c + 1, H) numbers.
         """
         both = spare[: dlogits.shape[1] * hidden.shape[1]].view(dlogits.shape[1], -1)
         self.backend.gemm_(dlogits.t(), hidden, both, False)
         term = both[:-1]
-        self.add_rest(shares, both[-1].to(shares.dtype, copy=True))  # the memory is the next block's
+        self.add_rest(shares, both[-1].to(shares.dtype, copy=True))  # a copy: the next block overwrites the memory
         for tile in long_slices(term.shape[0], term.shape[1], tile_elements(term.device)):
-            # No column is there twice, so that adding by index is deterministic.
+            # No column occurs twice, so adding by index is deterministic.
             if self.low is None:
                 self.value.index_add_(0, columns[tile], term[tile].to(self.value.dtype))
             else:
@@ -98,7 +98,7 @@ class WeightGrad:
                 self.value[columns[tile]], self.low[columns[tile]] = high, low
 
     def add_rest(self, shares: Tensor, total: Tensor) -> None:
-        """Columns that were left out, each as its share (V,) of their sum (H,): at once if first, or a few together."""
+        """Add left-out columns, each as its share (V,) of their sum (H,): the first at once, later ones together."""
         if not self.empty:
             self.rest.append((shares, total))
             if len(self.rest) == REST_BLOCKS:
@@ -111,7 +111,7 @@ class WeightGrad:
         self.empty = False
 
     def add_rest_(self) -> None:
-        """Those of later blocks, in one pass over the gradient."""
+        """Add the left-out columns that wait, in one pass over the gradient."""
         if not self.rest:
             return
         shares, sums = (torch.stack(part) for part in zip(*self.rest, strict=True))
@@ -124,11 +124,11 @@ class WeightGrad:
         self.rest.clear()
 
     def tiles(self) -> list[slice]:
-        """Rows of the gradient that stay in the cache."""
+        """Return slices of rows of the gradient that stay in the cache."""
         return long_slices(self.value.shape[0], self.value.shape[1], tile_elements(self.value.device))
 
     def zero_if_empty(self) -> None:
-        """Zeros, unless a block was added."""
+        """Set the sum to zero unless a block was added."""
         if self.empty:
             self.value.zero_()
             if self.low is not None:
@@ -136,7 +136,7 @@ class WeightGrad:
         self.empty = False
 
     def result(self) -> Tensor:
-        """The sum; zero when no block was added."""
+        """Return the sum, zero when no block was added."""
         self.zero_if_empty()
         self.add_rest_()
         return self.value.to(self.dtype)

@@ -23,7 +23,7 @@ SEED_STRIDE = -7046029254386353131
 
 
 class TokenStatistics(NamedTuple):
-    """What a forward pass knows of each token; not differentiable.
+    """Statistics of each token from a forward pass; not differentiable.
 
     Attributes:
         logps: log-probabilities (...) of the targets in nats, 0 where the target is -100.
@@ -60,7 +60,7 @@ def linear_token_statistics(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> TokenStatistics:
-    """Log-probabilities under the head ``hidden @ weight.T`` and, on request, entropies and samples of each token.
+    """Compute log-probabilities under ``hidden @ weight.T`` and, on request, entropies and samples of each token.
 
     Every sample is drawn independently of the others and of the target: a whole sequence of them is a mean-field
     negative (Feng et al. 2025). Triton's fused kernel writes no logits, and is launched once for each of
@@ -75,16 +75,16 @@ def linear_token_statistics(
             An integer, or an int64 tensor of one element on the device (a captured CUDA graph draws anew when it is
             overwritten): one seed for the call. An int64 tensor (...) of the shape of ``targets``: one for each token,
             whose samples then depend on its seed, its hidden state and the head alone, whichever other tokens share
-            the call (but for the rounding of the product, which may depend on its number of rows).
+            the call, except for the rounding of the product, which may depend on its number of rows.
         num_samples: None for one sample (...), or how many (..., num_samples).
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; samples and
             entropies are of the distribution at ``temperature``.
-        **unknown: what there is not is a ``TypeError`` that names the nearest.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Raises:
         ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed, or a
-            seed that is no integer; the message names the offending one.
+            seed that is no integer; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
     refuse_unknown("linear_token_statistics", unknown)
@@ -128,7 +128,7 @@ class Seeds:
 
     @classmethod
     def of(cls, seed: int | Tensor, targets: Tensor) -> Seeds:
-        """From what users pass; an integer comes to the device without a copy that waits."""
+        """Make seeds of what users pass; an integer comes to the device without a copy that waits."""
         if not isinstance(seed, Tensor):
             if not (is_integer(seed) and -(2**63) <= seed < 2**63):
                 raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
@@ -142,19 +142,19 @@ class Seeds:
         return cls(seed.to(device=targets.device, dtype=torch.int64).reshape(-1 if per_token else ()))
 
     def of_slots(self, tokens: Tokens) -> Seeds:
-        """Those of the tokens that count, (n,), or the scalar."""
+        """Return the seeds of the tokens that count, (n,), or the scalar."""
         return self if self.values.dim() == 0 else Seeds(tokens.of_slots(self.values))
 
     def of_block(self, index: int, block: Block) -> Seeds:
-        """Those of a block's rows, (r,), or the block's own scalar."""
+        """Return the seeds of a block's rows, (r,), or the block's own scalar."""
         return Seeds(self.values * SEED_STRIDE + index if self.values.dim() == 0 else self.values[block.order])
 
     def of_sample(self, index: int) -> Tensor:
-        """What to give a launch that draws one sample a row."""
+        """Return the seeds of a launch that draws the sample number ``index`` of each row."""
         return counter_random.counted(self.values, self.values.new_tensor(index)) if index else self.values
 
     def uniforms(self, rows: int, count: int) -> Tensor:
-        """Uniforms (rows, count) in [0, 1), float64."""
+        """Draw uniforms (rows, count) in [0, 1), float64."""
         device = self.values.device
         if self.values.dim():
             return counter_random.uniforms(self.values[:, None], torch.arange(count, device=device))
@@ -169,7 +169,7 @@ def statistics(
     call = resolve(inputs, (False, False, False), whole_groups=False)
     plain = seeds is None and not entropy
     if not plain:
-        call = replace(call, way=LinearHead)  # entropies and samples are of logits
+        call = replace(call, way=LinearHead)  # entropies and samples are computed from logits
     linear, blocks = call.bind(*inputs.tensors), call.blocks()
     fused = not plain and call.backend.linear_statistics is not None
     buffer = None if fused else linear.workspace(call.plan.rows_held)
@@ -185,7 +185,7 @@ def statistics(
 
 
 def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStatistics:
-    """The statistics of no rows; no samples for ``num_samples`` of 0."""
+    """Return the statistics of no rows; no samples for ``num_samples`` of 0."""
     nothing = linear.hidden.new_zeros(0, dtype=numerics.accumulate_dtype(linear.logits_dtype))
     samples = nothing.new_zeros((0, num_samples), dtype=torch.int64) if num_samples else None
     return TokenStatistics(nothing, nothing if entropy else None, samples)
@@ -194,7 +194,7 @@ def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStati
 def fused_block(
     linear: LinearHead, block: Block, seeds: Seeds | None, num_samples: int, entropy: bool
 ) -> TokenStatistics:
-    """The statistics of a block's rows by the backend's fused linear path."""
+    """Compute the statistics of a block's rows by the backend's fused linear path."""
     launch = linear.backend.linear_statistics
     assert launch is not None
     arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, *linear.transform)
@@ -222,7 +222,7 @@ def block_of(
 
 
 def gather(call: Call, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
-    """The statistics of all tokens from those of the blocks; every row has one token."""
+    """Join the statistics of the blocks, in which every row has one token, to those of all tokens."""
     absent = call.targets == numerics.IGNORE_INDEX
 
     def whole(values: tuple[Tensor, ...], absent_value: float) -> Tensor:

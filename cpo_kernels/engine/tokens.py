@@ -18,18 +18,18 @@ from cpo_kernels.kernels.numerics import IGNORE_INDEX
 class Tokens:
     """The tokens of a call in segment order: n slots, over at most R rows.
 
-    Slots are the tokens that count (target not -100). In a dense call, which looks at no value on the host, they are
-    all N tokens, those that do not count among them.
+    Slots are the tokens that count (target not -100). In a dense call, where the host reads no value, all N tokens are
+    slots, those that do not count among them.
 
     Attributes:
         rows: (n,) host integers, row of ``hidden`` that predicts each slot; None in a dense call: slot n is row n.
-        device_rows: the same on the device of ``hidden``.
+        device_rows: ``rows`` on the device of ``hidden``.
         targets: (n,) vocabulary entry of each slot, -100 for those of a dense call that do not count.
         positions: (n,) index of each slot among all N tokens; None in a dense call.
         lengths: (S,) tokens of each segment that count.
-        host_lengths: the same on the host; None in a dense call.
+        host_lengths: ``lengths`` on the host; None in a dense call.
         token_starts: (S + 1,) prefix count of the slots of each segment.
-        slots_per_segment: slots of every segment, if they all have as many and the host knows it.
+        slots_per_segment: slots of every segment, if all have the same number and the host knows it, or None.
         group_starts: (G + 1,) host integers, prefix count of the slots of each group.
         segment_starts: (G + 1,) host integers, prefix count of the segments of each group.
         one_per_row: whether every row predicts at most one token.
@@ -50,7 +50,7 @@ class Tokens:
     rows_per_group: list[int]
 
     def as_one_group(self) -> Tokens:
-        """The same tokens without boundaries between groups, for calls whose chunks need none."""
+        """Remove the boundaries between groups, for calls that may cut chunks anywhere."""
         shared = not self.one_per_row and self.rows is not None
         rows = self.rows.unique().numel() if shared and self.rows is not None else self.targets.numel()
         return replace(self, rows_per_group=[rows])
@@ -61,13 +61,13 @@ class Tokens:
         return self.rows is None or not self.one_per_row or as_slice(self.rows) is None
 
     def among_all(self, values: Tensor, num_tokens: int) -> Tensor:
-        """Values (n, ...) of the slots as values (N, ...) of all tokens, 0 for those that do not count."""
+        """Return values (n, ...) of the slots as values (N, ...) of all tokens, 0 for tokens that do not count."""
         if self.positions is None:
             return values
         return values.new_zeros((num_tokens, *values.shape[1:])).index_copy_(0, self.positions, values)
 
     def of_slots(self, values: Tensor) -> Tensor:
-        """The inverse of :meth:`among_all`."""
+        """Return the values (n, ...) of the slots from values (N, ...) of all tokens."""
         return values if self.positions is None else values[self.positions]
 
     @property
@@ -79,9 +79,9 @@ class Tokens:
 def find_tokens(
     targets: Tensor, num_rows: int, vocab: int, rows: Tensor | None, cu_tokens: Sequence[int], cu_groups: Sequence[int]
 ) -> Tokens:
-    """The tokens that count, from targets (N,); see :class:`CandidateLayout` for the other arguments.
+    """Find the tokens that count from targets (N,); :class:`CandidateLayout` describes the other arguments.
 
-    Index arithmetic is done on the host: on a GPU one copy down, which waits for the device, and a few up.
+    Indices are computed on the host: a GPU makes one copy to the host, which waits for the device, and a few back.
 
     Raises:
         ValueError: a target outside [0, V) other than -100, or a row outside [0, R); the message names the first.
@@ -121,9 +121,9 @@ def find_tokens(
 
 
 def dense_tokens(targets: Tensor, vocab: int, cu_tokens: Sequence[int], cu_groups: Sequence[int]) -> Tokens:
-    """All N tokens of a call in which token n is predicted by row n, without a look at any value on the host.
+    """Make the tokens of a dense call, where row n predicts token n, without reading any value on the host.
 
-    Every segment must have as many slots. Raises for a target out of range as :func:`check_targets_in` does.
+    Every segment must have the same number of slots. Raises for a target out of range as :func:`check_targets_in` does.
     """
     slots, segments = cu_tokens[1] - cu_tokens[0], len(cu_tokens) - 1
     present = targets != IGNORE_INDEX
@@ -146,7 +146,7 @@ def dense_tokens(targets: Tensor, vocab: int, cu_tokens: Sequence[int], cu_group
 
 
 def distinct_rows(rows: Tensor, sizes: Tensor, num_rows: int) -> Tensor:
-    """How many different rows the tokens of each group have; rows (n,), sizes (G,) tokens of each group."""
+    """Count the different rows of the tokens of each group; rows (n,), sizes (G,) tokens of each group."""
     groups = torch.repeat_interleave(torch.arange(sizes.numel(), device="cpu"), sizes)
     pairs = torch.unique(groups * num_rows + rows)
     return torch.bincount(pairs // num_rows, minlength=sizes.numel())
@@ -155,7 +155,7 @@ def distinct_rows(rows: Tensor, sizes: Tensor, num_rows: int) -> Tensor:
 def check_targets_in(targets: Tensor, vocab: int) -> None:
     """Raise ``ValueError`` naming the first target (N,) outside [0, V) other than -100.
 
-    On a GPU as :func:`check_range`; where the compiled CUDA kernels are installed, a line on standard output names it.
+    A GPU is checked as by :func:`check_range`; the compiled CUDA kernels also print the target to standard output.
     """
     named = ops.TARGET_CHECKS.get(targets.device.type)
     if named is None or not named(targets, vocab):
@@ -165,7 +165,7 @@ def check_targets_in(targets: Tensor, vocab: int) -> None:
 def check_range(name: str, values: Tensor, present: Tensor, end: int, expected: str) -> None:
     """Raise ``ValueError`` naming the first of ``values`` that is present and outside [0, end).
 
-    On a GPU the check runs there, without waiting for it, and stops the kernels that follow as a device assertion.
+    A check on a GPU is not waited for: it is a device assertion, which stops the kernels that follow.
     """
     bad = present & ((values < 0) | (values >= end))
     if not is_host(values.device):
@@ -180,12 +180,12 @@ class Block:
     """Rows whose logits are held at once, with their tokens grouped by row.
 
     Attributes:
-        rows: (r,) their indices in ``hidden``, or the slice they fill.
+        rows: (r,) indices in ``hidden``, or the slice that they fill.
         num_rows: r.
-        order: (n,) index, among the chunk's slots, of each of the block's slots, or the slice they fill.
+        order: (n,) index, among the chunk's slots, of each of the block's slots, or the slice that they fill.
         row_starts: (r + 1,) prefix count of the slots of each row; None: one a row.
-        host_row_starts: the same on the host.
-        targets: (n,) vocabulary entries, in the block's order.
+        host_row_starts: ``row_starts`` on the host.
+        targets: (n,) vocabulary entries of the block's slots.
         absent: (r,) bool, rows of a dense call that predict nothing; None: there are none.
     """
 
@@ -198,14 +198,14 @@ class Block:
     absent: Tensor | None = None
 
     def row_indices(self, device: torch.device) -> Tensor:
-        """``rows`` as indices."""
+        """Return ``rows`` as a tensor of indices."""
         return (
             self.rows if isinstance(self.rows, Tensor) else torch.arange(self.rows.start, self.rows.stop, device=device)
         )
 
 
 def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> list[Block]:
-    """Slots start:end as blocks of at most ``rows_per_block`` rows, each row once."""
+    """Split the slots start:end into blocks of at most ``rows_per_block`` rows, each row in one block."""
     targets = tokens.targets[start:end]
     if tokens.one_per_row:
         bounds = [*range(start, end, rows_per_block), end]
@@ -240,7 +240,7 @@ def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> l
 
 
 def row_slots(tokens: Tokens, start: int, end: int) -> Tensor | slice:
-    """Rows of the slots start:end where every row has one: a slice if they fill one, views instead of copies."""
+    """Return the rows of slots start:end where each has its own: a slice, and so views, if they leave no gap."""
     if tokens.rows is None or tokens.device_rows is None:
         return slice(start, end)
     filled = as_slice(tokens.rows[start:end])
@@ -248,7 +248,7 @@ def row_slots(tokens: Tokens, start: int, end: int) -> Tensor | slice:
 
 
 def as_slice(rows: Tensor) -> slice | None:
-    """The slice that increasing ``rows``, host integers, fill if they leave no gap."""
+    """Return the slice that increasing ``rows``, host integers, fill; None if they leave a gap."""
     if rows.numel() == 0:
         return slice(0, 0)
     first, last = int(rows[0]), int(rows[-1])

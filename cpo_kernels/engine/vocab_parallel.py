@@ -1,7 +1,7 @@
 """Heads whose weight is sharded over processes along the vocabulary.
 
-Every process holds the hidden states whole and some rows of the weight. What differs from a whole head is within the
-row kernels: the engine runs on the local logits, the statistics and the targets' log-probabilities are combined over
+Every process holds all hidden states and some rows of the weight. Only the row kernels differ from those of a whole
+head: the engine runs on the local logits, the statistics and the targets' log-probabilities are combined over
 the processes before the contrast, and the gradient of the hidden states is summed at the end.
 """
 
@@ -30,9 +30,9 @@ class VocabShard:
         group: the processes that hold the head together.
         start: first vocabulary entry held here.
         size: number of entries held here, the rows of the local weight.
-        vocab: V, the number of entries of all.
-        largest: most entries that one process holds; every process plans its chunks for so many.
-        logits_bytes: budget of a process's logits where the call names none, the least of the processes'.
+        vocab: V, the number of entries of all processes.
+        largest: most entries that one process holds; every process plans its chunks for that number.
+        logits_bytes: budget of a process's logits where the call names none: the smallest default among the processes.
         reduce_grad_hidden: whether the gradient of ``hidden`` is summed over the processes.
     """
 
@@ -48,7 +48,7 @@ class VocabShard:
     def of(
         cls, weight: Tensor, group: Any = None, *, start: int | None = None, reduce_grad_hidden: bool = True
     ) -> VocabShard:
-        """The shards of a head; a collective call, which all processes of ``group`` make, once.
+        """Find the shards of a head; a collective call, which every process of ``group`` makes once.
 
         Args:
             weight: (size, H), the rows held here; or a DTensor (V, H) on a mesh of one dimension, placed ``Shard(0)``.
@@ -87,7 +87,7 @@ class VocabShard:
         )
 
     def local(self, name: str, tensor: Tensor) -> Tensor:
-        """The rows of a weight or bias held here, differentiable; raises ``ValueError`` if they are not ``size``."""
+        """Return the local rows of a weight or bias, differentiable; raise ``ValueError`` if they are not ``size``."""
         if is_dtensor(tensor):
             group_of(tensor)
             tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -96,22 +96,22 @@ class VocabShard:
         return tensor
 
     def rows(self, kernels: RowKernels | RowOperators) -> RowKernels:
-        """Row kernels on local logits (R, size) with targets of the whole vocabulary, as those of a whole head."""
+        """Return row kernels that take local logits (R, size) and targets of the whole vocabulary."""
         return RowKernels(partial(self._forward, kernels), _no_separate_gradient, partial(self._backward_, kernels))
 
     def sum_grad_hidden(self, grad: Tensor | None) -> Tensor | None:
-        """The gradient of hidden (R, H), summed over the processes in float32 or better unless the caller does it."""
+        """Sum the gradient of hidden (R, H) over the processes, in float32 or better, unless the caller does it."""
         if grad is None or not self.reduce_grad_hidden:
             return grad
         return self.sum_(grad.to(accumulate_dtype(grad.dtype))).to(grad.dtype)
 
     def sum_(self, values: Tensor) -> Tensor:
-        """``values`` summed over the processes, in place."""
+        """Sum ``values`` over the processes, in place."""
         distributed.all_reduce(values, group=self.group)
         return values
 
     def _local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Which tokens (N,) have their word here, and targets (N,) among the local words; 0 for a word elsewhere."""
+        """Tell which tokens (N,) have a local word, and return targets (N,) among local words, 0 for other words."""
         here = (targets >= self.start) & (targets < self.start + self.size)
         local = (targets - self.start).where(here, 0)
         return here, local.where(targets != IGNORE_INDEX, IGNORE_INDEX)
@@ -125,11 +125,11 @@ class VocabShard:
         bias: Tensor | None,
         *transform: float,
     ) -> tuple[Tensor, Tensor]:
-        """Statistics (2, R) and log-probabilities (N,) under the whole vocabulary, by one all-gather of 2 R + N."""
+        """Compute statistics (2, R) and log-probabilities (N,) of the whole vocabulary by one all-gather of 2 R + N."""
         here, local = self._local_targets(targets)
         stats, logps = kernels.forward(logits, local, row_starts, bias, *transform)
         rows = rows_of_tokens(targets, row_starts)
-        # A shard of which nothing is possible (padding of the vocabulary with a bias of -inf) adds nothing.
+        # A shard whose words are all impossible (vocabulary padding with a bias of -inf) adds nothing.
         impossible = stats[0] == -math.inf
         logps = logps.masked_fill(~here | impossible[rows], -math.inf)
         mine = torch.cat([stats[0], stats[1].masked_fill(impossible, 0.0), logps])
@@ -139,7 +139,7 @@ class VocabShard:
         top = tops.amax(0)
         below = tops - top
         log_sum = (below + log_sums).exp().sum(0).log()
-        # log p = (y - own lse) - (lse - own lse), where no term is as large as the logits; -inf but for one shard.
+        # log p = (y - own lse) - (lse - own lse): no term is as large as the logits. All shards but one give -inf.
         logp = (log_probs - (log_sum - log_sums - below)[:, rows]).amax(0)
         logp = logp.masked_fill(targets == IGNORE_INDEX, 0.0)
         return torch.stack([top, log_sum]).to(stats.dtype), logp.to(stats.dtype)
@@ -158,7 +158,7 @@ class VocabShard:
         temperature: float,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
-        """The local columns of the gradient. Words elsewhere go to column 0, which is then written anew."""
+        """Write the local columns of the gradient. Words of other shards go to column 0, which is then recomputed."""
         here, local = self._local_targets(targets)
         transform = (logit_scale, softcap, temperature)
         first_bias = None if bias is None else bias[0]
@@ -180,16 +180,16 @@ def column_gradient(
     softcap: float,
     temperature: float,
 ) -> Tensor:
-    """The gradient (R,) of ``sum_n coef_n * logp_n`` in one column of the raw logits.
+    """Return the gradient (R,) of ``sum_n coef_n * logp_n`` in one column of the raw logits.
 
     Args:
         logits: (R,), the column, in the dtype of the statistics.
-        own: (N,) ``coef`` of the tokens whose word this is, 0 for the others.
+        own: (N,) ``coef`` of the tokens whose target is this column, 0 for other tokens.
         coef: (N,), 0 for tokens that do not count.
         row_starts: (R + 1,) prefix count of the tokens of each row; None: one a row.
         stats: (2, R).
         bias: scalar or None.
-        logit_scale: as in :class:`cpo_kernels.options.Head`, like the two that follow.
+        logit_scale: as in :class:`cpo_kernels.options.Head`, like softcap and temperature.
         softcap: 0 for none.
     """
     y = transform_logits(logits, bias, logit_scale, softcap, temperature)
@@ -201,7 +201,7 @@ def column_gradient(
 
 
 def row_sums(values: Tensor, row_starts: Tensor | None) -> Tensor:
-    """Sums (R,) of values (N,) of the tokens of each row, accumulated in float64."""
+    """Sum values (N,) over the tokens of each row, (R,), accumulated in float64."""
     if row_starts is None:
         return values
     sums = torch.segment_reduce(values.double(), "sum", lengths=row_starts.diff(), unsafe=True, initial=0)
@@ -209,7 +209,7 @@ def row_sums(values: Tensor, row_starts: Tensor | None) -> Tensor:
 
 
 def rows_of_tokens(targets: Tensor, row_starts: Tensor | None) -> Tensor | slice:
-    """Row of each token (N,), without waiting for a device; the slice of all where row r has token r."""
+    """Return the row of each token (N,) without waiting for a device; a full slice where row r has token r."""
     if row_starts is None:
         return slice(None)
     rows = torch.arange(row_starts.numel() - 1, device=targets.device)
@@ -217,7 +217,7 @@ def rows_of_tokens(targets: Tensor, row_starts: Tensor | None) -> Tensor | slice
 
 
 def tile(shapes: Sequence[tuple[int, ...]], starts: Sequence[int | None]) -> list[int]:
-    """First vocabulary entry of each shard, by rank; raises ``ValueError`` unless the shards make up a vocabulary."""
+    """Return the first entry of each shard, by rank; raise ``ValueError`` unless shards make up a vocabulary."""
     for rank, shape in enumerate(shapes):
         if len(shape) != 2 or shape[1] != shapes[0][-1]:
             raise ValueError(f"the shard of rank {rank} has shape {shape}, expected (size, {shapes[0][-1]})")
@@ -243,7 +243,7 @@ def tile(shapes: Sequence[tuple[int, ...]], starts: Sequence[int | None]) -> lis
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor; imports nothing for the others."""
+    """Tell whether ``tensor`` is a DTensor, without an import for ordinary tensors."""
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     from torch.distributed.tensor import DTensor
@@ -252,7 +252,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def group_of(tensor: Any) -> Any:
-    """The process group of a DTensor sharded along the vocabulary; raises ``ValueError`` for another placement."""
+    """Return the process group of a DTensor sharded along the vocabulary; raise ``ValueError`` for other placements."""
     from torch.distributed.tensor import Shard
 
     placements = tuple(tensor.placements)

@@ -1,7 +1,7 @@
-"""Ways around the product and the row kernels, each taken only where a GPU's measurements say so in ``selection.json``.
+"""Subclasses of the head that replace the product and the row kernels where ``selection.json`` says they are faster.
 
-A way is a subclass of :class:`cpo_kernels.engine.head.LinearHead`, on kernels that a backend offers under the way's
-name (:attr:`cpo_kernels.kernels.backend.Backend.ways`). The loop knows the methods of the head and no way by name.
+Such a way is a subclass of :class:`cpo_kernels.engine.head.LinearHead` that runs kernels which a backend offers under
+the way's name (:attr:`cpo_kernels.kernels.backend.Backend.ways`). The loop calls the head's methods and names no way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ForwardWithoutLogits(LinearHead):
     holds_logits = False
 
     def workspace(self, rows: int) -> None:
-        """Allocate nothing."""
+        """Return None: this way needs no workspace."""
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
         """Run the backend's fused forward; it leaves nothing that a gradient could be made of."""
@@ -39,11 +39,11 @@ class KeptInPlaceOfLogits(LinearHead):
 
     @classmethod
     def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
-        """Count the bytes of what is kept of a row."""
+        """Count the bytes that are kept for a row."""
         return backend.ways["linear_kept"].row_elements(vocab) * hidden.dtype.itemsize
 
     def workspace(self, rows: int) -> Any:
-        """Allocate memory for what is kept of so many rows."""
+        """Allocate memory for what is kept for ``rows`` rows."""
         return self.backend.ways["linear_kept"].room(rows, self.hidden, self.weight.shape[0])
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
@@ -54,11 +54,11 @@ class KeptInPlaceOfLogits(LinearHead):
         return Forward(*run(space, self.hidden[block.rows], self.weight, *tokens, *self.transform))
 
     def recompute(self, block: Block, workspace: Any, before: Forward) -> Forward:
-        """Run the forward a second time, now to keep what it leaves."""
+        """Run the forward a second time, and keep what the gradient needs."""
         return self.forward(block, workspace)
 
     def gradient_(self, block: Block, done: Forward, coef: Tensor) -> Tensor:
-        """Write the gradient (r, V) over what was kept."""
+        """Write the gradient (r, V) over what the forward kept."""
         tokens = block.targets, block.row_starts
         run_ = self.backend.ways["linear_kept"].backward_
         return run_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform)
@@ -68,7 +68,7 @@ class RowGradientAtOnce(LinearHead):
     """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand."""
 
     def forward_with_gradient(self, block: Block, workspace: Any, coef: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the product, then the one pass over its rows."""
+        """Run the product, then forward and gradient of its rows in one pass."""
         kernel = self.backend.ways["row_gradient_"]
         if not kernel.takes(workspace):
             return super().forward_with_gradient(block, workspace, coef)
@@ -79,7 +79,7 @@ class RowGradientAtOnce(LinearHead):
 
 
 def choose_way(backend: Backend, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> type[LinearHead]:
-    """Choose among the ways that serve the call; the product and the row kernels where none does."""
+    """Choose the way that serves a call; product and row kernels, :class:`LinearHead`, where no other does."""
     if any(needs):
         kept = backend.ways.get("linear_kept")
         if kept is not None and kept.takes(hidden, weight):

@@ -1,4 +1,4 @@
-"""Checks that another project has the names that an integration builds on, and ways to replace some for a while."""
+"""Checks that another package has the names that an integration uses, and temporary replacements of some."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def require_names(package: str, tested: str, owner: object, *names: str) -> None
     """Check that an object of another package still has the names that an integration builds on.
 
     Args:
-        package: the distribution, for its version in the message.
-        tested: the versions that the integration is tested with.
+        package: name of the distribution, whose version the message gives.
+        tested: versions with which the integration is tested.
         owner: a module, a class or an object.
         names: attributes that it must have.
 
     Raises:
-        RuntimeError: it lacks some, which are named with both versions.
+        RuntimeError: a name is missing; the message has it and both versions.
     """
     missing = [name for name in names if not hasattr(owner, name)]
     if missing:
@@ -32,7 +32,7 @@ def require_names(package: str, tested: str, owner: object, *names: str) -> None
 
 @contextmanager
 def replaced(owner: object, values: dict[str, Any]) -> Iterator[None]:
-    """Give attributes of ``owner`` other values, as long as the context lasts."""
+    """Give attributes of ``owner`` other values within the context."""
     before = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():

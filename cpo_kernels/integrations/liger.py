@@ -1,4 +1,4 @@
-"""The paired losses of ``liger_kernel.chunked_loss`` by their names, signatures and return values, on our kernels.
+"""The paired losses of ``liger_kernel.chunked_loss`` with their names, signatures and return values, on our kernels.
 
 Each takes ``(lin_weight, _input, target, bias=None, ...)``: _input (2B, T, H), the B chosen sequences and then the B
 rejected ones, aligned with target (2B, T). It returns the loss, a scalar, and a tuple without gradients:
@@ -6,9 +6,9 @@ log-likelihoods (B,) of the chosen and of the rejected sequences, the mean logit
 vocabulary, ignored positions too, as in Liger), the NLL per chosen token (0 with ``compute_nll_loss=False``), and the
 rewards ``beta * (logp - ref_logp)`` (B,) of either. All are float32 (float64 for float64 inputs).
 
-What differs from Liger: an odd number of sequences raises, where Liger returns a loss of wrong pairs; rows that predict
-nothing enter no product; logits fill a budget of bytes, so ``chunk_size`` changes nothing, and ``compiled`` neither.
-Liger itself is not needed.
+The differences from Liger: an odd number of sequences raises, where Liger returns a loss of wrong pairs; rows that
+predict nothing enter no product; logits fill a budget of bytes, so that ``chunk_size`` has no effect, and ``compiled``
+has none either. Liger itself is not needed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
 from cpo_kernels.loss_table import LOSSES, TRL_NAMES, Pair, trl_options
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
-# Liger's DPO has TRL's names, but neither ipo nor a logistic loss of means, which is ``average_log_prob`` here.
+# Liger's DPO has TRL's names, but neither ipo nor sigmoid_norm, which is ``average_log_prob`` in Liger.
 DPO_LOSS_TYPES = tuple(name for name in TRL_NAMES if not trl_options(name)["length_normalized"])
-# Rows of a weight that are summed at a time, so that a half-precision one is not copied whole to float32.
+# Rows of a weight that are summed at a time, so that no float32 copy of a whole half-precision weight is made.
 ROWS_SUMMED = 4096
 
 
 class Settings(Protocol):
-    """What the losses share, by Liger's names."""
+    """The settings that the loss modules share, by Liger's names."""
 
     ignore_index: int
     beta: float
@@ -60,7 +60,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
         self.average_log_prob, self.chunk_size = average_log_prob, chunk_size
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
-        """Compute what the module's docstring says; raise ``ValueError`` for an odd number of sequences."""
+        """Return the outputs that the module's docstring lists; raise ``ValueError`` for an odd number of sequences."""
 
         def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
             pair = Pair.of_ratios(chosen, rejected, self.beta, label_smoothing=self.label_smoothing)
@@ -91,7 +91,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         self.gamma, self.chunk_size = gamma, chunk_size
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> Output:
-        """Compute what the module's docstring says; raise ``ValueError`` for an odd number of sequences."""
+        """Return the outputs that the module's docstring lists; raise ``ValueError`` for an odd number of sequences."""
 
         def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
             pair = Pair.of_ratios(chosen, rejected, self.beta, self.gamma, label_smoothing=self.label_smoothing)
@@ -140,7 +140,9 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> Output:
-        """Compute what the module's docstring says; ref_input (2B, T, H') and ref_weight (V, H') are the reference's.
+        """Return the outputs that the module's docstring lists.
+
+        ref_input (2B, T, H') and ref_weight (V, H') are the hidden states and the head of the reference.
 
         Raises:
             ValueError: an odd number of sequences, or ``use_ref_model`` without ref_input or ref_weight.
@@ -173,7 +175,7 @@ def run_pairs(
 
     Args:
         settings: the loss module.
-        losses: from log-likelihoods, less those of the reference, (b,) of chosen and of rejected sequences, to (b,).
+        losses: maps log-likelihoods (b,) of chosen and of rejected sequences, less the reference's, to losses (b,).
         weight: (V, H).
         _input: (2B, T, H).
         target: (2B, T).
@@ -221,12 +223,12 @@ def count_pairs(_input: Tensor, target: Tensor) -> int:
 
 
 def by_pairs(stacked: Tensor, pairs: int) -> Tensor:
-    """Rearrange (2B, ...), the chosen and then the rejected ones, to (B, 2, ...)."""
+    """Rearrange (2B, ...), all chosen sequences before all rejected ones, to (B, 2, ...)."""
     return stacked.unflatten(0, (2, pairs)).transpose(0, 1)
 
 
 def mean_logits(_input: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Compute the mean logits of chosen and of rejected sequences, scalars: means of rows commute with the head."""
+    """Compute the mean logits of chosen and of rejected sequences, two scalars, from mean rows of input and weight."""
     dtype = accumulate_dtype(_input.dtype)
     column_sums = torch.stack([part.sum(0, dtype=dtype) for part in weight.detach().split(ROWS_SUMMED)]).sum(0)
     shift = 0.0 if bias is None else bias.detach().mean(dtype=dtype)

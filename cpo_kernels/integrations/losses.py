@@ -1,13 +1,13 @@
 """Losses of other papers, as the ``loss_fn`` of :func:`cpo_kernels.linear_sequence_loss`.
 
-Each function here takes what a loss needs besides log-likelihoods, for all G groups of a call, and returns a function
-of the log-likelihoods of some of them::
+Each function takes the other inputs of a loss besides log-likelihoods, for all G groups of a call, and returns a
+function of the log-likelihoods of some of these groups::
 
     loss = linear_sequence_loss(hidden, weight, targets, gspo(old_logps, advantages, lengths))
 
 with hidden (G, C, T, H) and targets (G, C, T), or a layout of G groups of C candidates each. The loss is the mean over
-groups, or over sequences where no candidate is compared with another, of the G groups given here: under gradient
-accumulation, and over processes, these means have to be averaged. Tensors are on the device of ``hidden`` and floating
+the G groups, or over their sequences if no candidate is compared with another: under gradient accumulation, and over
+processes, these means have to be averaged. Tensors are on the device of ``hidden`` and floating
 point unless said otherwise; ``lengths`` are ``(targets != -100).sum(-1)``.
 """
 
@@ -40,7 +40,7 @@ def kto(
         kl: the baseline, a scalar without gradient, in nats: see :func:`kto_baseline`.
         beta: inverse temperature of the value function.
         desirable_weight: the paper's lambda of good answers.
-        undesirable_weight: that of bad ones.
+        undesirable_weight: the paper's lambda of bad answers.
     """
 
     def loss_fn(logps: Tensor, groups: range) -> Tensor:
@@ -58,7 +58,7 @@ def kto_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
         logps: (n,) log-likelihoods of completions after prompts that they do not belong to, such as the previous
             example's of the batch. They take a forward pass of their own, without gradients. With several processes,
             average ``logps - ref_logps`` over all of them before the clamp.
-        ref_logps: (n,) the same under the reference model.
+        ref_logps: (n,) log-likelihoods of the same completions under the reference model.
     """
     return (logps - ref_logps).detach().mean().clamp(min=0)
 
@@ -89,7 +89,7 @@ def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_te
 
     Args:
         ref_logps: (G, C) log-likelihoods under the reference model.
-        rewards: (G, C), -infinity for an absent candidate; a group has one present at least.
+        rewards: (G, C), -infinity for an absent candidate; every group has a present one.
         beta: inverse temperature of the scores ``beta * (logp - ref)``.
         reward_temperature: the paper's alpha, > 0.
     """
@@ -129,7 +129,7 @@ def gspo(
         old_logps: (G, C) log-likelihoods under the model that drew the samples.
         advantages: (G, C), such as rewards less their group's mean, over its standard deviation.
         lengths: (G, C) integers, tokens of each sample; 0 for an absent one, which has no loss but is counted.
-        clip_low: the ratio, that of the means over tokens, is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low: the ratio of the per-token mean likelihoods is clipped to [1 - clip_low, 1 + clip_high].
         clip_high: see ``clip_low``; the defaults are the paper's.
     """
 
@@ -144,7 +144,7 @@ def gspo(
 
 
 def of_groups(logps: Tensor, groups: range, **tensors: Tensor) -> list[Tensor]:
-    """Return log-likelihoods as (len(groups), C), and the rows of these groups of tensors (G, C)."""
+    """Return log-likelihoods as (len(groups), C), and from each tensor (G, C) the rows of these groups."""
     shape = (len(groups), logps.numel() // len(groups))
     parts = [logps.reshape(shape)]
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""From the padded rows of other trainers to the requests of a model with an attached loss."""
+"""Requests to a model with an attached loss, made from the padded rows of other trainers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from cpo_kernels.models.adapters import AppliedHead
 def candidate_rows(
     labels: Tensor, group_sizes: Sequence[int], order: Tensor | None = None
 ) -> tuple[Tensor, CandidateLayout]:
-    """Find targets and layout of candidates that each have a padded row of the body to themselves.
+    """Find targets and layout of candidates of which each has its own padded row.
 
     Args:
         labels: (B, L) int64, the token at each position, -100 for those that are not targets (prompt, padding). As
             everywhere in ``transformers``, position t - 1 predicts the label of position t.
         group_sizes: how many rows each group has, its best candidate first.
-        order: (B,) int64, rows in the order of the candidates; None: as they are.
+        order: (B,) int64, rows in the order of the candidates; None keeps their order.
 
     Returns:
         Targets (N,), and the layout of the B segments over the flattened (B * L) positions.
@@ -43,7 +43,7 @@ class ObservedLossRequest(SequenceLossRequest):
     """A :class:`~cpo_kernels.models.SequenceLossRequest` whose answer also has the log-likelihoods (S,), detached."""
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, Any]) -> LinearLossOutput:
-        """Compute the loss and the log-likelihoods that it is of."""
+        """Compute the loss and the log-likelihoods from which it is computed."""
         seen = torch.zeros(self.layout.num_segments, device=hidden.device)
         starts, loss_fn = self.layout.cu_groups, self.loss_fn
 
@@ -67,19 +67,19 @@ class OutputWithMeanLogits(LinearLossOutput):
 
 
 class MeanLogitsRequest:
-    """Another request, and the mean logits of some rows, which trainers log; no logits are computed for them.
+    """Another request, with the mean logits of some rows, which trainers log; they need no logits.
 
     The mean of a linear head's logits over the vocabulary is the product with the mean of its weight's rows, so M
     means cost one pass over the weight. A softcap is not linear: with one they are NaN.
 
     Args:
-        request: what is asked for, see :mod:`cpo_kernels.models`.
+        request: the other request, see :mod:`cpo_kernels.models`.
         row_sets: M index tensors; each mean is taken over the whole vocabulary at these rows of the hidden states.
     """
 
     def __init__(self, request: Any, *row_sets: Tensor) -> None:
         self.request, self.row_sets = request, row_sets
-        self.router_share = 0.0  # trainers add the loss of the router by a coefficient of their own
+        self.router_share = 0.0  # trainers add the router's loss with their own coefficient
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
         """Compute the request's output with ``mean_logits``; arguments as for :meth:`CPORequest.compute`."""

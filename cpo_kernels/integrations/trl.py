@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FusedCPOTrainer", "FusedDPOTrainer", "fused_head", "patch_fused_head"]
 
-# Each by itself: the head needs nothing of the trainers, and TRL's CPO is experimental.
+# Imported one by one: the head needs none of the trainers, and TRL's CPO is experimental.
 _MODULES = {
     "FusedCPOTrainer": "trl_cpo",
     "FusedDPOTrainer": "trl_dpo",

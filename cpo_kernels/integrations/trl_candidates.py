@@ -1,4 +1,4 @@
-"""K negatives per prompt through TRL's own preparation of preference data, which knows one."""
+"""K negatives per prompt through TRL's own preparation of preference data, which takes one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def to_pairs(columns: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> di
 def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
     """Yield examples of token ids from tokenized rows in the order of :func:`to_pairs`; ``rejected_ids`` is a list.
 
-    TRL ends the prompt of a pair where its two texts first differ in tokens; the shortest of an example holds for all.
+    TRL ends the prompt of a pair where its two texts first differ in tokens; an example gets its shortest prompt.
     """
     for _, group in groupby(pairs, itemgetter(GROUP)):
         rows = list(group)
@@ -57,20 +57,19 @@ def from_pairs(pairs: Any) -> Iterator[dict[str, Any]]:
 
 
 def regrouped(pairs: Any) -> Any:
-    """Make a data set or stream of examples from one of pairs by :func:`from_pairs`; the former is cached on disk."""
+    """Make a data set or stream of examples from one of pairs by :func:`from_pairs`; cache a data set on disk."""
     options = {}
     if isinstance(pairs, Dataset):
-        name = [Hasher.hash(pairs)]  # not the same in every process, and TRL expects them to share one cache
+        name = [Hasher.hash(pairs)]  # differs between processes, which in TRL share one cache
         options["fingerprint"] = broadcast_object_list(name)[0]
     return type(pairs).from_generator(from_pairs, gen_kwargs={"pairs": pairs}, **options)
 
 
 class CandidateCollator:
-    """Collates a batch with the candidates of an example in consecutive rows, the chosen one first.
+    """A collator that puts the candidates of an example in consecutive rows, the chosen one first.
 
     Args:
-        collate: TRL's collator of pairs, which truncates and pads; of every pair that it is given only the first row is
-            used.
+        collate: TRL's collator of pairs, which truncates and pads; only the first row of each of its pairs is used.
     """
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
@@ -80,7 +79,7 @@ class CandidateCollator:
         """Return the batch of some examples.
 
         It has ``input_ids``, ``attention_mask`` and ``completion_mask`` (S, L); ``group_sizes``, a list of G integers;
-        and ``ref_logps`` (S,), where they are precomputed.
+        and ``ref_logps`` (S,), if they are precomputed.
         """
         rows: list[dict[str, Any]] = []
         sizes, ref_logps = [], []
@@ -99,12 +98,12 @@ class CandidateCollator:
 
 
 def as_list(value: Any, of: type) -> list[Any]:
-    """Return ``value`` if it is a list of such elements, else a list of it alone."""
+    """Return ``value`` if it is a list of elements of type ``of``, else a list with ``value`` in it."""
     return value if isinstance(value, list) and value and isinstance(value[0], of) else [value]
 
 
 def body_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Pick what the body of a model is given of a batch."""
+    """Return the inputs of the body of a model from a batch."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 

@@ -29,7 +29,7 @@ class FusedCPOTrainer(CPOTrainer):
     before training.
 
     Raises:
-        RuntimeError: the installed TRL lacks a name that is used here.
+        RuntimeError: the installed TRL lacks a name that this class uses.
         ValueError: an encoder-decoder.
     """
 
@@ -44,7 +44,7 @@ class FusedCPOTrainer(CPOTrainer):
     def get_batch_loss_metrics(
         self, model: Any, batch: Any, train_eval: str = "train"
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Compute the loss of a padded batch, a scalar, and TRL's metrics of it."""
+        """Compute the loss of a padded batch, a scalar, and TRL's metrics."""
         padding: Any = self.pad_token_id
         rows = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
         labels = rows["concatenated_labels"]
@@ -87,8 +87,8 @@ class FusedCPOTrainer(CPOTrainer):
         return loss, {prefix + name: gather(value).mean().item() for name, value in metrics.items()}
 
     def _objective(self) -> dict[str, Any]:
-        """Translate TRL's options to those of :func:`cpo_kernels.linear_cpo_loss` without a reference."""
-        simpo = self.loss_type == "simpo"  # the same loss of means as DPO's sigmoid_norm, with a margin
+        """Return the options of :func:`cpo_kernels.linear_cpo_loss` for TRL's options, without a reference."""
+        simpo = self.loss_type == "simpo"  # the loss of DPO's sigmoid_norm, with a margin
         loss = trl_options("sigmoid_norm" if simpo else self.loss_type)
         smoothed = LOSSES[loss["loss_type"]].smoothing != "none"
         return {

@@ -24,7 +24,7 @@ from .padded_rows import MeanLogitsRequest
 from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, regrouped, scored_rows, to_pairs
 
 TESTED = "1.16"
-# What an objective computes of these options of TRL's.
+# The only values of these options of TRL for which an objective computes TRL's loss.
 PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
 
@@ -37,25 +37,25 @@ class FusedDPOTrainer(DPOTrainer):
 
         log(1 + sum_k exp(beta * (r_k - r_chosen))),  r = logp - ref_logp
 
-    (S-DPO, Chen et al. 2024, arXiv 2406.09215), of means per token for ``sigmoid_norm``.
+    (S-DPO, Chen et al. 2024, arXiv 2406.09215), with means per token for ``sigmoid_norm``.
 
-    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also those of pairs in :mod:`cpo_kernels.loss_table`, and
-    besides one of them ``sft``; ``loss_weights`` apply. Means per token are over the tokens that are predicted, where
-    TRL also counts a first token without a prompt, as ``truncation_mode="keep_end"`` can leave one.
+    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also the pair losses of :mod:`cpo_kernels.loss_table`, and
+    ``sft`` in addition to one of these; ``loss_weights`` apply. Means per token are over the
+    predicted tokens; TRL also counts a first token without a prompt, which ``truncation_mode="keep_end"`` can leave.
 
-    ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; others, such as ``max_logits_bytes``, can be
-    added to it before training. Those of the head hold for the reference too, unless it was precomputed before.
+    ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; more options, such as ``max_logits_bytes``,
+    can be added to it before training. Options of the head hold for the reference too, unless it is precomputed.
 
     Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
     (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
     softcap), ``num_tokens`` and, of a mixture of experts, ``aux_loss``. TRL's ``entropy`` and ``mean_token_accuracy``
-    need the logits, and are not there; with :func:`~cpo_kernels.integrations.trl.patch_fused_head` TRL's own DPOTrainer
-    has them.
+    need the logits, and are missing; TRL's own DPOTrainer has them under
+    :func:`~cpo_kernels.integrations.trl.patch_fused_head`.
 
     Raises:
-        RuntimeError: the installed TRL lacks a private name that is used here; or prompt tuning, p-tuning or another
+        RuntimeError: the installed TRL lacks a private name that this class uses; or prompt tuning, p-tuning or another
             adapter that puts virtual tokens before the prompt.
-        ValueError: an option whose loss is not computed here, which is named.
+        ValueError: an option whose loss this class does not compute; the message names it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class FusedDPOTrainer(DPOTrainer):
         require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
         self.most_negatives = 1
         self.objective: dict[str, Any] = {}
-        # TRL calls it between loading a model and preparing it, where the loss has to be attached.
+        # TRL calls it between loading and preparing a model, which is when the loss has to be attached.
         attaching = partial(self._attach_first, dpo_trainer.add_fused_lm_head)
         with replaced(dpo_trainer, {"add_fused_lm_head": attaching}):
             super().__init__(*args, **kwargs)
@@ -72,13 +72,13 @@ class FusedDPOTrainer(DPOTrainer):
     def _attach_first(self, stock: Any, model: Any, *args: Any, **options: Any) -> None:
         require_names("trl", TESTED, self, "precompute_ref_logps", "loss_weights")
         policy: Any = self.model
-        find_base(policy)  # refuses virtual tokens, of which the base that TRL hands over knows nothing
+        find_base(policy)  # refuses virtual tokens, which the base model that TRL passes does not show
         self.objective = objective_of(self)  # before a reference is precomputed
         stock(attach_linear_loss(model), *args, **options)
 
     @property
     def data_collator(self) -> Any:
-        """Collate candidates, by the collator that was set."""
+        """The collator of candidates, which calls the collator that was set."""
         return self._collator
 
     @data_collator.setter
@@ -99,9 +99,9 @@ class FusedDPOTrainer(DPOTrainer):
         return dataset
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Compute log-likelihoods under the reference, of the chosen candidates (G,) and of the negatives.
+        """Compute reference log-likelihoods of the chosen candidates (G,) and of the negatives.
 
-        These are (G,) where no example so far has more than one, else (G, K) and padded.
+        Those of the negatives are (G,) if no example so far has more than one negative, else padded to (G, K).
         """
         logps = self._ref_logps(model, inputs).split(inputs["group_sizes"])
         negatives = [pad(own[1:], (0, self.most_negatives - len(own) + 1)) for own in logps]
@@ -122,7 +122,7 @@ class FusedDPOTrainer(DPOTrainer):
         """Compute the loss of a batch of :class:`CandidateCollator`, a scalar, and log its metrics."""
         targets, layout = scored_rows(inputs)
         precomputed = self.precompute_ref_logps
-        reference = self.model if self.ref_model is None else self.ref_model  # a compiled one has no truth value
+        reference = self.model if self.ref_model is None else self.ref_model  # a compiled model has no truth value
         ref = inputs["ref_logps"] if precomputed else self._ref_logps(reference, inputs)
         counts = torch.tensor(layout.cu_tokens, device=targets.device).diff()
         per_token = counts.clamp(min=1) if self.objective.get("length_normalized") else 1
@@ -146,10 +146,10 @@ class FusedDPOTrainer(DPOTrainer):
 
 
 def objective_of(trainer: Any) -> dict[str, Any]:
-    """Translate the options of a ``trl.DPOTrainer`` to those of :func:`cpo_kernels.linear_cpo_loss`.
+    """Return the options of :func:`cpo_kernels.linear_cpo_loss` for those of a ``trl.DPOTrainer``.
 
     Raises:
-        ValueError: an option whose loss is not computed here, or a number that the loss does not take.
+        ValueError: an option whose loss the objective lacks, or a number that the loss does not take.
     """
     for name, value in PLAIN.items():
         if getattr(trainer, name) != value:
@@ -172,7 +172,7 @@ def objective_of(trainer: Any) -> dict[str, Any]:
 def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[str, Tensor]:
     """Compute the metrics (G,) of groups of ``sizes`` candidates, the chosen one first.
 
-    The rejected of a group are averaged; accuracy is 1 where the chosen one is rewarded above all of them.
+    Rejected candidates of a group are averaged; accuracy is 1 where the chosen reward is above all others.
 
     Args:
         sizes: G numbers.
@@ -194,9 +194,9 @@ def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[
 def record(
     trainer: Any, attention_mask: Tensor, metrics: dict[str, Tensor], mean_logits: Tensor, tokens: Sequence[int]
 ) -> None:
-    """Log what TRL logs: ``metrics`` (G,), mean logits (2,) of so many chosen and rejected tokens, the tokens seen.
+    """Log TRL's metrics: ``metrics`` (G,), mean logits (2,) over the numbers of ``tokens``, and the tokens seen.
 
-    All are of this process; what is logged is the mean over all.
+    The arguments are of this process; the logged values are means over all processes.
     """
     train, gather = trainer.model.training, trainer.accelerator.gather
     counts = torch.tensor(tokens, device=mean_logits.device)

@@ -1,4 +1,4 @@
-"""TRL's fused language-model head on our products, for every TRL trainer that uses it, with what it tells of tokens."""
+"""TRL's fused language-model head on our products, with its statistics of tokens, for all TRL trainers that use it."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ TESTED = "1.16"
 FUNCTION, COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
 ARGUMENTS = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
 ARGUMENTS += ["logit_scale", "outputs"]
-# What TRL's head tells of a token besides its log-probability.
+# The statistics of a token that TRL's head returns besides its log-probability.
 FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-CHUNK = 32768  # vocabulary entries at a time in TRL's own computation, as TRL has it
-LOGITS = 2**24  # held at once where more than the entropy is asked for: 64 MiB
+CHUNK = 32768  # TRL's number of vocabulary entries at a time in its own computation
+LOGITS = 2**24  # logits held at once where more than the entropy is asked for: 64 MiB
 
 
 def patch_fused_head() -> None:
-    """Give models with TRL's fused head (``add_fused_lm_head``) our head, from now on, in this process.
+    """Replace TRL's fused head (``add_fused_lm_head``) by ours in this process, from now on.
 
-    Called before or after a trainer is made. Log-probabilities are those of :func:`cpo_kernels.linear_token_logps`,
-    with its gradients; what else TRL asks for is one more product, see :class:`TokenFields`. As TRL does where it uses
-    Triton, prompts and padding are left out of the products, here on the CPU too. A head that ZeRO-3 has partitioned
-    keeps TRL's own computation, which gathers it again for the backward pass.
+    It may be called before or after a trainer is made. Log-probabilities and their gradients are those of
+    :func:`cpo_kernels.linear_token_logps`; TRL's other statistics take one more product, see :class:`TokenFields`.
+    Prompts and padding are left out of the products, as by TRL's Triton kernels, but on the CPU too. A head that ZeRO-3
+    has partitioned keeps TRL's own computation, which gathers it again for the backward pass.
 
     Raises:
-        RuntimeError: the installed TRL has not the private names that are replaced, or calls them otherwise.
+        RuntimeError: the installed TRL lacks the private names that are replaced, or calls them with other arguments.
     """
     for name, value in _replacements().items():
         setattr(utils, name, value)
@@ -45,30 +45,30 @@ def patch_fused_head() -> None:
 
 @contextmanager
 def fused_head() -> Iterator[None]:
-    """:func:`patch_fused_head` for forward passes as long as the context lasts; backward passes may come later."""
+    """Apply :func:`patch_fused_head` to forward passes within the context; backward passes may come later."""
     with replaced(utils, _replacements()):
         yield
 
 
 class FusedLogProbs:
-    """Stands in for TRL's autograd function, of which only ``apply`` is used.
+    """A stand-in for TRL's autograd function, of which TRL uses only ``apply``.
 
     Args:
-        stock: TRL's.
+        stock: TRL's autograd function.
     """
 
     def __init__(self, stock: Any) -> None:
         self.stock = stock
 
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Compute log-probabilities (N,), and those :data:`FIELDS` that are asked for, else None.
+        """Compute log-probabilities (N,) and each of :data:`FIELDS` that is asked for; None for the other fields.
 
         Args:
             *arguments: :data:`ARGUMENTS`: hidden (N, H), weight (V, H) in any floating dtype, bias (V,) or None,
-                targets (N,) int64, what is done to the logits, and names of fields.
+                targets (N,) int64, the transform of the logits, and names of fields.
         """
         hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
-        if hasattr(weight, "ds_id"):  # gathered for this call only, while our backward pass reads what it saved
+        if hasattr(weight, "ds_id"):  # gathered for this call only, but our backward pass would read it later
             return self.stock.apply(*arguments)
         head = {"temperature": temperature, "softcap": softcap, "logit_scale": scale}
         weight = weight.to(hidden.dtype)
@@ -79,7 +79,7 @@ class FusedLogProbs:
 
 
 def _replacements() -> dict[str, Any]:
-    """Find the attributes of TRL's module to replace, with their replacements; none if that has happened already."""
+    """Return the attributes of TRL's module to replace with their replacements; none if they are replaced already."""
     require_names("trl", TESTED, utils, FUNCTION, COMPACTS)
     stock, compacts = getattr(utils, FUNCTION), getattr(utils, COMPACTS)
     if isinstance(stock, FusedLogProbs):
@@ -94,7 +94,7 @@ def _replacements() -> dict[str, Any]:
 
 
 class TokenFields(torch.autograd.Function):
-    """Computes those of :data:`FIELDS` that are asked for, each (N,), else None; the entropy alone has a gradient.
+    """The :data:`FIELDS` that are asked for, each (N,), None for other fields; only the entropy has a gradient.
 
     The entropy alone (GRPO, RLOO) is that of :func:`cpo_kernels.linear_token_statistics`. With other fields (SFT, DPO,
     KTO) all come from one more product in plain torch, 64 MiB of logits at a time. The gradient of the entropy, which

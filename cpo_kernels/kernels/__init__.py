@@ -1,1 +1,1 @@
-"""What runs a call: the backends, which one a call uses for what, their operators, and the reference in plain torch."""
+"""The kernels that run a call: backends, the choice among them, their operators, and a reference in plain torch."""

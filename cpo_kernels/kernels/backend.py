@@ -1,4 +1,4 @@
-"""What a backend is made of: the kernels it must have, and those that go around something."""
+"""What a backend is made of: the kernels that it must have, and the optional ones that replace several at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import ops, plain
 
 
 def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Return 0: what torch's products take besides their operands is not known."""
+    """Return 0: torch does not tell what its matrix products take besides their operands."""
     return 0
 
 
@@ -21,7 +21,7 @@ class FusedForward(NamedTuple):
     """Log-probabilities of a linear head without logits in memory.
 
     Attributes:
-        takes: ``(hidden, weight)``, whether it takes these matrices.
+        takes: ``(hidden, weight)`` to whether the path can compute with these matrices.
         run: ``(hidden, weight, targets, row_starts, *transform)`` to log-probabilities (N,).
     """
 
@@ -33,8 +33,8 @@ class KeptLinear(NamedTuple):
     """A fused linear path that leaves what the gradient needs instead of logits, in the dtype of hidden.
 
     Attributes:
-        takes: ``(hidden, weight)``, whether it takes these matrices.
-        row_elements: V to the elements of the inputs' dtype that a row takes.
+        takes: ``(hidden, weight)`` to whether the path can compute with these matrices.
+        row_elements: V to the memory that a row takes, in elements of the inputs' dtype.
         room: ``(R, hidden, V)`` to memory for blocks of up to R rows.
         forward: ``(room or None, hidden, weight, targets, row_starts, bias, *transform)`` to stats (2, R), logps (N,),
             and what was kept: None without room.
@@ -52,7 +52,7 @@ class RowGradient(NamedTuple):
     """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand.
 
     Attributes:
-        takes: logits, whether their rows fit.
+        takes: logits to whether their rows are short enough.
         run_: ``(logits, targets, row_starts, coef, *head, grad_dtype)`` to stats (2, R) and logps (N,).
     """
 
@@ -62,7 +62,7 @@ class RowGradient(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """The kernels of one backend, or what serves one call, which may be of several.
+    """The kernels of one backend, or the kernels that serve one call, which may come from several backends.
 
     Attributes:
         name: as users write it.
@@ -73,15 +73,15 @@ class Backend:
         gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
         gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
-        take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and the sum of the others.
+        take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and each row's sum of the rest.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
-        contrast: coefficients of a chunk in one launch, or None: :mod:`cpo_kernels.objective` in plain torch.
+        contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
         contrast_candidates: largest group that ``contrast`` takes.
-        logits_loss: loss and gradient of logits that exist, in one launch, or None; for ``contrast_candidates`` too.
+        logits_loss: loss and gradient of stored logits in one launch, for groups as for ``contrast``, or None.
         linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
-        too_old: why a device is too old for the kernels, or None.
-        optional: kernels of ways around the product and the row kernels (:mod:`cpo_kernels.engine.ways`), by name.
-        ways: those among them, of any backend, that serve a call: what measured faster there, none by default.
+        too_old: a device to the reason why it is too old for the kernels, or to None.
+        optional: by name, kernels that replace the product and the row kernels (:mod:`cpo_kernels.engine.ways`).
+        ways: the optional kernels, of any backend, that serve a call because they measured faster; none by default.
     """
 
     name: str
@@ -103,14 +103,14 @@ class Backend:
     ways: Mapping[str, Any] = field(default_factory=dict)
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot take tensors of ``dtype`` on ``device``, or None."""
+        """Say why this backend cannot take tensors of ``dtype`` on ``device``; None if it can."""
         if self.devices is not None and device.type not in self.devices:
             return f"backend {self.name!r} runs on {'/'.join(self.devices)} tensors, got {device}"
         if dtype not in self.dtypes:
             return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
-        # The driver's answer cannot be traced: in compiled code, Triton's own compiler refuses.
+        # torch.compile cannot trace a question to the driver; Triton's compiler refuses old devices there.
         return None if self.too_old is None or torch.compiler.is_compiling() else self.too_old(device)
 
     def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
-        """Other row kernels, and no path around them: they do what the others do not."""
+        """Return this backend with other row kernels and without any kernel that would go around them."""
         return replace(self, rows=rows, linear_statistics=None, ways={})

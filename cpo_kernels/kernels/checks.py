@@ -1,4 +1,4 @@
-"""What every compiled kernel demands of a tensor before its address is taken, and which memory a tensor has."""
+"""Checks of a tensor before a compiled kernel takes its address, and comparisons of the memory of tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ def check(
     dtypes: tuple[torch.dtype, ...],
     device: torch.device = CPU,
 ) -> None:
-    """Raises unless the tensor is on the device and has one of the dtypes and this shape; None is any size."""
+    """Raise ``ValueError`` unless a tensor is on the device and has one of the dtypes and the shape.
+
+    None in the shape stands for any size.
+    """
     if tensor.device != device:
         expected = "a CPU tensor" if device == CPU else f"a tensor on {device}"
         raise ValueError(f"{name} is on {tensor.device}; expected {expected}")
@@ -31,7 +34,7 @@ def check(
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether the address ranges of two tensors overlap."""
+    """Tell whether the address ranges of two tensors overlap."""
 
     def address_range(tensor: Tensor) -> tuple[int, int]:
         begin, last = tensor.data_ptr(), 0
@@ -46,13 +49,13 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
 
 
 def front_halves(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The front half of the memory of each float32 row, as (R, V) of a half-precision dtype."""
+    """Return the front half of each float32 row's memory as an (R, V) tensor of a half-precision dtype."""
     if logits.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"logits have dtype {logits.dtype} and grad_dtype is {dtype}; expected the same dtype, or torch.bfloat16 "
             f"or torch.float16 for torch.float32 logits"
         )
     check("logits", logits, (None, None), (torch.float32,), logits.device)
-    if logits.stride(1) != 1:  # one column may have any stride otherwise, but not in a view of another dtype
+    if logits.stride(1) != 1:  # even of a single column, which a view of another dtype needs
         raise ValueError(f"logits have strides {logits.stride()}; expected a column stride of 1")
     return numerics.narrow_view(logits.detach(), dtype)

@@ -14,22 +14,22 @@ MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64, which torch's own shift, an arithmetic one, is not."""
+    """Shift int64 right and fill with zeros; torch's own shift would fill with the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64, a bijection of 64 bits of which each depends on all: int64 of any shape."""
+    """Apply the finaliser of SplitMix64, a bijection in which each bit depends on all: int64 of any shape."""
     x = (x ^ shift_right(x, 30)) * MULTIPLIERS[0]
     x = (x ^ shift_right(x, 27)) * MULTIPLIERS[1]
     return x ^ shift_right(x, 31)
 
 
 def counted(seeds: Tensor, counters: Tensor) -> Tensor:
-    """64 random bits for each pair of seed and counter, int64, broadcast; seeds may be as alike as 0, 1, 2."""
+    """Return 64 random bits, as int64, for each pair of seed and counter, broadcast; seeds may be 0, 1, 2, ..."""
     return mix(mix(seeds) + (counters + 1) * GOLDEN)
 
 
 def uniforms(seeds: Tensor, counters: Tensor) -> Tensor:
-    """A uniform in [0, 1) for each pair of seed and counter, float64, broadcast; all 53 bits of it are random."""
+    """Return a float64 uniform in [0, 1) for each pair of seed and counter, broadcast; all its 53 bits are random."""
     return shift_right(counted(seeds, counters), 11).double() * 2.0**-53

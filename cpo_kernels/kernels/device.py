@@ -1,6 +1,6 @@
-"""What differs between devices: architecture, memory, float32 sums, capture, streams.
+"""The differences between devices: architecture, memory, float32 sums, capture, streams.
 
-A new kind of GPU is described here; AMD's GPUs are devices of type "cuda" to torch, and ``is_amd`` tells them apart.
+A new kind of GPU is described in this module. AMD's GPUs are devices of type "cuda" to torch; ``is_amd`` finds them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ CPU = "cpu"
 GPUS = ("cuda",)
 # The architecture of a CPU, where Triton's kernels run in its interpreter.
 DEFAULT_ARCHITECTURE = "default"
-# Products of bfloat16 and asynchronous copies need it, in Triton and in CUDA C++.
+# The first compute capability with products of bfloat16 and asynchronous copies, which the kernels use.
 OLDEST_CAPABILITY = (8, 0)
-# Elements: the divisor of a stride by which Triton knows its rows to be aligned, and what suits products.
+# In elements: Triton takes rows to be aligned if it divides their stride, and matrix products are faster then.
 ROW_ALIGNMENT = 16
-# Below this V the padding would be a share of the budget that counts.
+# Rows of fewer columns are not padded: the padding would take a large share of the memory budget.
 SMALLEST_PADDED = 1024
 # Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
 DEFAULT_LOGITS_BYTES = 256 * 2**20
-# A GPU's products are faster in the thousands of rows, and its memory is larger: this share of it, up to the limit.
+# The default budget on a GPU, whose products need thousands of rows: this share of its memory, up to the limit.
 GPU_MEMORY_SHARE = 1 / 32
 GPU_LOGITS_BYTES = 2 * 2**30
 
 
 def is_host(device: torch.device) -> bool:
-    """Tell whether values can be looked at without waiting for a device."""
+    """Tell whether values on ``device`` can be read without waiting for it."""
     return device.type == CPU
 
 
@@ -46,7 +46,7 @@ def is_amd() -> bool:
 
 
 def count_gpus() -> int:
-    """Count the GPUs that torch sees, without making a context on any of them."""
+    """Count the GPUs that torch sees, without creating a context on any of them."""
     return torch.cuda.device_count()
 
 
@@ -83,7 +83,7 @@ def multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
 
 
 def default_logits_bytes(device: torch.device) -> int:
-    """Bytes of logits held at once where the user names no budget."""
+    """Return the bytes of logits held at once on ``device`` where the user names no budget."""
     if not is_gpu(device) or not count_gpus():
         return DEFAULT_LOGITS_BYTES
     share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
@@ -91,7 +91,7 @@ def default_logits_bytes(device: torch.device) -> int:
 
 
 def row_width(vocab: int, device: torch.device) -> int:
-    """Elements from one row of logits to the next: on a GPU, rows begin at whole vectors, whatever V is."""
+    """Return the elements from one row of logits to the next; on a GPU padded so that rows begin at whole vectors."""
     padded = not is_host(device) and vocab >= SMALLEST_PADDED
     return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
 
@@ -103,7 +103,7 @@ def float32_sums(device: torch.device) -> bool:
 
 @cache
 def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether this torch adds a product of ``dtype`` to float32; its first ones with ``out_dtype`` refuse to."""
+    """Tell whether this torch adds a product of ``dtype`` to float32; early releases with ``out_dtype`` do not."""
     total, one = torch.ones((1, 1), device=device), torch.ones((1, 1), device=device, dtype=dtype)
     try:
         torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
@@ -118,12 +118,12 @@ def is_capturing() -> bool:
 
 
 def current_stream(device: torch.device) -> int:
-    """The handle of torch's current stream on a GPU."""
+    """Return the handle of torch's current stream on a GPU."""
     return torch.cuda.current_stream(device).cuda_stream
 
 
 def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Make ``device`` the current one for a while: Triton launches on the current device's stream."""
+    """Make ``device`` the current one within the context: Triton launches on the current device's stream."""
     return torch.cuda.device(device) if is_gpu(device) else contextlib.nullcontext()
 
 
@@ -133,6 +133,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off for a while: what was to be cast has been."""
+    """Switch autocast off within the context, for tensors that have already been cast."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

@@ -11,12 +11,12 @@ IGNORE_INDEX = -100
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of every reduction over values stored as ``dtype``: float32, or float64 for float64."""
+    """Return the dtype in which values stored as ``dtype`` are summed: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def narrow_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (R, V) gradient of ``dtype`` at the front of each row of the memory of ``logits`` (R, V)."""
+    """Return the (R, V) tensor of ``dtype`` at the front of each row of the memory of ``logits`` (R, V)."""
     return logits if dtype == logits.dtype else logits.view(dtype)[:, : logits.shape[1]]
 
 
@@ -25,12 +25,12 @@ TILE_ELEMENTS = 2**21
 
 
 def tile_elements(device: torch.device) -> int:
-    """Elements moved or accumulated at a time: little beside a budget of logits, and much beside a launch."""
+    """Return how many elements to move at a time: few beside a budget of logits, many beside the cost of a launch."""
     return 2**19 if is_host(device) else 2**22
 
 
 def long_slices(length: int, width: int, elements: int = TILE_ELEMENTS) -> list[slice]:
-    """Slices of a long dimension of a (length, width) matrix, of about so many elements each."""
+    """Return slices of the long dimension of a (length, width) matrix, of about ``elements`` elements each."""
     step = max(1, elements // max(1, width))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 

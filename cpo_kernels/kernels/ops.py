@@ -18,8 +18,8 @@ from torch.library import CustomOpDef, custom_op
 from . import plain
 from .numerics import accumulate_dtype
 
-# Checks of targets (N,) against V by the type of their device: an error for what follows, which names the token.
-# Backends enter theirs, which return False where they cannot serve a device.
+# By device type, a check of targets (N,) against V that lets later work on the device fail with the token's name.
+# Backends enter their checks here; a check returns False where it cannot serve a device.
 TARGET_CHECKS: dict[str, Callable[[Tensor, int], bool]] = {}
 
 
@@ -32,7 +32,7 @@ class RowKernels(NamedTuple):
 
 
 class RowOperators(NamedTuple):
-    """The same as operators, the first differentiable."""
+    """The row functions of a backend as torch operators; ``forward`` is differentiable."""
 
     forward: CustomOpDef
     backward: CustomOpDef
@@ -40,7 +40,7 @@ class RowOperators(NamedTuple):
 
 
 def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
-    """The operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
+    """Declare the operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
 
     @custom_op(f"cpo_kernels::{prefix}row_forward", mutates_args=())
     def row_forward(
@@ -52,7 +52,7 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         softcap: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        """(R, V), (N,) -> stats (2, R): max, log-sum-exp minus max; log-probabilities (N,), 0 where target is -100."""
+        """Compute stats (2, R), max and log-sum-exp minus max, and log-probabilities (N,), 0 for a target of -100."""
         return body.forward(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
 
     @custom_op(f"cpo_kernels::{prefix}row_backward", mutates_args=())
@@ -67,7 +67,7 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         softcap: float,
         temperature: float,
     ) -> Tensor:
-        """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype."""
+        """Compute the gradient of ``sum_n coef_n * logp_n`` by the raw logits, a new (R, V) tensor of their dtype."""
         return body.backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
 
     @custom_op(f"cpo_kernels::{prefix}row_backward_", mutates_args=("logits",))
@@ -83,9 +83,9 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         temperature: float,
         grad_dtype: torch.dtype | None = None,
     ) -> None:
-        """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+        """Write what :func:`row_backward` computes over the logits; a narrower ``grad_dtype`` over each row's front.
 
-        The gradient is then ``logits.view(grad_dtype)[:, :V]``, see :func:`cpo_kernels.kernels.reference.narrow_view`.
+        The gradient is ``logits.view(grad_dtype)[:, :V]``, see :func:`cpo_kernels.kernels.numerics.narrow_view`.
         """
         head = (bias, logit_scale, softcap, temperature)
         body.backward_(logits, targets, row_starts, stats, coef, *head, grad_dtype)
@@ -135,7 +135,7 @@ def _register_autograd(operators: RowOperators) -> None:
         needs_logits, _, _, _, needs_coef, needs_bias, *_ = ctx.needs_input_grad
         third_order = torch.is_grad_enabled()
         with torch.enable_grad():
-            # Views, so that what coef was made of, the logits among it, is no part of this graph.
+            # A view of logits keeps the graph that coef was made by, in which they occur too, out of this one.
             x = logits.view_as(logits) if logits.requires_grad else logits.detach().requires_grad_()
             c, b = coef.view_as(coef), None if bias is None else bias.view_as(bias)
             logps = plain.row_forward(x, targets, row_starts, b, *ctx.transform)[1]
@@ -156,7 +156,7 @@ row_forward, row_backward, row_backward_ = declare_rows(
 
 @custom_op("cpo_kernels::gemm_", mutates_args=("out",))
 def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """``out[:] = a @ b``, or ``out += a @ b`` if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
+    """Write ``a @ b`` to ``out``, or add it if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
     plain.gemm_(a, b, out, accumulate)
 
 
@@ -167,7 +167,10 @@ def _(a, b, out, accumulate):
 
 @custom_op("cpo_kernels::gemm_pair_", mutates_args=("high", "low"))
 def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
-    """:func:`gemm_` into the sum ``high + low``, two tensors of one half-precision dtype; ``high`` is its rounding."""
+    """Write or add ``a @ b`` to the sum ``high + low``, two tensors of one half-precision dtype.
+
+    ``high`` is the sum rounded to that dtype.
+    """
     plain.gemm_pair_(a, b, high, low, accumulate)
 
 
@@ -178,7 +181,10 @@ def _(a, b, high, low, accumulate):
 
 @custom_op("cpo_kernels::column_stats", mutates_args=())
 def column_stats(grad: Tensor) -> Tensor:
-    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
+    """Return the largest absolute value and the absolute sum of each column: (r, V) -> (2, V).
+
+    A NaN in a column is at least in its sum.
+    """
     return plain.column_stats(grad)
 
 
@@ -189,7 +195,7 @@ def _(grad):
 
 @custom_op("cpo_kernels::take_columns", mutates_args=())
 def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
+    """Return some columns (c,) of some rows (k,) of (r, V), and behind them each row's sum of the rest: (k, c + 1)."""
     return plain.take_columns(grad, rows, columns)
 
 

@@ -1,4 +1,4 @@
-"""The kernels of the backend "torch": what every operator does where no compiled kernel stands in."""
+"""The kernels of the backend "torch": what every operator does on devices for which no kernel was compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .device import float32_sums, is_host
 
 
 def token_rows(targets: Tensor, row_starts: Tensor | None) -> Tensor:
-    """Row of each token (N,) from the prefix counts of tokens per row (R + 1,)."""
+    """Return the row of each token (N,) from the prefix counts of tokens per row (R + 1,)."""
     if row_starts is None:
         return torch.arange(targets.numel(), device=targets.device)
     counts = row_starts.diff()
@@ -37,9 +37,9 @@ def row_forward(
     softcap: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Statistics (2, R) of the rows (max, log-sum-exp minus max) and the log-probability (N,) of each token.
+    """Compute the statistics (2, R) of rows, max and log-sum-exp minus max, and each token's log-probability (N,).
 
-    The statistics of rows without a token mean nothing.
+    The statistics of rows without a token are undefined.
     """
     rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
     x = logits.to(accumulate_dtype(logits.dtype))
@@ -63,13 +63,13 @@ def row_backward(
     softcap: float,
     temperature: float,
 ) -> Tensor:
-    """Gradient (R, V) of ``sum_n coef_n * logp_n`` with respect to the raw logits; rows without one are exactly 0."""
+    """Compute the gradient (R, V) of ``sum_n coef_n * logp_n`` by the raw logits; exactly 0 in rows without tokens."""
     x = logits.to(stats.dtype)
     y = transform_logits(x, bias, logit_scale, softcap, temperature)
     rows, present = token_rows(targets, row_starts), targets != IGNORE_INDEX
     coef = torch.where(present, coef, torch.zeros_like(coef))
     row_coef = x.new_zeros(x.shape[0]).index_add_(0, rows, coef)
-    # The words of a row first, summed as row_coef is: where one has all the probability, the difference is exactly 0.
+    # One-hot terms are summed as row_coef is: for a word of probability 1, their difference is then exactly 0.
     grad = torch.zeros_like(x).index_put_((rows, targets.where(present, 0)), coef, accumulate=True)
     grad = grad - row_coef[:, None] * (y - stats[0][:, None] - stats[1][:, None]).exp()
     if softcap:
@@ -92,13 +92,16 @@ def row_backward_(
     temperature: float,
     grad_dtype: torch.dtype | None = None,
 ) -> None:
-    """:func:`row_backward` of ``grad_dtype`` (default: that of the logits), written over the logits."""
+    """Write :func:`row_backward` over the logits, in ``grad_dtype`` (default: that of the logits)."""
     grad = row_backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
     narrow_view(logits, grad_dtype or logits.dtype).copy_(grad)
 
 
 def column_stats(grad: Tensor) -> Tensor:
-    """Largest absolute value and absolute sum of each column: (r, V) -> (2, V); NaN is in the sum at least."""
+    """Return the largest absolute value and the absolute sum of each column: (r, V) -> (2, V).
+
+    A NaN in a column is at least in its sum.
+    """
     stats = grad.new_zeros((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
     for tile in long_slices(grad.shape[0], grad.shape[1], tile_elements(grad.device)):
         size = grad[tile].abs().to(stats.dtype)
@@ -108,7 +111,7 @@ def column_stats(grad: Tensor) -> Tensor:
 
 
 def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(k, c + 1): some columns (c,) of some rows (k,) of (r, V), and behind them the sum of each row's others."""
+    """Return some columns (c,) of some rows (k,) of (r, V), and behind them each row's sum of the rest: (k, c + 1)."""
     whole = grad.index_select(0, rows)
     part = whole.index_select(1, columns)
     dtype = accumulate_dtype(grad.dtype)
@@ -117,13 +120,13 @@ def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """``tensor *= factor``, a scalar; a factor of 1 costs nothing where reading it waits for no device."""
+    """Multiply a tensor by a scalar in place; a factor of 1 costs nothing where reading it waits for no device."""
     if not is_host(factor.device) or float(factor) != 1.0:
         tensor.mul_(factor)
 
 
 def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """``out[:] = a @ b``, or ``out += a @ b``; (m, k), (k, n), (m, n), multiplied in the widest of their dtypes."""
+    """Write or add ``a @ b`` to ``out``; (m, k), (k, n), (m, n), multiplied in the widest of their dtypes."""
     if a.dtype == b.dtype == out.dtype:
         if accumulate:
             out.addmm_(a, b)
@@ -137,7 +140,7 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     (m, k), n = a.shape, b.shape[1]
     if not accumulate:
         out.zero_()
-    # Along the longest dimension, so that no converted copy is as large as the vocabulary's.
+    # Tiles run along the longest dimension, so that no converted copy is as large as the whole vocabulary.
     if n == max(m, k, n):
         for tile in long_slices(n, k):
             out[:, tile] += a.to(wide) @ b[:, tile].to(wide)
@@ -150,7 +153,7 @@ def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """:func:`gemm_` of half precision into float32 on CUDA: cuBLAS writes and adds up its float32 accumulators."""
+    """Run :func:`gemm_` of half precision into float32 on CUDA: cuBLAS writes and adds its float32 accumulators."""
     if not accumulate:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     elif adds_to_float32(a.device, a.dtype):
@@ -161,7 +164,7 @@ def widening_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
-    """``high + low = a @ b``, or ``+= a @ b``, a tile of rows at a time."""
+    """Write or add ``a @ b`` to the sum ``high + low``, a tile of rows at a time."""
     wide = torch.promote_types(a.dtype, b.dtype)
     if not accumulate:
         high.zero_()

@@ -1,4 +1,4 @@
-"""Section 1 of the design in plain PyTorch: the oracle of every test, and the bodies the operators fall back on.
+"""Section 1 of the design in plain PyTorch: the oracle of every test.
 
 Everything here is written for reading, in the dtype it is given (float64 included), with dense logits.
 """
@@ -18,7 +18,7 @@ from .transform import transform_logits
 
 
 def token_logps(logits: Tensor, targets: Tensor, **transform: Any) -> Tensor:
-    """Dense log softmax(logits)[target]: (..., V), (...) -> (...); 0 where the target is -100."""
+    """Return log softmax(logits)[target] from dense logits: (..., V), (...) -> (...); 0 where the target is -100."""
     y = transform_logits(logits.to(accumulate_dtype(logits.dtype)), **transform)
     present = targets != IGNORE_INDEX
     picked = torch.log_softmax(y, -1).gather(-1, targets.where(present, 0).unsqueeze(-1)).squeeze(-1)
@@ -26,7 +26,7 @@ def token_logps(logits: Tensor, targets: Tensor, **transform: Any) -> Tensor:
 
 
 def contrastive_loss(scores: Tensor, ranks: Tensor, present: Tensor) -> Tensor:
-    """Loss of one group, by the definition: scores, ranks, present are (C,); returns a scalar.
+    """Return the loss of one group by its definition, a scalar; scores, ranks and present are (C,).
 
     ``sum_i [logsumexp({s_i} + {s_j : rank_j > rank_i}) - s_i]`` over the present candidates i that have a strictly
     lower-ranked present candidate (Plackett-Luce with ties left out).
@@ -52,7 +52,7 @@ def cpo_loss(
     mle_weight: float = 0.0,
     **transform: Any,
 ) -> Tensor:
-    """The whole objective from dense logits: (G, C, T, V), (G, C, T) -> scalar, differentiable."""
+    """Return the whole objective from dense logits: (G, C, T, V), (G, C, T) -> scalar, differentiable."""
     groups, candidates, _ = targets.shape
     present_tokens = targets != IGNORE_INDEX
     lengths = present_tokens.sum(-1)

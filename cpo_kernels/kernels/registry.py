@@ -1,4 +1,4 @@
-"""Which backends exist, which are available here, and which one a call uses.
+"""The registry of backends: which exist, which are available on this machine, and which one a call uses.
 
 A backend supplies the row kernels and may supply the contrast in one launch and a fused linear path; the engine exists
 once. :mod:`cpo_kernels.kernels.selection` says which backend a call uses for what, by measured speed.
@@ -32,12 +32,12 @@ ROWS = ops.RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_
 
 
 def takes_all(hidden: Tensor, weight: Tensor) -> bool:
-    """Any matrices that a call may have."""
+    """Return True: the kernel takes any matrices that a call may have."""
     return True
 
 
 def triton_backend() -> Backend:
-    """Triton's kernels, with the device's own matrix products; importing them imports triton."""
+    """Return Triton's kernels with the device's own matrix products; imports triton."""
     rows = import_module("cpo_kernels.kernels.triton.rows")
     contrast = import_module("cpo_kernels.kernels.triton.contrast")
     gradients = import_module("cpo_kernels.kernels.triton.gradients")
@@ -61,7 +61,7 @@ def triton_backend() -> Backend:
 
 
 def cuda_backend() -> Backend:
-    """The compiled CUDA kernels, with the device's own matrix products."""
+    """Return the compiled CUDA kernels with the device's own matrix products."""
     kernels = ops.RowKernels(cuda_rows.row_forward, cuda_rows.row_backward, cuda_rows.row_backward_)
     return Backend(
         name="cuda",
@@ -90,7 +90,10 @@ def cuda_backend() -> Backend:
 
 
 def named_check(targets: Tensor, vocab: int) -> bool:
-    """The compiled CUDA check of targets, whichever backend runs the call; False where the GPU is too old for it."""
+    """Check targets by the compiled CUDA kernel, whichever backend runs the call.
+
+    Returns False, without a check, where the GPU is too old for the kernel.
+    """
     if why_too_old("cuda", targets.device) is not None:
         return False
     cuda_rows.check_targets(targets, vocab)
@@ -150,7 +153,7 @@ if cuda_extension.unavailable_reason() is None:
 
 
 def describe() -> list[Status]:
-    """The state of every backend of the project, in the order of the documentation."""
+    """Return the state of every backend of the project, in the order of the documentation."""
     cpu_reason, triton_reason = cpu_extension.unavailable_reason(), triton_support.unavailable_reason()
     cuda_reason = cuda_extension.unavailable_reason()
     return [
@@ -162,7 +165,7 @@ def describe() -> list[Status]:
 
 
 def available() -> list[str]:
-    """Names of the backends that can be used here."""
+    """Return the names of the backends that can be used here."""
     return [status.name for status in describe() if status.available]
 
 
@@ -171,7 +174,7 @@ AVAILABLE = tuple(available())
 
 
 def select(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None) -> Backend:
-    """The backend of a call.
+    """Return the backend of a call.
 
     Args:
         name: ``"auto"`` or a backend's name.
@@ -199,13 +202,13 @@ def select(name: str, device: torch.device, dtype: torch.dtype, sizes: Sizes | N
 
 
 def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | None) -> Backend:
-    """What serves a call: ``base``, with the kernels of other backends and the ways around that measured faster.
+    """Return ``base`` with those kernels of any backend in it that measured faster for such a call.
 
     Args:
-        base: what serves it without a choice.
-        name: as the call names it.
-        device: of the tensors.
-        sizes: of the call, or None.
+        base: the backend that serves the call where ``selection.json`` says nothing.
+        name: the backend's name in the call, or ``"auto"``.
+        device: device of the tensors.
+        sizes: sizes of the call; None leaves the choices of ``selection.json`` out.
     """
     if sizes is None or not selection.CHOICES or torch.compiler.is_compiling():
         return base

@@ -14,11 +14,11 @@ from .transform import transform_logits
 
 
 def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
-    """Entropy (R,) in nats of the softmax of each row, from its statistics (2, R)."""
+    """Return the entropy (R,) in nats of the softmax of each row, from the row statistics (2, R)."""
     parts = []
     for tile in long_slices(*logits.shape):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
-        # The maximum first: together with it, the small logarithm would be rounded to the size of the logits.
+        # The maximum is subtracted first: added to it, the small logarithm would be rounded to the size of the logits.
         log_p = y - stats[0, tile, None] - stats[1, tile, None]
         p = log_p.exp()
         parts.append(-torch.where(p == 0, 0.0, p * log_p).sum(-1))
@@ -26,7 +26,7 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
 
 
 def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
-    """K words (R, K) of each row, drawn from its softmax by inverse distribution function at ``uniforms`` (R, K).
+    """Draw K words (R, K) of each row from its softmax, by inverse distribution function at ``uniforms`` (R, K).
 
     ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
     distribution (NaN, or nothing but -inf).
@@ -39,9 +39,9 @@ def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | 
 
 
 def words_at(masses: Tensor, uniforms: Tensor) -> Tensor:
-    """Words (R, K) where the running sums of masses (R, V), in float64, pass the shares (R, K) of their totals.
+    """Find the words (R, K) where float64 running sums of masses (R, V) pass shares (R, K) of their totals.
 
-    Looked for among chunks of about sqrt(V) words first: a running sum over all words takes longer than all the rest.
+    The search is first among chunks of about sqrt(V) words: a running sum over all words would take most of the time.
     """
     rows, vocab = masses.shape
     width = 2 ** (vocab.bit_length() // 2)
@@ -57,5 +57,8 @@ def words_at(masses: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def under(values: Tensor, bound: Tensor) -> Tensor:
-    """Values below the bound even where rounding has taken them there, so that what lies behind it is not found."""
+    """Return the values, those that rounding has taken to the bound moved just below it.
+
+    A search for them then finds nothing that lies behind the bound.
+    """
     return torch.minimum(values, torch.nextafter(bound, torch.zeros_like(bound)))

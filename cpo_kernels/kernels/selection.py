@@ -1,13 +1,13 @@
-"""Which backend serves what where: the table ``selection.json``, whose entries are measured, not guessed.
+"""The choice of a backend by operation and device: the table ``selection.json``, whose entries are measured.
 
 ``prefer`` orders the backends for each device type. ``choices`` refines that on a GPU, operation by operation and size
 by size; they are searched in order, and the first whose size matches counts, or nothing does where its backend may not
 serve the call. A choice has ``operation``, ``arch``, ``dtype`` (or ``"any"``), ``backend``, optionally
 ``vocab_at_most`` and ``hidden_at_most``, and ``measured``, the figure behind it.
 
-What every GPU backend has is exchanged where the backend is chosen automatically. The others are ways around something:
-``backend`` null means that the way around does not pay. Without a choice it is not taken, but for ``logits_loss`` by a
-backend that has it.
+A kernel that every GPU backend has is exchanged where the backend is chosen automatically. The other operations are
+optional kernels, which replace several: ``backend`` null means that such a kernel does not pay. Without a choice it is
+not used, but for ``logits_loss``, which a backend that has it uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPERATIONS = (*EXCHANGED, "logits_loss", *OPTIONAL)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a choice depends on besides the device.
+    """The sizes and dtypes on which a choice depends besides the device.
 
     Attributes:
         vocab: V.
@@ -43,7 +43,7 @@ class Sizes:
     hidden_dtype: torch.dtype | None = None
 
     def dtype_of(self, operation: str) -> torch.dtype:
-        """The dtype that an operation reads."""
+        """Return the dtype that an operation reads."""
         return self.hidden_dtype or self.logits_dtype if operation.startswith("linear_") else self.logits_dtype
 
 
@@ -82,7 +82,7 @@ CHOICES: list[Choice] = [Choice(**entry) for entry in TABLE["choices"]]
 
 
 def choices_for(name: str, arch: str, sizes: Sizes, available: tuple[str, ...]) -> dict[str, str | None]:
-    """The backend of each operation that the table says something about, among those a call may use.
+    """Return the backend of each operation that the table mentions, among the backends that a call may use.
 
     Args:
         name: ``"auto"`` or the backend that the call names.
@@ -100,7 +100,10 @@ def choices_for(name: str, arch: str, sizes: Sizes, available: tuple[str, ...]) 
 
 @contextmanager
 def overridden(*choices: Choice) -> Iterator[None]:
-    """These choices in place of the table's, for measurements and tests; not safe across threads."""
+    """Put these choices in place of the table's within the context, for measurements and tests.
+
+    This is not safe across threads.
+    """
     before = list(CHOICES)
     CHOICES[:] = choices
     try:

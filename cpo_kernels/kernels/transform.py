@@ -23,7 +23,7 @@ class Transform(NamedTuple):
 
 
 def fold_transform(logit_scale: float, softcap: float, temperature: float) -> Transform:
-    """The two numbers that logit_scale, softcap (0.0: none) and temperature come down to, and the slope.
+    """Return the two numbers, and the slope, that logit_scale, softcap (0.0: none) and temperature come down to.
 
     Raises:
         ValueError: a value that is not finite, a negative softcap, or a temperature that is not positive.
@@ -45,7 +45,7 @@ def transform_logits(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Raw head outputs (..., V) to the logits of the softmax: bias, scale, softcap, temperature, in that order."""
+    """Turn raw head outputs (..., V) into the logits of the softmax: bias, scale, softcap, temperature, in order."""
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
     logits = logits * logit_scale

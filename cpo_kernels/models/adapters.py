@@ -16,9 +16,9 @@ class AppliedHead:
     """A head as one product: its logits are ``features @ weight.T + bias``.
 
     Attributes:
-        features: (R, F) hidden states, and behind them those of the active low-rank adapters; F = H + sum of ranks.
-        weight: (V, F), the columns of the adapters behind those of the head. Of a tied head it is a node of its own:
-            the gradient that comes for it is written to, so it must not be one that something else holds.
+        features: (R, F) hidden states, then the features of the active low-rank adapters; F = H + sum of ranks.
+        weight: (V, F), the columns of the head, then those of the adapters. For a tied head it is an alias, whose
+            gradient is written to in place, so no other code may hold that gradient.
         bias: (V,) or None.
         frozen_columns: leading columns of the weight that need no gradient, see :class:`cpo_kernels.options.Head`.
     """
@@ -36,10 +36,10 @@ class AppliedHead:
 
 
 def find_base(model: nn.Module) -> nn.Module:
-    """The model of ``transformers`` inside a ``PeftModel``, else ``model`` itself.
+    """Return the model of ``transformers`` inside a ``PeftModel``, else ``model`` itself.
 
     Raises:
-        RuntimeError: an adapter that puts tokens of its own before the prompt, so that rows would be counted wrongly.
+        RuntimeError: an adapter that puts virtual tokens before the prompt, which would shift the rows of tokens.
     """
     wrapper: Any = model
     if _is_peft(model, "mixed_model", "PeftMixedModel"):
@@ -56,10 +56,10 @@ def find_base(model: nn.Module) -> nn.Module:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of all adapters of a model: those that switching its adapters off takes out of it."""
+    """Return the parameters of all adapters of a model, which disabling its adapters takes out of it."""
     parameters: list[Any] = []
     for module in model.modules():
-        # Every layer of PEFT's, those that hold trained copies or tokens included, lists what it adds to the model.
+        # Every layer of PEFT, also one of trained copies or tokens, lists the attributes that it adds to the model.
         for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())):
             own = getattr(module, name, None)
             parameters += own.parameters() if isinstance(own, nn.Module) else [own]
@@ -67,7 +67,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def selected_head(head: nn.Module) -> nn.Module:
-    """The head in use: of a ``modules_to_save`` wrapper the trained copy or, with adapters disabled, the original."""
+    """Return the head in use: the trained copy in ``modules_to_save``, or the original if adapters are disabled."""
     if not _is_peft(head, "utils", "ModulesToSaveWrapper"):
         return head
     wrapper: Any = head
@@ -77,10 +77,10 @@ def selected_head(head: nn.Module) -> nn.Module:
 
 
 def plain_head(head: nn.Module) -> nn.Module:
-    """The linear layer below all adapters.
+    """Return the linear layer below all adapters.
 
     Raises:
-        RuntimeError: an adapter that is not applied here.
+        RuntimeError: an adapter of a kind that :func:`apply_head` does not apply.
     """
     chosen: Any = selected_head(head)
     if not _is_wrapped(chosen):
@@ -120,7 +120,7 @@ def check_adapters(head: nn.Module) -> None:
 
 
 def head_modules(head: nn.Module) -> list[nn.Module]:
-    """The modules that hold what :func:`apply_head` reads of ``head``, outer ones first."""
+    """Return the modules whose parameters :func:`apply_head` reads of ``head``, outer ones first."""
     chosen: Any = selected_head(head)
     modules: list[nn.Module] = [head, chosen, plain_head(head)]
     for name in _active(chosen):
@@ -131,14 +131,14 @@ def head_modules(head: nn.Module) -> list[nn.Module]:
 
 
 def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
-    """``head`` with its active adapters, for hidden states (R, H); differentiable in all of them.
+    """Apply ``head`` with its active adapters to hidden states (R, H); differentiable in all of them.
 
-    A low-rank adapter is merged by columns: ``x W' + s (x A') B' = [x, s x A'] [W, B]'``. Against a sum of weights
-    this loses nothing to the rounding of a half-precision W, and the dropout of the adapter's input is exact. Where W
-    is frozen it costs two products, and the third for the columns of B alone.
+    A low-rank adapter is merged by columns: ``x W' + s (x A') B' = [x, s x A'] [W, B]'``. Unlike a sum of
+    weights, this loses nothing to the rounding of a half-precision W, and allows dropout of the adapter's input. Where
+    W is frozen it costs two products, and a third of the columns of B only.
 
     Raises:
-        RuntimeError: an adapter that is not applied here.
+        RuntimeError: an adapter of a kind that :func:`apply_head` does not apply.
     """
     check_adapters(head)
     plain: Any = plain_head(head)
@@ -166,7 +166,7 @@ def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
 
 
 def _active(head: Any) -> list[str]:
-    """Names of the low-rank adapters that count now."""
+    """Return the names of the low-rank adapters that are active."""
     if not _is_wrapped(head) or head.disable_adapters or head.merged:
         return []
     return [name for name in head.active_adapters if name in head.lora_A]
@@ -183,7 +183,7 @@ def _is_dora(head: Any, name: str) -> bool:
 
 
 def _dora_scale(head: Any, name: str, weight: Tensor) -> Tensor:
-    """Magnitude over norm, (V,); the norm is a constant to the gradient (Liu et al. 2024, DoRA, section 4.3)."""
+    """Return magnitude over norm, (V,); the norm has no gradient (Liu et al. 2024, DoRA, section 4.3)."""
     inner, outer = head.lora_A[name].weight.detach(), head.lora_B[name].weight.detach()
     norm = torch.linalg.norm(
         torch.addmm(weight.detach().to(inner.dtype), outer, inner, alpha=head.scaling[name]), dim=1
@@ -196,6 +196,6 @@ def _is_wrapped(head: nn.Module) -> bool:
 
 
 def _is_peft(module: nn.Module, package: str, kind: str) -> bool:
-    """Whether ``module`` is an instance of a class of PEFT, which nothing is before PEFT has been imported."""
+    """Tell whether ``module`` is of a class of PEFT; without importing PEFT, before which no module can be."""
     source = sys.modules.get(f"peft.{package}")
     return source is not None and isinstance(module, getattr(source, kind))

@@ -43,18 +43,18 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     ``StatisticsRequest``), the model runs its body, never its head, and returns a :class:`LinearLossOutput`. Without
     the keyword it behaves as before. With ``prefix_tree=PrefixTree(...)`` its rows are packed groups, see
     :func:`cpo_kernels.models.pack_groups`, and it takes no ``attention_mask`` or ``position_ids``. The change is made
-    in place, survives ``copy.deepcopy``, ``pickle`` and ``torch.save`` (what is loaded has the loss attached, and needs
-    this package), and leaves parameters, ``state_dict`` and ``save_pretrained`` as they are; attaching twice changes
-    nothing.
+    in place, survives ``copy.deepcopy``, ``pickle`` and ``torch.save`` (loading needs this package, and the model
+    then has the loss attached), and leaves parameters, ``state_dict`` and ``save_pretrained`` as they are; attaching
+    twice changes nothing.
 
-    What a model does to its logits, a scale or a softcap, and between its body and its head is found by running its
-    own forward, whatever its family. A mixture of experts with ``output_router_logits`` adds its load-balancing loss to
+    Running the model's own forward, whatever its family, shows whether it scales or caps its logits and what it
+    computes between body and head. A mixture of experts with ``output_router_logits`` adds its load-balancing loss to
     ``loss`` as it does with labels, and returns it as ``aux_loss``.
 
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``
-            of one, whose base model is changed. Adapters of the body need nothing here; of the head, LoRA, DoRA and
-            ``modules_to_save`` are applied as they are active at each call, and disabled adapters give the base.
+            of one, whose base model is changed. Adapters of the body work as ever. Of the head's adapters, LoRA, DoRA
+            and ``modules_to_save`` are applied if active at the call; disabled adapters leave the base head.
         verify: also run the body on a few tokens, to check that the model gives its head what the body returns and
             that no hidden state depends on later tokens. Skipped on the meta device and once the model is sharded.
 
@@ -63,8 +63,8 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
 
     Raises:
         RuntimeError: no recognisable body or head, a head with other adapters or quantised weights, prompt learning,
-            an encoder-decoder, logits that are not this head's but for a scale and a softcap, a model that is not
-            causal, or a ``forward`` that has been replaced on the object.
+            an encoder-decoder, logits that differ from this head's by more than a scale and a softcap, a model that is
+            not causal, or a ``forward`` that has been replaced on the object.
     """
     base: Any = find_base(model)
     if getattr(type(base), "_computes_linear_loss", False):
@@ -84,7 +84,7 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
 
 @functools.cache
 def _with_linear_loss(base: type) -> type:
-    """A subclass of a model class whose forward takes ``linear_loss``; a class, so that copies of a model keep it."""
+    """Return a subclass of a model class whose forward takes ``linear_loss``; copies of a model keep the class."""
     original: Callable[..., Any] = base.forward  # type: ignore[attr-defined]
 
     def forward(
@@ -97,18 +97,18 @@ def _with_linear_loss(base: type) -> type:
         return original(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
-        # The class has the name of its base and cannot be looked up by it, so it is made anew where it is loaded.
+        # The class has the name of its base and cannot be imported by it, so loading makes it anew from the base.
         return _make, (base,), *object.__reduce_ex__(self, max(2, int(protocol)))[2:]
 
     forward.__doc__ = original.__doc__
     forward.__signature__ = _extended_signature(original)  # type: ignore[attr-defined]
-    # The name is kept: it becomes `architectures` of a saved configuration, and Trainer looks it up.
+    # The base's name is kept: it becomes `architectures` of a saved configuration, and Trainer looks it up.
     members = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": base.__module__}
     return type(base.__name__, (base,), members | {"_computes_linear_loss": True})
 
 
 def _make(base: type) -> Any:
-    """An empty object of a model class with the loss attached, for pickle."""
+    """Make an empty object of a model class with the loss attached, for pickle."""
     return object.__new__(_with_linear_loss(base))
 
 
@@ -141,7 +141,7 @@ def _linear_forward(
         rows = replay(model, original, head, one_logit, args, given, body=body, outputs=outputs).head_input
     aux_loss = router_loss = None
     if getattr(outputs, "router_logits", None) is not None:
-        # Positions that candidates share count for each of them, as they do in rows of their own.
+        # A position that candidates share counts once for each of them, as it does in separate rows.
         counted = kwargs if tree is None else kwargs | {"attention_mask": tree.readers}
         aux_loss, router_loss = router_losses(model, original, head, body, outputs, args, counted)
 
@@ -157,7 +157,7 @@ def _linear_forward(
 
 
 def _router_keyword(model: Any, kwargs: dict[str, Any]) -> dict[str, bool]:
-    """Ask the body of a mixture of experts for its router's logits where the model's own forward would."""
+    """Return the keyword that asks a mixture of experts' body for router logits, where its own forward asks."""
     config = model.config.get_text_config()
     if not hasattr(config, "output_router_logits"):
         return {}

@@ -1,4 +1,4 @@
-"""Where a Hugging Face causal language model keeps its body and its head."""
+"""Find the body and the head of a Hugging Face causal language model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .tied import find_embedding
 
 
 def find_body(model: PreTrainedModel) -> nn.Module:
-    """The module whose ``last_hidden_state`` the head is applied to.
+    """Return the module whose ``last_hidden_state`` the head is applied to.
 
-    It is the model's ``base_model`` or, where that is the model itself, the child that looks the tokens up. Whether the
-    head is applied to what it returns is for :func:`~.reading.read_head` to find out.
+    It is the model's ``base_model`` or, where that is the model itself, the child that contains the token embedding.
+    :func:`~.reading.read_head` checks that the head is applied to the output of that module.
 
     Raises:
-        RuntimeError: the model has none that differs from itself, or is an encoder-decoder.
+        RuntimeError: the model has no body other than itself, or is an encoder-decoder.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise RuntimeError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only language model")
@@ -39,10 +39,10 @@ def find_body(model: PreTrainedModel) -> nn.Module:
 
 
 def find_head(model: PreTrainedModel) -> nn.Module:
-    """The output embeddings, possibly wrapped in adapters.
+    """Return the output embeddings, possibly wrapped in adapters.
 
     Raises:
-        RuntimeError: the model has none.
+        RuntimeError: the model has no output embeddings.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
@@ -53,7 +53,7 @@ def find_head(model: PreTrainedModel) -> nn.Module:
 
 
 def check_head(head: nn.Module) -> None:
-    """Raise ``RuntimeError`` for a head that is more than a weight (V, H), a bias (V,) and known adapters."""
+    """Raise ``RuntimeError`` for a head beyond a weight (V, H), a bias (V,) and adapters that can be applied."""
     check_adapters(head)
     plain = plain_head(head)
     kind = type(plain).__name__
@@ -71,7 +71,7 @@ def check_head(head: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """A model in evaluation mode and without gradients; its modules' modes come back as they were."""
+    """Put a model in evaluation mode without gradients within the context; restore its modules' modes after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

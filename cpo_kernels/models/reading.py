@@ -1,4 +1,4 @@
-"""How a model comes from the output of its body to its logits, found by running it and not by its name."""
+"""How a model computes logits from the output of its body, found by running it and not by its name."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .replay import Replayed, replay
 from .sharded import is_sharded
 
 PROBED_TOKENS = 16
-TINY, HUGE = 2.0**-40, 2.0**40  # logits at which a softcap does nothing, and nothing but its bound is seen
-# Of the norm of a hidden state. What a later token adds to an earlier one by rounding stays below.
+TINY, HUGE = 2.0**-40, 2.0**40  # a logit far below any softcap, and one far above
+# Largest change of a hidden state, relative to its norm, that rounding explains when later tokens change.
 LEAKS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class HeadReading:
-    """What is between the body of a model and its logits.
+    """What a model computes between its body and its logits.
 
     Attributes:
-        options: ``logit_scale`` and ``softcap`` of what the head returns, where they do something.
-        direct: whether the head is given the body's ``last_hidden_state`` as it is; otherwise its input has to be made
-            by the model's own forward.
+        options: ``logit_scale`` and ``softcap`` of the head's output, without those that change nothing.
+        direct: whether the head gets the body's ``last_hidden_state`` unchanged; otherwise the model's own forward has
+            to make its input.
     """
 
     options: dict[str, float]
@@ -41,10 +41,10 @@ class HeadReading:
 def read_head(model: PreTrainedModel, *, verify: bool) -> HeadReading:
     """Find out what a model does between its body and its head, and to its logits.
 
-    The model's own forward runs with a stand-in for its head, which answers with chosen numbers from the tiny to the
-    huge, so that a scale and a softcap are read off what becomes of them. With ``verify`` the body runs as well, on
-    other tokens too: the model must give its head what the body returns, and no hidden state may depend on later
-    tokens. Of a model that is sharded or on the meta device, and without ``verify``, the body's output is made up.
+    The model's own forward runs with a stand-in for its head, which returns chosen numbers from tiny to huge, so that
+    the logits show a scale and a softcap. With ``verify`` the body runs as well, twice with different later tokens: the
+    model must give its head what the body returns, and no hidden state may depend on later tokens. For a model that is
+    sharded or on the meta device, and without ``verify``, the body's output is made up.
 
     Raises:
         RuntimeError: the logits are not those of the head, scaled and capped; or the model is not causal.
@@ -63,7 +63,7 @@ def read_head(model: PreTrainedModel, *, verify: bool) -> HeadReading:
     with evaluating(model):
         try:
             outputs = body(**inputs) if runs else _made_up(model, ids)
-            with torch.enable_grad():  # logits that ask for a gradient have parameters of their own
+            with torch.enable_grad():  # logits that need a gradient come from other parameters
                 found = replay(model, kind.forward, head, answer, (), inputs, body=body, outputs=outputs)
             own = replay(model, kind.forward, head, answer, (), inputs) if runs else found
             changed = inputs | {"input_ids": _with_other_end(ids)}
@@ -79,7 +79,7 @@ def read_head(model: PreTrainedModel, *, verify: bool) -> HeadReading:
 
 
 def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hidden: Tensor) -> None:
-    """Raise ``RuntimeError`` unless the head gets what the model makes of its body's output, and of no later tokens."""
+    """Raise ``RuntimeError`` unless the head's input comes from the body's output, and from no later tokens."""
     given = found.head_input
     if given is None or given.shape[:-1] != hidden.shape[:-1] or not _same(own.head_input, given):
         raise RuntimeError(
@@ -95,7 +95,7 @@ def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hid
 
 
 def _read_options(name: str, logits: Tensor, chosen: Tensor) -> dict[str, float]:
-    """Find the scale and the softcap that make ``logits`` of ``chosen``, (1, n, V) both."""
+    """Find the scale and the softcap that turn ``chosen`` (1, n, V) into ``logits`` (1, n, V)."""
     problem = f"{name} transforms its logits in a way that no scale and no softcap explains"
     if logits.shape != chosen.shape:
         raise RuntimeError(f"{problem}: of {tuple(chosen.shape)} from its head it makes {tuple(logits.shape)}")
@@ -115,7 +115,7 @@ def _read_options(name: str, logits: Tensor, chosen: Tensor) -> dict[str, float]
 
 
 def _chosen_logits(length: int, vocab: int, device: torch.device) -> Tensor:
-    """Make numbers (1, n, V) that tell a scale, a softcap and an exchange of entries from what they came from."""
+    """Make numbers (1, n, V) on which a scale, a softcap and swapped entries leave different traces."""
     dtype = torch.float32 if device.type == "mps" else torch.float64
     factors = torch.arange(1, length + 1, dtype=dtype, device=device)[:, None] / 2
     logits = torch.linspace(-40.0, 40.0, vocab, dtype=dtype, device=device) * factors
@@ -124,13 +124,13 @@ def _chosen_logits(length: int, vocab: int, device: torch.device) -> Tensor:
 
 
 def _with_other_end(ids: Tensor) -> Tensor:
-    """Change every token of the second half of ids (1, n)."""
+    """Replace the second half of ids (1, n) by other tokens."""
     half = ids.shape[1] // 2
     return torch.cat([ids[:, :half], ids[:, : ids.shape[1] - half].flip(1)], dim=1)
 
 
 def _distance(first: Any, second: Any) -> float:
-    """Measure how far the first half of hidden states (1, n, H) is from that of others, in its norm."""
+    """Measure the distance of the first halves of two tensors of hidden states (1, n, H), relative to their norm."""
     half = first.shape[1] // 2
     one, other = (states[:, :half].float() for states in (first, second))
     distances = (one - other).norm(dim=-1) / one.norm(dim=-1).clamp(min=1e-30)
@@ -138,13 +138,13 @@ def _distance(first: Any, second: Any) -> float:
 
 
 def _head_size(model: PreTrainedModel, head: nn.Module) -> int:
-    """Find the number V of logits, also of a weight that ZeRO has emptied."""
+    """Find the number V of logits, also where ZeRO has emptied the weight."""
     plain: Any = plain_head(head)
     return int(plain.weight.shape[0] if plain.weight.numel() else plain.out_features)
 
 
 def _plain_tokens(model: PreTrainedModel, vocab: int) -> list[int]:
-    """Choose n tokens that no configuration gives a meaning, such as a place for an image, where there are others."""
+    """Choose n tokens to which no configuration gives a meaning (such as the place of an image), if there are any."""
     config: Any = model.config
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -167,7 +167,7 @@ class _MadeUpOutput(ModelOutput):
 
 
 def _made_up(model: PreTrainedModel, ids: Tensor) -> Any:
-    """Make up what a body might return for tokens (1, n), where it cannot run."""
+    """Make up an output of a body for tokens (1, n), for a body that cannot run."""
     dtype = model.dtype if model.dtype.is_floating_point else torch.float32
     width = model.config.get_text_config().hidden_size
     hidden = torch.linspace(-1.0, 1.0, ids.numel() * width, dtype=torch.float32, device=ids.device)
@@ -175,7 +175,7 @@ def _made_up(model: PreTrainedModel, ids: Tensor) -> Any:
 
 
 def _same(value: Tensor | None, expected: Tensor) -> bool:
-    """Tell whether two are equal but for rounding in the dtype of ``value``; NaN equals NaN."""
+    """Tell whether two tensors are equal but for rounding in the dtype of ``value``; NaN equals NaN."""
     if value is None or value.shape != expected.shape:
         return False
     atol = 8 * torch.finfo(value.dtype).eps * max(1.0, float(expected.detach().abs().max().nan_to_num(posinf=1.0)))

@@ -1,4 +1,4 @@
-"""A model's own forward around what its body returned, with something else in place of its head."""
+"""Run a model's own forward with a stand-in for its head, and optionally with a given output of its body."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Replayed(NamedTuple):
-    """What came of a replay.
+    """The result of a replay.
 
     Attributes:
-        head_input: what the model gave its head, differentiable; None where its forward does not call the head.
-        out: what its forward returned.
+        head_input: the input that the model gave its head, differentiable; None where it did not call the head.
+        out: the output of the model's forward.
     """
 
     head_input: Tensor | None
@@ -32,20 +32,20 @@ def replay(
     body: nn.Module | None = None,
     outputs: Any = None,
 ) -> Replayed:
-    """Run a model's forward with a stand-in for its head and, if ``body`` is given, with the body's output given too.
+    """Run a model's forward with a stand-in for its head and, if ``body`` is given, with a given output of its body.
 
-    It runs on a shallow copy in which only the modules on the way to those two are copies, so neither the model nor
-    another thread that uses it notices; parameters and hooks of all other modules are the model's own.
+    The forward runs on a shallow copy, in which only the modules that contain the head or the body are copies. So
+    neither the model nor another thread that uses it notices; all other modules, with hooks, are the model's own.
 
     Args:
         model: the model, which is not called itself.
-        forward: its class's forward, of a model and what follows.
+        forward: the forward of its class, called with a model, ``args`` and ``kwargs``.
         head: the module of the model that ``answer`` stands in for.
-        answer: from what the head is given to what it returns.
+        answer: maps the input of the head to the output that stands for the head's.
         args: of the forward.
         kwargs: of the forward.
         body: the module of the model that returns ``outputs``; None: no module does.
-        outputs: what it returned for these arguments.
+        outputs: the output of the body for these arguments.
     """
     stand_in = _StandIn(head, answer)
     twins: dict[nn.Module, nn.Module] = {head: stand_in}
@@ -56,16 +56,16 @@ def replay(
 
 
 def one_logit(hidden: Tensor) -> Tensor:
-    """Answer for a head whose logits nobody needs: zeros (..., 1)."""
+    """Return zeros (..., 1) in place of logits that nobody needs."""
     return hidden.new_zeros((*hidden.shape[:-1], 1))
 
 
 class _StandIn(nn.Module):
-    """Answers in place of a module, and keeps what it was given first."""
+    """A module that answers in place of another one, and keeps the first input that it gets."""
 
     def __init__(self, module: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
-        # Some models cast what they give their head to the dtype of its weight.
+        # Kept for its attributes: some models cast the head's input to the dtype of its weight.
         self._of, self.answer = [module], answer
         self.given: Tensor | None = None
 
@@ -81,14 +81,14 @@ class _StandIn(nn.Module):
 
 
 def _substituted(module: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put other modules in place of some within one; returns it, or a shallow copy where one of them is in it."""
+    """Return ``module``, or where it contains a key of ``twins``, a shallow copy with the key's value in its place."""
     if module in twins:
         return twins[module]
     children = {name: child for name, child in module._modules.items() if child is not None}
     changed = {name: _substituted(child, twins) for name, child in children.items()}
     if all(changed[name] is child for name, child in children.items()):
         return module
-    twin = object.__new__(type(module))  # and not copy.copy, which FSDP2 does not allow
+    twin = object.__new__(type(module))  # FSDP2 does not allow copy.copy
     twin.__dict__.update(module.__dict__, _modules=module._modules | changed)
     return twin
 
@@ -104,11 +104,11 @@ def router_losses(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the load-balancing loss of a mixture of experts, raw and as the model adds it to its loss.
 
-    Both come from the model's own forward, which gets labels for a loss of the logits that is always 0; so what is
-    added is what the model adds, whatever it calls the coefficient and however it counts the tokens.
+    Both come from the model's own forward, with a loss of the logits that is always 0. So the result is what the model
+    adds, whatever it calls the coefficient and however it counts the tokens.
 
     Returns:
-        ``aux_loss`` and its share in the loss, differentiable scalars; None for a model that has none.
+        ``aux_loss`` and its part of the loss, differentiable scalars; both None for a model without one.
     """
     hidden = outputs.last_hidden_state
 

@@ -1,4 +1,4 @@
-"""What a model with an attached loss can be asked for, and its answer."""
+"""The requests that a model with an attached loss answers, and the form of its answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .adapters import AppliedHead
 
 @dataclass
 class LinearLossOutput(ModelOutput):
-    """What a model returns for a request; a field that the request does not compute is None.
+    """The answer of a model to a request; a field that the request does not compute is None.
 
     Attributes:
         loss: scalar, differentiable.
@@ -31,8 +31,8 @@ class LinearLossOutput(ModelOutput):
         embeddings: (S, H) float32, see :class:`LogpsRequest`.
         token_logps, entropy, samples: (N,), see :class:`StatisticsRequest`.
         aux_loss: scalar, differentiable, the load-balancing loss of a mixture of experts that outputs router logits.
-        router_loss: scalar, detached, what it adds to ``loss``: what the model adds with labels, which is
-            ``router_aux_loss_coef`` times ``aux_loss``, times the ``router_share`` of the request.
+        router_loss: scalar, detached, the part of ``loss`` that comes from ``aux_loss``: ``router_aux_loss_coef`` times
+            ``aux_loss``, as the model adds it with labels, times the ``router_share`` of the request.
         exact: internal, see :meth:`protected`.
     """
 
@@ -60,24 +60,24 @@ class LinearLossOutput(ModelOutput):
                 setattr(self, name, value)
 
     def protected(self) -> LinearLossOutput:
-        """The same, safe from FSDP2's ``output_dtype``, with which accelerate rounds all outputs to 16 bits.
+        """Return a copy safe from FSDP2's ``output_dtype``, by which accelerate rounds all outputs to 16 bits.
 
-        FSDP2 rounds a copy of an output field by field; this one takes its own values back when it is copied. Their
-        hooks, by which FSDP2 learns of the backward pass, are on them already.
+        FSDP2 rounds a copy of an output field by field; the protected output restores its exact values when it is
+        copied. FSDP2 has by then put the hooks on them by which it learns of the backward pass.
         """
         values = {name: value for name, value in self.items() if torch.is_floating_point(value)}
         return replace(self, exact=ExactValues(values))
 
 
 class ExactValues:
-    """Fields of an output by name; a class of its own, in which nothing looks for tensors."""
+    """Fields of an output by name, in a class in which FSDP2 does not look for tensors."""
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.values = values
 
 
 class CPORequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
+    """A request to a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
 
     Not a dataclass, because FSDP casts the tensors of dataclasses among a forward's arguments to its compute dtype,
     and reference log-likelihoods must stay in float32.
@@ -86,8 +86,8 @@ class CPORequest:
         targets: (N,) int64, the vocabulary entry of each token; -100 for none.
         layout: which row of the flattened (B * L, H) hidden states predicts each token, and which candidate of
             which group it belongs to.
-        router_share: how much of the model's own load-balancing loss is added; in one of several accumulated batches
-            its part of them, and 0 leaves it to the caller.
+        router_share: factor of the model's own load-balancing loss: the batch's share of the accumulated batches, or 0
+            to leave that loss to the caller.
         options: objective and head keywords of ``linear_cpo_loss`` (``ref_logps``, ``beta``, ``mle_weight``, ...).
             ``bias``, ``logit_scale`` and ``softcap`` are the model's own.
     """
@@ -96,7 +96,7 @@ class CPORequest:
         self.targets, self.layout, self.router_share, self.options = targets, layout, router_share, options
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
-        """The loss from hidden states (R, H), the head applied to them, and what is done to its logits."""
+        """Compute the loss from hidden states (R, H), the applied head and the transform of its logits."""
         options = {**head.options, **self.options, **transform}
         out = linear_cpo_loss(head.features, head.weight, self.targets, layout=self.layout, **options)
         return LinearLossOutput(
@@ -112,7 +112,7 @@ class CPORequest:
 
 
 class SequenceLossRequest:
-    """Asks a model for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
+    """A request for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
 
     Args:
         targets: as for :class:`CPORequest`.
@@ -136,14 +136,14 @@ class SequenceLossRequest:
         self.router_share = router_share
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
-        """The loss; arguments as for :meth:`CPORequest.compute`."""
+        """Compute the loss; arguments as for :meth:`CPORequest.compute`."""
         options = {**head.options, **self.options, **transform}
         tensors = head.features, head.weight, self.targets
         return LinearLossOutput(loss=linear_sequence_loss(*tensors, self.loss_fn, layout=self.layout, **options))
 
 
 class LogpsRequest:
-    """Asks a model for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
+    """A request for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
 
     Args:
         targets, layout: as for :class:`CPORequest`.
@@ -156,7 +156,7 @@ class LogpsRequest:
         self.targets, self.layout, self.pool, self.options = targets, layout, pool, options
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
-        """The log-likelihoods (S,); arguments as for :meth:`CPORequest.compute`."""
+        """Compute the log-likelihoods (S,); arguments as for :meth:`CPORequest.compute`."""
         options = {**head.options, **self.options, **transform}
         logps = linear_sequence_logps(head.features, head.weight, self.targets, layout=self.layout, **options)
         embeddings = mean_rows(hidden.detach(), self.targets, self.layout) if self.pool else None
@@ -164,7 +164,7 @@ class LogpsRequest:
 
 
 class StatisticsRequest:
-    """Asks a model for :func:`cpo_kernels.linear_token_statistics` of some rows; without gradient.
+    """A request for :func:`cpo_kernels.linear_token_statistics` of some rows, without gradient.
 
     Args:
         targets: (N,) int64, the vocabulary entry of each token; -100 for none.
@@ -191,14 +191,14 @@ class StatisticsRequest:
             self.options["num_samples"] = num_samples
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
-        """The statistics (N,); arguments as for :meth:`CPORequest.compute`."""
+        """Compute the statistics (N,); arguments as for :meth:`CPORequest.compute`."""
         options = {**head.options, **self.options, **transform}
         out = linear_token_statistics(head.features.detach()[self.rows], head.weight, self.targets, **options)
         return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples)
 
 
 def mean_rows(hidden: Tensor, targets: Tensor, layout: CandidateLayout) -> Tensor:
-    """Mean (S, H) float32 of the rows of ``hidden`` (R, H) that predict each segment's tokens; 0 for an absent one."""
+    """Average the rows of ``hidden`` (R, H) that predict a segment's tokens: (S, H) float32, 0 for absent ones."""
     present = targets != IGNORE_INDEX
     rows = torch.arange(layout.num_tokens, device=hidden.device) if layout.rows is None else layout.rows
     counts = torch.cat([present.new_zeros(1, dtype=torch.int64), present.cumsum(0)])

@@ -1,4 +1,4 @@
-"""Heads whose parameters FSDP2 or ZeRO gathers by hooks of the head's own: what reads them has to run in between."""
+"""Heads whose parameters FSDP2 or ZeRO gathers by hooks on the head, between which code that reads them must run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 
 
 def may_be_sharded() -> bool:
-    """Whether this process is one of several."""
+    """Tell whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether some parameter of ``module`` is not here as a whole now: a shard, emptied, or on the meta device."""
+    """Tell whether some parameter of ``module`` is incomplete now: a shard, emptied, or on the meta device."""
     return any(_is_shard(p) or p.numel() == 0 or p.is_meta for p in module.parameters())
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether hooks of ``module`` itself have to run around what reads its parameters.
+    """Tell whether hooks of ``module`` itself have to run around code that reads its parameters.
 
-    A module that FSDP2 wraps has such hooks even while its weight is there, gathered by its neighbours in a group;
-    ZeRO-3 marks its parameters with ``ds_id``. A DTensor of a module that FSDP2 does not wrap is of tensor parallelism,
-    whose hooks gather nothing: they turn what goes in and out into DTensors.
+    A module that FSDP2 wraps has such hooks even while its weight is complete, gathered by other modules of its group;
+    ZeRO-3 marks its parameters with ``ds_id``. A DTensor in a module that FSDP2 does not wrap belongs to tensor
+    parallelism, whose hooks gather nothing: they turn inputs and outputs into DTensors.
     """
     if _is_fsdp_module(module):
         return True
@@ -32,9 +32,9 @@ def is_managed(module: nn.Module) -> bool:
 
 
 def run_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """``compute(hidden)`` inside a call of each of ``modules`` that needs one, the first outermost.
+    """Run ``compute(hidden)`` inside a call of each of ``modules`` that needs one, the first outermost.
 
-    The call runs the module's hooks with ``compute`` in place of its forward; no hook of the others fires.
+    Each call runs the module's hooks with ``compute`` in place of its forward; hooks of other modules do not fire.
     """
     if not modules:
         return compute(hidden)

@@ -1,6 +1,6 @@
-"""A weight that is embedding and head in one: its gradient is one matrix from the head, to which the tokens' rows add.
+"""One gradient for a weight that is both embedding and head: the rows of the tokens are added to that of the head.
 
-PyTorch builds two (V, H) gradients of such a weight, zeros but for a few rows the one of the embedding, and adds them.
+PyTorch builds two (V, H) gradients of such a weight and adds them; that of the embedding is nearly all zeros.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from transformers import PreTrainedModel
 from .adapters import AppliedHead, plain_head
 from .sharded import is_managed
 
-SCRATCH = 3  # rows a token: sorted, summed, and what the sum takes
+SCRATCH = 3  # rows of H for each token: sorted, summed, and the memory of the summation
 
 
 class TiedLookup(torch.autograd.Function):
-    """``functional.embedding``, and the weight once more for a head, whose gradient the backward pass writes to.
+    """``functional.embedding``, and an alias of the weight for the head, whose gradient the backward pass adds to.
 
-    The head must bring one that nothing else holds: the fused losses do. The result is what PyTorch's two gradients
-    are in sum, to the bit on a CPU; a GPU adds the rows of one token up in another order.
+    The head's gradient must not be held by other code, as that of the fused losses is not. The result is the sum of
+    PyTorch's two gradients, to the bit on a CPU; a GPU adds the rows of one token in another order.
     """
 
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor, padding_idx: int):
-        """Returns the rows (..., H) of ids (...), and an alias of the weight (V, H)."""
+        """Return the rows (..., H) of ids (...), and an alias of the weight (V, H)."""
         ctx.save_for_backward(ids)
         ctx.padding_idx, ctx.entries = padding_idx, weight.shape[0]
         ctx.set_materialize_grads(False)
@@ -42,13 +42,13 @@ class TiedLookup(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rows, grad_weight):
-        """(V, H) for the weight."""
+        """Return the gradient (V, H) of the weight."""
         (ids,) = ctx.saved_tensors
         if grad_rows is None:
             return None, grad_weight, None
         if grad_weight is None:
             return None, _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx), None
-        grad_weight = grad_weight.contiguous()  # an expanded one cannot be written to
+        grad_weight = grad_weight.contiguous()  # an expanded gradient cannot be written to
         if SCRATCH * ids.numel() > ctx.entries:
             grad_weight += _sum_rows(grad_rows, ids, ctx.entries, ctx.padding_idx)
         else:
@@ -57,28 +57,28 @@ class TiedLookup(torch.autograd.Function):
 
 
 def _sum_rows(grad: Tensor, ids: Tensor, entries: int, padding_idx: int) -> Tensor:
-    """(entries, H): the gradient of an embedding."""
+    """Return the gradient (entries, H) of an embedding."""
     rows: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, entries, padding_idx, False)
     return rows
 
 
 def _add_rows_(total: Tensor, grad: Tensor, ids: Tensor, padding_idx: int) -> None:
-    """``total += _sum_rows(...)`` with :data:`SCRATCH` rows of H for each of the n ids."""
+    """Add :func:`_sum_rows` to ``total`` in place, with :data:`SCRATCH` rows of H for each of the n ids."""
     flat, grad = ids.flatten().long(), grad.reshape(-1, grad.shape[-1])
     if padding_idx >= 0:
         grad = grad.masked_fill((flat == padding_idx).unsqueeze(1), 0.0)
-    # The slot of each distinct id, without asking how many there are: a GPU need not be waited for.
+    # The slot of each distinct id; their number stays on the GPU, so that the host does not wait.
     ordered, order = flat.sort(stable=True)
     slots = torch.zeros_like(ordered)
     slots[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
     sums = _sum_rows(grad[order], slots, len(flat), -1)
-    # Slots beyond the last add zeros, anywhere; every entry is added to once, so the order does not matter.
+    # Slots beyond the last add zeros to any entry; every entry is added to once, so the order does not matter.
     entries = torch.arange(len(flat), device=flat.device) % total.shape[0]
     total.index_add_(0, entries.scatter_(0, slots, ordered), sums)
 
 
 class _Lookups(TorchFunctionMode):
-    """Makes a :class:`TiedLookup` of the first lookup in ``weight`` that is differentiated."""
+    """A mode that makes the first differentiated lookup in ``weight`` a :class:`TiedLookup`."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -106,14 +106,14 @@ def _plain_lookup(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Tensor, Tensor, int] | None:
-    """Ids, weight and padding index (or -1) of a call of ``functional.embedding``; None if it does more."""
+    """Return ids, weight and padding index (or -1) of a ``functional.embedding`` call; None if it does more."""
     if max_norm is not None or scale_grad_by_freq or sparse:
         return None
     return input, weight, -1 if padding_idx is None else padding_idx % weight.shape[0]
 
 
 class _TiedForward:
-    """The forward of an embedding while one thread computes a loss; what it was for other threads and for compilers."""
+    """The forward of an embedding while one thread computes a loss; other threads and compilers get the original."""
 
     def __init__(self, forward: Callable[..., Any], lookups: _Lookups) -> None:
         self.forward, self.lookups, self.thread = forward, lookups, threading.get_ident()
@@ -129,10 +129,11 @@ class _TiedForward:
 def one_gradient(
     body: nn.Module, embedding: nn.Module | None, head: nn.Module
 ) -> Iterator[Callable[[AppliedHead], AppliedHead]]:
-    """Around a call of the body of a model: what looks tokens up inside shares its weight's gradient with the head.
+    """Let token lookups in a call of a model's body share their weight's gradient with the head.
 
-    Yields what to put around :func:`~cpo_kernels.models.adapters.apply_head`; it changes nothing where the weight is
-    not tied or not trained, where hooks gather it, in compiled code, and where another thread is at it.
+    The context yields a function to apply to the result of :func:`~cpo_kernels.models.adapters.apply_head`. It changes
+    nothing where the weight is not tied or not trained, where hooks gather it, in compiled code, or while another
+    thread does the same.
     """
     if not _shares_a_gradient(body, embedding, head):
         yield lambda applied: applied
@@ -156,7 +157,7 @@ def one_gradient(
 
 
 def find_embedding(model: PreTrainedModel) -> nn.Module | None:
-    """The input embeddings, or None where the model does not say which they are."""
+    """Return the input embeddings, or None where the model does not say which they are."""
     find = getattr(model, "get_input_embeddings", None)
     try:
         return None if find is None else find()
@@ -175,7 +176,7 @@ def _shares_a_gradient(body: nn.Module, embedding: nn.Module | None, head: nn.Mo
 
 
 def _may_be_compiled(body: nn.Module, embedding: nn.Module) -> bool:
-    """Whether the lookup may be in a compiled graph, which would be made anew for every forward put in its place."""
+    """Tell whether the lookup may be in a compiled graph, which a replaced forward would recompile each time."""
     path = next((name for name, module in body.named_modules() if module is embedding), None)
     if path is None:
         return True

@@ -1,11 +1,11 @@
 """Autoregressive negatives (AN in arXiv 2502.16433): completions that the model itself writes, by ``generate``.
 
-They are the dearest negatives, one forward pass a token, and those that training gains most from. A run draws them anew
-every few steps, or they are drawn ahead of time and kept in a file (:func:`write_negatives`) that training reads back.
+They cost most, one forward pass a token, and training gains most from them. A run draws them anew every few steps, or
+they are drawn ahead of time and kept in a file (:func:`write_negatives`) that training reads back.
 
-What is drawn is a function of the model, the prompt, the seed, and the key of the prompt: not of the other prompts, nor
-of how they are batched, nor of torch's global generators, which are neither read nor moved. (But for the rounding of
-products, which may depend on the number of rows: a draw on the very boundary of two tokens.)
+A completion is a function of the model, the prompt, the seed, and the key of the prompt: not of the other prompts, nor
+of how they are batched, nor of torch's global generators, which are neither read nor advanced. (The rounding of
+products may depend on the number of rows, which can change a draw on the very boundary of two tokens.)
 """
 
 from __future__ import annotations
@@ -70,18 +70,18 @@ def autoregressive_negatives(
     """Sample ``count`` completions of each prompt.
 
     Sampling is from the model's distribution at the temperature and top-p given; the model's own generation
-    configuration (its top-k, its penalties) plays no part. The model is in evaluation mode meanwhile, which turns
-    dropout and gradient checkpointing off, and uses its cache whatever its configuration says; afterwards it is as
-    before. It may have a loss attached or adapters.
+    configuration (its top-k, its penalties) plays no part. While sampling, the model is in evaluation mode, without
+    dropout and gradient checkpointing, and uses its cache whatever its configuration says; afterwards it is as before.
+    It may have a loss attached or adapters.
 
     Args:
         model: a causal language model of ``transformers`` or a ``PeftModel`` of one.
         prompts: token ids of each prompt, at least one. A prompt and its completion must fit the model's positions.
         count: how many completions of each.
         eos_token_id: the token that ends a completion, or every one that may.
-        pad_token_id: any token; it is masked.
+        pad_token_id: any token, since padding is masked.
         sampling: how to sample; default: :class:`Sampling`'s own.
-        keys: an integer a prompt, such as the index of its example, that what is drawn for it depends on besides the
+        keys: for each prompt an integer, such as the index of its example, on which its completions depend besides the
             seed. Default: its position, 0, 1, ...
         synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
             ZeRO 3) need it. All processes must call then, with any number of prompts, none included.
@@ -107,7 +107,7 @@ def autoregressive_negatives(
     seeds = [
         token_seeds(sampling.seed, 0, index if keys is None else keys[index], count) for index in range(len(prompts))
     ]
-    # By length, so that a batch has little padding; the longest first, so that what does not fit in memory fails early.
+    # By length, so that a batch has little padding; the longest first, so that running out of memory happens early.
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(count)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))
     batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
@@ -118,7 +118,7 @@ def autoregressive_negatives(
     options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
     with _ready_to_generate(model):
         for batch in batches:
-            # Beside other processes' batches, any prompt will do.
+            # A process without prompts generates for any prompt, in step with the other processes' batches.
             texts = [prompts[index] for index, _ in batch] or [ends[:1]]
             keyed = torch.tensor([seeds[index][sample] for index, sample in batch] or [0], device="cpu")
             drawn = _generate(model, texts, keyed, sampling, **options)
@@ -161,7 +161,7 @@ def _generate(
     device, width = model.device, max(map(len, prompts))
     ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    # The choice is made by the last processor, which leaves one token: the search for the best one finds it.
+    # The last processor draws a token and rules out all others, so that greedy search returns it.
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -178,7 +178,7 @@ def _generate(
         logits_processor=processors,
         synced_gpus=synced_gpus,
     )
-    # Behind the end of a completion there is padding.
+    # What follows the end of a completion is padding.
     return [until_end(completion, eos_token_id) for completion in out[:, width:].tolist()]
 
 
@@ -194,18 +194,18 @@ def _warpers(sampling: Sampling) -> list[Any]:
 
 
 class _SeededChoice:
-    """A logits processor that draws each row's token by its own seed and place, and leaves that token alone.
+    """A logits processor that draws each row's token by its seed and place, and rules out all other tokens.
 
     Args:
         seeds: (B,) int64 on the device of the logits.
-        width: tokens before the first that is drawn.
+        width: number of tokens before the first drawn one.
     """
 
     def __init__(self, seeds: Tensor, width: int) -> None:
         self.seeds, self.width = seeds, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (B, V), -inf but for the chosen token."""
+        """Return scores (B, V): 0 for the chosen token, else -inf."""
         place = self.seeds.new_tensor(input_ids.shape[1] - self.width)
         chosen = sampling.words_at(scores.float().softmax(-1), counter_random.uniforms(self.seeds, place)[:, None])
         if bool((chosen < 0).any()):
@@ -215,11 +215,11 @@ class _SeededChoice:
 
 @contextmanager
 def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Put the model in evaluation mode, with a generation configuration that adds nothing; both are put back."""
+    """Put the model in evaluation mode, with a generation configuration without options, within the context."""
     from transformers import GenerationConfig
 
     trained = [module for module in model.modules() if module.training]
-    # A PeftModel hands its generation configuration on to the model in it.
+    # A PeftModel passes its generation configuration on to the model that it wraps.
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     configs = [owner.generation_config for owner in owners]
     try:

@@ -19,7 +19,7 @@ def batch_negatives(
         index: the example to draw for, a position in ``completions``.
         count: how many negatives to draw.
         rng: source of randomness; the result is a function of its state and of the pool alone.
-        max_tokens: compare so many of their first tokens only, where the rest will be left out; None for all.
+        max_tokens: compare only this many first tokens, if the rest will be cut off; None to compare all.
 
     Returns:
         ``count`` positions in ``completions``.
@@ -47,7 +47,7 @@ def batch_negatives(
 
 def _random_order(size: int, rng: Random) -> Iterator[int]:
     """Yield every index of range(size) once, in random order, at a cost that grows with what is consumed only."""
-    # The array of a Fisher-Yates shuffle, where it differs from range(size).
+    # Those entries of a Fisher-Yates shuffle's array that differ from range(size).
     moved: dict[int, int] = {}
     for i in range(size):
         j = rng.randrange(i, size)

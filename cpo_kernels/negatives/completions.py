@@ -15,7 +15,7 @@ class Completion(NamedTuple):
 
     Attributes:
         text: without the prompt and without EOS.
-        ended: whether the model ended it, rather than the limit of tokens.
+        ended: whether the model ended it; False where the limit of tokens cut it off.
     """
 
     text: str
@@ -28,7 +28,7 @@ class CompletionsEndpoint(Endpoint):
     def negatives(self, prompts: Sequence[str], count: int, sampling: Sampling | None = None) -> list[list[Completion]]:
         """Ask for ``count`` completions of each prompt, in their order.
 
-        A request holds as many prompts as make ``sampling.batch_size`` completions, one at least, and a seed that is a
+        A request holds as many prompts as make ``sampling.batch_size`` completions, at least one, and a seed that is a
         function of ``sampling.seed`` and of its first prompt's index; whether the same seed gives the same completions
         is up to the server.
 
@@ -76,13 +76,13 @@ class CompletionsEndpoint(Endpoint):
         if problem is not None:
             expected = len(prompts) * count
             raise EndpointError(f"{self.url} answered {which} with {problem}; expected {expected} choices")
-        # Those of the first prompt come first; servers number them so, and may send them in the order they ended.
+        # Servers number the choices prompt by prompt, but may send them in the order in which they ended.
         choices = sorted(answer.choices, key=lambda choice: choice.index)
         completions = [Completion(choice.text, choice.finish_reason == "stop") for choice in choices]
         return [completions[start : start + count] for start in range(0, len(completions), count)]
 
     def _problem(self, answer: Any, expected: int) -> str | None:
-        """Say what is wrong with an answer that should have so many choices, or None."""
+        """Say what is wrong with an answer that should have ``expected`` choices; None if nothing is."""
         choices = getattr(answer, "choices", None)
         if not isinstance(choices, list):
             return f"no choices: {self._quoted(answer)!r}"

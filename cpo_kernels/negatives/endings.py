@@ -1,7 +1,7 @@
 """The tokens that end a completion: a tokenizer's EOS, those of a generation configuration, a chat template's own.
 
 Wherever a function takes ``eos_token_id`` it is one token id or several, as in ``transformers``. Any of them ends a
-completion; where one has to be ended it gets the end that the ground truth has, or else the first.
+completion. A candidate that has to be ended gets the end of its ground truth, or else the first id.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-# What stands in a conversation for an answer, to see what a template puts behind one.
+# An answer in a made-up conversation, which shows what a template puts behind an answer.
 ANSWER = "cpoanswer"
 
 
@@ -17,8 +17,8 @@ def end_token_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     """Return every token id that ends a completion.
 
     These are the tokenizer's EOS, which comes first, the token that its chat template ends an answer with, and those
-    of the model's generation configuration. A single one of these that the tokenizer does not mark as special and that
-    the model's configuration class has by default says nothing about the model and is left out.
+    of the model's generation configuration. A single id in that configuration is left out if the tokenizer does not
+    mark it as special and the configuration class has it by default: it says nothing about the model.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
@@ -40,7 +40,7 @@ def turn_end(tokenizer: Any) -> int | None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ANSWER}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # A template may raise anything, and this one has another idea of a conversation.
+    except Exception:  # A template may raise anything; this one does not take the made-up conversation.
         return None
     _, answered, behind = text.rpartition(ANSWER)
     if not answered or not behind.strip():

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's protocol, such as vLLM's: how it is reached, asked many things at once, and fails."""
+"""A server that speaks OpenAI's protocol, such as vLLM's: its address, concurrent requests, and its failures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer")
 
 
 class EndpointError(RuntimeError):
-    """A server did not answer, or not with what it was asked for; the message holds no key."""
+    """Raised where a server gives no answer or a wrong one; the message holds no key."""
 
 
 class Endpoint:
@@ -25,18 +25,18 @@ class Endpoint:
 
     Args:
         url: base URL of the server, such as ``http://localhost:8000/v1``. A user and a password in it are sent to the
-            server and kept out of ``url``, messages and logs. It is not left: a redirection is an error.
-        model: its name there.
+            server and kept out of ``url``, messages and logs. A redirection is an error.
+        model: the name that the server has for the model.
         api_key: sent to ``url``. None sends a placeholder, which local servers accept, and never a key from the
-            environment: that one may be another service's.
+            environment, which may belong to another service.
         timeout: seconds for one request, from the connection to the last byte of the answer.
-        max_retries: of a request that timed out, could not connect or got status 408, 409, 429 or 500 and above; the
-            pauses between grow, or are those that the server asks for.
+        max_retries: most retries of a request that timed out, could not connect or got status 408, 409, 429 or 500 and
+            above, after growing pauses, or those that the server asks for.
         workers: requests in flight at once.
 
     Raises:
         RuntimeError: ``openai`` is not installed.
-        ValueError: ``workers`` below 1, a ``timeout`` that is not positive, or a URL that is none or has a query.
+        ValueError: ``workers`` below 1, a ``timeout`` that is not positive, or an invalid URL or one with a query.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Endpoint:
         self._api_key = api_key
 
     def _client(self) -> Any:
-        """Make a client, which belongs to one event loop."""
+        """Make a client for use in one event loop."""
         return self._openai.AsyncOpenAI(
             base_url=self.url,
             api_key=self._api_key or "none",
@@ -76,14 +76,14 @@ class Endpoint:
         )
 
     async def _request(self, create: Callable[..., Any], what: str, **body: Any) -> Any:
-        """Send one request; raises :class:`EndpointError` saying that the server gave no ``what`` if it failed."""
+        """Send one request; raise :class:`EndpointError`, which says that the server gave no ``what``, if it fails."""
         try:
             return await create(model=self.model, **body)
-        except Exception as error:  # whatever an answer can do to a parser
+        except Exception as error:  # parsing an answer may raise anything
             problem = f"{type(error).__name__}: {self._quoted(error)}"
             if type(error) is self._openai.APIConnectionError and error.__cause__ is not None:
                 problem += f" ({type(error.__cause__).__name__}: {self._quoted(error.__cause__)})"
-        # Not from within the handler: the error that it handled holds the request with its key.
+        # Raised outside of the handler, whose error would be chained to it and holds the request with its key.
         raise EndpointError(f"{self.url} gave no {what}: {problem}")
 
     def _quoted(self, thing: object) -> str:
@@ -95,12 +95,12 @@ class Endpoint:
     ) -> Iterator[tuple[int, Answer]]:
         """Ask for many jobs, ``workers`` at once, and yield (index, answer) as they come.
 
-        After an error nothing more is sent; what was in flight beside it is yielded before it is raised. Whoever stops
-        asking, as Ctrl-C does, waits for nothing.
+        After an error no request is sent; answers to those in flight are yielded before the error is raised. A caller
+        that stops iterating, as by Ctrl-C, does not wait for requests.
 
         Args:
-            ask: of a client and a job, called in a thread of its own.
-            jobs: what to ask.
+            ask: called with a client and a job, in a separate thread.
+            jobs: the arguments of the requests.
         """
         answers: SimpleQueue[tuple[int, Answer] | None] = SimpleQueue()
         failures: list[BaseException] = []
@@ -142,7 +142,7 @@ class Endpoint:
 
 
 def _without_login(url: str) -> tuple[str, tuple[str, str] | None]:
-    """Split a URL into itself without user and password, and those."""
+    """Split a URL into one without user and password, and a pair of user and password or None."""
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]

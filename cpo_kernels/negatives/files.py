@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever a run is killed; among them files of examples with their negatives."""
+"""Files that are whole or absent whenever a run is killed, and files of examples with their negatives."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Negatives = Sequence[Sequence[str]] | Sequence[Sequence[Sequence[int]]]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to, and move what was written there into its place.
+    """Yield a temporary path to write to, and move the file written there to ``path`` at the end.
 
     A reader never sees half a file, and after an error ``path`` is as it was. The folder is made if it is missing.
-    Runs that write the same file at once, on one machine or several, do not meet: the last of them to finish wins.
+    Runs that write the same file at once, on one machine or several, do not disturb each other: the last one wins.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.partial")
@@ -29,7 +29,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one go."""
+    """Write ``text`` to ``path`` by :func:`whole_file`."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -44,14 +44,14 @@ def write_negatives(
 ) -> None:
     """Write examples with negatives to a file that training reads.
 
-    Negatives go into the field ``"negatives"``, behind those that an example has already, or into ``"rejected"`` of an
-    example that has ``"chosen"``; ``"kinds"`` and, where given or there already, ``"ranks"`` are kept beside them.
+    Negatives are appended to the field ``"negatives"``, or ``"rejected"`` of an example that has ``"chosen"``. The
+    fields ``"kinds"`` and, if ranks are given or present, ``"ranks"`` describe them one by one.
 
     Args:
-        path: ends with ``.parquet`` or ``.jsonl``; overwritten in one go.
+        path: ends with ``.parquet`` or ``.jsonl``; a file there is replaced once the new one is whole.
         examples: a ``datasets.Dataset`` or a list of mappings.
         negatives: for each example its new negatives, texts or token ids, as its old ones are.
-        kind: what they are; a name in :data:`~.kinds.KINDS`.
+        kind: the kind of the new negatives, a name in :data:`~.kinds.KINDS`.
         ranks: for each example the ranks of its new negatives, 1 or more. If they are given and the old negatives have
             none, those get rank 1; if only the old ones have ranks, the new ones share the rank behind them.
 
@@ -98,7 +98,7 @@ def _extended(
 
 
 def _as_list(value: Any, field: str, index: int) -> list[Any]:
-    """Read the negatives of an example: TRL has a single one without a list around it."""
+    """Return the negatives of an example as a list; TRL has a single one without a list around it."""
     if value is None:
         return []
     if isinstance(value, str) or (len(value) and isinstance(value[0], int)):

@@ -1,4 +1,4 @@
-"""An HTTP client for the ``openai`` package whose requests end in time, in size and where they were sent."""
+"""An HTTP client for the ``openai`` package with limits of time and size for an answer, and without redirections."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ENCODED = ("content-encoding", "content-length", "transfer-encoding")
 def bounded_client(openai: Any, seconds: float, login: tuple[str, str] | None) -> Any:
     """Make an asynchronous client that reads an answer whole, within ``seconds`` and :data:`MAX_ANSWER_BYTES`.
 
-    The timeouts of HTTP libraries are for every single read, so a body that comes byte by byte never meets them. What
-    takes longer is the library's own timeout, which ``openai`` retries; a redirection is not followed.
+    The timeouts of HTTP libraries hold for every single read, so a body that comes byte by byte never exceeds them. An
+    answer that takes longer raises the library's own timeout error, which ``openai`` retries.
 
     Args:
-        openai: the package; its client may be one of httpx or of httpx2.
+        openai: the package ``openai``, whose HTTP library may be httpx or httpx2.
         seconds: from the connection to the last byte.
         login: user and password to send, or None.
     """
@@ -27,7 +27,7 @@ def bounded_client(openai: Any, seconds: float, login: tuple[str, str] | None) -
 
     class BoundedClient(kind):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-            """Send a request; returns the answer with its body."""
+            """Send a request, and return the answer with its body."""
             try:
                 return await asyncio.wait_for(self._read(request, options), seconds)
             except asyncio.TimeoutError:

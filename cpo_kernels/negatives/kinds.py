@@ -1,7 +1,7 @@
 """The kinds of negatives: one table that configuration, data, drawing, evaluation and help texts read.
 
-A kind that is drawn from the data alone needs a function here and two fields in the trainer's configuration, its number
-and its weight. One that a model draws is also made in ``cpo_kernels.trainer.negatives``.
+A kind that is drawn from the data alone needs a function in this module and two fields in the trainer's configuration,
+its number and its weight. A kind that a model draws is also made in ``cpo_kernels.trainer.negatives``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Negative:
     Args:
         kind: a name in :data:`KINDS`.
         tokens: its token ids.
-        cut: instead of tokens: the ground truth cut behind so many tokens and ended with EOS; it costs the body
-            nothing.
-        rank: 0 for as good as the ground truth; equal ranks express no preference.
-        ref_logp: its log-likelihood under the reference, where it is known already.
+        cut: instead of tokens, the number of tokens after which the ground truth is cut and ended with EOS; such a
+            negative costs the body nothing.
+        rank: 0 if it is as good as the ground truth; equal ranks express no preference.
+        ref_logp: its log-likelihood under the reference, if that is known already.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Task:
 
     Args:
         completions: token ids of every example's completion.
-        index: the place of the example among them.
+        index: the index of the example in ``completions``.
         eos_token_id: the token that ends a completion, or every one that may.
         room: how many tokens fit behind the example's prompt; None for any number.
         rank: the rank that drawn negatives get.
@@ -54,19 +54,19 @@ class Task:
     rank: int = 1
 
 
-# Draws so many negatives; what it draws is a function of the task and of the generator's state.
+# Draws a number of negatives, as a function of the task and of the generator's state.
 Draw = Callable[[Task, int, Random], list[Negative]]
 
 
 def _draw_batch(task: Task, count: int, rng: Random) -> list[Negative]:
-    # What of a completion fits behind this prompt must be wrong, not only the whole of it.
+    # Even the part of a completion that fits behind this prompt must differ from the ground truth.
     others = batch_negatives(task.completions, task.index, count, rng, task.room)
     return [Negative("batch", task.completions[other], rank=task.rank) for other in others]
 
 
 def _draw_truncation(task: Task, count: int, rng: Random) -> list[Negative]:
     completion = task.completions[task.index]
-    if not without_end(completion, task.eos_token_id):  # An answer of nothing has no beginning.
+    if not without_end(completion, task.eos_token_id):  # An empty completion cannot be cut.
         return []
     cuts = truncation_negatives(completion, task.eos_token_id, count, rng)
     return [Negative("truncation", cut=cut, rank=task.rank) for cut in cuts]
@@ -77,11 +77,11 @@ class Kind:
     """A kind of negatives.
 
     Args:
-        name: in configurations, data and metrics.
-        text: what its negatives are.
-        cost: what one of them costs in training.
-        default: the default of its number; None where the objective decides.
-        draw: draws its negatives from the data alone; None for a kind that is not.
+        name: its name in configurations, data and metrics.
+        text: a description of its negatives.
+        cost: what one such negative costs in training.
+        default: the default number of its negatives; None where the objective decides.
+        draw: draws its negatives from the data alone; None for a kind that needs more.
         by_model: whether a model draws its negatives. They change with the model, and their token ids may lack an EOS.
     """
 
@@ -103,8 +103,8 @@ class Kind:
         return f"{self.name}_weight"
 
 
-# In the order in which the negatives of an example are drawn. A new kind goes behind the others that are drawn from the
-# data: these share one generator, so that one in front of them would change what they draw.
+# In the order in which the negatives of an example are drawn. The kinds drawn from the data share one generator, so a
+# new one goes behind the existing ones: in front of them it would change what they draw.
 KINDS = {
     kind.name: kind
     for kind in (

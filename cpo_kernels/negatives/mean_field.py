@@ -3,9 +3,9 @@
 The row that predicts a token of the ground truth also gives its replacement, independently of the other replacements:
 one forward pass over the ground truth gives its log-likelihood and any number of negatives, and nothing is generated.
 
-A negative has the ground truth's length at most. Where EOS is drawn it ends there (:func:`finish`): in generation
-nothing follows EOS, and a model that is contrasted with tokens behind one learns about texts that it never writes.
-Where no EOS is drawn, not even in the place of the ground truth's own, it is a completion that was cut off.
+A negative is at most as long as the ground truth. It ends at the first EOS drawn (:func:`finish`): in generation
+nothing follows EOS, and a model contrasted with tokens behind an EOS would learn about texts that it never writes. A
+negative in which no EOS is drawn is a completion that was cut off.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from .endings import until_end
 
 
 class MeanField(NamedTuple):
-    """What one product with the head gives along the ground truth.
+    """Log-likelihoods and samples along ground truths, from one product with the head.
 
     Attributes:
         logps: (N,) log-probabilities of the ground truth's tokens in nats, not differentiable.
-        samples: (count, N) int64, the tokens drawn instead; -100 where the target is.
+        samples: (count, N) int64, the tokens drawn in place of the targets; -100 where the target is -100.
     """
 
     logps: Tensor
@@ -42,8 +42,8 @@ def mean_field_negatives(
         hidden: (N, H), the rows that predict the tokens of the ground truths, one after the other.
         weight: (V, H), the head of the model, or of the reference, that the tokens are drawn from.
         targets: (N,) int64, the ground truths; -100 for no token.
-        seeds: one for the call, or (N,) int64 of :func:`~.seeds.token_seeds`, one for each token, so that what is
-            drawn for an example does not depend on which others share the call.
+        seeds: one for the call, or (N,) int64 of :func:`~.seeds.token_seeds`, one for each token, so that the draws for
+            an example do not depend on the other examples of the call.
         count: how many negatives of each ground truth.
         **head: bias and options as for :func:`cpo_kernels.linear_token_statistics`.
 
@@ -56,11 +56,11 @@ def mean_field_negatives(
 
 
 def finish(samples: Tensor, eos_token_id: int | Sequence[int]) -> list[list[int]]:
-    """Make completions of the sequences (count, T) drawn for one ground truth, each cut behind its first EOS.
+    """Turn sequences (count, T) drawn for one ground truth into completions, each cut behind its first EOS.
 
     ``eos_token_id`` is the token that ends a completion, or every one that may.
 
-    A token that could not be drawn, -100 (its row has no distribution: NaN), ends its sequence before it.
+    A sequence ends before a token of -100, which could not be drawn because its row has no distribution (NaN).
     """
     drawn = [list(takewhile(lambda token: token >= 0, sequence)) for sequence in samples.tolist()]
     return [until_end(sequence, eos_token_id) for sequence in drawn]
@@ -69,6 +69,6 @@ def finish(samples: Tensor, eos_token_id: int | Sequence[int]) -> list[list[int]
 def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:
     """Tell whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
 
-    A model that is sure of the ground truth draws it; such a draw has to be left out.
+    A model that is sure of the ground truth draws just that; such a draw has to be left out.
     """
     return len(negative) > 0 and list(negative) != list(completion)

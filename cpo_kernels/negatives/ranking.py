@@ -22,15 +22,14 @@ def similarity_ranks(
 ) -> list[int]:
     """Rank candidates by cosine similarity to the first of their group.
 
-    The first candidate of a group has rank 0. The others have 1, 2, ... by descending similarity, the same rank where
-    it is the same to the last bit of float64 as computed here, with no rank left out.
+    The first candidate of a group has rank 0. The others have 1, 2, ... by descending similarity, and share a rank,
+    after which none is skipped, where their similarities in float64 are equal to the last bit.
 
     Args:
         embeddings: (S, H) floating point, on any device.
         cu_groups: (G + 1,) host integers; the candidates of group g are ``cu_groups[g]:cu_groups[g + 1]``.
-        base_ranks: (S,) ranks that go before similarity, such as those that an example brings: candidates are ordered
-            by them first, and by similarity among equals; all of base rank 0 keep rank 0, and similarity is to the
-            first of the group all the same.
+        base_ranks: (S,) ranks that take precedence over similarity, such as those of an example: candidates are ordered
+            by base rank first, then by similarity to the first of the group; all of base rank 0 keep rank 0.
 
     Returns:
         (S,) ranks, for ``CandidateLayout(..., ranks=...)``.
@@ -49,7 +48,7 @@ def similarity_ranks(
     directions = _directions(embeddings.detach().double().cpu(), cu_groups)
     ranks: list[int] = []
     for start, end in pairwise(cu_groups):
-        # Row by row: equal embeddings must have equal similarities, which a product's blocking would not promise.
+        # Row by row: equal embeddings must have equal similarities, which a blocked matrix product does not promise.
         similarities = [float((direction * directions[start]).sum()) for direction in directions[start:end]]
         base = [int(i > 0) for i in range(end - start)] if base_ranks is None else list(base_ranks[start:end])
         ranks += _ranks_of_group(similarities, base)
@@ -64,7 +63,7 @@ def _ranks_of_group(similarities: Sequence[float], base: Sequence[int]) -> list[
 
 
 def _directions(embeddings: Tensor, cu_groups: Sequence[int]) -> Tensor:
-    """Scale float64 embeddings (S, H) to unit vectors; raises for those that have none."""
+    """Scale float64 embeddings (S, H) to unit vectors; raise ``ValueError`` for one without a direction."""
     # Divided by the largest entry first, so that no square overflows or vanishes.
     size = embeddings.abs().amax(1) if embeddings.shape[1] else embeddings.new_zeros(embeddings.shape[0])
     bad = ~(size.isfinite() & (size > 0))
@@ -81,7 +80,7 @@ def _directions(embeddings: Tensor, cu_groups: Sequence[int]) -> Tensor:
 
 
 def mean_pool(hidden: Tensor, rows: Tensor, cu_tokens: Sequence[int]) -> Tensor:
-    """Average the hidden states of each candidate's tokens, an embedding that costs no further pass.
+    """Average the hidden states of each candidate's tokens, an embedding without a pass of its own.
 
     Args:
         hidden: (R, H) floating point, hidden states of a model over the candidates.
@@ -107,7 +106,7 @@ class SentenceEmbedder:
 
     Args:
         name_or_path: a name on the hub, or a folder that ``SentenceTransformer.save`` wrote.
-        device: where it runs; None for the library's choice.
+        device: device of the model; None for the library's choice.
         batch_size: texts that run together.
 
     Raises:
@@ -138,5 +137,5 @@ def _load(name_or_path: str, device: str | None) -> Any:
         ) from error
     try:
         return SentenceTransformer(name_or_path, device=device)
-    except Exception as error:  # The library passes on whatever the hub, a file or a module raises.
+    except Exception as error:  # The library raises whatever the hub, a file or a module does.
         raise RuntimeError(f"embedding model {name_or_path!r} cannot be loaded: {error}") from error

@@ -1,4 +1,4 @@
-"""What must not be shown: secrets are left out of whatever is kept beside a model, reported or published."""
+"""Redaction: secrets are left out of everything that is saved with a model, reported or published."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PARAMETER = re.compile(r"([?&][^=&#\s]*(?:" + "|".join(SECRET_NAMES) + r")=)[^&
 
 
 def without_credentials(text: str) -> str:
-    """Returns a text whose URLs have lost user, password, and the values of parameters that are secrets by name."""
+    """Return a text without user and password in its URLs, and without values of parameters that are secrets."""
     return _PARAMETER.sub(r"\1", _USER.sub(r"\1", text))
 
 
 def without_secrets(value: Any) -> Any:
-    """Returns a value as it may be shown, at any depth: no secrets in mappings, no credentials in URLs.
+    """Return a value, at any depth, without secrets in its mappings and without credentials in its URLs.
 
     A key of a mapping is a secret if its name ends as one of :data:`SECRET_NAMES` does.
     """
@@ -32,5 +32,5 @@ def without_secrets(value: Any) -> Any:
 
 
 def is_secret(name: Any) -> bool:
-    """Tells whether what has this name must not be shown."""
+    """Tell whether a value of this name must not be shown."""
     return str(name).lower().endswith(SECRET_NAMES)

@@ -7,12 +7,12 @@ import json
 from urllib.parse import quote
 
 SHOWN = 300  # characters of a server's text in a message
-PART = 8  # characters of a secret that are one too: servers shorten what they repeat
+PART = 8  # characters in a row that must not be shown either: servers shorten the secrets that they repeat
 HIDDEN = "***"
 
 
 class Secrets:
-    """What must not be shown.
+    """Keys and passwords that must not be shown.
 
     Args:
         api_key: a key, or None.
@@ -26,7 +26,7 @@ class Secrets:
             self.add(base64.b64encode(":".join(login).encode()).decode())
 
     def add(self, *texts: str) -> None:
-        """Take more of them, each in the forms in which a server might repeat it; none is empty."""
+        """Add secrets, none of them empty, each in the forms in which a server might repeat it."""
         for text in filter(None, texts):
             self._texts |= {form.lower() for form in (text, quote(text, safe=""), json.dumps(text)[1:-1])}
 
@@ -34,9 +34,9 @@ class Secrets:
         return f"{type(self).__name__}({HIDDEN})"
 
     def hidden_in(self, text: str) -> str:
-        """Return the beginning of a text on one line, with every secret and every 8 characters of one left out."""
+        """Return the beginning of a text, on one line, with :data:`PART` or more characters of any secret hidden."""
         text = "".join(c if c.isprintable() else " " for c in text[: 8 * SHOWN])
-        lower = text.lower() if len(text.lower()) == len(text) else text  # a few letters are longer in lower case
+        lower = text.lower() if len(text.lower()) == len(text) else text  # a few letters get longer in lower case
         secret = [False] * len(text)
         for own in self._texts:
             width = min(PART, len(own))

@@ -1,13 +1,13 @@
-"""Randomness: whatever is drawn is a function of a key, such as (seed, step, example), and of nothing around it.
+"""Randomness: every draw is a function of a key, such as (seed, step, example), and of nothing else.
 
-A key says what is drawn and for whom: never the place in a batch, the process, or how often something was drawn before.
-It becomes randomness in three ways, by who needs it:
+A key names the draw and its example: never the place in a batch, the process, or how often something was drawn before.
+There are three ways to make randomness of a key:
 
 - :func:`generator`: a ``random.Random`` for choices on the host (which completions, where to cut, what to hold out);
 - :func:`token_seeds`: 64-bit seeds, one for each token, for draws of kernels and of ``generate``;
 - :func:`call_seed` and :func:`request_seed`: the seed of one call, and of one request to a server.
 
-The texts and digests behind them differ for no better reason than that recorded runs have to stay repeatable.
+They hash their keys in different ways only because recorded runs have to stay repeatable.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from cpo_kernels.kernels import counter_random
 
-REQUEST_MASK = 2**31 - 1  # Servers differ in how many bits of a seed they take; all take these.
+REQUEST_MASK = 2**31 - 1  # Servers differ in how many bits of a seed they take; all take 31.
 
 
 def generator(*key: Any) -> Random:
-    """Make the generator of a key, whose parts are told apart by their text."""
+    """Make the generator of a key; parts of the same text count as equal."""
     return Random("/".join(map(str, key)))
 
 
 def chosen(seed: int, total: int, count: int) -> list[int]:
-    """Choose ``count`` of ``range(total)`` by a seed, in ascending order; all of them where there are no more."""
+    """Choose ``count`` of ``range(total)`` by a seed, in ascending order; all if ``total`` is no larger."""
     return list(range(total)) if count >= total else sorted(Random(seed).sample(range(total), count))
 
 
@@ -38,10 +38,10 @@ def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
     """Derive seeds (length,), int64 on the CPU, for the tokens of an example; all bits of them are mixed.
 
     Args:
-        seed: any integer, as are the next two.
-        step: of training; -1, say, for an evaluation.
-        example: index of the example.
-        length: tokens of the ground truth; a longer one begins with the seeds of a shorter.
+        seed: any integer.
+        step: step of training, any integer; -1, say, for an evaluation.
+        example: index of the example, any integer.
+        length: tokens of the ground truth; the seeds of a longer one begin with those of a shorter one.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{example}".encode(), digest_size=8).digest()
     key = torch.tensor(int.from_bytes(digest, "little", signed=True), device="cpu")
@@ -66,6 +66,6 @@ def request_seed(seed: int, first: int) -> int:
 def part_seed(seed: int, first: int) -> int:
     """Derive the seed of a call for a part of the data from the number of the part's first example.
 
-    A server's seeds depend on the place in a call, so that two calls would otherwise ask for the same draws.
+    The seeds sent to a server depend on the place in a call, so without this two parts would ask for the same draws.
     """
     return seed + first

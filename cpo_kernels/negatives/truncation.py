@@ -1,7 +1,7 @@
 """Truncation negatives (TN in arXiv 2502.16433): the ground truth cut early and ended with EOS.
 
-The tokens before the cut are the ground truth's own, and the row that predicts its next token predicts EOS as well.
-Such a negative therefore needs no forward pass of the transformer: it is a list of rows that are there already.
+The tokens before the cut are the ground truth's, and the row that predicts the next token of the ground truth also
+predicts the EOS. So such a negative needs no forward pass of the transformer: it is a list of rows of the ground truth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def truncation_negatives(
     """Draw where to cut a completion.
 
     A cut c keeps the first c tokens and puts EOS in place of the next. Cuts are drawn uniformly without replacement
-    from 1 to the last that leaves something out besides EOS; a completion of a single token besides EOS is cut to EOS
+    from 1 to the last one that removes a token other than EOS; a completion of a single token besides EOS is cut to EOS
     alone.
 
     Args:
@@ -50,7 +50,7 @@ def truncate(
 
     Args:
         completion: (T,) token ids of the ground truth.
-        rows: (T,) the row of ``hidden`` that predicts each of them, or whatever stands for it.
+        rows: (T,) the row of ``hidden`` that predicts each token, or any object that represents the row.
         cut: how many tokens to keep, in [0, T).
         eos_token_id: the token that ends the candidate; of several, the one that ends the completion, or else the
             first.

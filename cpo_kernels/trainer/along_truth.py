@@ -1,4 +1,4 @@
-"""Tokens drawn along ground truths in one forward pass: mean-field negatives, and scheduled sampling's conditions."""
+"""Tokens drawn along ground truths in one forward pass, for mean-field negatives and for scheduled sampling."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .batch import ContrastBatch, body_inputs
 
 @dataclass(frozen=True)
 class Passage:
-    """A ground truth and what it is read with.
+    """A ground truth, and how a forward pass reads it.
 
     Args:
         prompt, completion: token ids.
         seeds: (T,) int64, one for each token of the completion.
         conditioned_on: (T,) token ids that the model sees in place of the completion's.
-        cuts: truncations of the completion whose log-likelihoods are wanted too.
+        cuts: truncations of the completion, whose log-likelihoods are computed too.
     """
 
     prompt: Sequence[int]
@@ -37,12 +37,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one forward pass over a passage gives.
+    """The results of one forward pass over a passage.
 
     Attributes:
-        samples: (count, T) int64 on the CPU, each token drawn from its own next-token distribution.
+        samples: (count, T) int64 on the CPU, each token drawn from the next-token distribution at its place.
         logp: log-likelihood of the completion, nats.
-        cut_logps: those of its truncations.
+        cut_logps: log-likelihoods of its truncations, nats.
     """
 
     samples: Tensor
@@ -58,22 +58,22 @@ def read(
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[Reading]:
-    """Read passages in one forward pass, drawing ``count`` tokens in the place of each of theirs.
+    """Read passages in one forward pass, and draw ``count`` tokens for the place of each of their tokens.
 
     Args:
-        model: with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
-        passages: what is read.
-        count: draws of each token.
+        model: a model with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
+        passages: the ground truths to read.
+        count: number of draws for each token.
         eos_token_id: the token that ends a truncation; of several, the one that ends its ground truth, or the first.
         head: options of the head.
-        device: of the model.
+        device: device of the model.
     """
     batch = ContrastBatch(eos_token_id)
     for passage in passages:
         batch.add_group(passage.prompt, passage.completion, conditioned_on=passage.conditioned_on)
     tensors = batch.tensors()
     inputs = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
-    # A truncation ends at a row of its ground truth, with another target.
+    # The row at a cut predicts two targets: the next token of the ground truth and the end of the truncation.
     starts = tensors["cu_tokens"]
     ends = [start + cut for start, passage in zip(starts, passages, strict=False) for cut in passage.cuts]
     places = torch.tensor(ends, dtype=torch.int64, device=device)
@@ -109,20 +109,20 @@ def scheduled_conditions(
     head: Mapping[str, Any],
     device: torch.device,
 ) -> list[list[int]]:
-    """Draw what parallel scheduled sampling conditions on for each completion (Duckworth et al. 2019, algorithm 1).
+    """Draw the text that parallel scheduled sampling conditions on (Duckworth et al. 2019, algorithm 1).
 
-    In every pass each token of the completion is replaced, with ``probability``, by one that the model draws at its
-    place, conditioned on what the pass before has left there.
+    In every pass each token of a completion is replaced, with ``probability``, by a token that the model draws at its
+    place, conditioned on the result of the pass before.
 
     Args:
-        model: with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
+        model: a model with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
         texts: prompt and completion of each example.
-        keys: (seed, step, example) of each, which alone decide what is drawn.
-        probability: that a token is replaced.
-        passes: sampling passes.
+        keys: (seed, step, example) of each example, on which alone the draws depend.
+        probability: probability that a token is replaced.
+        passes: number of sampling passes.
         eos_token_id: the token that ends a completion, or every one that may.
         head: options of the head.
-        device: of the model.
+        device: device of the model.
     """
     conditions = [list(completion) for _, completion in texts]
     for number in range(passes):

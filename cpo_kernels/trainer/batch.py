@@ -1,4 +1,4 @@
-"""From token ids to the tensors of one contrast: sequences for the body, tokens for the head."""
+"""The batch of a contrast: from token ids to sequences for the body and tokens for the head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cpo_kernels.negatives import Negative, truncate
 
 TRUTH = "truth"
 
-# Rows with a tree mask run without the fastest attention kernels, so a small saving of tokens is none of time.
+# Rows with a tree mask run without the fastest attention kernels, so saving few tokens saves no time.
 WORTH_SHARING = 1.2
 
 
@@ -33,14 +33,14 @@ class Segment:
 
 @dataclass
 class ContrastBatch:
-    """Groups are added one by one, then :meth:`tensors` packs them.
+    """A batch to which groups are added one by one, and which :meth:`tensors` packs.
 
     Every sequence is a prompt and a completion. The last prompt row of a group's ground truth predicts the first token
     of all its candidates.
 
     Args:
         eos_token_id: the token that ends a truncation; of several, the one that ends its ground truth, or the first.
-        pad_token_id: fills rows up.
+        pad_token_id: the token that fills rows up.
         max_length: tokens of a prompt and a completion together, at most; None for no limit.
         share_prefixes: run a group's prompt and candidates as one row of the body wherever that saves enough tokens.
     """
@@ -68,10 +68,10 @@ class ContrastBatch:
         Args:
             prompt: token ids, at least one.
             completion: token ids of the ground truth.
-            negatives: the end of one that does not fit in ``max_length`` behind this prompt is left out.
-            conditioned_on: (T,) what the body sees in place of ``completion``, whose tokens stay the targets; for
-                scheduled sampling.
-            ref_logp: log-likelihood of the ground truth under the reference, where it is known already.
+            negatives: its negatives; what does not fit in ``max_length`` behind the prompt is cut off.
+            conditioned_on: (T,) token ids that the body sees in place of ``completion``, whose tokens stay the targets;
+                for scheduled sampling.
+            ref_logp: log-likelihood of the ground truth under the reference, if it is known already.
         """
         if not len(prompt):
             raise ValueError(f"group {len(self.groups) - 1} has an empty prompt")
@@ -136,11 +136,11 @@ class ContrastBatch:
         }
 
     def reference_tensors(self) -> dict[str, Any]:
-        """Say what the reference is still asked where it has read the ground truths already, to draw along them.
+        """Pack what the reference has yet to read, where it has read the ground truths to draw along them.
 
         Returns:
-            Nothing where it has not. Else ref_logps (S,) float32, 0 where they are not known; unknown, the places of
-            those; and unread, the :meth:`tensors` of their candidates alone, where there are any.
+            An empty dictionary where it has read none. Else ref_logps (S,) float32, 0 for unknown ones; unknown, the
+            indices of these; and unread, the :meth:`tensors` of their candidates alone, if there are any.
         """
         unknown = [place for place, segment in enumerate(self.segments) if segment.ref_logp is None]
         if len(unknown) == len(self.segments):
@@ -164,7 +164,7 @@ class ContrastBatch:
         return separate >= WORTH_SHARING * shared
 
     def _separate(self) -> tuple[dict[str, Tensor], list[list[int]]]:
-        """Pack the inputs of the body, and find for each sequence the rows that predict its completion."""
+        """Pack the inputs of the body without sharing; find for each sequence the rows that predict its completion."""
         # The last token predicts nothing, so the body does not see it.
         sequences = [[*p, *c[:-1]] for p, own in zip(self.prompts, self.completions, strict=True) for c in own]
         longest = max(map(len, sequences))

@@ -1,4 +1,4 @@
-"""From indices of examples to the inputs of a step."""
+"""Build the inputs of a training step from indices of examples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .ranking import Ranking
 
 @dataclass
 class BatchBuilder:
-    """Draws the negatives of some examples and packs them.
+    """A builder of batches, which draws the negatives of examples and packs them.
 
     Args:
         config: the objective and its limits.
-        tokenizer: for padding.
-        negatives: draws them.
-        ranking: orders them.
+        tokenizer: the tokenizer, for its padding token.
+        negatives: the source that draws negatives.
+        ranking: the ranking that orders negatives.
         share_prefixes: whether prompts may be shared by their candidates.
     """
 
@@ -35,7 +35,7 @@ class BatchBuilder:
     share_prefixes: bool
 
     def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
-        """Make the groups of some examples as they are at ``step``, with negatives if ``contrast``."""
+        """Make the groups of some examples at ``step``, with negatives if ``contrast``."""
         ends, pad = self.negatives.ends, self.tokenizer.pad_token_id
         batch = ContrastBatch(ends, ends[0] if pad is None else pad, self.config.max_length, self.share_prefixes)
         drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
@@ -48,13 +48,13 @@ class BatchBuilder:
     def inputs(
         self, batch: ContrastBatch, num_groups: int, num_target_tokens: int, ref_logps: Tensor | None = None
     ) -> dict[str, Any]:
-        """Join the tensors of a batch and the sizes of the whole step, which its loss is divided by.
+        """Join the tensors of a batch and the sizes of the whole step, by which its loss is divided.
 
         Args:
             batch: one micro-batch of this process.
             num_groups: groups of all micro-batches of all processes.
             num_target_tokens: tokens of rank 0 in all micro-batches of all processes.
-            ref_logps: (S,) where they are known already.
+            ref_logps: (S,) if they are known already.
         """
         inputs = batch.tensors() | {
             "own_target_tokens": batch.num_target_tokens,
@@ -63,7 +63,7 @@ class BatchBuilder:
         }
         if ref_logps is not None:
             inputs["ref_logps"] = ref_logps
-        elif not self.ranking.by_reference:  # A reference that ranks has to see every candidate.
+        elif not self.ranking.by_reference:  # A reference that ranks candidates has to read all of them.
             inputs |= batch.reference_tensors()
         self.ranking.rank_texts(batch, inputs)
         return inputs
@@ -71,7 +71,7 @@ class BatchBuilder:
     def _conditions(
         self, examples: TokenizedExamples, indices: Sequence[int], step: int
     ) -> Sequence[Sequence[int] | None]:
-        """Find what stands for the completions in the model's input: for scheduled sampling, partly its own text."""
+        """Return the tokens that the body sees in place of each completion in scheduled sampling; else None."""
         if self.config.objective != "scheduled_sampling" or step == EVALUATION_STEP:
             return [None] * len(indices)
         sources = self.negatives.sources

@@ -1,4 +1,4 @@
-"""What to train: the objective, its negatives and its memory, on top of the arguments of ``transformers.Trainer``."""
+"""The configuration: objective, negatives and memory, on top of the arguments of ``transformers.Trainer``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Preset:
 
     Attributes:
         mle_weight: None for ``1 - alpha``.
-        negatives: the numbers of negatives by their kinds, where no others are given and the data brings none.
+        negatives: the numbers of negatives by kind, used if none are configured and the data brings none.
     """
 
     alpha: float = 1.0
@@ -183,7 +183,7 @@ class CPOConfig(TrainingArguments):
     logging_steps: float = _option(10, "Log every so many steps.")
     # A non-finite loss must show in the logs, not be replaced by an average.
     logging_nan_inf_filter: bool = _option(False, "Leave NaN and Inf out of the logged loss.")
-    # Examples carry text and indices that no model's forward takes.
+    # Trainer would remove the text and indices of examples, which no model's forward takes.
     remove_unused_columns: bool = _option(False, "Must be False.")
 
     def __post_init__(self) -> None:
@@ -196,7 +196,7 @@ class CPOConfig(TrainingArguments):
             raise ValueError("remove_unused_columns must be False: examples are text, which no model's forward takes")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as they may be shown, as reports take them: without tokens, keys and credentials."""
+        """Return the fields for reports, without tokens, keys and credentials."""
         return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     def __str__(self) -> str:
@@ -206,7 +206,7 @@ class CPOConfig(TrainingArguments):
     __repr__ = __str__
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled, which Trainer leaves beside every model as ``training_args.bin``: no secrets."""
+        """Return the state to pickle, without secrets: Trainer saves it with every model as ``training_args.bin``."""
         return {name: None if is_secret(name) else without_secrets(value) for name, value in self.__dict__.items()}
 
     def __copy__(self) -> CPOConfig:
@@ -216,13 +216,13 @@ class CPOConfig(TrainingArguments):
         return self._with_state(copy.deepcopy(self.__dict__, memo))
 
     def _with_state(self, state: dict[str, Any]) -> CPOConfig:
-        """Make a copy, which keeps the secrets that a pickle has not."""
+        """Make a copy with a state, which unlike a pickle keeps the secrets."""
         other = object.__new__(type(self))
         other.__dict__.update(state)
         return other
 
     def _fill_in(self) -> None:
-        """Set the fields that are None to the preset's values, and TRL's names of losses to ours."""
+        """Set the fields that are None to the preset's values, and translate TRL's names of losses."""
         if self.loss_type in TRL_LOGISTIC:
             own = trl_options(self.loss_type)
             if own["length_normalized"]:
@@ -277,14 +277,14 @@ class CPOConfig(TrainingArguments):
         return {"backend": self.backend, "max_logits_bytes": self.max_logits_bytes, "logits_dtype": dtype}
 
     def negative_counts(self, data_brings_negatives: bool) -> dict[str, int]:
-        """Count the negatives of each kind drawn for an example, at most; those of the data itself come on top.
+        """Return the most negatives of each kind that are drawn for an example, besides those of the data itself.
 
         Args:
             data_brings_negatives: whether the examples have negatives of their own.
 
         Raises:
-            ValueError: a contrast without any negatives, more than one for a loss of pairs, or changing ones for a
-                precomputed reference.
+            ValueError: a contrast without any negatives, more than one for a loss of pairs, or negatives that change
+                from step to step with a precomputed reference.
         """
         given = {kind.name: getattr(self, name) for name, kind in counted_kinds().items()}
         drawn_anyway = data_brings_negatives or any(given[name] for name in given if KINDS[name].by_model)

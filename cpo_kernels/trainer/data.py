@@ -1,4 +1,4 @@
-"""From examples as people write them to token ids."""
+"""Tokenised examples, and how they are made of examples as people write them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ TOKENIZER_BATCH = 1000
 
 
 class TokenizedExamples(Dataset):
-    """Prompts, completions and what negatives they bring, as token ids; item i tells its own index.
+    """Prompts, completions and their negatives as token ids; item i holds its own index.
 
     Args:
         prompts, completions: one sequence of token ids per example, neither empty.
-        negatives: for every example its own negatives, each a sequence of token ids; None where no example has any.
-        ranks: for every example the ranks of its negatives, >= 0, or None for equal ones; None where none has any.
+        negatives: for every example its own negatives, each a sequence of token ids; None if no example has any.
+        ranks: for every example the ranks of its negatives, >= 0, or None for equal ones; None if no example has ranks.
         kinds: for every example the kinds of its negatives. Default: "given".
     """
 
@@ -47,7 +47,7 @@ class TokenizedExamples(Dataset):
         self._check()
 
     def _check(self) -> None:
-        """Raise ``ValueError`` for an example with an empty part, or with other numbers of ranks or kinds."""
+        """Raise ``ValueError`` for an example with an empty part, or unequal numbers of negatives, ranks and kinds."""
         for index, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             own = () if self.negatives is None else self.negatives[index]
             for name, ids in (("prompt", prompt), ("completion", completion), *(("negative", ids) for ids in own)):
@@ -68,7 +68,7 @@ class TokenizedExamples(Dataset):
                 )
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Raise ``ValueError`` for a token id that a model with ``vocab_size`` embeddings has none for."""
+        """Raise ``ValueError`` for a token id that is not below ``vocab_size``, the number of embeddings."""
         for index, (prompt, completion) in enumerate(zip(self.prompts, self.completions, strict=True)):
             own = () if self.negatives is None else self.negatives[index]
             for name, ids in (("prompt", prompt), ("completion", completion), *(("negative", ids) for ids in own)):
@@ -115,7 +115,7 @@ class TokenizedExamples(Dataset):
 
 
 def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Collate for the data loader: {"index": (B,)}; tensors are built once negatives are drawn."""
+    """Collate items of a data loader to {"index": (B,)}; other tensors are built once negatives are drawn."""
     return {"index": torch.tensor([item["index"] for item in items])}
 
 
@@ -131,15 +131,15 @@ def tokenize_examples(
     """Turn examples into token ids.
 
     A prompt and the completion behind it are tokenised as one text, with the special tokens that the tokenizer puts
-    before a text; the prompt is what its own tokens have in common with those of every joined text, as in TRL, so that
-    a token which reaches over the boundary belongs to the completion. Conversations likewise, as the chat template
-    writes them. An empty prompt becomes BOS. Of a prompt over ``max_prompt_length`` the end is kept, after BOS if it
-    began with it.
+    before a text. The prompt's tokens are those that its own text shares with every joined text, as in TRL, so that a
+    token that spans the boundary belongs to the completion. Conversations are tokenised alike, as the chat template
+    writes them. An empty prompt becomes BOS. A prompt over ``max_prompt_length`` keeps its end, and BOS if it began
+    with it.
 
-    A completion is ended with EOS unless it ends with one already, be it that of a turn; white space behind that is
-    left out, since nothing is ever generated there. An empty one is EOS alone. One that does not fit in ``max_length``
-    loses its end, EOS included. So are negatives, but for the token ids of those that a model has drawn, which may have
-    been cut off: they are taken as they are.
+    A completion is ended with EOS unless it ends with one, or with the end of a turn; white space behind that end is
+    left out, since nothing is ever generated there. An empty completion is EOS alone. A completion that does not fit in
+    ``max_length`` loses its end, EOS included. Negatives are treated alike, except for token ids that a model has
+    drawn: these may have been cut off, and are not ended.
 
     Args:
         examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
@@ -155,8 +155,8 @@ def tokenize_examples(
     Raises:
         TypeError: data without a length, such as a stream: batch negatives are drawn from all of it.
         ValueError: no examples, no EOS token, or an example without a key, with a value that is neither text nor token
-            ids, with text that has no encoding, with a token id beyond the embeddings, or with an empty prompt that no
-            BOS token can stand for; it is named.
+            ids, with text that has no encoding, with a token id beyond the embeddings, or with an empty prompt where
+            the tokenizer has no BOS token; the message names the example.
     """
     if not hasattr(examples, "__len__"):
         raise TypeError(f"expected examples with a length, got {type(examples).__name__}; streams are not supported")
@@ -207,10 +207,10 @@ def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[M
 
 
 class _Finish:
-    """Cuts prompts and completions to their lengths, and ends completions.
+    """The rules by which prompts and completions are cut to their lengths, and completions ended.
 
     Args:
-        tokenizer: of the token ids.
+        tokenizer: the tokenizer of the token ids.
         ends: every token that ends a completion; the first is put behind one that has none.
     """
 

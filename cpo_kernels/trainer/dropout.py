@@ -1,4 +1,4 @@
-"""Dropout, which would make the model that is trained another than its reference before anything is learned."""
+"""How to switch dropout off, by which a model would differ from its reference before it has learned anything."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def disable_dropout(model: nn.Module) -> None:
     """Switch off all dropout in a model, that of its adapters included, and the dropping of whole layers.
 
     Dropout layers get the probability 0, and so does every other probability that a module keeps as an attribute with
-    "drop" in its name. The model's configuration stays as it is. A model that reads a probability from there while it
-    runs is found by running it, and a warning names it.
+    "drop" in its name. The configuration is not changed. A test run finds a model that reads a probability from its
+    configuration in every forward, and a warning names the probability.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -36,7 +36,7 @@ def _is_probability(value: object) -> bool:
 
 
 def _is_random(model: nn.Module) -> bool:
-    """Tell whether two passes in training mode over the same tokens differ; False where the weights are elsewhere."""
+    """Tell whether two passes in training mode over the same tokens differ; False if weights are sharded or on meta."""
     parameters = list(model.parameters())
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return False

@@ -1,8 +1,8 @@
-"""Token ids of texts that follow one another: the joined text is tokenised, then split where its prompt ends.
+"""Token ids of texts that follow one another: the joined text is tokenised, then split at the end of the prompt.
 
-Tokenised apart, ``"Hello "`` and ``"world"`` are other tokens than the text that they make. So the joined text is
-tokenised, and the prompt is what its own tokens have in common with those of every joined text, as in TRL: a token that
-reaches over the boundary belongs to the completion.
+Tokenised separately, ``"Hello "`` and ``"world"`` give other tokens than ``"Hello world"``. So the joined text is
+tokenised. The prompt's tokens are those that its own text shares with every joined text, as in TRL: a token that spans
+the boundary belongs to the completion.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def encode_examples(
 
     Args:
         examples: prompts and candidates, texts or token ids.
-        tokenizer: of ``transformers``.
-        eos_token_id: every token that ends a completion. None is put behind one here; white space behind one that ends
-            a text is left out, since nothing is ever generated there.
+        tokenizer: a tokenizer of ``transformers``.
+        eos_token_id: every token that ends a completion. This function ends no completion, but leaves out white space
+            behind an end, since nothing is ever generated there.
     """
     # A generation configuration may name tokens that the tokenizer does not have.
     ends = tuple(token for token in tokenizer.convert_ids_to_tokens(list(eos_token_id)) if token)
@@ -41,7 +41,7 @@ def encode_examples(
 
 
 def _texts(example: Example, ends: tuple[str, ...]) -> list[str]:
-    """Return the texts to tokenise: the prompt's, then the prompt's joined with each candidate that is a text."""
+    """Return the texts to tokenise: the prompt, then the prompt joined with each candidate that is a text."""
     if not isinstance(example.prompt, str):
         return []
     front = "" if example.rendered else example.prompt
@@ -57,7 +57,7 @@ def _split(example: Example, encoded: Iterator[list[int]], tokenizer: Any) -> tu
         behind = iter(continuations(tokenizer, [example.prompt] * len(texts), texts))
         return example.prompt, [next(behind) if isinstance(value, str) else value for value in example.candidates]
     prompt = next(encoded)
-    # Token ids follow those of the prompt as they are.
+    # A candidate given as token ids follows the prompt's tokens unchanged.
     joined = [next(encoded) if isinstance(value, str) else [*prompt, *value] for value in example.candidates]
     cut = min(_common_length(prompt, ids) for ids in joined)
     if example.rendered and cut < len(prompt):
@@ -77,8 +77,8 @@ def _common_length(first: Ids, second: Ids) -> int:
 def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
     """Return the token ids of texts.
 
-    With special tokens, those that the tokenizer puts before a text are put there once: a text that begins with the BOS
-    token does not get a second one. Those that it puts behind a text, such as EOS, are left out.
+    With ``add_special_tokens``, the special tokens that the tokenizer puts before a text are added, but no second BOS
+    to a text that begins with it. Those that it puts behind a text, such as EOS, are left out.
     """
     if not texts:
         return []
@@ -93,7 +93,7 @@ def encode(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return what the tokenizer puts before and behind a text."""
+    """Return the special tokens that the tokenizer puts before and behind a text."""
     with_them = list(tokenizer("a")["input_ids"])
     text = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     for start in range(len(with_them) - len(text) + 1):
@@ -103,9 +103,9 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def prompt_texts(tokenizer: Any, prompts: Sequence[Ids]) -> list[str]:
-    """Return the texts that a tokenizer makes these token ids of, special tokens written out as templates have them.
+    """Return the texts of prompts given as token ids, with special tokens written out as templates do.
 
-    A BOS in front is left out where the tokenizer puts it there by itself.
+    A BOS in front is left out if the tokenizer adds it by itself.
     """
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and _special_tokens(tokenizer)[0][-1:] == [bos]
@@ -119,8 +119,8 @@ def prompt_texts(tokenizer: Any, prompts: Sequence[Ids]) -> list[str]:
 def continuations(tokenizer: Any, prompts: Sequence[Ids], texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that follow prompts whose token ids are given.
 
-    They are those behind the prompt in the joined text, where the joined text begins with the prompt's tokens, and
-    those of the text alone elsewhere.
+    They are the tokens behind the prompt in the joined text if that begins with the prompt's tokens, else the tokens of
+    the text alone.
     """
     joined = [prompt + text for prompt, text in zip(prompt_texts(tokenizer, prompts), texts, strict=True)]
     alone = encode(tokenizer, texts, add_special_tokens=False)
@@ -133,17 +133,17 @@ def continuations(tokenizer: Any, prompts: Sequence[Ids], texts: Sequence[str]) 
 def text_behind(tokenizer: Any, prompt: Ids, ids: Ids, prompt_text: str | None = None) -> str | None:
     """Return the text that token ids add to a prompt, without special tokens.
 
-    Decoded alone, ids lose the space in front of their first word with some tokenizers; so they are decoded together
-    with the prompt.
+    Some tokenizers drop the space in front of the first word of ids decoded alone, so they are decoded together with
+    the prompt.
 
     Args:
-        tokenizer: of the token ids.
+        tokenizer: the tokenizer of the token ids.
         prompt, ids: the prompt's tokens and those that follow them.
-        prompt_text: the text that the result is to follow, where that is longer than what the prompt's tokens say: the
-            end of a prompt that shares a token with its completion.
+        prompt_text: the text that the result is to follow, if it is longer than that of the prompt's tokens because the
+            end of the prompt shares a token with its completion.
 
     Returns:
-        None where no text can follow ``prompt_text``: the ids go on otherwise than that ends.
+        The text; None where the text of the ids does not begin with the rest of ``prompt_text``.
     """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     said, whole = tokenizer.batch_decode([list(prompt), [*prompt, *ids]], **options)

@@ -25,7 +25,7 @@ def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Ten
         alpha: in [0, 1]; 1 gives the first and 0 the second.
 
     Returns:
-        What ``first.load_state_dict`` or ``save_pretrained(state_dict=...)`` takes: dtypes, devices and tied entries
+        A state for ``first.load_state_dict`` or ``save_pretrained(state_dict=...)``: dtypes, devices and tied entries
         as in ``first``; averages are formed in float32 (float64 for float64). Integers must be equal in both.
 
     Raises:
@@ -38,13 +38,13 @@ def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Ten
 def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source, alpha: float) -> None:
     """Write the ensemble of two saved models, with the configuration and the tokenizer of the first.
 
-    Two adapters (LoRA) of the same base give one adapter whose rank is the sum of theirs: the average of the merged
-    weights, which an average of the factors is not.
+    Two adapters (LoRA) of the same base give one adapter whose rank is the sum of theirs. It is the average of the
+    merged weights, which an average of the low-rank factors would not be.
 
     Args:
-        first_dir: what ``save_pretrained`` wrote.
-        second_dir: what ``save_pretrained`` wrote of the other model.
-        out_dir: where to write, as safetensors; neither of the two.
+        first_dir: directory that ``save_pretrained`` wrote.
+        second_dir: directory that ``save_pretrained`` wrote of the other model.
+        out_dir: directory to write safetensors to, other than the first two.
         alpha: weight of the first, in [0, 1].
 
     Raises:
@@ -72,15 +72,15 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
 
 
 class EnsembleCallback(TrainerCallback):
-    """Writes ``output_dir/ensemble`` when training ends: ``alpha`` of the trained model, the rest of another.
+    """A callback that writes an ensemble of the trained and another model to ``output_dir/ensemble`` at the end.
 
     Args:
-        other: the other model, or where it was saved; such as one trained with MLE.
+        other: the other model, such as one trained with MLE, or the directory that it was saved in.
         alpha: weight of the trained model, in [0, 1].
 
     Raises:
-        ValueError: from the beginning of training on, what :func:`ensemble` says of the two models.
-        OSError: from the beginning of training on, a directory that holds no model.
+        ValueError: at the beginning of training, as :func:`ensemble` for the two models.
+        OSError: at the beginning of training, a directory that holds no model.
     """
 
     def __init__(self, other: Source | nn.Module, alpha: float) -> None:
@@ -88,7 +88,7 @@ class EnsembleCallback(TrainerCallback):
         self.other, self.alpha = other, alpha
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Find out before hours of training what would fail after them."""
+        """Check both models now, so that the ensemble does not fail after hours of training."""
         if hasattr(model, "peft_config"):
             raise ValueError(
                 "EnsembleCallback averages whole models, not adapters; use ensemble_checkpoints afterwards"
@@ -169,12 +169,12 @@ def _average(own: Tensor, other: Tensor, alpha: float) -> Tensor:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return every entry by name; entries that are tied are the same tensor."""
+    """Return every entry of a model's state by name; tied entries are the same tensor."""
     return model.state_dict(keep_vars=True)
 
 
 def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
-    """Gather whole tensors on the host from the shards of all processes, where they are wanted; ties stay."""
+    """Gather whole tensors from the shards of all processes: on the host if ``keep``, else empty; ties stay."""
     whole: dict[Tensor, Tensor] = {}
     for tensor in state.values():
         if tensor not in whole:
@@ -184,7 +184,7 @@ def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
 
 
 def _common_tokenizer(first: Source, second: Source) -> Any:
-    """Load the tokenizer saved with the first model, or None; it must be that of the second if that has one too."""
+    """Load the tokenizer saved with the first model, or None; raise ``ValueError`` if the second has another."""
     own, other = (
         AutoTokenizer.from_pretrained(path) if Path(path, "tokenizer_config.json").is_file() else None
         for path in (first, second)

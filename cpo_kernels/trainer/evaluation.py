@@ -1,4 +1,4 @@
-"""What a trained model is worth: perplexity, contrast accuracy, its free generations, and their win rate by a judge.
+"""Evaluation of a trained model: perplexity, contrast accuracy, free generations, and their win rate by a judge.
 
 report = evaluate(model, tokenizer, examples, config=config, judge=ChatJudge(url, "name"), directory="eval")
 print(report.markdown())
@@ -36,7 +36,7 @@ from .writing import ModelWriter, room_for
 
 __all__ = ["Report", "evaluate", "generation_statistics", "judge_pairs", "win_rate"]
 
-# A model that was trained without negatives is evaluated with so many of each kind that the objective counts.
+# Negatives of each kind with which a model that was trained without any is evaluated.
 DEFAULT_COUNT = 1
 ORDERS = (1, 2, 3, 4)  # The n of the n-grams that are counted.
 GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
@@ -44,12 +44,12 @@ GENERATIONS, VERDICTS = "generations.json", "verdicts.jsonl"
 
 @dataclass(frozen=True)
 class GenerationStatistics:
-    """Of some completions; their EOS counts as no token. NaN where there is nothing to average.
+    """Statistics of some completions, without counting their EOS. NaN where there is nothing to average.
 
     Attributes:
-        count: completions.
+        count: number of completions.
         mean_length, median_length: tokens of a completion.
-        ended: share of completions that EOS ended; None where no EOS was named.
+        ended: share of completions that EOS ended; None where no EOS was given.
         repetition: by n, the mean over completions of ``1 - distinct n-grams / n-grams``, those with fewer than n
             tokens left out: seq-rep-n of Welleck et al. 2020, "Neural Text Generation with Unlikelihood Training".
         distinct: by n, the n-grams of all completions together, distinct ones over all: distinct-n of Li et al. 2016,
@@ -71,8 +71,8 @@ def generation_statistics(
     """Measure length, end and repetition of completions.
 
     Args:
-        completions: token ids of each; what follows an EOS is no part of it.
-        eos_token_id: the token that ends a completion, or every one that may, if any does.
+        completions: token ids of each; tokens behind an EOS do not count.
+        eos_token_id: the token that ends a completion, or every one that may; None if none does.
     """
     ends = () if eos_token_id is None else as_ids(eos_token_id)
     texts = [tuple(takewhile(lambda token: token not in ends, completion)) for completion in completions]
@@ -100,15 +100,15 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`evaluate` found out.
+    """The results of :func:`evaluate`.
 
     Attributes:
-        examples: how many were evaluated.
-        metrics: those of :meth:`CPOTrainer.evaluate`, without their prefix: ``perplexity``, ``accuracy/KIND``, ...
+        examples: number of examples that were evaluated.
+        metrics: metrics of :meth:`CPOTrainer.evaluate`, without their prefix: ``perplexity``, ``accuracy/KIND``, ...
         sampling: how the generations were drawn; None where there are none.
         generated, truths: statistics of the generations and of the ground truths of the same examples.
-        win_rate: of the generations against those ground truths; None without a judge.
-        judge: who judged.
+        win_rate: win rate of the generations against those ground truths; None without a judge.
+        judge: name of the judge.
     """
 
     examples: int
@@ -120,11 +120,11 @@ class Report:
     judge: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries of plain values for JSON; a number that is not finite is None."""
+        """Return the report as nested dictionaries for JSON; a number that is not finite becomes None."""
         return _plain(asdict(self))
 
     def markdown(self) -> str:
-        """Write a report to read: a table of scores, a table of generations, and the win rate in a sentence."""
+        """Return the report as text: a table of scores, a table of generations, and the win rate in a sentence."""
         return "\n\n".join(filter(None, [self._scores(), self._generations(), self._verdict()])) + "\n"
 
     def _scores(self) -> str:
@@ -186,16 +186,16 @@ def evaluate(
         model: a causal language model; :func:`cpo_kernels.attach_linear_loss` is applied to it, and it is moved to
             the configuration's device.
         tokenizer: its tokenizer, with an EOS token.
-        examples: what ``CPOTrainer`` takes as ``eval_dataset``, but for a dictionary.
+        examples: examples as ``CPOTrainer`` takes them as ``eval_dataset``, but no dictionary.
         config: numbers of negatives, lengths, batch size and device. Its training options have no effect.
-        ref_model: the reference of the ratios.
+        ref_model: the reference of the log-likelihood ratios.
         judge: compares the generations with the ground truths; see :mod:`cpo_kernels.trainer.judges`.
         generate: whether to continue prompts freely; without it there is nothing to judge.
-        num_generations: continue so many prompts, drawn with the seed of ``sampling``. Default: all of them.
+        num_generations: number of prompts to continue, drawn with the seed of ``sampling``. Default: all.
         sampling: how to continue. Default: temperature 1, the whole distribution, the configuration's evaluation
-            batch size and seed, and as many tokens as the longest ground truth has, if so many fit in ``max_length``.
-        directory: keeps generations and verdicts, so that a later call with the same model and settings goes on where
-            this one was interrupted and asks the judge nothing twice.
+            batch size and seed, and as many tokens as the longest ground truth, as far as ``max_length`` allows.
+        directory: folder for generations and verdicts, with which a later call with the same model and settings goes
+            on where this one was interrupted and asks the judge nothing twice. None keeps nothing.
 
     Raises:
         ValueError: examples or options that contradict each other; the message names them.
@@ -209,7 +209,7 @@ def evaluate(
         processing_class=tokenizer,
         ref_model=ref_model,
     )
-    trainer.remove_callback(PrinterCallback)  # The report has what it would print.
+    trainer.remove_callback(PrinterCallback)  # It would print what the report holds.
     data: Any = trainer.eval_dataset
     folder = None if directory is None else Path(directory)
     with evaluating(model):
@@ -246,11 +246,11 @@ def _check_options(
     if num_generations is not None and num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
     if judge is not None and directory is not None:
-        judge_identity(judge)  # Before anything is computed, this raises if verdicts of the judge cannot be kept.
+        judge_identity(judge)  # Raises, before anything is computed, if verdicts of the judge cannot be kept.
 
 
 def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
-    """Say how :func:`evaluate` continues prompts where it is not told."""
+    """Return the sampling with which :func:`evaluate` continues prompts by default."""
     return Sampling(
         temperature=1.0,
         top_p=1.0,
@@ -261,7 +261,7 @@ def default_sampling(data: TokenizedExamples, config: CPOConfig) -> Sampling:
 
 
 def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
-    """Configure the trainer that evaluates: no reports, and no reference but the one that was given."""
+    """Make the configuration of the evaluating trainer: no reports, and no reference but the given one."""
     config = copy.copy(config)
     config.report_to, config.push_to_hub = [], False
     if has_reference:
@@ -284,9 +284,9 @@ def _generations(
     sampling: Sampling,
     directory: Path | None,
 ) -> list[list[int]]:
-    """Continue each prompt once, as token ids; read from ``directory`` if it has those of this call.
+    """Continue each prompt once, as token ids; or read the continuations of an equal call from ``directory``.
 
-    A continuation is a function of the example's index and not of which others are drawn beside it.
+    A continuation depends on the example's index and not on the other examples that are continued.
     """
     path = None if directory is None else directory / GENERATIONS
     writer = ModelWriter(lambda: model, tokenizer)

@@ -1,7 +1,7 @@
-"""What is on disk once a run was killed: files that are whole, and records of what directories hold.
+"""Checks of checkpoints and models on disk, whenever a run was killed, by records of the files of a directory.
 
-A checkpoint and a finished model have a record, ``cpo_kernels.json``: the size and hash of every file, and what the run
-was. It is written last and in one go, so that a directory that has one was complete once, and damage shows.
+A checkpoint and a finished model have a record, ``cpo_kernels.json``: the size and hash of every file, and facts about
+the run. It is written last, whole or not at all, so a directory that has a record was complete once, and damage shows.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ __all__ = [
 RECORD = "cpo_kernels.json"
 FORMAT = 1
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "*/adapter_model.*", "pytorch_model_fsdp*")
-DEEPSPEED = "global_step*"  # Its directory has weights, optimizer and schedule.
+DEEPSPEED = "global_step*"  # A directory with weights, optimizer and schedule.
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a checkpoint must hold, besides weights, for a run to go on from it bit for bit.
+    """The parts that a checkpoint must hold, besides weights, for a run to go on from it bit for bit.
 
     Attributes:
-        processes: how many go on, each with generators of its own.
-        scaler: whether losses are scaled, as float16 needs it.
-        negatives: whether negatives are written ahead.
+        processes: number of processes of the run, each with its own random generators.
+        scaler: whether losses are scaled, as in float16.
+        negatives: whether negatives are written ahead of their steps.
     """
 
     processes: int = 1
@@ -60,11 +60,12 @@ class Needs:
 
 @dataclass
 class Condition:
-    """How a checkpoint, or what a record names, is found again.
+    """The differences between the files of a checkpoint or model and their record.
 
     Attributes:
-        damaged: what is cut off, changed, or missing and without which nothing goes on: weights, Trainer's state.
-        missing: other files that were written and are not there.
+        damaged: files that are cut off or changed, and missing ones that a run cannot do without: weights, Trainer's
+            state.
+        missing: other files that were written and no longer exist.
     """
 
     damaged: list[str] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Condition:
 
 
 def hash_file(path: str | Path) -> str:
-    """Returns the 128-bit xxh3 hash of every byte of a file, in hexadecimal digits."""
+    """Return the 128-bit xxh3 hash of every byte of a file, in hexadecimal digits."""
     state = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -84,7 +85,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def write_record(directory: Path, files: Iterable[Path], **about: Any) -> None:
-    """Writes the record of some files in a directory, and whatever is to be known ``about`` them."""
+    """Write the record of some files in a directory, with further facts ``about`` them."""
     entries = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": hash_file(path)}
         for path in sorted(files)
@@ -94,7 +95,7 @@ def write_record(directory: Path, files: Iterable[Path], **about: Any) -> None:
 
 
 def read_record(directory: str | Path) -> dict[str, Any] | None:
-    """Reads a directory's record; None where there is none, as in what older versions wrote.
+    """Return a directory's record; None where there is none, as in directories of older versions.
 
     Raises:
         ValueError: a record that is damaged; the message says what to do.
@@ -112,9 +113,9 @@ def read_record(directory: str | Path) -> dict[str, Any] | None:
 
 
 def condition(directory: str | Path) -> Condition:
-    """Compares the files of a checkpoint, or of a finished model, with their record.
+    """Compare the files of a checkpoint, or of a finished model, with their record.
 
-    Where there is no record, as in what older versions wrote, form and names are all that can be checked.
+    Without a record, as in directories of older versions, only the form and names of files can be checked.
     """
     directory = Path(directory)
     try:
@@ -136,7 +137,7 @@ def condition(directory: str | Path) -> Condition:
 
 
 def _is_vital(name: str) -> bool:
-    """Whether nothing goes on without this file: Trainer's state, and weights, also those within directories."""
+    """Tell whether a run cannot do without this file: Trainer's state, and weights, also those within directories."""
     top = Path(Path(name).parts[0])
     vital = (TRAINER_STATE_NAME, *INDICES, *WEIGHTS, DEEPSPEED)
     return any(Path(name).match(pattern) or top.match(pattern) for pattern in vital)
@@ -153,7 +154,7 @@ def _faults(path: Path, name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def _faults_of_form(checkpoint: Path) -> list[str]:
-    """Find files of a checkpoint without a record that are missing, or cut off as far as their form shows it."""
+    """Find files of a checkpoint without a record that are missing, or whose form shows that they are cut off."""
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return [f"it has no {TRAINER_STATE_NAME}, which is written last"]
     found = []
@@ -170,7 +171,7 @@ def _faults_of_form(checkpoint: Path) -> list[str]:
 
 
 def malformed(path: Path) -> str | None:
-    """Says how a file breaks the form that its suffix promises; None where it does not, or is of another kind."""
+    """Say how a file breaks the form of its suffix; None where it does not, or for other suffixes."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
@@ -198,7 +199,7 @@ def _malformed_safetensors(path: Path) -> str | None:
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Lists the checkpoints in a directory, whole or not, the newest first."""
+    """List the checkpoints in a directory, whole or not, the newest first."""
     found = []
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -208,7 +209,7 @@ def checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def lacking(checkpoint: str | Path, needs: Needs) -> list[str]:
-    """Names the state that a checkpoint does not have and that a run needs to go on from it bit for bit."""
+    """Name the state that a run needs to go on from a checkpoint bit for bit and that the checkpoint lacks."""
     checkpoint = Path(checkpoint)
     generators = [f"rng_state_{i}.pth" for i in range(needs.processes)] if needs.processes > 1 else ["rng_state.pth"]
     wanted = {
@@ -226,7 +227,7 @@ def _has(directory: Path, *patterns: str) -> bool:
 
 
 def last_complete_checkpoint(output_dir: str | Path, needs: Needs | None = None) -> str | None:
-    """Finds the checkpoint of the most steps that is whole and lacks nothing; None if there is none."""
+    """Find the checkpoint of the most steps that is whole and lacks nothing; None if there is none."""
     for path in checkpoints(output_dir):
         found = condition(path)
         if not found.damaged and not found.missing and not lacking(path, needs or Needs(max(1, _processes(path)))):
@@ -239,7 +240,7 @@ def _processes(checkpoint: Path) -> int:
 
 
 def own_files(directory: Path) -> list[Path]:
-    """Lists the files of a checkpoint that its record is to name."""
+    """List the files of a checkpoint that its record is to name."""
     return [
         Path(folder, name)
         for folder, _, names in os.walk(directory)

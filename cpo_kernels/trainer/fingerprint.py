@@ -1,4 +1,4 @@
-"""The fingerprint of a model: one digest of all that it holds, by which caches and checkpoints tell models apart."""
+"""The fingerprint of a model: a digest of its contents by which caches and checkpoints tell models apart."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-SCHEME = "xxh3-128"  # Begins every fingerprint: those of another scheme cannot be compared.
-# Keys of configurations that say nothing of the computation.
+SCHEME = "xxh3-128"  # Begins every fingerprint: fingerprints of other schemes cannot be compared.
+# Keys of configurations that do not affect the computation.
 CHANGING = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
 }
-CHUNK_BYTES = 1 << 26  # Copied from a device at a time.
+CHUNK_BYTES = 1 << 26  # Bytes copied from a device at a time.
 
 
 def fingerprint(model: nn.Module, frozen_only: bool = False, as_they_were: Mapping[str, Tensor] | None = None) -> str:
-    """Digests every byte of a model's parameters, buffers and extra state, with their names, shapes and dtypes.
+    """Digest every byte of a model's parameters, buffers and extra state, with their names, shapes and dtypes.
 
-    What its configuration says of the computation is part of it: equal weights under another one are another model.
-    It says what the model holds at this moment, so it is to be taken anew wherever the model may have changed. It does
-    not depend on device, strides or ties: two names of one tensor count as two equal tensors, read once.
+    The configuration is digested too, as far as it affects the computation. The fingerprint is of the model at this
+    moment, so it is to be taken anew wherever the model may have changed. It does not depend on device, strides or
+    ties: two names of one tensor count as two equal tensors, read once.
     Sharded parameters are gathered one at a time and give the digest of the whole model; all processes that hold
     shards have to call this together.
 
     Args:
-        model: on any device, in any dtype, quantised or not.
+        model: a model on any device, in any dtype, quantised or not.
         frozen_only: leave out the parameters that are trained.
-        as_they_were: by their names, values that parameters had at another time and that are digested in their place.
+        as_they_were: by name, values of parameters to digest in place of their present ones.
 
     Raises:
-        ValueError: a parameter or buffer without values, such as one on the meta device; it is named.
+        ValueError: a parameter or buffer without values, such as one on the meta device; the message names it.
     """
     whole = xxhash.xxh3_128()
     known: dict[int, str] = {}
@@ -54,7 +54,7 @@ def fingerprint(model: nn.Module, frozen_only: bool = False, as_they_were: Mappi
 
 
 def architecture(model: nn.Module, adapters: bool = True) -> dict[str, Any]:
-    """Returns what the configurations of a model and its adapters say, but for names, places and special tokens."""
+    """Return the configurations of a model and its adapters, but for names, places and special tokens."""
     configs: dict[str, Any] = {"model": getattr(model, "config", None)}
     if adapters:
         configs |= getattr(model, "peft_config", None) or {}
@@ -62,7 +62,7 @@ def architecture(model: nn.Module, adapters: bool = True) -> dict[str, Any]:
 
 
 def _lasting(value: Any) -> Any:
-    """Leave out what changes when a model is saved, loaded or trained, at any depth; put sets in order."""
+    """Remove keys that change when a model is saved, loaded or trained, at any depth, and sort sets."""
     if isinstance(value, dict):
         kept = {str(k): v for k, v in value.items() if k not in CHANGING and not str(k).startswith("_")}
         return {k: _lasting(v) for k, v in kept.items() if not k.endswith("token_id")}
@@ -72,7 +72,7 @@ def _lasting(value: Any) -> Any:
 
 
 def _contents(model: nn.Module) -> dict[str, Any]:
-    """Return what a model saves, which includes what quantised layers keep beside their weights, and other buffers."""
+    """Return all that a model saves, with the extra state of quantised layers, and its other buffers."""
     saved = model.state_dict(keep_vars=True)
     return dict(model.named_buffers(remove_duplicate=False)) | saved
 
@@ -92,7 +92,7 @@ def _digest(value: Any, name: str) -> str:
 
 
 def _gathered(value: Any) -> Any:
-    """Make a parameter that ZeRO-3 has sharded whole for the time of a ``with``."""
+    """Gather a parameter that ZeRO-3 has sharded, within the context."""
     if not hasattr(value, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed
@@ -101,7 +101,7 @@ def _gathered(value: Any) -> Any:
 
 
 def _parts(value: Any, name: str) -> Iterator[Any]:
-    """Yield plain dense tensors that hold the values of a tensor of any kind, and what else tells how to read them."""
+    """Yield dense tensors with the values of a tensor of any kind, and facts that are needed to read them."""
     if isinstance(value, (tuple, list)):
         yield len(value)
         for item in value:

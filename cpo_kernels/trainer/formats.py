@@ -1,4 +1,4 @@
-"""The shapes that an example may have, brought to one: a prompt, its candidates, their ranks and their kinds."""
+"""The forms that an example may have, and how they become one: a prompt, its candidates, their ranks and kinds."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any, vo
     negative (0: as good as the ground truth), and ``"kinds"``, for each negative a name in
     :data:`cpo_kernels.negatives.KINDS`. A field that is ``None`` counts as absent; any other field is ignored.
 
-    - Without a prompt, what ``chosen`` and every ``rejected`` begin with is the prompt, by TRL's rule; so also where
-      the prompt is a text and the others are conversations that repeat it.
+    - Without a prompt, the common beginning of ``chosen`` and every ``rejected`` is the prompt, by TRL's rule; also
+      where the prompt is a text and the other fields are conversations that repeat it.
     - Conversations go through the tokenizer's chat template, with the example's ``"tools"`` and
       ``"chat_template_kwargs"``. Keys whose value is ``None`` are left out of messages, tools and arguments at any
-      depth: tables fill the keys with it that a row does not have.
+      depth, because tables fill missing keys with ``None``.
 
     Args:
         example: the example.
-        index: its number, for messages.
+        index: number of the example, for messages.
         tokenizer: a tokenizer of ``transformers``; used for conversations only.
-        vocab_size: how many token ids the model has embeddings for; None leaves that unchecked.
+        vocab_size: number of embeddings of the model; None leaves token ids unchecked.
 
     Raises:
         ValueError: a field that is missing, of a wrong form or without its counterpart, a text that has no encoding, a
@@ -73,7 +73,7 @@ def normalize_example(example: Mapping[str, Any], index: int, tokenizer: Any, vo
 
 
 def check_example(example: Mapping[str, Any], index: int, vocab_size: int | None = None) -> None:
-    """Raise ``ValueError`` for what :func:`normalize_example` would not take, chat templates aside."""
+    """Raise ``ValueError`` for an example that :func:`normalize_example` would refuse, chat templates aside."""
     fields = {name: value for name, value in example.items() if value is not None}
     _, _, negatives, named = _candidates(fields, index, vocab_size)
     _ranks(fields, index, named, len(negatives))
@@ -81,7 +81,7 @@ def check_example(example: Mapping[str, Any], index: int, vocab_size: int | None
 
 
 def _candidates(fields: Mapping[str, Any], index: int, vocab_size: int | None) -> tuple[Value, Value, list[Value], str]:
-    """Read prompt, completion and negatives as the example has them, and the name of the field of negatives."""
+    """Return prompt, completion and negatives unchanged, and the name of the field of negatives."""
     preference = [name for name in ("chosen", "rejected") if name in fields]
     if not preference:
         prompt, completion = (_value(fields, name, index, vocab_size) for name in ("prompt", "completion"))
@@ -117,7 +117,7 @@ def _value(fields: Mapping[str, Any], name: str, index: int, vocab_size: int | N
 
 
 def _values(fields: Mapping[str, Any], name: str, index: int, vocab_size: int | None) -> list[Value]:
-    """Read the negatives in a field; one of TRL's ``rejected`` may stand without a list around it."""
+    """Return the negatives in a field; a single one in TRL's ``rejected`` needs no list around it."""
     if name not in fields:
         raise ValueError(f"example {index} has no {name!r}, only {sorted(fields)}")
     values = fields[name]
@@ -135,7 +135,7 @@ def _values(fields: Mapping[str, Any], name: str, index: int, vocab_size: int | 
 
 
 def _checked(value: Value, name: str, index: int, vocab_size: int | None) -> Value:
-    """Return the value with its conversation's absent keys left out; raises for what has no encoding or embedding."""
+    """Check a value's encoding and token ids, and return it without keys of None in its conversation."""
     if _is_conversation(value):
         value = [without_none(message) for message in value]
         check_encodable(value, f"{name!r} of example {index}")
@@ -153,7 +153,7 @@ def _checked(value: Value, name: str, index: int, vocab_size: int | None) -> Val
 
 
 def check_encodable(value: Any, what: str) -> None:
-    """Raise ``ValueError`` for a text, at any depth, that UTF-8 cannot encode; ``what`` says in messages where."""
+    """Raise ``ValueError`` for a text, at any depth, that UTF-8 cannot encode; ``what`` names the place in messages."""
     if isinstance(value, str):
         if not value.isascii():
             try:
@@ -173,7 +173,7 @@ def check_encodable(value: Any, what: str) -> None:
 
 
 def without_none(value: Any) -> Any:
-    """Leave out every key of a mapping whose value is None, at any depth; items of lists stay where they are."""
+    """Remove every key of a mapping whose value is None, at any depth; lists keep their items."""
     if isinstance(value, Mapping):
         return {key: without_none(own) for key, own in value.items() if own is not None}
     if isinstance(value, (list, tuple)):
@@ -203,7 +203,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _check_forms(index: int, values: Mapping[str, Sequence[Value]]) -> None:
-    """Raise where some values are conversations and others are not: no template could join them."""
+    """Raise ``ValueError`` where some values are conversations and others are not: no template could join them."""
     forms = {name: [_is_conversation(value) for value in group] for name, group in values.items()}
     if len({form for group in forms.values() for form in group}) < 2:
         return
@@ -214,16 +214,16 @@ def _check_forms(index: int, values: Mapping[str, Sequence[Value]]) -> None:
 def _shared_prefix(chosen: Sequence[Any], rejected: Sequence[Any], index: int) -> int:
     """Find where the implicit prompt of a pair ends, by the rule of ``trl.data_utils.extract_prompt``.
 
-    That is before the first difference and, in texts, before a space that precedes it; where one value begins with
-    the whole other, before the last item of the shorter.
+    The prompt ends before the first difference and, in texts, before a space in front of it. If one value begins with
+    the whole other value, the prompt ends before the last item of the shorter.
     """
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError(f"'chosen' and 'rejected' of example {index} have no 'prompt' and are not both texts")
     shorter = min(len(chosen), len(rejected))
-    if shorter == 0:  # There is nothing to share with an empty one.
+    if shorter == 0:  # An empty value shares no prompt.
         return 0
     cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter - 1)
-    # TRL looks at chosen[-1] here where the first items differ already; a prompt of nothing has no last space.
+    # Where even the first items differ TRL reads chosen[-1]; an empty prompt has no space to remove.
     return cut - 1 if cut > 0 and chosen[cut] != rejected[cut] and chosen[cut - 1] == " " else cut
 
 
@@ -246,7 +246,7 @@ class _Renderer:
         self.options = {"tools": without_none(tools) or None, **without_none(options)}
 
     def prompt(self, messages: list[Mapping[str, Any]]) -> str:
-        """Render a prompt with the header of the answer; one that ends with an assistant's words leaves them open."""
+        """Render a prompt and the header of the answer; if it ends with an assistant's message, leave that open."""
         role = messages[-1]["role"]
         if role == "assistant":
             return self(messages, continue_final_message=True)
@@ -257,7 +257,7 @@ class _Renderer:
         return self(messages, add_generation_prompt=True)
 
     def __call__(self, messages: list[Mapping[str, Any]], **options: Any) -> str:
-        """Render messages with the example's own arguments of the template, and with these."""
+        """Render messages with the example's arguments of the template and with ``options``."""
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options, **self.options)
         except Exception as error:  # A template may raise anything.
@@ -265,7 +265,7 @@ class _Renderer:
             raise ValueError(message) from error
 
 
-# What is said of the negatives
+# Ranks and kinds of negatives
 
 
 def _per_negative(fields: Mapping[str, Any], name: str, index: int, negatives: str, count: int) -> list[Any]:

@@ -51,7 +51,7 @@ VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 class Question(NamedTuple):
-    """Which of two continuations of a prompt is better, asked in this order; ``pair`` names it in errors."""
+    """The question which of two continuations of a prompt is better; ``pair`` numbers it in error messages."""
 
     pair: int
     prompt: str
@@ -62,8 +62,8 @@ class Question(NamedTuple):
 class ChatJudge(Endpoint):
     """A chat model behind an OpenAI-compatible endpoint.
 
-    The answer must be ``A``, ``B`` or ``tie`` but for case and punctuation. Any other answer is asked for once more
-    with a reminder of the form; after a second one there is no verdict.
+    The answer must be ``A``, ``B`` or ``tie`` but for case and punctuation. After any other answer the model is asked
+    once more, with a reminder of the form; after a second one there is no verdict.
 
     Args:
         url, model, endpoint: as for :class:`~cpo_kernels.negatives.endpoint.Endpoint`.
@@ -99,11 +99,11 @@ class ChatJudge(Endpoint):
         return f"chat {self.url} {self.model} {hashlib.sha256(sent.encode()).hexdigest()[:16]}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """Give the verdict in this order; a chat model's depends on the order."""
+        """Return the verdict for the continuations in this order, on which a chat model's verdict depends."""
         return next(iter(dict(self._in_flight(self._ask, [Question(0, prompt, first, second)])).values()))
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield ``(index, verdict)`` as they come, before an error also those that were in flight beside it."""
+        """Yield ``(index, verdict)`` as they come; before an error is raised, also those in flight."""
         return self._in_flight(self._ask, questions)
 
     async def _ask(self, client: Any, question: Question) -> Verdict:
@@ -132,16 +132,16 @@ class ChatJudge(Endpoint):
 
 
 def parse_verdict(answer: str) -> Verdict:
-    """Read 1 for ``A``, 0 for ``B``, 0.5 for ``tie``, whatever their case and the punctuation around; else None."""
+    """Return 1 for ``A``, 0 for ``B`` and 0.5 for ``tie``, whatever the case and punctuation; None for others."""
     match = ANSWER.fullmatch(answer)
     return VERDICTS[match[1].lower()] if match else None
 
 
 class LikelihoodJudge:
-    """Prefers the continuation with the higher log-likelihood per token under a local model.
+    """A judge that prefers the continuation with the higher log-likelihood per token under a local model.
 
-    A continuation is scored with EOS at its end, as it stands there, so that an empty one has a score too. Of a prompt
-    over half of ``max_length`` the beginning is left out, of a continuation that does not fit behind it the end.
+    A continuation is scored with EOS at its end, so that an empty one has a score too. A prompt over half of
+    ``max_length`` loses its beginning, and a continuation that does not fit behind it its end.
 
     Args:
         model: a causal language model; :func:`cpo_kernels.attach_linear_loss` is applied to it.
@@ -153,8 +153,7 @@ class LikelihoodJudge:
 
     Raises:
         ValueError: a tokenizer without EOS, a ``batch_size`` below 1, or a ``max_length`` below 2.
-        RuntimeError: a model that :func:`cpo_kernels.attach_linear_loss` does not know how to read; on asking, a score
-            that is NaN.
+        RuntimeError: a model that :func:`cpo_kernels.attach_linear_loss` cannot read; on asking, a score that is NaN.
     """
 
     symmetric = True
@@ -178,11 +177,11 @@ class LikelihoodJudge:
         return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
-        """Give the verdict on one pair."""
+        """Return the verdict on one pair."""
         return next(self.verdicts([Question(0, prompt, first, second)]))[1]
 
     def verdicts(self, questions: Sequence[Question]) -> Iterator[tuple[int, Verdict]]:
-        """Yield ``(index, verdict)``, batch by batch, pairs of like length together."""
+        """Yield ``(index, verdict)`` batch by batch, with pairs of similar length together."""
         tokens = self._tokenize(questions)
         order = sorted(range(len(questions)), key=lambda i: max(len(p) + len(c) for p, c in tokens[i]))
         for start in range(0, len(order), self.batch_size):
@@ -192,7 +191,7 @@ class LikelihoodJudge:
                 question = questions[i]
                 if math.isnan(first) or math.isnan(second):
                     raise RuntimeError(f"the judge's log-likelihood of pair {question.pair} is NaN")
-                # Texts that are equal are padded alike, yet may be rounded differently.
+                # Equal texts may still get scores that are rounded differently.
                 equal = first == second or question.first == question.second
                 yield i, 0.5 if equal else float(first > second)
 
@@ -210,7 +209,7 @@ class LikelihoodJudge:
         ]
 
     def _scores(self, texts: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Score continuations behind their prompts: log-likelihoods per token, (len(texts),) float32."""
+        """Compute log-likelihoods per token (len(texts),) float32 of continuations behind their prompts."""
         # The last token predicts nothing, so the body does not see it.
         inputs = [torch.tensor([*prompt, *text[:-1]]) for prompt, text in texts]
         ids = pad_sequence(inputs, batch_first=True)

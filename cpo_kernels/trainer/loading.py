@@ -1,4 +1,4 @@
-"""Examples from where they lie: JSON lines, Parquet, plain text, a saved data set, or a name on the hub."""
+"""Load examples from JSON lines, Parquet, plain text, a saved data set, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 Row = Mapping[str, Any]
-Place = Callable[[int], str]  # Says for messages where the row of a number stands.
+Place = Callable[[int], str]  # Names the place of the row of a number, for messages.
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_examples(
     vocab_size: int | None = None,
     **options: Any,
 ) -> Sequence[Row]:
-    r"""Load examples that training reads, every one of them checked.
+    r"""Load examples for training, and check every one of them.
 
     Args:
         source: what to read:
@@ -68,8 +68,8 @@ def load_examples(
         split: part of a data set; slices such as ``train[:1000]`` work for data sets from the hub.
         name: configuration of a data set on the hub, such as ``20231101.en``.
         tokenizer: needed for cutting by tokens.
-        max_examples: use the first so many rows.
-        vocab_size: how many embeddings the model has; None leaves token ids in the rows unchecked.
+        max_examples: most rows to use, from the first on.
+        vocab_size: number of embeddings of the model; None leaves token ids in the rows unchecked.
         options: how a row becomes an example.
 
             - ``columns``: new names to the row's own, as ``{"completion": "answer"}``.
@@ -77,16 +77,16 @@ def load_examples(
               ``"{{ question }}\n"``.
             - A row that has ``text_column`` (default ``text``) and no prompt or completion is a document to cut: behind
               ``prompt_fraction`` of its words (default 0.5), or, with ``prompt_tokens`` and ``completion_tokens``, into
-              consecutive pieces of so many tokens, but for an end that is no longer than a prompt. Documents too short
-              for that are left out and counted in a warning.
+              consecutive pieces of that many tokens, without an end that is no longer than a prompt. Documents too
+              short to cut are left out and counted in a warning.
 
     Returns:
         A ``datasets.Dataset`` or a list of mappings, in one of the forms of :func:`.formats.normalize_example`.
 
     Raises:
-        ValueError: a source that is not there, options that contradict each other, or a row that is no example; the
+        ValueError: a source that does not exist, options that contradict each other, or a row that is no example; the
             message names the file, the line and the field.
-        RuntimeError: a data set that could not be had from the hub; the message says what was asked for.
+        RuntimeError: a data set that could not be loaded from the hub; the message names it.
     """
     how = ExampleOptions(**options)
     if how.prompt_tokens is not None and tokenizer is None:
@@ -103,7 +103,7 @@ def load_examples(
 
 
 def read_rows(source: str, *, split: str = "train", name: str | None = None) -> tuple[Any, Place]:
-    """Read the rows of a source as they are; the second value says where a row stands. See :func:`load_examples`."""
+    """Return the rows of a source of :func:`load_examples`, unchanged, and a function that names a row's place."""
     path = Path(source)
     if path.is_dir():
         return _read_saved(path, split), lambda i: f"{source}, row {i}"
@@ -219,7 +219,7 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 
     try:
         return datasets.load_dataset(source, name, split=split)
-    except Exception as error:  # The network, the hub and the data set's files raise many.
+    except Exception as error:  # The network, the hub and the data set's files raise many kinds.
         asked = f"the data set {source!r} (configuration {name!r}, split {split!r})"
         raise RuntimeError(
             f"there is no file or directory {source!r}, and datasets could not load {asked}: "
@@ -262,7 +262,7 @@ def _check(example: Row, index: int, where: str, vocab_size: int | None) -> None
 
 
 class _Templates:
-    """Renames the columns of a row and fills in the templates for its prompt and its completion."""
+    """A renaming of the columns of rows, and the templates of their prompt and completion."""
 
     def __init__(self, how: ExampleOptions) -> None:
         self.columns = dict(how.columns or {})
@@ -278,7 +278,7 @@ class _Templates:
         for new, own in self.columns.items():
             if own not in row:
                 raise ValueError(f"{where} has no {own!r}, which columns takes {new!r} from, only {sorted(row)}")
-        # What a template or a column replaces is not a field of the example any more.
+        # Columns that were renamed or replaced are no fields of the example any more.
         taken = set(self.columns.values()) - set(self.columns)
         example = {k: v for k, v in row.items() if k not in taken} | {n: row[o] for n, o in self.columns.items()}
         for field, template in self.templates.items():
@@ -325,7 +325,7 @@ def _cut(example: Row, how: ExampleOptions, tokenizer: Any, where: str) -> list[
 
 
 def _cut_words(text: str, fraction: float) -> Iterator[Row]:
-    """Cut a text into prompt and completion before the white space in front of a word; its layout is kept."""
+    """Cut a text into prompt and completion before the white space in front of a word; keep its layout."""
     text = text.strip()
     starts = [i for i in range(1, len(text)) if text[i - 1].isspace() and not text[i].isspace()]
     if not starts:
@@ -337,7 +337,7 @@ def _cut_words(text: str, fraction: float) -> Iterator[Row]:
 
 
 def _cut_tokens(ids: Sequence[int], prompt: int, completion: int) -> Iterator[Row]:
-    """Cut a document into consecutive pieces; what is left at its end is one too if a completion begins in it."""
+    """Cut a document into consecutive pieces; its end is a piece too if it is longer than a prompt."""
     for start in range(0, len(ids), prompt + completion):
         piece = list(ids[start : start + prompt + completion])
         if len(piece) > prompt:

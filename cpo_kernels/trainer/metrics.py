@@ -1,4 +1,4 @@
-"""Sums behind the logged metrics, kept on the device and read when they are logged."""
+"""Sums from which logged metrics are computed; they stay on the device until they are logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MetricSums:
         self.nonfinite: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, weight: float) -> None:
-        """Add ``value``, a mean over ``weight`` items."""
+        """Add ``value``, a mean over ``weight`` items, to the metric ``name``."""
         value = value.detach().to(torch.float32 if value.device.type == "mps" else torch.float64)
         zero = value.new_zeros(())
         self.values[name] = self.values.get(name, zero) + value * weight
@@ -26,10 +26,10 @@ class MetricSums:
         self.nonfinite[name] = self.nonfinite.get(name, zero) + ~torch.isfinite(value)
 
     def means(self, reduce: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], dict[str, int]]:
-        """Return the metrics that have any weight, and by name how many of the values added were NaN or Inf.
+        """Return the metrics that have any weight, and by name how many of their values were NaN or Inf.
 
         Args:
-            reduce: sums a tensor over processes, all of which must have added the same names, be it with weight 0.
+            reduce: sums a tensor over processes, all of which must have added the same names, if with weight 0.
         """
         if not self.values:
             return {}, {}
@@ -47,19 +47,19 @@ class MetricSums:
 def contrast_metrics(
     rewards: Tensor, cu_groups: Sequence[int], ranks: Sequence[int], kinds: Sequence[str], known: Sequence[str]
 ) -> dict[str, tuple[Tensor, int]]:
-    """Measure how the candidates of rank 0 do against the others, over all and by kind of negative.
+    """Compare the candidates of rank 0 with all others, and with each kind of negative.
 
     Args:
         rewards: (S,) ``beta * (logp - ref_logp)``.
         cu_groups: (G + 1,) segments of each group.
-        ranks: (S,) of the candidates, 0 is best.
-        kinds: (S,) of the candidates.
+        ranks: (S,) ranks of the candidates, 0 is best.
+        kinds: (S,) kinds of the candidates.
         known: kinds to report, whether or not this batch holds any.
 
     Returns:
         For ``rewards/chosen, rewards/rejected, margin, accuracy`` and ``accuracy/KIND`` the mean over the groups that
-        have such candidates, and their number. An accuracy is the share of groups whose candidates of rank 0 all have a
-        higher reward than all the others (of that kind).
+        have such candidates, and the number of these groups. An accuracy is the share of groups whose candidates of
+        rank 0 all have a higher reward than all others (of that kind).
     """
     # Index tensors are made on the host, so that nothing waits for the device.
     group_of = [group for group, (start, end) in enumerate(pairwise(cu_groups)) for _ in range(start, end)]

@@ -1,4 +1,4 @@
-"""All negatives of a batch: those of the data, and those that a model draws or writes for it."""
+"""All negatives of a batch: from the data, and drawn or written by a model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .data import TokenizedExamples
 from .reference import Sources
 from .writing import EndpointWriter, ModelWriter, Store, sampling_of
 
-EVALUATION_STEP = -1  # Every evaluation draws alike, though models may have changed.
+EVALUATION_STEP = -1  # Every evaluation draws with the same step, though models may have changed.
 
 
 class NegativeSampler:
-    """Draws the negatives of an example that need no model: a function of (seed, step, example) alone.
+    """A sampler of the negatives that need no model: a function of (seed, step, example) alone.
 
     Batch negatives come from the whole data set. A batch is a random sample of it, so their distribution is that of
-    the other completions in a batch, but they do not depend on how a batch is split into micro-batches, on the number
-    of processes, or on where a run was resumed, and a batch of one example has them too.
+    the other completions in a batch, but they depend neither on how a batch is split into micro-batches, nor on the
+    number of processes, nor on where a run was resumed, and a batch of one example has them too.
 
     Args:
         examples: the data.
         eos_token_id: the token that ends a completion, or every one that may.
-        num_batch_negatives: how many of the kind batch are drawn.
-        num_truncation_negatives: how many of the kind truncation are drawn.
+        num_batch_negatives: number of batch negatives to draw.
+        num_truncation_negatives: number of truncation negatives to draw.
         seed: any integer.
         max_length: tokens of prompt and completion together, at most.
         more: numbers of further kinds that are drawn from the data, as ``num_KIND_negatives=...``.
@@ -56,7 +56,7 @@ class NegativeSampler:
         }
 
     def draw(self, index: int, step: int) -> list[Negative]:
-        """Draw the negatives of example ``index`` as it is contrasted at ``step``; those that it brings come first."""
+        """Draw the negatives of example ``index`` at ``step``, behind those that the example brings."""
         room = None if self.max_length is None else self.max_length - len(self.examples.prompts[index])
         task = Task(self.examples.completions, index, self.eos_token_id, room, self.rank_of_drawn(index))
         rng = generator(self.seed, step, index)
@@ -79,18 +79,18 @@ class NegativeSampler:
         ]
 
     def rank_of_drawn(self, index: int) -> int:
-        """Return the rank of a negative that was drawn: behind those that the example ranks."""
+        """Return the rank of drawn negatives: 1 more than the largest rank that the example gives, if it gives any."""
         ranks = None if self.examples.ranks is None else self.examples.ranks[index]
         return 1 + max(ranks, default=0) if ranks is not None else 1
 
 
 @dataclass
 class Drawn:
-    """What is contrasted with one ground truth.
+    """The negatives of one ground truth.
 
     Attributes:
         negatives: in the order of their kinds.
-        ref_logp: log-likelihood of the ground truth under the reference, where it was found on the way.
+        ref_logp: log-likelihood of the ground truth under the reference, if drawing computed it.
     """
 
     negatives: list[Negative] = field(default_factory=list)
@@ -99,12 +99,12 @@ class Drawn:
 
 @dataclass
 class Negatives:
-    """Draws the negatives that a configuration asks for.
+    """A source of the negatives that a configuration asks for.
 
     Args:
-        config: how many of which kind, and how they are made.
-        tokenizer: for the tokens that end a completion, and for text that a server takes and gives.
-        sources: the models that draw.
+        config: the numbers of negatives by kind, and how they are made.
+        tokenizer: the tokenizer, for the tokens that end a completion and for the text of a server.
+        sources: the models that draw negatives.
         store: autoregressive negatives that are written and not yet used.
     """
 
@@ -114,7 +114,7 @@ class Negatives:
     store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
-        # Seen now: training writes the tokenizer's EOS into the model's generation configuration.
+        # Read now: training writes the tokenizer's EOS into the model's generation configuration.
         self.ends = end_token_ids(self.tokenizer, self.sources.policy())
         self._writer: ModelWriter | EndpointWriter
         if self.config.autoregressive_url is None:
@@ -128,7 +128,7 @@ class Negatives:
         return self.config.seed if self.config.data_seed is None else self.config.data_seed
 
     def sampler(self, examples: TokenizedExamples) -> NegativeSampler:
-        """Make what draws the negatives of these examples that need no model."""
+        """Make the sampler of those negatives of some examples that need no model."""
         counts = self.config.negative_counts(examples.brings_negatives)
         return NegativeSampler(
             examples=examples,
@@ -139,7 +139,7 @@ class Negatives:
         )
 
     def check(self, examples: TokenizedExamples) -> None:
-        """Raise ``ValueError`` if an example would be contrasted with nothing, or with less than was asked for."""
+        """Raise ``ValueError`` if an example would have no negative, or fewer than were asked for."""
         counts = self.config.negative_counts(examples.brings_negatives)
         if counts["batch"]:
             distinct: set[tuple[int, ...]] = set()
@@ -163,7 +163,7 @@ class Negatives:
         return examples.brings_negatives or any(self.config.negative_counts(examples.brings_negatives).values())
 
     def draw(self, examples: TokenizedExamples, indices: Sequence[int], step: int) -> list[Drawn]:
-        """Draw the negatives of some examples as they are contrasted at ``step``."""
+        """Draw the negatives of some examples at ``step``."""
         step = self._effective(step)
         sampler = self.sampler(examples)
         drawn = [Drawn(sampler.draw(index, step)) for index in indices]
@@ -179,7 +179,7 @@ class Negatives:
         kinds = [kind for kind, count in self.config.negative_counts(examples.brings_negatives).items() if count]
         for own, index in zip(drawn, indices, strict=True):
             if kinds and not own.negatives:
-                # A model may be sure of the truth, or that be EOS alone. Contrasted with itself, it has no gradient.
+                # A sure model draws only the ground truth, which as its own negative has no gradient.
                 own.negatives = [Negative(kinds[0], examples.completions[index], rank=sampler.rank_of_drawn(index))]
         return drawn
 
@@ -192,13 +192,13 @@ class Negatives:
         indices: Sequence[int],
         sampler: NegativeSampler,
     ) -> None:
-        """Add the texts of each example that can be its negatives."""
+        """Add to each example those of its texts that differ from the ground truth as negatives."""
         for group, own, index in zip(drawn, texts, indices, strict=True):
             truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
             group.negatives += [Negative(kind, text, rank=rank) for text in own if is_wrong(text, truth)]
 
     def write_ahead(self, examples: TokenizedExamples, steps: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Write the autoregressive negatives of (step, indices of examples) that are not written yet."""
+        """Write those autoregressive negatives of (step, indices of examples) that are not in the store."""
         keys = [(self._effective(step), index) for step, indices in steps for index in indices]
         if not self.config.num_autoregressive_negatives:
             return
@@ -208,11 +208,11 @@ class Negatives:
         if missing or self.sources.synced_gpus:
             written = self._write(examples, [index for _, index in missing], self._effective(steps[0][0]))
             self.store.negatives.update(zip(missing, written, strict=True))
-        if not self.config.resample_negatives:  # Another process may see these examples next time.
+        if not self.config.resample_negatives:  # In the next epoch another process may get these examples.
             self.store.negatives |= dict(gather_object([(key, self.store.negatives[key]) for key in missing]))
 
     def _effective(self, step: int) -> int:
-        """Return the step that decides what is drawn."""
+        """Return the step with which negatives are drawn: 0 unless they are drawn anew at every step."""
         return step if self.config.resample_negatives or step == EVALUATION_STEP else 0
 
     @property
@@ -246,7 +246,7 @@ class Negatives:
 
 
 def with_reference(drawn: Drawn, reading: Reading) -> Drawn:
-    """Add to negatives what the reference has said of the ground truth and its truncations."""
+    """Add the reference's log-likelihoods of the ground truth and its truncations to negatives."""
     cut_logps = iter(reading.cut_logps)
     negatives = [own if own.cut is None else replace(own, ref_logp=next(cut_logps)) for own in drawn.negatives]
     return Drawn(negatives, reading.logp)

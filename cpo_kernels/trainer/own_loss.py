@@ -1,4 +1,4 @@
-"""A Python function in place of the trainer's contrast, with the likelihood of the ground truths beside it."""
+"""The trainer's loss with a Python function in place of the contrast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LossFn = Callable[[Tensor, range], Tensor]
 
 
 def check_own_loss(config: CPOConfig) -> None:
-    """Raise ``ValueError`` for an option of the contrast that a function in its place would silently ignore."""
+    """Raise ``ValueError`` for an option of the contrast, which a loss function would silently ignore."""
     if not config.contrasts:
         raise ValueError(f"loss_fn takes the place of the contrast, which alpha={config.alpha} leaves out")
     ignored = {"loss_type": "plackett_luce", "label_smoothing": 0.0, "margin": 0.0, "ranking": "none"}
@@ -38,14 +38,14 @@ def own_loss(
     """Compute ``alpha * loss_fn + mle_weight * NLL`` of a batch, in one pass over the logits.
 
     Args:
-        model: with an attached loss.
+        model: a model with an attached loss.
         inputs: the tensors of a batch, with the sizes of the whole step.
-        ref_logps: (S,), of means per token if the configuration says so, or None.
+        ref_logps: (S,), means per token if ``length_normalized``, or None.
         loss_fn: see :class:`~cpo_kernels.trainer.CPOTrainer`.
-        config: the weights of the two parts, and what the head takes.
+        config: the weights of the two parts, and the options of the head.
 
     Returns:
-        What a :class:`~cpo_kernels.models.CPORequest` gives, ``contrastive_loss`` being that of ``loss_fn``.
+        The answer to a :class:`~cpo_kernels.models.CPORequest`, with the loss of ``loss_fn`` as ``contrastive_loss``.
     """
     sizes = {name: inputs[name] for name in ("num_groups", "num_target_tokens")}
     objective, starts = Objective(**config.objective_options, **sizes), inputs["cu_groups"]

@@ -40,7 +40,7 @@ class ReferenceScores:
         self.starts, self.logps = starts.tolist(), logps
 
     def of(self, indices: Sequence[int]) -> Tensor:
-        """Return the log-likelihoods of the candidates of some examples, one after the other."""
+        """Return the log-likelihoods of the candidates of some examples, joined in their order."""
         return torch.cat([self.logps[self.starts[i] : self.starts[i + 1]] for i in indices])
 
 
@@ -50,11 +50,11 @@ def precompute(
     """Score a data set whose negatives never change.
 
     Args:
-        directory: where scores are kept.
+        directory: folder of the cached scores.
         batches: builds the groups that are scored.
         examples: the data.
-        step: at which its negatives are drawn.
-        accelerator: of the run.
+        step: the step with which negatives are drawn.
+        accelerator: the accelerator of the run.
     """
     config, sources = batches.config, batches.negatives.sources
     reference = sources.reference
@@ -78,28 +78,28 @@ def precompute(
 
 
 def cache_key(**parts: Any) -> str:
-    """Digest what the scores depend on: model, data, negatives, precision."""
+    """Digest everything that the scores depend on: model, data, negatives, precision."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def load_or_compute(
     directory: Path, key: str, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator
 ) -> ReferenceScores:
-    """Load the scores kept under ``key``, computed by all processes together where there are none.
+    """Load the scores cached under ``key``; if there are none, compute them in all processes together.
 
     Args:
-        directory: where scores are kept; one file per key.
+        directory: folder of the cached scores, one file per key.
         key: see :func:`cache_key`.
         num_examples: E.
         batch_size: examples scored at a time by each process.
-        score: from indices of examples to the log-likelihoods of their candidates, one tensor per example.
-        accelerator: for the number of processes and what they share.
+        score: maps indices of examples to the log-likelihoods of their candidates, one tensor per example.
+        accelerator: the accelerator of the run, through which processes share scores.
 
     Raises:
         ValueError: a file that is cut off or is not what was written; the message names it.
     """
     path = directory / f"{key}.safetensors"
-    # Decided by one process: a file system may show a file to the others later.
+    # One process decides: a shared file system may show a file to other processes later.
     (found,) = gather_object([path.is_file()])[:1]
     if not found:
         _compute(path, num_examples, batch_size, score, accelerator)

@@ -1,4 +1,4 @@
-"""The order of candidates by their similarity to the ground truth, in the space of one of two embeddings."""
+"""Ranks of candidates by similarity to the ground truth: of sentence embeddings or of mean hidden states."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Ids = Sequence[int]
 
 
 class Ranking:
-    """Ranks negatives by cosine similarity to their ground truth.
+    """A ranking of negatives by cosine similarity to their ground truth.
 
     Args:
-        config: whether they are ranked, and by which model of sentences; without one, by hidden states.
-        tokenizer: of the candidates.
-        device: of the model of sentences.
-        wanted: whether they are ranked, in place of what the configuration says of training.
+        config: says whether negatives are ranked, and by which sentence encoder; without one, by hidden states.
+        tokenizer: the tokenizer of the candidates.
+        device: device of the sentence encoder.
+        wanted: whether negatives are ranked; None for what the configuration says.
 
     Raises:
-        RuntimeError: a model of sentences that cannot be loaded.
+        RuntimeError: a sentence encoder that cannot be loaded.
     """
 
     def __init__(self, config: CPOConfig, tokenizer: Any, device: Any, wanted: bool | None = None) -> None:
@@ -42,7 +42,7 @@ class Ranking:
         return self.wanted and self._embedder is None
 
     def rank_texts(self, batch: ContrastBatch, inputs: dict[str, Any]) -> None:
-        """Set ``inputs["ranks"]`` by the embeddings of the candidates' texts, where a model for them is named."""
+        """Set ``inputs["ranks"]`` by sentence embeddings of the candidates, if a sentence encoder is configured."""
         if self._embedder is None:
             return
         tokens = [list(segment.tokens) for segment in batch.segments]
@@ -59,13 +59,13 @@ class Ranking:
         """Rank negatives that were written ahead of time.
 
         Args:
-            reference: whose hidden states are taken where no model of sentences is named.
+            reference: the model whose hidden states are used if no sentence encoder is configured.
             prompts: token ids of each example's prompt.
             truths: token ids of each ground truth.
             negatives: token ids of each example's negatives.
 
         Returns:
-            For each example the ranks of its negatives, from 1; equal ones have the same rank.
+            For each example the ranks of its negatives, from 1; equally similar ones share a rank.
         """
         ranks: list[list[int]] = []
         eos, size = self.tokenizer.eos_token_id, self.config.per_device_eval_batch_size

@@ -1,4 +1,4 @@
-"""The models that a run asks: the one that it trains, and its frozen reference, which a resumed run must have too."""
+"""The models of a run: the policy, which is trained, and the frozen reference, which a resumed run needs too."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from .fingerprint import fingerprint
 
 
 class Reference:
-    """A frozen model, or a model whose adapters are trained, without them.
+    """A frozen model, or the model in training with its adapters disabled.
 
-    Weights that are trained besides adapters (``bias="all"``, parts of the base model) are kept as they were at the
-    start, and take the place of the trained ones while the reference is asked.
+    Weights that are trained besides adapters (``bias="all"``, parts of the base model) are copied at the start. The
+    copies take the place of the trained weights while the reference runs.
 
     Args:
-        model: in evaluation mode and frozen, or returning the model with adapters that is being trained.
-        adapters: whether it is the latter.
+        model: returns a frozen model in evaluation mode, or the model in training with its adapters.
+        adapters: whether it returns the model in training.
     """
 
     def __init__(self, model: Callable[[], nn.Module], adapters: bool) -> None:
         self._model, self.adapters = model, adapters
         self._start = trained_besides_adapters(model()) if adapters else {}
-        # Taken before parameters are sharded or trained.
+        # Computed before parameters are sharded or trained.
         self.fingerprint = self.take_fingerprint()
         self.description = describe(model())
 
     def take_fingerprint(self) -> str:
-        """Return the fingerprint of the weights that the reference has now."""
+        """Compute the fingerprint of the present weights of the reference."""
         return fingerprint(self._model(), frozen_only=self.adapters, as_they_were=self._start)
 
     @property
@@ -53,21 +53,21 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
-        """Give the model as it is to be asked."""
+        """Yield the reference model, ready to run."""
         with evaluating(self._model()) as model:
             if not self.adapters:
                 yield model
                 return
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with model.disable_adapter(), self._as_at_the_start(model):  # type: ignore[operator]
-                # Disabling freezes them, and FSDP2 would remember their first pass as that of frozen ones.
+                # Disabling freezes adapters, and FSDP2 takes parameters frozen in their first pass for always frozen.
                 for parameter in trained:
                     parameter.requires_grad_(True)
                 yield model
 
     @contextmanager
     def _as_at_the_start(self, model: nn.Module) -> Iterator[None]:
-        """Put back what has been trained besides adapters, for the time of a ``with``."""
+        """Restore the initial values of weights trained besides adapters, within the context."""
         parameters = dict(model.named_parameters())
         now = {name: parameters[name].data for name in self._start}
         try:
@@ -79,7 +79,7 @@ class Reference:
                 parameters[name].data = value
 
     def score(self, inputs: Mapping[str, Any], head: Mapping[str, Any], pool: bool) -> LinearLossOutput:
-        """Compute log-likelihoods (S,) of a batch's candidates and, with ``pool``, embeddings (S, H) of them."""
+        """Compute log-likelihoods (S,) of a batch's candidates and, with ``pool``, their embeddings (S, H)."""
         with self.active() as model:
             # Before training, Trainer may have left the model on the CPU.
             device = next(model.parameters()).device
@@ -94,11 +94,11 @@ class Sources:
 
     Args:
         policy: returns the model that is trained.
-        reference: its frozen reference, if there is one.
+        reference: its frozen reference, or None.
         head: options of the head: backend and budget.
         autocast: the context of forward passes.
-        device: of the models.
-        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+        device: device of the models.
+        synced_gpus: whether all processes have to run the same number of forward passes, as with sharded parameters.
     """
 
     policy: Callable[[], nn.Module]
@@ -110,7 +110,7 @@ class Sources:
 
     @contextmanager
     def asking(self, who: str = "model") -> Iterator[nn.Module]:
-        """Give the model, or the reference where there is one, in evaluation mode and without gradients."""
+        """Yield the policy or, if named and present, the reference, in evaluation mode and without gradients."""
         of_reference = self.reference if who == "reference" else None
         source = evaluating(self.policy()) if of_reference is None else of_reference.active()
         with source as model, self.autocast():
@@ -118,7 +118,7 @@ class Sources:
 
 
 def trained_besides_adapters(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies, by their names, of the parameters that are trained and that switching off adapters leaves on."""
+    """Return copies, by name, of the trained parameters that disabling adapters does not switch off."""
     of_adapters = {id(parameter) for parameter in adapter_parameters(model)}
     return {
         name: parameter.detach().clone()
@@ -128,7 +128,7 @@ def trained_besides_adapters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def not_saved_with_adapters(model: nn.Module) -> list[str]:
-    """Return the names of the trained parameters that a checkpoint of a model with adapters does not hold."""
+    """Return the names of trained parameters that a checkpoint of adapters does not hold."""
     if not hasattr(model, "peft_config"):
         return []
     from peft import get_peft_model_state_dict
@@ -140,13 +140,13 @@ def not_saved_with_adapters(model: nn.Module) -> list[str]:
 def make_reference(
     config: CPOConfig, policy: Callable[[], nn.Module], ref_model: PreTrainedModel | None, accelerator: Accelerator
 ) -> tuple[nn.Module | None, Reference | None]:
-    """Make the reference, and its model where that is another than the one that is trained.
+    """Make the reference, and its model unless that is the policy.
 
     Args:
-        config: whether there is one.
+        config: says whether there is a reference.
         policy: returns the model that is trained.
-        ref_model: the reference that was given, if one was.
-        accelerator: of the run; parameters that it shards are sharded in the reference too.
+        ref_model: the reference that the user gave, or None.
+        accelerator: the accelerator of the run; if it shards parameters, those of the reference are sharded too.
     """
     if config.reference == "none":
         if ref_model is not None:
@@ -164,7 +164,7 @@ def make_reference(
                 "it was, and sharded parameters cannot be put back; pass ref_model, or train the adapters alone"
             )
         return None, reference
-    if ref_model is None and config.reference == "precomputed":  # The model is asked before it is trained, not later.
+    if ref_model is None and config.reference == "precomputed":  # The policy is scored before it is trained.
         return None, Reference(policy, adapters=False)
     frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
     frozen = frozen.eval().requires_grad_(False)
@@ -175,11 +175,11 @@ def make_reference(
 
 
 def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
-    """Divide log-likelihoods (S,) by the numbers of tokens."""
+    """Divide log-likelihoods (S,) by their numbers of tokens."""
     return logps / torch.tensor(cu_tokens, device=logps.device).diff()
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """Return what besides its parameters decides what a model says."""
+    """Return the configuration and dtypes of a model, on which its outputs depend besides its parameters."""
     config: Any = model.config
     return {"config": config.to_dict(), "dtypes": sorted({str(p.dtype) for p in model.parameters()})}

@@ -1,4 +1,4 @@
-"""A ``transformers.Trainer`` whose checkpoints say what they hold, and that goes on from nothing less."""
+"""A ``transformers.Trainer`` that records its checkpoints, and resumes only from complete ones."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ logger = logging.get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):
-    """Records every checkpoint, and checks the record, the settings and the data before it goes on from one."""
+    """A Trainer that records every checkpoint, and checks record, settings and data before it resumes from one."""
 
     args: CPOConfig
     _run: dict[str, Any] | None = None
     _found: str | None = None
     _took_steps: bool = True
 
-    # What a trainer adds
+    # Methods that subclasses extend
 
     def run_record(self) -> dict[str, Any]:
-        """Return what a checkpoint records of the run, to be compared when it goes on."""
+        """Return the record of the run for its checkpoints, which is compared when the run resumes."""
         raise NotImplementedError
 
     def _prepare_run(self) -> None:
         """Forget the state of an earlier run."""
 
     def _load_own_state(self, checkpoint: str) -> None:
-        """Read what :meth:`_save_own_state` left."""
+        """Read the state that :meth:`_save_own_state` wrote."""
 
     def _save_own_state(self, checkpoint: Path) -> None:
-        """Leave in a checkpoint what Trainer knows nothing of; called in every process."""
+        """Write the state that Trainer does not save to a checkpoint; called in every process."""
 
     # Resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See ``Trainer.train``; ``resume_from_checkpoint=True`` goes on from the newest checkpoint that is whole.
+        """Train as ``Trainer.train`` does; ``resume_from_checkpoint=True`` resumes from the newest whole checkpoint.
 
-        A run whose checkpoint is at its end already takes no step.
+        A run whose checkpoint is already at its end takes no step.
 
         Raises:
-            ValueError: no such checkpoint, one that is damaged or lacks state (``allow_partial_resume`` goes on
-                without), or one of other settings, data or models (``allow_changed_resume`` confirms them).
+            ValueError: no such checkpoint, one that is damaged or lacks state (``allow_partial_resume`` permits
+                that), or one of other settings, data or models (``allow_changed_resume`` permits them).
         """
         self._prepare_run()
         self._took_steps = False
@@ -65,11 +65,11 @@ class ResumableTrainer(Trainer):
         return super().train(checkpoint, *args, **kwargs)
 
     def find_checkpoint(self, asked: str | bool = True, say: Callable[[str], Any] = logger.warning) -> str | None:
-        """Find the checkpoint that ``train`` goes on from.
+        """Find the checkpoint from which ``train`` resumes.
 
         Args:
             asked: a checkpoint, or True for the newest in ``output_dir`` that is whole and lacks nothing.
-            say: called with sentences about what is passed over, lacking, changed or unknown.
+            say: called with sentences about checkpoints passed over and about state lacking, changed or unknown.
 
         Returns:
             Its path; None where no checkpoint was ever written to its end.
@@ -77,7 +77,7 @@ class ResumableTrainer(Trainer):
         Raises:
             ValueError: as :meth:`train`.
         """
-        if self._found is not None and asked == self._found:  # All of it was read a moment ago.
+        if self._found is not None and asked == self._found:  # It was checked a moment ago.
             return self._found
         needs = Needs(
             processes=self.args.world_size,
@@ -103,7 +103,7 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See ``Trainer.log``; a run that took no step has no training loss."""
+        """Log as ``Trainer.log`` does, without a training loss for a run that took no step."""
         if not self._took_steps:
             logs.pop("train_loss", None)
         super().log(logs, start_time)
@@ -113,7 +113,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoint = Path(self._get_output_dir(trial=trial), name)
-        if self.args.should_save:  # Files of a run that was killed here must not count as those of this one.
+        if self.args.should_save:  # Files that a killed run left must not count as files of this run.
             shutil.rmtree(checkpoint, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -128,4 +128,4 @@ class ResumableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # All processes have saved theirs before Trainer saves its state.
+        self.accelerator.wait_for_everyone()  # All processes have saved their state before Trainer saves its own.

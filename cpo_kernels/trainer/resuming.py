@@ -1,4 +1,4 @@
-"""From where a run goes on: the newest checkpoint that is whole, of the same run, and holds all that it needs."""
+"""The choice of the checkpoint to resume from: the newest whole one of the same run that holds all it needs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HINT = ", without which the run does not go on bit for bit; allow_partial_resume
 
 @dataclass
 class Found:
-    """What was found to go on from.
+    """The checkpoint found to resume from.
 
     Attributes:
         path: the checkpoint; None where there is none.
-        notes: sentences for the log: what was passed over and why, and what is unknown.
-        unfinished: whether every checkpoint that was passed over had never been written to its end, so that beginning
-            anew loses nothing.
+        notes: sentences for the log about checkpoints passed over, and about unknown differences.
+        unfinished: whether no checkpoint that was passed over had ever been written completely, so that beginning anew
+            loses nothing.
     """
 
     path: str | None = None
@@ -35,18 +35,18 @@ class Found:
 
 
 def find_checkpoint(asked: str | bool, config: CPOConfig, needs: Needs, run: dict[str, Any]) -> Found:
-    """Finds the checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
     Args:
         asked: a checkpoint, or True for the newest in ``config.output_dir`` that is whole and lacks nothing.
-        config: of the run that goes on; its ``allow_partial_resume`` and ``allow_changed_resume`` confirm what else is
-            an error.
-        needs: what the run needs of a checkpoint.
-        run: the record of the run that goes on.
+        config: configuration of the resumed run; ``allow_partial_resume`` and ``allow_changed_resume`` permit what is
+            otherwise an error.
+        needs: the parts of a checkpoint that the run needs.
+        run: the record of the resumed run.
 
     Raises:
-        ValueError: a checkpoint that was asked for and is none, is damaged, or lacks something; a run that differs
-            from the one that wrote it. The message lists what.
+        ValueError: a named checkpoint that does not exist, is damaged, or lacks something; a run that differs from the
+            one that wrote the checkpoint. The message lists the faults.
     """
     found = _newest(config, needs) if asked is True else _named(str(asked), config, needs)
     if found.path is not None:
@@ -82,7 +82,7 @@ def _named(asked: str, config: CPOConfig, needs: Needs) -> Found:
 
 
 def _examine(path: Path, needs: Needs) -> tuple[list[str], str]:
-    """Say what is damaged in a checkpoint, and name what is missing from it."""
+    """Return the damaged files of a checkpoint as sentences, and the names of what it lacks as one text."""
     found = condition(path)
     return found.damaged, ", no ".join([*lacking(path, needs), *found.missing])
 
@@ -92,7 +92,7 @@ def _partial(path: str, missing: str) -> list[str]:
 
 
 def _never_finished(path: Path) -> bool:
-    """Whether a directory has neither the file that is written last nor the record behind it."""
+    """Tell whether a directory has neither Trainer's state, which is written last, nor the record."""
     return not (path / TRAINER_STATE_NAME).is_file() and not (path / RECORD).is_file()
 
 
@@ -115,13 +115,13 @@ def _compare(found: Found, config: CPOConfig, run: dict[str, Any]) -> None:
 
 
 def nothing_found(output_dir: str | None, found: Found) -> str:
-    """Says that there is no checkpoint to go on from, and what was passed over."""
+    """Say that there is no checkpoint to resume from, and which ones were passed over."""
     reasons = "".join(f"; {note}" for note in found.notes)
     return f"no complete checkpoint in {output_dir} to resume from{reasons}. Name a checkpoint, or begin anew"
 
 
 def on_main_process(function: Callable[[], T], is_main: bool) -> T:
-    """Calls a function in one process and gives all of them what it returned, or the ``ValueError`` that it raised."""
+    """Call a function in one process, and return its result, or raise its ``ValueError``, in all of them."""
     outcome: list[Any] = [None, None]
     if is_main:
         try:

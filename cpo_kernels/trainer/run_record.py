@@ -1,6 +1,6 @@
-"""What a run was, as its checkpoints record it: settings, data and models, compared when a run goes on.
+"""The record of a run in its checkpoints: settings, data and models, compared when the run resumes.
 
-A setting counts unless the table below says that it does not: one that is new in ``transformers`` counts.
+A setting counts unless a table of this module excludes it, so that a new setting of ``transformers`` counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .config import CPOConfig
 from .data import TokenizedExamples
 from .fingerprint import architecture, fingerprint
 
-# They do not change what is trained: where a run writes, what it logs, saves and evaluates, and how it is shown.
+# Settings that do not change training: where a run writes, what it logs, saves and evaluates, and how it is shown.
 IGNORED_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "trackio_", "include_", "do_", "_")
 IGNORED = {
     *("output_dir", "overwrite_output_dir", "reference_cache", "run_name", "project", "report_to", "push_to_hub"),
@@ -34,10 +34,10 @@ IGNORED = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 }
-# Schedules that read evaluations, so that what is evaluated and when does change what is trained.
+# Learning-rate schedules that read evaluations, so that settings of evaluation change training.
 READS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
-# How long a run is to be may be changed on purpose; it is said, because the learning rate follows it.
+# The length of a run may be changed on purpose; a change is reported, because the learning rate depends on it.
 STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
 MODELS = {
     "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct "
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def settings_of(config: CPOConfig) -> dict[str, Any]:
-    """Returns the settings of a configuration that change what is trained, as plain values without secrets."""
+    """Return the settings of a configuration that change training, as plain values without secrets."""
     counted = EVALUATIONS if _plain(config.lr_scheduler_type) in READS_EVALUATIONS else ()
     values = {
         item.name: getattr(config, item.name)
@@ -58,12 +58,12 @@ def settings_of(config: CPOConfig) -> dict[str, Any]:
 
 
 def plain_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns settings in the form in which they are recorded: plain values without secrets."""
+    """Return settings in the form in which they are recorded: plain values without secrets."""
     return without_secrets(_plain(values))
 
 
 def _plain(value: Any) -> Any:
-    """Bring a value to what JSON gives back."""
+    """Turn a value into the form that it has after a round trip through JSON."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -74,12 +74,12 @@ def _plain(value: Any) -> Any:
         return sorted(map(str, value))
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    # The text of an arbitrary object has its address, which says nothing.
+    # The text of an arbitrary object contains its address, which differs from run to run.
     return value if value is None or isinstance(value, (str, bool, int, float)) else type(value).__name__
 
 
 def model_record(model: nn.Module) -> dict[str, Any]:
-    """Returns what besides its weights decides how a model goes on training: a resumed run takes it from its caller."""
+    """Return what besides its weights decides how a model trains; a resumed run gets it from its caller."""
     trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     about = {name: _plain(own) for name, own in architecture(model).items()}
     return {
@@ -92,7 +92,7 @@ def model_record(model: nn.Module) -> dict[str, Any]:
 
 
 def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
-    """Returns fingerprints of what no checkpoint holds: the reference, or the frozen weights under adapters.
+    """Return fingerprints of models that no checkpoint holds: the reference, or frozen weights under adapters.
 
     Args:
         model: the model that is trained, before it is sharded.
@@ -105,7 +105,7 @@ def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
 
 
 def data_record(examples: TokenizedExamples) -> dict[str, Any]:
-    """Returns digests of a data set: of all of it, of its prompts and completions, and of these in any order."""
+    """Return digests of a data set: of all of it, of its prompts and completions, and of these in any order."""
     hashes = example_hashes(examples)
     return {
         "examples": len(examples),
@@ -116,7 +116,7 @@ def data_record(examples: TokenizedExamples) -> dict[str, Any]:
 
 
 def example_hashes(examples: TokenizedExamples) -> np.ndarray:
-    """Hashes the prompt and completion of every example; (E,) uint64."""
+    """Hash the prompt and completion of every example; (E,) uint64."""
 
     def hashed(prompt: Any, completion: Any) -> int:
         return xxhash.xxh3_64_intdigest(array("q", [len(prompt), *prompt, *completion]).tobytes())
@@ -128,10 +128,10 @@ def example_hashes(examples: TokenizedExamples) -> np.ndarray:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str = "the checkpoint"
 ) -> tuple[list[str], list[str]]:
-    """Compare the records of two runs, ``before`` that of ``checkpoint``, in what both of them say.
+    """Compare the records of two runs, ``before`` being that of ``checkpoint``, in the entries of both.
 
     Returns:
-        Sentences about what makes them different runs, and those about how long they are, which may change.
+        Sentences about differences between the runs, and sentences about their lengths, which may change.
     """
     changed: list[str] = []
     lengths: list[str] = []
@@ -159,7 +159,7 @@ def _data_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _entries(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is compared by value: the entries of a record, and those of its parts under dotted names."""
+    """Return the entries of a record that are compared by value, nested ones under dotted names."""
     entries: dict[str, Any] = {}
     for part, value in record.items():
         if part in ("data", *MODELS):

@@ -37,7 +37,7 @@ logger = logging.get_logger(__name__)
 
 
 class CPOTrainer(ResumableTrainer):
-    """Trains a causal language model on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
+    """A trainer of causal language models on ``alpha * contrast + mle_weight * MLE``; see :class:`CPOConfig`.
 
     The body of the model runs once a step and its head never: the loss comes from the hidden states, without logits.
     Negatives are a pure function of (seed, optimizer step, example) and of the model that draws them, so a batch of 8
@@ -60,13 +60,13 @@ class CPOTrainer(ResumableTrainer):
         eval_dataset: likewise, or a dictionary of them.
         processing_class: the tokenizer.
         ref_model: the frozen reference. Default: a copy of ``model`` as it is now; for a ``PeftModel``, the model
-            itself with its adapters disabled. To resume a run, give the trainer the model that the run began with, or
-            its reference here.
+            itself with its adapters disabled. To resume a run, give the trainer the model that the run began with as
+            ``model``, or its reference as ``ref_model``.
         loss_fn: a function in place of the contrast of ``args``, with the signature of that of
             :func:`cpo_kernels.linear_sequence_loss`: ``loss_fn(logps, groups)`` returns the sum of the losses of some
             groups of the batch, a differentiable scalar, and ``groups`` is the range of their indices. The reference
-            is subtracted before: ``logps`` (len(groups), C) are log-likelihoods less those of the reference, or as they
-            are with ``reference="none"``, and means per token with ``length_normalized``. The ground truth comes
+            is subtracted before: ``logps`` (len(groups), C) are log-likelihoods less those of the reference, or
+            unchanged with ``reference="none"``, and means per token with ``length_normalized``. The ground truth comes
             first, then its negatives, and -infinity fills up the rows of groups with fewer of them. Ranks are not
             passed. The loss is ``alpha * (sum over groups) / (number of groups) + mle_weight * MLE``; beta only scales
             the rewards that are logged.
@@ -74,7 +74,7 @@ class CPOTrainer(ResumableTrainer):
 
     Raises:
         ValueError: examples or a configuration that cannot be trained on; the message names them.
-        RuntimeError: a model that :func:`attach_linear_loss` does not know how to read.
+        RuntimeError: a model that :func:`attach_linear_loss` cannot read.
     """
 
     # The loss is divided by the sizes of the whole accumulated batch; Trainer must not divide it again.
@@ -125,7 +125,7 @@ class CPOTrainer(ResumableTrainer):
         self._upcoming: deque[list[list[int]]] = deque()
         self._epoch_iterator: Iterator | None = None
         self.ref_model, self.reference = make_reference(self.args, lambda: self._policy, ref_model, self.accelerator)
-        # Of what no checkpoint holds, and a resumed run must have again.
+        # Fingerprints of models that no checkpoint holds and that a resumed run must have again.
         self._fingerprints = frozen_fingerprints(self.accelerator.unwrap_model(self._policy), self.reference)
         sources = Sources(
             policy=lambda: self._policy,
@@ -174,7 +174,7 @@ class CPOTrainer(ResumableTrainer):
         return self._tokenize(datasets)
 
     def _own_datasets(self) -> list[tuple[int, TokenizedExamples]]:
-        """The data sets that the trainer was given, with a step at which their negatives are drawn."""
+        """Return the trainer's data sets, each with a step with which its negatives are drawn."""
         evaluation: Any = self.eval_dataset
         sets = [(0, self.train_dataset)]
         sets += [
@@ -189,7 +189,7 @@ class CPOTrainer(ResumableTrainer):
         return self.model
 
     def _can_share_prefixes(self) -> bool:
-        """Whether model and reference may run a prompt and its candidates as one row."""
+        """Tell whether model and reference may run a prompt and its candidates as one row."""
         contrasted = any(self._negatives.any_for(examples) for _, examples in self._own_datasets())
         if self.args.prefix_sharing == "off" or not contrasted:
             return False
@@ -207,9 +207,9 @@ class CPOTrainer(ResumableTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of one optimizer step, each with the sizes of the whole step to divide its loss by."""
+        """Return the micro-batches of an optimizer step, each with the sizes by which the step's loss is divided."""
         step, examples = self.state.global_step, cast(TokenizedExamples, self.train_dataset)
-        if epoch_iterator is not self._epoch_iterator:  # an epoch that was broken off leaves some
+        if epoch_iterator is not self._epoch_iterator:  # an epoch that ended early leaves some
             self._upcoming.clear()
             self._epoch_iterator = epoch_iterator
         if not self._upcoming:
@@ -227,7 +227,7 @@ class CPOTrainer(ResumableTrainer):
         ], tokens
 
     def _look_ahead(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> None:
-        """Take the examples of the coming steps for which negatives are written at once."""
+        """Fetch the examples of the coming steps whose negatives are written together."""
         every = self.args.autoregressive_every if self.args.num_autoregressive_negatives else 1
         for _ in range(every - self.state.global_step % every):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -244,7 +244,7 @@ class CPOTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """This micro-batch's share of the step's loss; the shares of a step add up to it."""
+        """Return this micro-batch's share of the step's loss; the shares of a step add up to the loss."""
         out = self._forward(model, inputs)
         groups = self._own_groups(inputs) / inputs["num_groups"]
         tokens = inputs["own_target_tokens"] / inputs["num_target_tokens"]
@@ -259,7 +259,7 @@ class CPOTrainer(ResumableTrainer):
             return own_loss(model, inputs, ref_logps, self._loss_fn, self.args)
         counted = self._log_weights(inputs)
         if counted is not None:
-            # w e^s = e^(s + log w): a weight is a shift of the score, which is beta times (logp - ref_logp).
+            # w e^s = e^(s + log w): a weight w shifts the score s = beta * (logp - ref_logp) by log w.
             shift = counted / self.args.objective_options["beta"]
             ref_logps = -shift if ref_logps is None else ref_logps - shift
         request = CPORequest(
@@ -280,9 +280,9 @@ class CPOTrainer(ResumableTrainer):
         return out
 
     def _log_weights(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Logarithms (S,) of the weights that the candidates have by their kinds; None where all weigh the same."""
+        """Return the logarithms (S,) of the candidates' weights by kind; None where all weights are equal."""
         of_kind = self.args.negative_weights
-        # What is as good as the ground truth competes with nothing.
+        # Candidates of rank 0 are not negatives, so they weigh 1.
         weights = [
             of_kind[kind] if rank > 0 else 1.0 for kind, rank in zip(inputs["kinds"], inputs["ranks"], strict=True)
         ]
@@ -291,9 +291,9 @@ class CPOTrainer(ResumableTrainer):
         return torch.tensor(weights, device=inputs["targets"].device).log()
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Log-likelihoods (S,) under the reference, in the unit of the contrast; None where there is none.
+        """Return the log-likelihoods (S,) under the reference, means per token where contrasted; None without one.
 
-        Sets the ranks of the candidates where they follow from the reference's hidden states.
+        It also sets the ranks of the candidates if they come from the reference's hidden states.
         """
         logps = inputs.get("ref_logps")
         if self.reference is not None and (logps is None or "unread" in inputs):
@@ -311,7 +311,7 @@ class CPOTrainer(ResumableTrainer):
         return len(inputs["cu_groups"]) - 1
 
     def _record(self, sums: MetricSums, out: Any, inputs: Mapping[str, Any], groups: float, tokens: float) -> None:
-        """Add one batch to the metrics, its groups and target tokens weighing ``groups`` and ``tokens``."""
+        """Add one batch to the metrics, with ``groups`` and ``tokens`` as weights of its means."""
         own_groups = self._own_groups(inputs)
         sums.add("nll_loss", out.nll_loss * (inputs["num_target_tokens"] / inputs["own_target_tokens"]), tokens)
         if self.args.candidate_eps is not None or self.args.grad_filter_eps is not None:
@@ -320,14 +320,14 @@ class CPOTrainer(ResumableTrainer):
             sums.add("aux_loss", out.aux_loss, groups)
         metrics = contrast_metrics(out.rewards, inputs["cu_groups"], inputs["ranks"], inputs["kinds"], [*KINDS])
         contrasted = metrics["accuracy"][1]
-        total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has none
+        total = out.contrastive_loss * inputs["num_groups"]  # a group without negatives has no contrast
         metrics = {"contrastive_loss": (total / max(contrasted, 1), contrasted), **metrics}
-        # Also what this batch has nothing of: every process has to add the same names.
+        # Metrics without any value in this batch too: every process has to add the same names.
         for name, (value, count) in metrics.items():
             sums.add(name, value, count * groups / own_groups)
 
     def _means(self, sums: MetricSums, prefix: str = "") -> dict[str, float]:
-        """The metrics of a window or an evaluation; what is not finite in them is named in a warning."""
+        """Return the metrics of a window or an evaluation, and warn of those that are not finite."""
         means, nonfinite = sums.means(lambda values: self.accelerator.reduce(values, "sum"))
         if nonfinite:
             names = ", ".join(f"{prefix}{name} ({count} times)" for name, count in nonfinite.items())
@@ -337,7 +337,7 @@ class CPOTrainer(ResumableTrainer):
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log ``logs``; with the training loss, the metrics of the steps since the last time."""
+        """Log ``logs`` and, with the training loss, the metrics of the steps since the last log."""
         if "loss" in logs:
             logs |= self._means(self._train_sums)
             self._train_sums = MetricSums()
@@ -346,24 +346,24 @@ class CPOTrainer(ResumableTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Metrics over ``eval_dataset``, by default the one given to the trainer; see ``Trainer.evaluate``.
+        """Compute metrics of ``eval_dataset``, by default the trainer's own, as ``Trainer.evaluate`` does.
 
-        Every evaluation contrasts the same negatives, drawn from the evaluation set, whatever its batch size; those
-        that the trained model draws or writes are its own at the time. With ``alpha=0`` they are drawn all the same, so
-        that runs with and without a contrast can be compared.
+        Every evaluation contrasts the same negatives, drawn from the evaluation set, whatever its batch size; negatives
+        that the trained model draws or writes are of the model at that time. With ``alpha=0`` negatives are drawn too,
+        so that runs with and without a contrast can be compared.
         With several processes, a set that they cannot share evenly has its first examples counted twice.
         """
-        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which training must not miss
+        with torch.random.fork_rng(devices=[]):  # a data loader draws a seed, which must not change training
             return super().evaluate(self._tokenize_all(eval_dataset), *args, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """See ``Trainer.get_test_dataloader``; takes examples as ``evaluate`` does."""
+        """Make a data loader of examples in any form that ``evaluate`` takes."""
         return super().get_test_dataloader(self._tokenize(test_dataset))
 
     def evaluation_loop(
         self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, *args: Any, **kwargs: Any
     ) -> EvalLoopOutput:
-        """The loop of Trainer, with exact means over groups and tokens in place of means over batches."""
+        """Run the loop of Trainer, with exact means over groups and tokens in place of means over batches."""
         self._eval_examples, self._eval_sums = dataloader.dataset, MetricSums()
         output = super().evaluation_loop(dataloader, description, True, *args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval") + "_"
@@ -383,7 +383,7 @@ class CPOTrainer(ResumableTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Loss of one evaluation batch; its logits are never computed."""
+        """Compute the loss of one evaluation batch; its logits are never computed."""
         indices = inputs["index"].tolist()
         examples: Any = self._eval_examples
         batch = self._batches.build(examples, indices, EVALUATION_STEP, self._negatives.any_for(examples))
@@ -399,19 +399,19 @@ class CPOTrainer(ResumableTrainer):
     # The reference
 
     def _precompute_reference(self) -> dict[tuple[str, int], ReferenceScores]:
-        """The scores of the trainer's data sets, by their content and the step whose negatives they are of."""
+        """Compute the scores of the trainer's data sets, by their digest and the step of their negatives."""
         if self.args.reference != "precomputed" or self.reference is None:
             return {}
         directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
         scores = {}
         for step, examples in self._own_datasets():
             scores[examples.digest, step] = precompute(directory, self._batches, examples, step, self.accelerator)
-        # Nobody asks it any more.
+        # The reference is not used any more.
         self.reference, self.ref_model, self._negatives.sources.reference = None, None, None
         return scores
 
     def _kept_scores(self, examples: Any, indices: Sequence[int], step: int) -> Tensor | None:
-        """Log-likelihoods of the candidates of some examples under the reference, if they were precomputed."""
+        """Return the precomputed reference log-likelihoods of some examples' candidates; None without them."""
         if not self._scores:
             return None
         key = (examples.digest, step)
@@ -448,7 +448,7 @@ class CPOTrainer(ResumableTrainer):
             self._negatives.store.save(checkpoint, self.accelerator.process_index)
 
     def run_record(self) -> dict[str, Any]:
-        """What a checkpoint records of the run, to be compared when it goes on."""
+        """Return the record of the run for its checkpoints, which is compared when the run resumes."""
         loss = self._loss_fn
         return {
             "settings": settings_of(self.args),

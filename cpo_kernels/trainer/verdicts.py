@@ -30,9 +30,9 @@ def judge_pairs(
 ) -> list[Verdict]:
     """Judge whether each generated continuation is better than the true one.
 
-    A judge is asked twice, with the two in either order, unless its attribute ``symmetric`` is true: then once.
-    Verdicts that disagree are a tie, so a judge that always prefers the first of two gives ties only. Two equal texts
-    are a tie without being asked about, and a question that occurs twice is asked once.
+    A judge is asked about both orders of a pair, or about one if its attribute ``symmetric`` is true. Verdicts that
+    disagree make a tie, so a judge that always prefers the first text gives ties only. Two equal texts are a tie
+    without a question, and a question that occurs twice is asked once.
 
     Args:
         judge: see :mod:`cpo_kernels.trainer.judges`.
@@ -40,7 +40,7 @@ def judge_pairs(
         generated: (P,) texts, one continuation of each prompt.
         truths: (P,) texts, the true continuations.
         cache: a JSONL file that gets every verdict as soon as it is known and is read first, so that an interrupted
-            run asks only what it has no answer to. Questions without a verdict are in it as well and not asked again.
+            run asks only new questions. Answers without a verdict are in it too, and these questions not asked again.
 
     Returns:
         (P,) 1 where the generated continuation is better, 0 where the true one is, 0.5 for a tie, None where one of
@@ -48,7 +48,7 @@ def judge_pairs(
 
     Raises:
         ValueError: sequences of different lengths, a verdict other than these four, fewer verdicts than questions, a
-            cache that is not one, or a cache for a judge without an ``identity`` or a name. Errors of the judge pass
+            cache of another form, or a cache for a judge without an ``identity`` or a name. Errors of the judge pass
             through; verdicts that came before are in the cache.
     """
     if not len(prompts) == len(generated) == len(truths):
@@ -74,12 +74,12 @@ def judge_pairs(
 
 
 def judge_identity(judge: Judge) -> str:
-    """Name what cached verdicts of a judge are kept under: its ``identity``, or the name of a plain function.
+    """Return the name under which verdicts of a judge are cached: its ``identity``, or the name of a function.
 
-    URLs in it are without user and password: it is written into caches and reports.
+    URLs in the name lose user and password, since it is written into caches and reports.
 
     Raises:
-        ValueError: neither is there; two lambdas, say, cannot be told apart.
+        ValueError: a judge without either, such as a lambda, which cannot be told from another one.
     """
     identity = getattr(judge, "identity", None)
     if identity is not None:
@@ -119,7 +119,7 @@ def _ask(judge: Judge, questions: dict[str, Question]) -> Iterator[tuple[str, Ve
     many: Callable[..., Any] | None = getattr(judge, "verdicts", None)
     answers = ((i, judge(*q[1:])) for i, q in enumerate(asked)) if many is None else many(asked)
     given = set()
-    with logging.tqdm(total=len(asked), desc="Judging", disable=None) as progress:  # None: on a terminal only
+    with logging.tqdm(total=len(asked), desc="Judging", disable=None) as progress:  # None shows it on a terminal only
         for index, verdict in answers:
             given.add(index)
             progress.update()
@@ -135,7 +135,7 @@ def _checked(verdict: Any, name: str) -> Verdict:
 
 
 def _read_cache(path: Path) -> dict[str, Verdict]:
-    """Read the verdicts in a file, by key. A last line that a killed run left unfinished is cut off the file."""
+    """Read the verdicts in a file, by key, and remove a last line that a killed run left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.read_bytes() if path.exists() else b""
     whole = data[: data.rfind(b"\n") + 1]
@@ -159,7 +159,7 @@ def _oriented(verdict: Verdict, swapped: bool) -> Verdict:
 
 
 def _combine(verdicts: Sequence[Verdict]) -> Verdict:
-    """Combine the verdicts of the orders that were asked; none was where the texts are equal."""
+    """Combine the verdicts on the orders of a pair; no verdicts mean that the texts are equal."""
     if None in verdicts:
         return None
     return verdicts[0] if len(set(verdicts)) == 1 else 0.5
@@ -172,8 +172,8 @@ class WinRate:
     Attributes:
         rate: ``(wins + ties / 2) / (wins + ties + losses)``; NaN where nothing was judged.
         low, high: ends of the interval, in [0, 1].
-        wins, ties, losses: judged pairs.
-        unjudged: pairs without a verdict; they take no part in the rate.
+        wins, ties, losses: numbers of judged pairs.
+        unjudged: number of pairs without a verdict, which do not enter the rate.
     """
 
     rate: float

@@ -1,4 +1,4 @@
-"""Autoregressive negatives along a run: written for several steps at once, kept until used, saved with checkpoints."""
+"""Autoregressive negatives of a run: written for several steps at once, stored until used, saved with checkpoints."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class Store:
         return [key for key in keys if key not in self.negatives]
 
     def forget_before(self, step: int) -> None:
-        """Drop what belongs to steps before ``step``."""
+        """Drop the negatives of steps before ``step``."""
         self.negatives = {key: own for key, own in self.negatives.items() if key[0] >= step}
 
     def save(self, checkpoint: str | Path, process: int) -> None:
-        """Leave what is not yet used in a checkpoint: a resumed run must not write it anew with another model."""
+        """Save unused negatives in a checkpoint: a resumed run must not write them anew with a later model."""
         entries = [[*key, own] for key, own in self.negatives.items()]
         write_whole(Path(checkpoint, FILE_NAME.format(process=process)), json.dumps(entries))
 
     def load(self, checkpoint: str) -> None:
-        """Read what all processes left in a checkpoint.
+        """Read the negatives that all processes saved in a checkpoint.
 
         Raises:
             ValueError: a file that is cut off or damaged; the message names it.
@@ -64,15 +64,15 @@ class Store:
 
 
 def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
-    """Count the tokens that ``max_length`` leaves for a continuation behind any prompt of the data, 1 at least."""
+    """Return how many tokens, at least 1, ``max_length`` leaves behind the longest prompt of the data."""
     return max(1, config.max_length - examples.longest_prompt)
 
 
 def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:
-    """Say how negatives of some examples are sampled, as a function of ``key``.
+    """Return how negatives of some examples are sampled, with a seed made of ``key``.
 
-    Their length is at most the configured one, or else that of the longest ground truth, and never more than what
-    ``max_length`` leaves behind the longest prompt: of all the data, so that no example depends on its neighbours.
+    Their length is at most the configured one, or else that of the longest ground truth, and never more than
+    ``max_length`` leaves behind the longest prompt of all the data, so that no example depends on its neighbours.
     """
     longest = config.autoregressive_max_new_tokens or examples.longest_completion
     return Sampling(
@@ -85,12 +85,12 @@ def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sa
 
 
 class ModelWriter:
-    """A model that samples; what it writes for an example depends on nothing but the example's key and the sampling.
+    """A model that samples completions, which depend on prompt, key and sampling alone.
 
     Args:
         model: returns a causal language model.
         tokenizer: its tokenizer.
-        synced_gpus: whether all processes have to take as many forward passes, as sharded parameters need it.
+        synced_gpus: whether all processes have to run the same number of forward passes, as with sharded parameters.
     """
 
     def __init__(self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False) -> None:
@@ -99,11 +99,11 @@ class ModelWriter:
 
     @property
     def identity(self) -> str:
-        """What tells its negatives from those of another."""
+        """The name that tells this writer's negatives from those of other writers."""
         return f"{fingerprint(self.model())} {self.ends} {self.tokenizer.pad_token_id}"
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
-        """Write ``count`` completions of each prompt, which has a key of its own."""
+        """Write ``count`` completions of each prompt, whose draws depend on the prompt's key."""
         pad = self.tokenizer.pad_token_id
         return autoregressive_negatives(
             self.model(),
@@ -118,7 +118,7 @@ class ModelWriter:
 
 
 class EndpointWriter:
-    """A server that is asked with texts; the configuration names it.
+    """A server, named in the configuration, that completes texts.
 
     Its key is read from the variable ``CPO_KERNELS_COMPLETIONS_KEY``.
 
@@ -136,11 +136,11 @@ class EndpointWriter:
 
     @property
     def identity(self) -> str:
-        """What tells its negatives from those of another."""
+        """The name that tells this writer's negatives from those of other writers."""
         return without_credentials(f"{self.endpoint.url} {self.endpoint.model}")
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
-        """Write ``count`` completions of each prompt; a server knows no keys."""
+        """Write ``count`` completions of each prompt; ``keys`` are ignored, since servers have none."""
         answers = self.endpoint.negatives(prompt_texts(self.tokenizer, prompts), count, sampling)
         texts = [completion.text for own in answers for completion in own]
         before = [prompt for prompt, own in zip(prompts, answers, strict=True) for _ in own]
@@ -151,11 +151,11 @@ class EndpointWriter:
         ]
 
     def _end(self, prompt: Ids) -> int:
-        """Return the token that ends an answer to this prompt: that of a turn, if it has turns."""
+        """Return the token that ends an answer to this prompt: the end of a turn if the prompt has turns, else EOS."""
         end = self._turn_end
         return end if end is not None and end in prompt else self.tokenizer.eos_token_id
 
 
 def _ended(tokens: Sequence[int], ended: bool, eos: int) -> list[int]:
-    """Put the EOS behind a completion that it ended; one without any tokens is EOS alone."""
+    """Append EOS to a completion that the model ended or that has no tokens."""
     return [*tokens, eos] if ended or not tokens else list(tokens)

@@ -39,13 +39,13 @@ CASES = {
 
 
 def lora(**options) -> peft.LoraConfig:
-    """Without ``init_lora_weights`` B is random, so that the adapter changes the logits."""
+    """Make a LoRA configuration; without ``init_lora_weights`` B is random, so that the adapter changes the logits."""
     defaults = {"r": 2, "lora_alpha": 3, "task_type": "CAUSAL_LM", "init_lora_weights": False}
     return peft.LoraConfig(**(defaults | {"target_modules": ["lm_head", "q_proj"]} | options))
 
 
 def adapted(model, *configs: peft.LoraConfig) -> peft.PeftModel:
-    """The model with one adapter per configuration, all of them active and trainable."""
+    """Return the model with one adapter per configuration, all of them active and trainable."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT: tied weights, biases that cannot be merged
         torch.manual_seed(3)

@@ -25,7 +25,7 @@ def from_config(kind: str, **config) -> transformers.PreTrainedModel:
 
 
 def projected():
-    """OPT's body ends with a projection to the width of the embeddings."""
+    """Make an OPT, whose body ends with a projection to the width of the embeddings."""
     sizes = {"vocab_size": V, "hidden_size": 16, "word_embed_proj_dim": 8, "ffn_dim": 32, "num_hidden_layers": 2}
     return from_config("opt", **sizes, num_attention_heads=2, max_position_embeddings=64, dropout=0.0)
 
@@ -52,7 +52,7 @@ FAMILIES = {
 
 
 def contrast_inputs() -> tuple[torch.Tensor, torch.Tensor, CandidateLayout, torch.Tensor]:
-    """Two sequences of 7; groups of 2 and 3 candidates, the last of which shares rows with another."""
+    """Make two sequences of 7 tokens; groups of 2 and 3 candidates, the last of which shares rows with another."""
     torch.manual_seed(1)
     ids = torch.randint(3, V, (2, 7))
     rows = torch.tensor([1, 2, 3, 9, 10, 2, 3, 4, 10, 11, 2, 3])
@@ -67,7 +67,7 @@ def dense_logps(model, ids, targets, layout) -> torch.Tensor:
 
 
 def dense_loss(model, ids, targets, layout, ref_logps) -> torch.Tensor:
-    """0.75 * CPO + 0.25 * MLE with beta = 0.3, by the formula of the paper."""
+    """Compute 0.75 * CPO + 0.25 * MLE with beta = 0.3, by the formula of the paper."""
     logps = dense_logps(model, ids, targets, layout)
     scores = 0.3 * (logps - ref_logps)
     contrast = -(scores[:2].log_softmax(0)[0] + scores[2:].log_softmax(0)[0]) / 2

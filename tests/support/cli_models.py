@@ -10,7 +10,7 @@ import yaml
 
 
 def save_model(path: Path, seed: int = 0) -> str:
-    """A GPT-2 whose tokenizer lies beside it."""
+    """Save a GPT-2 and its tokenizer in one directory."""
     tokenizer = tiny_models.tokenizer()
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     tiny_models.gpt2(seed, **special).save_pretrained(path)
@@ -24,7 +24,7 @@ def write_examples(path: Path, count: int = 24, seed: int = 0) -> str:
 
 
 def write_config(path: Path, **values) -> str:
-    """A configuration that trains for two steps, without anything on the terminal."""
+    """Write a configuration that trains for two steps, without any output to the terminal."""
     usual = {
         "output_dir": str(path.with_suffix("")),
         "use_cpu": True,

@@ -44,7 +44,7 @@ class Chunk:
 
 
 def token_logps(groups: list[list[tuple[int, int]]], low: float = -6.0) -> Tensor:
-    """Log-probabilities (n,) between ``low`` and 0; the slots without a token come first and hold 0."""
+    """Draw log-probabilities (n,) between ``low`` and 0; slots without a token come first and hold 0."""
     parts = []
     for tokens, slots in (segment for group in groups for segment in group):
         parts += [torch.zeros(slots - tokens), low * torch.rand(tokens)]
@@ -57,7 +57,7 @@ def segment_sums(chunk: Chunk, dtype: torch.dtype) -> Tensor:
 
 
 def expected(chunk: Chunk, objective: Objective, gain: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(sums, coef) by objective.py."""
+    """Compute (sums, coef) by objective.py."""
     ref = None if chunk.ref_logps is None else chunk.ref_logps.to(dtype)
     problem = make_problem(
         objective, make_groups(chunk.cu_groups, chunk.lengths.device), chunk.lengths, ref, chunk.ranks
@@ -67,7 +67,7 @@ def expected(chunk: Chunk, objective: Objective, gain: float, dtype: torch.dtype
 
 
 def arguments(chunk: Chunk, objective: Objective, gain: float = 1.0) -> dict[str, Any]:
-    """What a backend's contrast takes besides ``logps``."""
+    """Return the arguments of a backend's contrast besides ``logps``."""
     ranks = torch.arange(len(chunk.segments)) if chunk.ranks is None else chunk.ranks
     first = torch.tensor(chunk.cu_groups)[:-1].repeat_interleave(torch.tensor(chunk.cu_groups).diff())
     best = (ranks == first if chunk.ranks is None else ranks == 0) * chunk.lengths
@@ -92,7 +92,7 @@ def arguments(chunk: Chunk, objective: Objective, gain: float = 1.0) -> dict[str
 
 
 def full(*groups: list[int]) -> list[list[tuple[int, int]]]:
-    """Groups without empty slots, from the lengths of their candidates."""
+    """Make groups without empty slots, from the lengths of their candidates."""
     return [[(tokens, tokens) for tokens in group] for group in groups]
 
 
@@ -147,7 +147,7 @@ IMPOSSIBLE = {
 
 
 def impossible_chunk(name: str, ranks: str | None, *, reference: bool = False) -> Chunk:
-    """Groups some of whose candidates have a token of log-probability -inf, in the reference too."""
+    """Make groups some of whose candidates have a token of log-probability -inf, in the reference too."""
     groups = full([4, 1, 8, 2, 3], [3, 1, 4], [5, 3], [1, 9])
     chunk = Chunk(groups, token_logps(groups), ranks=None if ranks is None else with_ranks(groups, ranks))
     if reference:

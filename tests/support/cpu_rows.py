@@ -39,7 +39,7 @@ class Head:
         return self.bias, self.logit_scale, self.softcap, self.temperature
 
     def transform(self, x):
-        """As the definition of the operators has it, in the dtype of x."""
+        """Apply the transform by the definition of the operators, in the dtype of x."""
         y = x if self.bias is None else x + self.bias.to(x.dtype)
         y = y * self.logit_scale
         if self.softcap:
@@ -59,7 +59,7 @@ HEADS = {
 
 
 def tokens_for(V: int, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets, row_starts and coefs of rows with these numbers of tokens; every fourth token is absent."""
+    """Make targets, row_starts and coefs of rows with these numbers of tokens; every fourth token is absent."""
     row_starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()])
     targets = torch.randint(0, V, (sum(counts),))
     targets[3::4] = -100
@@ -67,7 +67,7 @@ def tokens_for(V: int, counts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def call(**changes):
-    """A small valid call of row_backward_, with some arguments exchanged."""
+    """Make a small valid call of row_backward_, with some arguments exchanged."""
     V = 5
     arguments = {
         "logits": torch.randn(2, V),

@@ -1,4 +1,4 @@
-"""Which device the tests run on; importable before anything that imports Triton."""
+"""The device of the tests; this module can be imported before any that imports Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def chosen_device() -> torch.device:
-    """``CPO_KERNELS_TEST_DEVICE``, or the GPU where there is one, or the CPU."""
+    """Return ``CPO_KERNELS_TEST_DEVICE``, or the GPU where there is one, or the CPU."""
     return torch.device(os.environ.get("CPO_KERNELS_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

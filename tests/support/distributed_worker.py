@@ -17,7 +17,7 @@ from cpo_kernels.cli.processes import leave_process_group
 
 
 def let_processors_shard() -> None:
-    """Accelerate shards parameters on GPUs only, and on the CPU takes DDP without a word; torch can do both."""
+    """Make accelerate shard parameters on the CPU too, where it silently takes DDP although torch can do both."""
     initialize = AcceleratorState.__init__
 
     def patched(self: AcceleratorState, *args: object, **kwargs: object) -> None:

@@ -21,18 +21,18 @@ FAMILIES = {
 
 
 def experts(family: str = "mixtral", **options):
-    """A model with ``output_router_logits`` in its configuration, unless it is among the options."""
+    """Make a model with ``output_router_logits`` in its configuration, unless an option sets it."""
     return from_config(family, **EXPERTS | FAMILIES[family] | options)
 
 
 def router_loss(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """What the model adds to its loss, a differentiable scalar, from two of its own losses with labels."""
+    """Compute what the model adds to its loss, a differentiable scalar, from two of its losses with labels."""
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids}
     return model(**inputs, output_router_logits=True).loss - model(**inputs, output_router_logits=False).loss
 
 
 def padded(lengths: tuple[int, ...] = (7, 4)) -> tuple[Tensor, Tensor]:
-    """Token ids and their mask, (B, max(lengths)) each."""
+    """Make token ids and their mask, (B, max(lengths)) each."""
     torch.manual_seed(1)
     ids = torch.randint(3, V, (len(lengths), max(lengths)))
     return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

@@ -22,7 +22,7 @@ def transform_of(problem: Problem) -> dict[str, float]:
 
 
 def eager_logps(problem: Problem) -> Tensor:
-    """Sequence log-likelihoods from dense logits, (G, C) or (S,)."""
+    """Compute sequence log-likelihoods from dense logits, (G, C) or (S,)."""
     hidden = problem.hidden if problem.layout is None else problem.hidden[token_rows(problem)]
     logits = hidden @ problem.weight.T
     tokens = reference.token_logps(logits, problem.targets, bias=problem.bias, **transform_of(problem))

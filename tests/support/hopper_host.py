@@ -80,7 +80,7 @@ def build(folder: Path, include: Path = simt_host.ROOT / "csrc") -> ctypes.CDLL:
 
 
 class HopperModule(simt_host.HostModule):
-    """Stands in for ``cpo_kernels._cuda`` on a Hopper GPU of a few multiprocessors.
+    """A stand-in for ``cpo_kernels._cuda`` on a Hopper GPU of a few multiprocessors.
 
     Attributes:
         multiprocessors: blocks that are shared out among; two of them make a cluster.
@@ -123,7 +123,7 @@ class HopperModule(simt_host.HostModule):
         self.finish(self.library.simt_linear_forward(arguments["dtype"], ctypes.byref(args)))
 
     def _allow_kept(self, arguments: dict[str, Any], rows: int, tokens: int, *, write: bool) -> None:
-        """Whole rows of the exponentials, the columns that pad them included."""
+        """Allow access to whole rows of the exponentials, the columns that pad them included."""
         vocab = arguments["vocab"]
         size = rows * arguments["exponentials_stride"] * ELEMENT_SIZE
         self.allow(arguments["exponentials"], size, write=True)

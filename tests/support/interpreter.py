@@ -1,4 +1,4 @@
-"""What Triton's interpreter does otherwise than a GPU, put right, so that one set of tests serves both."""
+"""Corrections of what Triton's interpreter does otherwise than a GPU, so that one set of tests serves both."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 
 def interpreter() -> ModuleType:
-    """The module of Triton that runs kernels with numpy."""
+    """Return the module of Triton that runs kernels with numpy."""
     return import_module("triton.runtime.interpreter")
 
 
 def rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """The interpreter's conversion of floats, but for float32 to bfloat16: to the nearest, where it cuts bits off."""
+    """Make the interpreter round float32 to the nearest bfloat16, where it cuts bits off."""
 
     def convert_float(values: np.ndarray, source: Any, target: Any, rounding_mode: Any) -> np.ndarray:
         if (str(source), str(target)) != ("fp32", "bf16"):

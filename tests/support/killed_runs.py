@@ -1,4 +1,4 @@
-"""Runs that are killed."""
+"""Training runs that are killed in the middle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SURVIVOR = {
 
 
 def slow_down(seconds: float = 0.3) -> TrainerCallback:
-    """Leaves time to be killed between two steps."""
+    """Make a callback that leaves time to be killed between two steps."""
 
     class Slow(TrainerCallback):
         def on_step_end(self, *_, **__):

@@ -28,7 +28,7 @@ class Case:
         return linear_forward(self.hidden, self.weight, self.targets, self.row_starts, *self.head, kept)
 
     def gradient(self, coef: Tensor) -> Tensor:
-        """(R, V), of log-probabilities and statistics that keep what it needs."""
+        """Compute the gradient (R, V) from log-probabilities and statistics that keep what it needs."""
         kept = new_kept(self.hidden, self.weight, self.targets)
         stats, logps = self.run(kept)
         return linear_backward_(kept, self.targets, self.row_starts, stats, logps, coef, *self.head[1:])
@@ -40,7 +40,7 @@ class Case:
         return plain.row_backward(logits, self.targets, self.row_starts, stats, coef.to(dtype), bias, *numbers)
 
     def expected(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Statistics and log-probabilities from logits of ``dtype``."""
+        """Compute statistics and log-probabilities from logits of ``dtype``."""
         bias, *numbers = self.head
         logits = self.hidden.to(dtype) @ self.weight.to(dtype).T
         bias = None if bias is None else bias.to(dtype)
@@ -48,14 +48,17 @@ class Case:
 
 
 def aligned(matrix: Tensor) -> Tensor:
-    """The same numbers with rows at multiples of 16 bytes, and NaN between them."""
+    """Copy numbers to rows at multiples of 16 bytes, with NaN between the rows."""
     rows, columns = matrix.shape
     wide = torch.full((rows, columns // 8 * 8 + 16), math.nan, dtype=matrix.dtype)
     return wide[:, :columns].copy_(matrix)
 
 
 def case(dtype=torch.bfloat16, R=5, V=101, H=72, counts: list[int] | None = None, head=PLAIN) -> Case:
-    """Row r has ``counts[r]`` tokens, of which every fourth is absent; None: one a row, and the second is absent."""
+    """Make a case in which row r has ``counts[r]`` tokens, of which every fourth is absent.
+
+    None means one token a row, of which the second is absent.
+    """
     targets = torch.randint(0, V, (R if counts is None else sum(counts),))
     row_starts = None
     if counts is None:
@@ -69,7 +72,7 @@ def case(dtype=torch.bfloat16, R=5, V=101, H=72, counts: list[int] | None = None
 
 
 def check(c: Case, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
-    """Results by the rule of tolerance; eager is plain torch with logits in float32."""
+    """Check results by the rule of tolerance; eager is plain torch with logits in float32."""
     stats, logps = c.run(kept)
     eager_stats, eager_logps = c.expected(torch.float32)
     oracle_stats, oracle_logps = c.expected(torch.float64)
@@ -82,12 +85,12 @@ def check(c: Case, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
 
 
 def coefs(c: Case) -> Tensor:
-    """Of the tokens; NaN where there is none."""
+    """Draw coefs of the tokens; NaN where there is none."""
     return torch.where(c.targets == -100, math.nan, torch.randn(c.targets.shape))
 
 
 def check_gradient(c: Case, coef: Tensor | None = None) -> Tensor:
-    """Forward and gradient by the rule of tolerance; eager is plain torch with float32 logits, rounded once."""
+    """Check forward and gradient by the rule of tolerance; eager is plain torch in float32, rounded once."""
     coef = coefs(c) if coef is None else coef
     check(c, new_kept(c.hidden, c.weight, c.targets))
     grad = c.gradient(coef)

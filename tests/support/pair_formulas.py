@@ -17,7 +17,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def exo_pair(good: Tensor, bad: Tensor, beta: float, flipped: float) -> Tensor:
-    """The KL divergence from (1 - flipped, flipped) of the model's probabilities of the two answers."""
+    """Compute the KL divergence from (1 - flipped, flipped) of the model's probabilities of the two answers."""
     model = torch.stack([beta * good, beta * bad]).softmax(0)
     return (model * (model / torch.tensor([1 - flipped, flipped], dtype=good.dtype).view(2, 1)).log()).sum(0)
 
@@ -52,5 +52,5 @@ SMOOTHED = {"plackett_luce": 0.2, "exo_pair": 0.1, "robust": 0.1}
 def loss_of_pairs(
     name: str, good: Tensor, bad: Tensor, beta: float, tau: float = 0.05, smoothing: float | None = None
 ) -> Tensor:
-    """The losses (G,), by default with the label smoothing of :data:`SMOOTHED`."""
+    """Compute the losses (G,), by default with the label smoothing of :data:`SMOOTHED`."""
     return FORMULAS[name](good, bad, beta, SMOOTHED.get(name, 0.0) if smoothing is None else smoothing, tau)

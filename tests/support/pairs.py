@@ -15,7 +15,7 @@ ALLOWED_PROMPT = 3  # leading tokens of a completion that may be prompt
 
 
 def make_pairs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (G, 2, T, H), weight (V, H), targets (G, 2, T) of different lengths."""
+    """Make hidden (G, 2, T, H), weight (V, H), targets (G, 2, T) of different lengths."""
     hidden = torch.randn(G, 2, T, H, dtype=dtype, requires_grad=True)
     weight = torch.randn(V, H, dtype=dtype, requires_grad=True)
     targets = torch.randint(V, (G, 2, T))
@@ -24,7 +24,7 @@ def make_pairs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def chosen_first(x: Tensor) -> Tensor:
-    """(G, 2, ...) -> (2G, ...): all chosen, then all rejected sequences, as TRL and Liger take them."""
+    """Turn (G, 2, ...) into (2G, ...): all chosen, then all rejected sequences, as TRL and Liger take them."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
@@ -34,7 +34,7 @@ def unaligned(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a loss that may be per group: the upstream gradient then differs from group to group."""
+    """Compute gradients of a loss, whose upstream gradient differs from group to group if it is one per group."""
     return torch.autograd.grad(loss, inputs, torch.arange(1.0, loss.numel() + 1, dtype=loss.dtype).view_as(loss))
 
 
@@ -55,7 +55,7 @@ class FixedHead:
 
 
 def trl_dpo_loss(loss_type: str, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor) -> Tensor:
-    """`DPOTrainer._compute_loss` with precomputed reference log-likelihoods."""
+    """Run `DPOTrainer._compute_loss` with precomputed reference log-likelihoods."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer = SimpleNamespace(

@@ -10,7 +10,7 @@ import pytest
 
 
 def cover(sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Returns rows of indices, greedily few, in which every pair of values of any two axes occurs."""
+    """Return rows of indices, greedily few, in which every pair of values of any two axes occurs."""
     if len(sizes) < 2:
         raise ValueError(f"a cover of pairs needs at least two axes, got sizes {tuple(sizes)}")
     axes = range(len(sizes))
@@ -32,14 +32,14 @@ def cover(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def label_of(value: Any) -> str:
-    """Returns a short name of a value, or of a tuple of some, for the id of a test."""
+    """Return a short name of a value, or of a tuple of some, for the id of a test."""
     if isinstance(value, tuple) and value:
         return "-".join(map(label_of, value))
     return str(value).removeprefix("torch.")
 
 
 def pairwise(axes: Mapping[str, Iterable[Any] | Mapping[str, Any]]) -> pytest.MarkDecorator:
-    """Returns the mark that parametrizes a test with a pairwise cover of a grid.
+    """Return the mark that parametrizes a test with a pairwise cover of a grid.
 
     Args:
         axes: by argument name (or names, as in "backend, dtype"), the values, or the values by id.

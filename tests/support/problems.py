@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backends_on(device: torch.device) -> list[str]:
-    """The backends that take tensors of ``device``."""
+    """Return the backends that take tensors of ``device``."""
     return [name for name in registry.available() if not registry.BACKENDS[name].refuses(device, torch.float32)]
 
 
@@ -30,10 +30,10 @@ COMPILED_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.typ
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    """Dtypes of the shared grids. Float64 is the reference backend's alone.
+    """Return the dtypes of the shared grids for a backend; only the reference backend takes float64.
 
     Triton's interpreter takes 20 ms a row, and the dtypes differ in loads and stores only, all of which
-    test_triton_*.py cover: here it takes the one in which the gradients are narrower than the sums.
+    test_triton_*.py cover: so it takes only the dtype whose gradients are narrower than the sums.
     """
     if backend == "triton" and DEVICE.type == "cpu":
         return (torch.bfloat16,)
@@ -62,7 +62,7 @@ class Problem:
         return self.hidden, self.weight, self.bias
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same problem with fresh leaves of ``dtype`` that require gradients."""
+        """Return the problem with fresh leaves of ``dtype`` that require gradients."""
         leaves = [None if t is None else t.detach().to(dtype).clone().requires_grad_() for t in self.tensors]
         return replace(self, hidden=leaves[0], weight=leaves[1], bias=leaves[2])
 
@@ -79,7 +79,7 @@ class Problem:
 def random_problem(
     G: int = 3, C: int = 3, T: int = 4, H: int = 7, V: int = 31, *, bias: bool = False, ref: bool = True, **options: Any
 ) -> Problem:
-    """A padded problem: an absent candidate, a short one and an ignored token in the middle, where there is room."""
+    """Make a padded problem: with an absent candidate, a short one and, if it fits, an ignored token in the middle."""
     targets = torch.randint(0, V, (G, C, T))
     if C > 2:
         targets[0, 1] = -100
@@ -97,7 +97,7 @@ def random_problem(
 
 
 def packed_problem(H: int = 7, V: int = 31, *, bias: bool = False, **options: Any) -> Problem:
-    """Ragged groups; rows shared within a group and across groups, out of order; an absent segment; a spare row."""
+    """Make a packed problem: ragged groups, rows shared in and across groups, an absent segment, a spare row."""
     cu_groups = [0, 2, 5, 9]
     cu_tokens = [0, 3, 4, 8, 8, 10, 12, 13, 17, 20]
     rows = torch.tensor([0, 1, 2, 0, 4, 5, 6, 7, 4, 9, 2, 10, 2, 12, 11, 13, 14, 2, 15, 16])
@@ -116,7 +116,7 @@ def packed_problem(H: int = 7, V: int = 31, *, bias: bool = False, **options: An
 
 
 def huge_logits() -> Problem:
-    """Logits of about +-1e4: a softmax that is not relative to its maximum overflows in every dtype."""
+    """Make logits of about +-1e4: a softmax that is not relative to its maximum overflows in every dtype."""
     problem = random_problem(beta=1e-3)
     return replace(problem, hidden=problem.hidden * 60, weight=problem.weight * 60)
 
@@ -156,7 +156,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
 
 
 def as_padded(problem: Problem, values: Tensor, fill: float) -> Tensor:
-    """Packed (N, ...) tokens to (G, C, T, ...), differentiably; padded problems come back as they are."""
+    """Turn packed (N, ...) tokens into (G, C, T, ...), differentiably; return padded ones unchanged."""
     layout = problem.layout
     if layout is None:
         return values
@@ -170,7 +170,7 @@ def as_padded(problem: Problem, values: Tensor, fill: float) -> Tensor:
 
 
 def segments_as_padded(problem: Problem, values: Tensor | None, fill: float) -> Tensor | None:
-    """(S,) to (G, C)."""
+    """Turn values (S,) into (G, C)."""
     if values is None or problem.layout is None:
         return values
     groups = [values[a:b] for a, b in pairwise(problem.layout.cu_groups)]
@@ -178,24 +178,24 @@ def segments_as_padded(problem: Problem, values: Tensor | None, fill: float) -> 
 
 
 def dense(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Logits (G, C, T, V) before bias and transform, and targets (G, C, T)."""
+    """Compute logits (G, C, T, V) before bias and transform, and targets (G, C, T)."""
     hidden = problem.hidden if problem.layout is None else problem.hidden[token_rows(problem)]
     return as_padded(problem, hidden, 0.0) @ problem.weight.T, as_padded(problem, problem.targets, -100)
 
 
 def token_rows(problem: Problem) -> Tensor:
-    """(N,) row of each token of a packed problem."""
+    """Return the row of each token (N,) of a packed problem."""
     rows = problem.layout.rows
     return torch.arange(problem.layout.num_tokens) if rows is None else rows
 
 
 def eager_loss(problem: Problem) -> Tensor:
-    """The loss by the reference, from dense logits in the dtype of the problem."""
+    """Compute the loss by the reference, from dense logits in the dtype of the problem."""
     return eager_loss_of(problem, *dense(problem), problem.bias)
 
 
 def eager_loss_of(problem: Problem, logits: Tensor, targets: Tensor, bias: Tensor | None) -> Tensor:
-    """The same from logits (G, C, T, V) and targets (G, C, T)."""
+    """Compute the loss by the reference from logits (G, C, T, V) and targets (G, C, T)."""
     ranks = problem.ranks
     if problem.layout is not None and problem.layout.ranks is not None:
         ranks = segments_as_padded(problem, torch.as_tensor(problem.layout.ranks), 9)
@@ -208,7 +208,7 @@ def fused_loss(problem: Problem, **head: Any) -> Tensor:
 
 
 def loss_and_grads(loss: Tensor, problem: Problem, upstream: float = 1.0) -> dict[str, Tensor]:
-    """The loss and the gradients of hidden, weight and bias that require one, by name."""
+    """Return the loss and the gradients of hidden, weight and bias that require one, by name."""
     wanted = {n: t for n, t in zip(("hidden", "weight", "bias"), problem.tensors, strict=True) if t is not None}
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
     grads = torch.autograd.grad(loss * upstream, list(wanted.values()))
@@ -216,12 +216,12 @@ def loss_and_grads(loss: Tensor, problem: Problem, upstream: float = 1.0) -> dic
 
 
 def budget_of(problem: Problem, rows: int) -> int:
-    """Bytes of ``rows`` rows of logits in the dtype of the problem."""
+    """Return the bytes of ``rows`` rows of logits in the dtype of the problem."""
     return rows * problem.weight.shape[0] * problem.weight.dtype.itemsize
 
 
 class GemmCounter(TorchDispatchMode):
-    """Records (m, n, k) of every matrix product."""
+    """A mode that records (m, n, k) of every matrix product."""
 
     # Position of the left and the right factor among the arguments.
     FACTORS: ClassVar = {
@@ -246,11 +246,11 @@ class GemmCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def products(self, rows: int, weight: Tensor) -> float:
-        """All work in units of one product of (rows, V, H)."""
+        """Return the work of all products in units of one product of (rows, V, H)."""
         return sum(m * n * k for m, n, k in self.shapes) / (rows * weight.numel())
 
     def largest_row_count(self, weight: Tensor) -> int:
-        """The size that is neither V nor H, at its largest; V and H must differ from each other and from it."""
+        """Return the largest size of a product other than V and H, which must differ from each other and from it."""
         return max(size for shape in self.shapes for size in shape if size not in weight.shape)
 
 
@@ -259,7 +259,7 @@ BUDGETS = {"one_chunk": None, "several_chunks": 13, "recomputed": 3}
 
 
 def assert_problem_accurate(problem, dtype, upstream=1.0, **head):
-    """Loss and every gradient obey the rule of tolerance.py."""
+    """Check that loss and every gradient obey the rule of tolerance.py."""
     exact, rounded = problem.to(dtype).to(torch.float64), problem.to(dtype)
     oracle = loss_and_grads(eager_loss(exact), exact, upstream)
     eager = loss_and_grads(eager_loss(rounded), rounded, upstream)

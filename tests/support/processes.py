@@ -23,7 +23,7 @@ SERVER.set_forkserver_preload(["peft", "tokenizers", *MODELS, "cpo_kernels.cli.t
 
 
 def run_here(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """Runs a script in the process of the call, and writes what it prints to a file."""
+    """Run a script in the process of the call, and write its output to a file."""
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -41,7 +41,7 @@ def free_port() -> int:
 
 
 def run_script(script: Path, *arguments: str, processes: int = 1) -> str:
-    """Runs a script in some processes at once and returns what they print, one after the other.
+    """Run a script in some processes at once and return their outputs, one after the other.
 
     Raises:
         AssertionError: a process failed; the others are ended.

@@ -13,7 +13,7 @@ Script = Callable[[Callable[[bytes], Any], threading.Event], None]
 
 
 def reply(body: Any, status: str = "200 OK", headers: str = "Content-Type: application/json\r\n") -> Script:
-    """An HTTP answer; a body that is no bytes becomes JSON."""
+    """Make an HTTP answer; a body other than bytes becomes JSON."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     def script(send: Callable[[bytes], Any], closing: threading.Event) -> None:
@@ -23,7 +23,7 @@ def reply(body: Any, status: str = "200 OK", headers: str = "Content-Type: appli
 
 
 def drip(start: bytes, piece: bytes, every: float = 0.02, last: float = 10.0, end: bytes = b"") -> Script:
-    """Pieces without end: each comes soon after the other, and after ``last`` seconds the ``end``."""
+    """Make a script that sends pieces, each soon after the other, and after ``last`` seconds the ``end``."""
 
     def script(send: Callable[[bytes], Any], closing: threading.Event) -> None:
         send(start)
@@ -38,7 +38,7 @@ def drip(start: bytes, piece: bytes, every: float = 0.02, last: float = 10.0, en
 
 @contextmanager
 def raw_server(script: Script) -> Iterator[tuple[str, list[bytes]]]:
-    """Base URL of a server, and what it was asked, request by request."""
+    """Yield the base URL of a server, and the list of the requests that it gets."""
     asked: list[bytes] = []
     closing = threading.Event()
 
@@ -59,7 +59,7 @@ def raw_server(script: Script) -> Iterator[tuple[str, list[bytes]]]:
         daemon_threads, allow_reuse_address, block_on_close = True, True, False
 
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A client that gave up is no news."""
+            """Ignore errors of a client that gave up."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)

@@ -42,14 +42,14 @@ class Tokens(NamedTuple):
 
 
 def one_token_a_row(V: int, R: int) -> Tokens:
-    """The second token is absent, with a coef of NaN."""
+    """Make one token a row, of which the second is absent, with a coef of NaN."""
     targets, coef = torch.randint(0, V, (R,)), torch.randn(R)
     targets[1], coef[1] = -100, torch.nan
     return Tokens(targets, None, coef)
 
 
 def shared_rows(V: int, counts: list[int]) -> Tokens:
-    """Rows with these numbers of tokens; every fourth token is absent, with a coef of NaN."""
+    """Make rows with these numbers of tokens; every fourth token is absent, with a coef of NaN."""
     row_starts = torch.tensor([0, *torch.tensor(counts, device="cpu").cumsum(0).tolist()])
     targets, coef = torch.randint(0, V, (sum(counts),)), torch.randn(sum(counts))
     targets[3::4], coef[3::4] = -100, torch.nan
@@ -57,7 +57,7 @@ def shared_rows(V: int, counts: list[int]) -> Tokens:
 
 
 def some_tokens(V: int, shared: bool) -> Tokens:
-    """Of three rows."""
+    """Make the tokens of three rows."""
     return shared_rows(V, [2, 0, 5]) if shared else one_token_a_row(V, 3)
 
 
@@ -80,7 +80,7 @@ class RowKernels:
     block_bytes: int | None
 
     def block(self, dtype: torch.dtype = torch.float32) -> int:
-        """Columns that a small block takes at a time."""
+        """Return how many columns a small block takes at a time."""
         return 64 if self.block_bytes is None else self.block_bytes // dtype.itemsize
 
     def forward(self, logits: Tensor, tokens: Tokens, head=PLAIN, **launch: Any) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ class RowKernels:
         self.module.row_backward_(*arguments, **(launch or self.small))
 
     def backward_into(self, out: Tensor, logits: Tensor, tokens: Tokens, stats: Tensor, **launch: Any) -> None:
-        """Writes the gradient of the plain head to rows of any layout and dtype."""
+        """Write the gradient of the plain head to rows of any layout and dtype."""
         launch = launch or self.small
         if hasattr(self.module, "row_backward_into"):
             self.module.row_backward_into(out, logits, *tokens[:2], stats, tokens.coef, *PLAIN, **launch)
@@ -105,7 +105,7 @@ class RowKernels:
             self.module._backward_into(out, logits, rows, stats, tokens.coef, **launch)
 
     def check(self, logits: Tensor, tokens: Tokens, head=PLAIN, **launch: Any) -> None:
-        """Forward and backward by the rule; the reference computes in float32 and rounds the gradient once."""
+        """Check forward and backward by the rule; the reference computes in float32 and rounds the gradient once."""
         targets, row_starts, coef = tokens
         bias, *numbers = head
         double = (None if bias is None else bias.double(), *numbers)
@@ -124,7 +124,7 @@ class RowKernels:
 
 
 def triton_rows() -> RowKernels:
-    """Returns Triton's launchers."""
+    """Return Triton's launchers."""
     small, wide = (
         {"config": {"BLOCK": block, "TOKENS": 4, "num_warps": warps, "num_stages": 1}}
         for block, warps in ((64, 1), (512, 4))
@@ -133,6 +133,6 @@ def triton_rows() -> RowKernels:
 
 
 def cuda_rows() -> RowKernels:
-    """Returns CUDA's launchers, for blocks of one warp with four vectors of 16 bytes a thread."""
+    """Return CUDA's launchers, for blocks of one warp with four vectors of 16 bytes a thread."""
     module = import_module("cpo_kernels.kernels.cuda.rows")
     return RowKernels(module, {"threads": 32}, {"threads": 128}, {"threads": 0}, 4 * 32 * 16)

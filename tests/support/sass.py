@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def cuobjdump() -> str | None:
-    """The program of the CUDA toolkit, or the one in triton's package."""
+    """Return the path of cuobjdump in the CUDA toolkit, or else in triton's package."""
     found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
     spec = find_spec("triton")
     if found is None and spec is not None and spec.origin is not None:
@@ -41,7 +41,7 @@ class Kernel:
         return sum(opcode.startswith(prefixes) for opcode in self.code)
 
     def loads_in_flight(self) -> int:
-        """The most 16-byte loads between two exponentials: as many are on their way at a time."""
+        """Count the most 16-byte loads between two exponentials, which are on their way at the same time."""
         most = here = 0
         for opcode in self.code:
             here = 0 if opcode.startswith("MUFU.EX2") else here + opcode.startswith("LDG.E.128")
@@ -56,7 +56,7 @@ def dump(option: str, module: Path, arch: str) -> str:
 
 @cache
 def architectures(module: Path) -> list[str]:
-    """Those that the module has machine code for, among them the one nvcc links for, which may have no kernel."""
+    """Return the architectures of a module's machine code, among them nvcc's for linking, which may have no kernel."""
     command = [cuobjdump() or "cuobjdump", "-lelf", str(module)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sorted({line.split(".")[-2] for line in listed.splitlines() if ".cubin" in line})
@@ -67,7 +67,7 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)
 
 
 def kernels(module: Path, arch: str) -> dict[str, Kernel]:
-    """Every kernel of a module or an object for an architecture, by its mangled name."""
+    """Return every kernel of a module or an object for an architecture, by its mangled name."""
     usage = USAGE.findall(dump("-res-usage", module, arch))
     found = {name: Kernel(name, int(registers), int(stack), int(local)) for name, registers, stack, local in usage}
     for part in dump("-sass", module, arch).split("Function : ")[1:]:
@@ -93,7 +93,7 @@ def is_capped(kernel: Kernel) -> bool:
 
 
 def complaints(kernel: Kernel) -> list[str]:
-    """What no kernel may have."""
+    """List the faults of a kernel that no kernel may have."""
     found = []
     if kernel.stack or kernel.local:
         found.append(f"{kernel.stack} bytes of stack and {kernel.local} of local memory a thread")
@@ -114,7 +114,7 @@ def is_row_kernel(kernel: Kernel) -> bool:
 
 
 def vector_complaints(kernel: Kernel) -> list[str]:
-    """What a row kernel lacks that is to keep the memory busy; under a softcap, arithmetic is what takes time."""
+    """List what a row kernel lacks to keep the memory busy; under a softcap, arithmetic takes most time."""
     found, in_flight = [], 3 if is_capped(kernel) else 4
     if kernel.loads_in_flight() < in_flight:
         found.append(f"{kernel.loads_in_flight()} loads of 16 bytes in flight, not {in_flight}")

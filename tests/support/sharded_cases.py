@@ -42,7 +42,10 @@ def tied_llama():
 
 
 def layers_and_root(*groups: Callable[[nn.Module], nn.Module | list[nn.Module]], output: torch.dtype | None = None):
-    """FSDP2 of every layer, of some groups of modules, and of what is left, whose outputs have dtype ``output``."""
+    """Return a function that applies FSDP2 to every layer, to some groups of modules, and to the rest of a model.
+
+    Outputs of the groups and the rest have dtype ``output``.
+    """
     policy = MixedPrecisionPolicy(output_dtype=output)
 
     def distribute(model: nn.Module) -> nn.Module:
@@ -101,7 +104,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def steps(model: nn.Module, ranks: list[int], average: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, list]:
-    """What two steps of the mean loss over the inputs of ``ranks`` and some passes without gradient give."""
+    """Return the results of two steps of the mean loss over inputs of ``ranks``, and of passes without gradient."""
     trainable = [(n.removeprefix("module."), p) for n, p in model.named_parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([p for _, p in trainable], lr=0.1)
     seen: dict[str, list] = {"losses": [], "grads": [], "logps": [], "tokens": []}
@@ -119,14 +122,14 @@ def steps(model: nn.Module, ranks: list[int], average: Callable[[torch.Tensor], 
 
 
 def losses(model: nn.Module, rank: int) -> torch.Tensor:
-    """The fused loss, and one whose gradient arrives at the log-likelihoods later."""
+    """Compute the fused loss, and one whose gradient arrives at the log-likelihoods later."""
     ids, targets, layout, ref_logps = inputs(rank)
     loss = model(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss
     return loss + 0.01 * model(input_ids=ids, linear_loss=LogpsRequest(targets, layout)).logps.square().mean()
 
 
 def answers(model: nn.Module, ranks: list[int]) -> dict[str, torch.Tensor]:
-    """Log-likelihoods, without adapters where there are some, and of single tokens with them."""
+    """Compute log-likelihoods, without adapters if there are some, and those of single tokens with them."""
     logps, tokens = [], []
     for rank in ranks:
         ids, targets, layout, _ = inputs(rank)
@@ -137,7 +140,7 @@ def answers(model: nn.Module, ranks: list[int]) -> dict[str, torch.Tensor]:
 
 
 def inputs(rank: int):
-    """Different for every rank."""
+    """Make inputs that differ for every rank."""
     ids, targets, layout, ref_logps = contrast_inputs()
     return ids.roll(rank, 1), targets.roll(rank), layout, ref_logps + rank
 
@@ -156,7 +159,7 @@ def run_alone(case: Case) -> dict[str, list]:
 
 
 def around_forward(rank: int) -> dict[str, torch.Tensor]:
-    """The head's gradient under DDP from a loss inside forward and from one that reads the weight around it."""
+    """Return the head's gradient under DDP from a loss inside forward and one that reads the weight around it."""
     ids, targets, layout, ref_logps = inputs(rank)
     inside, around = (DistributedDataParallel(attach_linear_loss(tiny_models.llama())) for _ in range(2))
     inside(input_ids=ids, linear_loss=request_for(targets, layout, ref_logps)).loss.backward()
@@ -168,7 +171,7 @@ def around_forward(rank: int) -> dict[str, torch.Tensor]:
 
 
 def gathered_around_forward(rank: int) -> torch.Tensor:
-    """The head's gradient from a weight of FSDP2 that full_tensor() gathers outside of forward."""
+    """Return the head's gradient from a weight of FSDP2 that full_tensor() gathers outside of forward."""
     ids, targets, layout, ref_logps = inputs(rank)
     hidden = tiny_models.llama().model(input_ids=ids).last_hidden_state.flatten(0, -2).detach()
     head = fully_shard(tiny_models.llama().lm_head)
@@ -179,7 +182,7 @@ def gathered_around_forward(rank: int) -> torch.Tensor:
 
 
 def tensor_parallel(attach_first: bool | None) -> dict[str, torch.Tensor]:
-    """Loss, log-likelihoods and gradients of a model whose head is split by its words; None: of one that is not."""
+    """Return loss, log-likelihoods and gradients of a model whose head is split by its words, or whole for None."""
     ids, targets, layout, ref_logps = contrast_inputs()
     options, model = request_for(targets, layout, ref_logps).options, tiny_models.llama()
     if attach_first is not None:

@@ -55,7 +55,7 @@ FAMILIES = {
 
 
 def model_class(family: str) -> type[PreTrainedModel]:
-    """The class of a family's causal language models."""
+    """Return the class of a family's causal language models."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
 
 
@@ -67,14 +67,14 @@ SLIDING = ["mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm
 
 
 def tiny(family: str, implementation: str, **config):
-    """A random model of a family."""
+    """Make a random model of a family."""
     torch.manual_seed(0)
     built = AutoConfig.for_model(family, **(SIZES | FAMILIES.get(family, {}) | config))
     return AutoModelForCausalLM.from_config(built, attn_implementation=implementation)
 
 
 def groups(seed: int = 0, lengths: tuple[tuple[int, ...], ...] = ((9, 6, 1, 12), (3, 7), (1, 4, 4, 2), (6, 1, 1))):
-    """Prompts and candidates of these lengths: longer than the windows, and of one token."""
+    """Make prompts and candidates of these lengths: longer than the windows, and of one token."""
     draw = random.Random(seed)
 
     def text(length: int) -> list[int]:
@@ -88,14 +88,14 @@ def all_rows(batch) -> list[int]:
 
 
 def shared_logits(model, batch) -> torch.Tensor:
-    """Logits (N, V) of all tokens of all candidates, from packed rows."""
+    """Compute logits (N, V) of all tokens of all candidates from packed rows."""
     inputs = tree_inputs(model, batch.tree.to(model.device))
     out = model(input_ids=batch.input_ids.to(model.device), use_cache=False, **inputs)
     return out.logits.flatten(0, -2)[all_rows(batch)]
 
 
 def separate_logits(model, prompts, completions) -> torch.Tensor:
-    """The same from one row a candidate, without any mask."""
+    """Compute logits (N, V) of all tokens of all candidates from one row a candidate, without any mask."""
     parts = []
     for prompt, own in zip(prompts, completions, strict=True):
         for candidate in own:
@@ -105,7 +105,7 @@ def separate_logits(model, prompts, completions) -> torch.Tensor:
 
 
 def gradients(model, logits, completions) -> dict[str, torch.Tensor]:
-    """Of a loss that weighs every token differently."""
+    """Compute gradients of a loss that weighs every token differently."""
     targets = torch.tensor([token for own in completions for candidate in own for token in candidate])
     targets, weights = targets.to(logits.device), torch.linspace(-1.0, 2.0, len(targets), device=logits.device)
     model.zero_grad(set_to_none=True)
@@ -114,7 +114,7 @@ def gradients(model, logits, completions) -> dict[str, torch.Tensor]:
 
 
 def assert_same(value: torch.Tensor, expected: torch.Tensor, name: str = "") -> None:
-    """Within 1e-5 of the largest entry, or of 1."""
+    """Check equality within 1e-5 of the largest entry, or of 1."""
     bound = 1e-5 * max(1.0, float(expected.detach().abs().max()))
     assert value.shape == expected.shape, name
     assert torch.isfinite(value).all(), name

@@ -24,7 +24,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, source: Path = SOURCE, include: Path = ROOT / "csrc", optimize: str = "-O1") -> ctypes.CDLL:
-    """Compiles the kernels, in seconds, unless another worker of the tests has done so in the same folder."""
+    """Compile the kernels, in seconds, unless another worker of the tests has done so in the same folder."""
     library = folder / f"lib{source.stem}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -131,7 +131,7 @@ class EmulatorError(AssertionError):
 
 
 def record(module: HostModule, monkeypatch: Any, names: Sequence[str]) -> list[str]:
-    """The names of the launches that a test makes from here on, in order."""
+    """Record the names of the launches that a test makes from now on, in order."""
     made: list[str] = []
     for name in names:
         launch = getattr(module, name)
@@ -145,7 +145,7 @@ def record(module: HostModule, monkeypatch: Any, names: Sequence[str]) -> list[s
 
 
 class HostModule:
-    """Stands in for ``cpo_kernels._cuda``; only what an argument covers may be read, and only results written.
+    """A stand-in for ``cpo_kernels._cuda``, which may read only what arguments cover, and write only results.
 
     Attributes:
         seed: of the order in which the threads of a block run.

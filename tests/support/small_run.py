@@ -22,7 +22,7 @@ HEADS = ({}, {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.2})
 
 
 def logits_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Runs row kernels over logits that exist."""
+    """Run row kernels over logits that exist."""
     targets = torch.randint(0, V, (5, 3), device=device)
     targets[1, 1] = -100
     for head in HEADS:
@@ -31,7 +31,7 @@ def logits_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def linear_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Runs the engine, padded and packed with shared rows, and log-likelihoods without gradients."""
+    """Run the engine, padded and packed with shared rows, and log-likelihoods without gradients."""
     weight = torch.randn(V, H, device=device).to(dtype).requires_grad_()
     hidden = torch.randn(3, 3, 4, H, device=device).to(dtype).requires_grad_()
     targets = torch.randint(0, V, (3, 3, 4), device=device)
@@ -50,7 +50,7 @@ def linear_form(backend: str, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def one_launch(device: torch.device, dtype: torch.dtype) -> None:
-    """Runs the cooperative launch of the whole objective: groups of three candidates with four slots each.
+    """Run the cooperative launch of the whole objective: groups of three candidates with four slots each.
 
     Three groups, and so many rows that blocks take several, however many there are of them.
     """
@@ -61,7 +61,7 @@ def one_launch(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def objective_of(groups: int, head: tuple[float, float, float], device: torch.device, dtype: torch.dtype) -> None:
-    """Runs it without a gradient, with one apart, and with one over the logits."""
+    """Run the objective without a gradient, with a separate one, and with one over the logits."""
     rows = 12 * groups
     targets = torch.randint(0, V, (rows,), device=device)
     targets[20:24] = -100
@@ -80,7 +80,7 @@ def objective_of(groups: int, head: tuple[float, float, float], device: torch.de
 
 
 def one_read(device: torch.device, dtype: torch.dtype) -> None:
-    """Keeps rows in shared memory: of one block, of a cluster, of one with room to spare; in place and narrow."""
+    """Run forward and gradient of rows in shared memory: of a block, a cluster, one with room to spare; narrow too."""
     targets = torch.randint(0, V, (7,), device=device)
     starts = torch.tensor([0, 3, 3, 6, 7], device=device)
     slices = (0, 2048, 512) if device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9 else (0,)
@@ -96,7 +96,7 @@ LINEAR_SIZES = ((5, H), (300, 9 * 64))
 
 
 def hopper_linear(device: torch.device, dtype: torch.dtype) -> None:
-    """Runs the fused linear path of sm_90, alone and with the exponentials that its gradient overwrites."""
+    """Run the fused linear path of sm_90, alone and with the exponentials that its gradient overwrites."""
     for rows, width in LINEAR_SIZES:
         hidden, weight = (torch.randn(n, width, device=device).to(dtype) for n in (rows, V))
         targets = torch.randint(0, V, (rows + 2,), device=device)
@@ -110,7 +110,7 @@ def hopper_linear(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one backend on the device it is for."""
+    """Run one backend on its device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("backend", choices=registry.available())
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")

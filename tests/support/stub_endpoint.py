@@ -14,7 +14,7 @@ ERROR = {"error": {"message": "stub"}}
 
 
 class ChatEndpoint:
-    """Answers each request with what ``answer(body, number)`` says.
+    """An endpoint that answers each request with what ``answer(body, number)`` returns.
 
     A string is the content of the chat message, an int an HTTP status, a float seconds to wait before ``tie``, a
     dictionary the response's JSON as it is, and bytes the whole body.
@@ -57,7 +57,7 @@ class ChatEndpoint:
 
 @contextmanager
 def chat_endpoint(answer: Callable[[dict, int], Any]) -> Iterator[tuple[str, ChatEndpoint]]:
-    """Base URL and endpoint, in a thread of its own until the block ends."""
+    """Yield base URL and endpoint, which runs in its own thread until the block ends."""
     endpoint = ChatEndpoint(answer)
 
     class Handler(BaseHTTPRequestHandler):

@@ -22,7 +22,7 @@ VOCAB = len(WORDS) + 3
 
 
 def tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """Make a tokenizer with one token a word."""
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"} | special
     vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
@@ -31,7 +31,7 @@ def tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
 
 
 def gpt2(seed: int = 0, **config) -> GPT2LMHeadModel:
-    """Two layers, tied head, no dropout unless asked for."""
+    """Make a GPT-2 of two layers with a tied head, without dropout unless asked for."""
     torch.manual_seed(seed)
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
@@ -39,7 +39,7 @@ def gpt2(seed: int = 0, **config) -> GPT2LMHeadModel:
 
 
 def llama(seed: int = 0, **config) -> LlamaForCausalLM:
-    """Two layers, untied head."""
+    """Make a Llama of two layers with an untied head."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
@@ -47,7 +47,7 @@ def llama(seed: int = 0, **config) -> LlamaForCausalLM:
 
 
 def adapted(model: PreTrainedModel | None = None, **config) -> PeftModel:
-    """A model with random LoRA adapters."""
+    """Make a model with random LoRA adapters."""
     model = llama() if model is None else model
     torch.manual_seed(3)
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -55,7 +55,7 @@ def adapted(model: PreTrainedModel | None = None, **config) -> PeftModel:
 
 
 def examples(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Distinct prompts and completions of varying length; a completion brings the space between them."""
+    """Make distinct prompts and completions of varying length; a completion begins with the space between them."""
     rng = random.Random(seed)
 
     def text(low: int, high: int) -> str:

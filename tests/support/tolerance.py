@@ -20,7 +20,7 @@ FLOOR = {
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref||, in float64; 0 / 0 is 0, and NaN or infinity in ``out`` is an infinite error."""
+    """Compute ||out - ref|| / ||ref|| in float64; 0 / 0 is 0, and NaN or infinity in ``out`` an infinite error."""
     assert out.shape == ref.shape, f"shape {tuple(out.shape)}, expected {tuple(ref.shape)}"
     difference = (out.double() - ref.double()).norm().item()
     if difference == 0:
@@ -30,7 +30,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
 
 
 def assert_accurate(out: Tensor, eager: Tensor, oracle: Tensor, name: str) -> None:
-    """The rule, for one tensor: ``eager`` is computed in the dtype of the inputs, ``oracle`` in float64 from them."""
+    """Check the rule for one tensor: ``eager`` is computed in the inputs' dtype, ``oracle`` in float64 from them."""
     assert oracle.dtype == torch.float64
     assert oracle.isfinite().all(), f"the oracle's {name} is not finite"
     error, allowed = relative_error(out, oracle), 2 * relative_error(eager, oracle) + FLOOR[out.dtype]

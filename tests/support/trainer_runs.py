@@ -49,7 +49,7 @@ def trainer(
 
 
 def steps(run: CPOTrainer) -> list[dict]:
-    """The logged steps of a run."""
+    """Return the logged steps of a run."""
     return [entry for entry in run.state.log_history if "loss" in entry]
 
 
@@ -69,6 +69,6 @@ DISTRIBUTED = {
 
 
 def held_out() -> list[dict]:
-    """Half of them bring negatives, and two processes that take turns get all of those on one side."""
+    """Make examples half of which bring negatives, so that two processes in turn get all of those on one side."""
     examples = tiny_models.examples(8, seed=5)
     return [example | ({"negatives": ["ran on", "sat"]} if i % 4 < 2 else {}) for i, example in enumerate(examples)]

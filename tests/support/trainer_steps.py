@@ -14,13 +14,13 @@ GIVEN = [
 
 
 def micro_batch(run, indices):
-    """The inputs of one step on some examples."""
+    """Return the inputs of one step on some examples."""
     ((inputs,), _) = run.get_batch_samples(iter([{"index": torch.tensor(indices)}]), 1, torch.device("cpu"))
     return inputs
 
 
 def candidates(run, inputs) -> list[list[list[int]]]:
-    """The tokens of the candidates of each group."""
+    """Return the tokens of the candidates of each group."""
     bounds = inputs["cu_tokens"]
     tokens = [inputs["targets"][a:b].tolist() for a, b in itertools.pairwise(bounds)]
     groups = inputs["cu_groups"]

@@ -33,7 +33,7 @@ def text(rng: random.Random, low: int, high: int) -> str:
 
 
 def preferences(count: int = 9, negatives: int | tuple[int, ...] | None = None, seed: int = 0) -> Dataset:
-    """``rejected`` is a text, or a list of so many (cycled through)."""
+    """Make preference data whose ``rejected`` is a text, or a list of these numbers of texts, cycled through."""
     rng = random.Random(seed)
     rows = []
     for index in range(count):
@@ -48,7 +48,7 @@ def preferences(count: int = 9, negatives: int | tuple[int, ...] | None = None, 
 
 
 def make(trainer, config, directory, model=None, data=None, arguments=None, **keywords):
-    """A trainer of a Llama with an untied head; every call gets models of the same weights."""
+    """Make a trainer of a Llama with an untied head; every call gets models of the same weights."""
     model = copy.deepcopy(tiny_models.llama() if model is None else model)
     beta = {"beta": BETA} if hasattr(config, "beta") else {}
     args = config(output_dir=str(directory), **(ARGUMENTS | beta | (arguments or {})))
@@ -64,7 +64,7 @@ def make(trainer, config, directory, model=None, data=None, arguments=None, **ke
 
 
 def step(trainer, batch):
-    """Loss, gradients by name and metrics of one batch."""
+    """Return loss, gradients by name and metrics of one batch."""
     trainer.model.zero_grad()
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, batch)
@@ -78,7 +78,7 @@ def first_batch(trainer):
 
 
 def history(trainer) -> list[dict[str, float]]:
-    """What a run logs, without times."""
+    """Return what a run logs, without times."""
     trainer.train()
     return [untimed(row) for row in trainer.state.log_history]
 
@@ -89,12 +89,12 @@ def untimed(row: dict[str, float]) -> dict[str, float]:
 
 
 def untied(seed: int = 0):
-    """A GPT-2, whose layers compute in float64 where its weights are, with a head of its own."""
+    """Make a GPT-2 with an untied head; its layers compute in float64 where its weights are float64."""
     return tiny_models.gpt2(seed, tie_word_embeddings=False)
 
 
 def dense_logps(model, input_ids, attention_mask, labels):
-    """Log-likelihoods (B,) and token counts (B,) from the model's own logits."""
+    """Compute log-likelihoods (B,) and token counts (B,) from the model's own logits."""
     logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
     labels = labels[:, 1:]
     present = labels != -100
@@ -103,7 +103,7 @@ def dense_logps(model, input_ids, attention_mask, labels):
 
 
 def assert_histories_equal(stock: list[dict], ours: list[dict], left_out: set[str] = frozenset()) -> None:
-    """The same names, but for those left out, and values that differ by rounding in float32 only."""
+    """Check for the same names, but for those left out, and values that differ by float32 rounding only."""
     assert len(stock) == len(ours)
     for expected, logged in zip(stock, ours, strict=True):
         expected = {name: value for name, value in expected.items() if name not in left_out}

@@ -48,7 +48,7 @@ class Case:
     worlds: tuple[int, ...] = WORLDS
 
     def make(self, dtype: torch.dtype | None = None) -> Problem:
-        """The whole problem, the same in every process; rounded to the case's dtype, then in ``dtype``."""
+        """Make the whole problem, the same in every process; rounded to the case's dtype, then in ``dtype``."""
         torch.manual_seed(7)
         problem = (PROBLEMS | EXTRA)[self.problem]().to(DTYPES[self.dtype]).to(dtype or DTYPES[self.dtype])
         for tensor, need in zip(problem.tensors, self.needs, strict=True):
@@ -57,12 +57,12 @@ class Case:
         return problem
 
     def runs_in(self, world: int) -> bool:
-        """Whether so many processes run it, and each of them has a vocabulary entry."""
+        """Tell whether this number of processes runs the case, and each of them has a vocabulary entry."""
         return world in self.worlds and (PROBLEMS | EXTRA)[self.problem]().weight.shape[0] >= world
 
 
 def padded_vocab() -> Problem:
-    """The last three quarters of the vocabulary are padding: a bias of -inf, so that whole shards are impossible."""
+    """Make a problem whose last three quarters of the vocabulary are padding: a bias of -inf empties whole shards."""
     problem = random_problem(V=37, bias=True)
     problem.bias[9:] = -torch.inf
     return replace(problem, targets=problem.targets.where(problem.targets < 0, problem.targets % 9))
@@ -127,7 +127,7 @@ CASES = GRID | KINDS | OTHERS
 
 
 def sizes_of(vocab: int, world: int, how: str) -> list[int]:
-    """Entries of each process."""
+    """Return the number of entries of each process."""
     if how == "even":
         return [len(part) for part in torch.arange(vocab).chunk(world)]
     first = [1 + (vocab - world) * (2 * r + 1) // world**2 for r in range(world - 1)]
@@ -135,7 +135,7 @@ def sizes_of(vocab: int, world: int, how: str) -> list[int]:
 
 
 def place(problem: Problem, device: str) -> Problem:
-    """The problem with everything but its leaves on a device."""
+    """Copy everything of a problem but its leaves to a device."""
     moved = {name: getattr(problem, name) for name in ("targets", "ref_logps", "ranks")}
     moved = {name: tensor if tensor is None else tensor.to(device) for name, tensor in moved.items()}
     layout = problem.layout
@@ -145,7 +145,7 @@ def place(problem: Problem, device: str) -> Problem:
 
 
 def shard_problem(case: Case, group: Any, device: str = "cpu") -> tuple[Problem, VocabShard]:
-    """This process's part of the problem, with leaves of its own."""
+    """Return this process's part of the problem, with its own leaves."""
     whole, world, rank = case.make(), distributed.get_world_size(group), distributed.get_rank(group)
     vocab = whole.weight.shape[0]
     sizes = sizes_of(vocab, world, case.sizes)
@@ -168,7 +168,7 @@ def shard_problem(case: Case, group: Any, device: str = "cpu") -> tuple[Problem,
 
 
 def fused(case: Case, problem: Problem, shard: VocabShard | None = None) -> tuple[Tensor, Tensor]:
-    """A scalar and the log-likelihoods that it comes from."""
+    """Compute a scalar by the fused functions, and the log-likelihoods that it comes from."""
     entries = problem.weight.shape[0] if shard is None else shard.largest
     logits_dtype = case.head.get("logits_dtype") or problem.hidden.dtype
     budget = None if case.rows is None else case.rows * entries * logits_dtype.itemsize
@@ -191,7 +191,7 @@ def fused(case: Case, problem: Problem, shard: VocabShard | None = None) -> tupl
 
 
 def eager(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The same by the dense reference."""
+    """Compute a scalar by the dense reference, and the log-likelihoods that it comes from."""
     logps = eager_logps(problem)
     if case.kind == "cpo":
         return eager_loss(problem), logps / lengths(problem) if problem.options.get("length_normalized") else logps
@@ -199,7 +199,7 @@ def eager(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def lengths(problem: Problem) -> Tensor:
-    """Tokens of each candidate, at least 1, (G, C) or (S,)."""
+    """Count the tokens of each candidate, at least 1, (G, C) or (S,)."""
     present = problem.targets != -100
     if problem.layout is not None:
         counts = torch.cat([torch.zeros(1, dtype=torch.int64), present.cumsum(0)])
@@ -208,18 +208,18 @@ def lengths(problem: Problem) -> Tensor:
 
 
 def weighted(logps: Tensor) -> Tensor:
-    """A sum with a different weight for each segment."""
+    """Sum values with a different weight for each segment."""
     weights = torch.linspace(-1.0, 2.0, logps.numel(), dtype=torch.float64, device=logps.device).view(logps.shape)
     return (logps * weights.to(logps.dtype)).sum()
 
 
 def contrast(logps: Tensor) -> Tensor:
-    """DPO without a reference, of the first and the last candidate, over all groups."""
+    """Compute DPO without a reference, of the first and the last candidate, over all groups."""
     return -torch.nn.functional.logsigmoid(0.1 * (logps[:, 0] - logps[:, -1])).sum()
 
 
 def results(loss: Tensor, logps: Tensor, problem: Problem) -> dict[str, Tensor]:
-    """Loss, log-likelihoods and the gradients that are asked for."""
+    """Return loss, log-likelihoods and the gradients that are asked for."""
     named = zip(("hidden", "weight", "bias"), problem.tensors, strict=True)
     wanted = {name: tensor for name, tensor in named if tensor is not None and tensor.requires_grad}
     grads = torch.autograd.grad(loss * UPSTREAM, list(wanted.values()))

@@ -30,7 +30,7 @@ def run_case(case: Case, group: Any, device: str = "cpu") -> dict[str, torch.Ten
 
 
 def gemms(group: Any) -> dict[str, float]:
-    """Products of (rows, own entries, H) with everything trained, with a frozen head, and without gradients."""
+    """Count products of (rows, own entries, H) with all tensors trained, with a frozen head, and without gradients."""
     counts = {}
     for name, needs in {"trained": (True,) * 3, "frozen": (True, False, False), "none": (False,) * 3}.items():
         problem, shard = shard_problem(Case("long", needs=needs), group)
@@ -44,7 +44,7 @@ def gemms(group: Any) -> dict[str, float]:
 
 
 def share_of_hidden(group: Any) -> dict[str, torch.Tensor]:
-    """The gradient of hidden that is left to the caller to sum."""
+    """Return the gradient of hidden that is left to the caller to sum."""
     problem, shard = shard_problem(LONG, group)
     own = VocabShard.of(problem.weight, group, reduce_grad_hidden=False)
     share = results(*fused(LONG, problem, own), problem)["hidden"]
@@ -60,7 +60,7 @@ def statistics(group: Any) -> dict[str, torch.Tensor]:
 
 
 def twice(group: Any) -> dict[str, torch.Tensor]:
-    """A retained graph computes its gradients a second time."""
+    """Compute the gradients of a retained graph a second time."""
     problem, shard = shard_problem(LONG, group)
     loss = fused(LONG, problem, shard)[0]
     first, second = (torch.autograd.grad(loss, problem.hidden, retain_graph=True)[0] for _ in range(2))
@@ -68,7 +68,7 @@ def twice(group: Any) -> dict[str, torch.Tensor]:
 
 
 def plans(group: Any) -> list[Any]:
-    """The chunks of uneven shards, which all processes need to agree on whatever their threads."""
+    """Return the chunks of uneven shards, which all processes must agree on, whatever their threads."""
     problem, shard = shard_problem(LONG, group)
     torch.set_num_threads(1 + distributed.get_rank(group))
     head = {"max_logits_bytes": 20 * shard.largest * 4, "vocab_shard": shard}
@@ -78,7 +78,7 @@ def plans(group: Any) -> list[Any]:
 
 
 def errors(group: Any) -> dict[str, str]:
-    """Messages of calls that cannot be right; every process raises."""
+    """Return the messages of calls that cannot be right; every process raises."""
     problem, shard = shard_problem(LONG, group)
     rank, mesh = distributed.get_rank(group), DeviceMesh.from_group(group, "cpu")
     sharded = distribute_tensor(torch.zeros(8, 24), mesh, [Shard(0)])

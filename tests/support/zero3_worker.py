@@ -34,7 +34,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def compare(make: Any, attach_first: bool, rank: int) -> dict[str, Any]:
-    """(ours, wanted) by name: loss, log-likelihoods of two requests, and every gradient, averaged over processes."""
+    """Return (ours, wanted) by name: loss, log-likelihoods of two requests, and every gradient, averaged."""
     model, alone = make(), attach_linear_loss(make())
     if attach_first:
         attach_linear_loss(model)

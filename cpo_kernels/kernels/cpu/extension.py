@@ -19,7 +19,7 @@ OPENMP_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
 
 @cache
 def _openmp() -> dict[str, int] | None:
-    """Addresses of functions of the OpenMP runtime whose threads torch uses; None where torch has no such runtime.
+    """Return addresses of functions of the OpenMP runtime that torch uses; None where torch has no such runtime.
 
     They are looked up as torch's own calls are: first where the whole process finds names, which is where a runtime
     named by LD_PRELOAD stands, then in torch's libraries and those that they need.
@@ -34,7 +34,7 @@ def _openmp() -> dict[str, int] | None:
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or None and why it cannot be used."""
+    """Return the extension, or None and the reason why it cannot be used."""
     try:
         module = import_module("cpo_kernels._cpu")
     except ImportError as error:
@@ -46,17 +46,17 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def available() -> bool:
-    """Whether the compiled extension can be used here."""
+    """Tell whether the compiled extension can be used here."""
     return _load()[0] is not None
 
 
 def unavailable_reason() -> str | None:
-    """Why the compiled extension cannot be used, or None if it can."""
+    """Say why the compiled extension cannot be used; None if it can."""
     return _load()[1]
 
 
 def extension() -> ModuleType:
-    """The extension, or a RuntimeError that says why it cannot be used."""
+    """Return the extension, or raise a ``RuntimeError`` that says why it cannot be used."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(f"backend 'cpu' is not available: {reason}")
@@ -65,7 +65,7 @@ def extension() -> ModuleType:
 
 @cache
 def isa() -> str:
-    """The instruction set in use: the best one this machine runs, or the one that CPO_KERNELS_CPU_ISA names.
+    """Return the instruction set in use: the best that this machine runs, or that of CPO_KERNELS_CPU_ISA.
 
     Raises:
         RuntimeError: the extension is not available.
@@ -81,13 +81,13 @@ def isa() -> str:
 
 
 def isa_or_default(name: str | None) -> str:
-    """The instruction set that was named, else that of :func:`isa`."""
+    """Return the given instruction set, or that of :func:`isa` for None."""
     return name or isa()
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """How the extension was compiled, and what of it this machine runs; instruction sets from slowest to fastest."""
+    """How the extension was compiled, and which of its instruction sets this machine runs, from slowest to fastest."""
 
     compiler: str
     openmp: bool  # whether torch has a runtime whose threads it can use
@@ -96,7 +96,7 @@ class BuildInfo:
 
 
 def build_info() -> BuildInfo | None:
-    """Facts about the extension, or None where it is not available."""
+    """Return facts about how the extension was built; None where it is not available."""
     module = _load()[0]
     if module is None:
         return None
@@ -104,6 +104,6 @@ def build_info() -> BuildInfo | None:
 
 
 def cuda_summary() -> str:
-    """What this installation's build did with the CUDA extension, why, and how to change it."""
+    """Say what this installation's build did with the CUDA extension, why, and how to change it."""
     module = _load()[0]
     return "not compiled, or the record of it cannot be read" if module is None else module.cuda_summary

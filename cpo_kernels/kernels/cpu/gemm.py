@@ -21,7 +21,7 @@ from .extension import extension, isa_or_default
 
 @cache  # asking the processor takes longer than a small product
 def gemm_supported(dtype: torch.dtype, out_dtype: torch.dtype) -> bool:
-    """Whether :func:`gemm` is the better choice over ``torch.mm`` here, for inputs of ``dtype``.
+    """Tell whether :func:`gemm` is the better choice over ``torch.mm`` on this machine, for inputs of ``dtype``.
 
     It is with AVX2 and AVX-512, except for half precision where the machine has AMX: torch uses its tile registers.
     """
@@ -42,7 +42,7 @@ def gemm(
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """``out[:] = a @ b``, or ``out += a @ b``, with float32 accumulators whatever the dtypes.
+    """Compute ``out[:] = a @ b``, or ``out += a @ b``, with float32 accumulators whatever the dtypes.
 
     Where both inputs are bfloat16 and the machine has AVX512_BF16, products are of bfloat16 pairs (subnormal inputs
     count as zero); otherwise half precision is widened to float32 first. The result is bitwise the same for any number
@@ -118,24 +118,24 @@ _kept = threading.local()
 
 
 def _workspace(size: int) -> Tensor:
-    """At least ``size`` bytes, kept for the next product of this thread: fresh pages would cost each call a fault."""
+    """Return at least ``size`` bytes, kept for this thread's next product: fresh pages would cost it page faults."""
     if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < size:
         _kept.workspace = None
-        # Pages of its own, so that one that has become too small leaves nothing in the heap.
+        # Mapped pages, so that a workspace that has become too small returns to the system at once.
         _kept.workspace = torch.frombuffer(private_pages(size), dtype=torch.uint8)
     workspace: Tensor = _kept.workspace
     return workspace
 
 
 def private_pages(size: int) -> mmap.mmap | bytearray:
-    """Zeros that a forked process writes to a copy of."""
+    """Return zeroed memory that a forked process writes to a copy of."""
     if hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return bytearray(size)
 
 
 def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """The most bytes that :func:`gemm` takes for the three products of (rows, vocab, hidden_size), kept afterwards."""
+    """Return the most bytes that :func:`gemm` takes, and keeps, for the three products of a call of these sizes."""
     if not gemm_supported(dtype, dtype):
         return 0
     code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
@@ -147,7 +147,7 @@ def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) 
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """The CPU kernel of ``cpo_kernels::gemm_``: :func:`gemm` where it measured faster than torch's product."""
+    """Run ``cpo_kernels::gemm_`` on CPU tensors: by :func:`gemm` where it measured faster than torch's product."""
     if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
         gemm(a, b, out, accumulate=accumulate)
     else:
@@ -155,7 +155,7 @@ def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
-    """The CPU kernel of ``cpo_kernels::gemm_pair_``: :func:`gemm` for bfloat16 pairs where it is the faster product."""
+    """Run ``cpo_kernels::gemm_pair_`` on CPU tensors: by :func:`gemm` for bfloat16 pairs where it is faster."""
     if high.dtype == torch.bfloat16 and gemm_supported(a.dtype, high.dtype) and gemm_supported(b.dtype, high.dtype):
         gemm(a, b, high, low=low, accumulate=accumulate)
     else:

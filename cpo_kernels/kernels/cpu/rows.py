@@ -28,7 +28,7 @@ def row_forward(
     isa: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The CPU kernel of ``cpo_kernels::row_forward``.
+    """Run ``cpo_kernels::row_forward`` on CPU tensors.
 
     Args:
         logits: (R, V) float32, bfloat16 or float16 with unit column stride and any row stride.
@@ -68,7 +68,7 @@ def row_backward(
     isa: str | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """The CPU kernel of ``cpo_kernels::row_backward``: the gradient of ``sum_n coef_n * logp_n``, like ``logits``.
+    """Run ``cpo_kernels::row_backward`` on CPU tensors: the gradient of ``sum_n coef_n * logp_n``, like ``logits``.
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here.
@@ -99,7 +99,7 @@ def row_backward_(
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """The CPU kernel of ``cpo_kernels::row_backward_``: :func:`row_backward`, written over the logits.
+    """Run ``cpo_kernels::row_backward_`` on CPU tensors: :func:`row_backward`, written over the logits.
 
     ``grad_dtype`` is that of the logits, which None stands for, or bfloat16 or float16 for float32 logits. Then the
     gradient takes the front half of the memory of each row: it is ``logits.view(grad_dtype)[:, :V]``, and what the back
@@ -156,7 +156,9 @@ def _backward_into(
 
 
 def column_stats(grad: Tensor, *, isa: str | None = None, threads: int | None = None) -> Tensor:
-    """Largest absolute value and absolute sum of each column: (R, V) -> (2, V) float32; NaN is in the sum at least.
+    """Return the largest absolute value and the absolute sum of each column: (R, V) -> (2, V) float32.
+
+    A NaN in a column is at least in its sum.
 
     Args:
         grad: float32, bfloat16 or float16 with unit column stride and any row stride.
@@ -171,7 +173,7 @@ def column_stats(grad: Tensor, *, isa: str | None = None, threads: int | None = 
 def take_columns(
     grad: Tensor, rows: Tensor, columns: Tensor, *, isa: str | None = None, threads: int | None = None
 ) -> Tensor:
-    """Some columns of some rows, and the sum of each row's other columns behind them: a new (k, c + 1) tensor.
+    """Return some columns of some rows, and behind them the sum of each row's other columns: a new (k, c + 1) tensor.
 
     Args:
         grad: (R, V) as for :func:`column_stats`.
@@ -181,7 +183,7 @@ def take_columns(
         threads: by default ``torch.get_num_threads()``.
 
     Raises:
-        ValueError: a row or a column that there is not.
+        ValueError: a row or column outside of ``grad``.
     """
     check("rows", rows, (None,), (torch.int64,))
     check("columns", columns, (None,), (torch.int64,))
@@ -199,7 +201,7 @@ def take_columns(
 
 
 def _gradient(grad: Tensor, isa_name: str | None, threads: int | None) -> dict[str, str | int]:
-    """The checked arguments of a gradient of logits."""
+    """Check a gradient of logits and return it as arguments of the extension."""
     check("grad", grad, (None, None), tuple(DTYPE_CODES))
     rows, vocab = grad.shape
     if vocab > 1 and grad.stride(1) != 1:

@@ -14,7 +14,7 @@ from cpo_kernels.kernels.device import count_gpus, current_stream, is_amd, is_gp
 
 @cache
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or None and why it cannot be used."""
+    """Return the extension, or None and the reason why it cannot be used."""
     try:
         return import_module("cpo_kernels._cuda"), None
     except ModuleNotFoundError:
@@ -27,7 +27,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 def unavailable_reason() -> str | None:
-    """Why the CUDA kernels cannot be used here, or None if they can."""
+    """Say why the CUDA kernels cannot be used here; None if they can."""
     module, reason = _load()
     if module is None:
         return reason
@@ -46,7 +46,7 @@ def unavailable_reason() -> str | None:
 
 
 def description() -> str:
-    """How the extension was compiled."""
+    """Say how the extension was compiled."""
     return f"compiled extension, CUDA {_version(load().runtime_version())}"
 
 
@@ -55,7 +55,7 @@ def _version(number: int) -> str:
 
 
 def load() -> ModuleType:
-    """The extension, or a RuntimeError that says why it cannot be used."""
+    """Return the extension, or raise a ``RuntimeError`` that says why it cannot be used."""
     module, reason = _load()
     if module is None:
         raise RuntimeError(f"backend 'cuda' is not available: {reason}")
@@ -63,12 +63,12 @@ def load() -> ModuleType:
 
 
 def queue(device: torch.device) -> dict[str, int]:
-    """Where to launch: on the current stream of the tensors' device."""
+    """Return the device and stream to launch on: the current stream of the tensors' device."""
     if not is_gpu(device):
         raise ValueError(f"logits are on {device}; expected a CUDA tensor")
     return {"device": device.index, "stream": current_stream(device)}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a GPU."""
+    """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)

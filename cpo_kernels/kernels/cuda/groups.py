@@ -40,9 +40,9 @@ def contrast(
     max_candidates: int,
     threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens, in one launch.
+    """Compute the segment sums of some whole groups and their tokens' coefficients, in one launch.
 
-    The starts may be slices of longer prefix counts: their first element is what they count from.
+    ``token_starts`` and ``segment_starts`` may be slices of longer prefix counts: they count from their first element.
 
     Args:
         logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
@@ -102,10 +102,10 @@ def cpo_loss(
     threads: int = 0,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``row_forward``, :func:`contrast` and ``row_backward`` of whole groups in one cooperative launch.
+    """Run ``row_forward``, :func:`contrast` and ``row_backward`` of whole groups in one cooperative launch.
 
-    A coefficient depends on the log-probabilities of its whole group, so that the logits are read twice where a
-    gradient is asked for, and it is written once.
+    A coefficient depends on the log-probabilities of its whole group. So where a gradient is asked for, the logits are
+    read twice and the gradient is written once.
 
     Args:
         logits: (R, V), a row for each slot of the segments, in their order; otherwise as for ``row_forward``.
@@ -200,7 +200,7 @@ class _Groups:
     def checked(
         tensors: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None], counted: Tensor | None
     ) -> dict[str, Tensor | None]:
-        """The tensors by name, contiguous, of the dtypes that the kernel reads."""
+        """Check the tensors, and return them by name, contiguous and of the dtypes that the kernel reads."""
         logps, token_starts, segment_starts, lengths, ref_logps, ranks = tensors
         S, device = lengths.numel(), logps.device
         ranks = None if ranks is None else ranks.to(torch.int64)

@@ -1,10 +1,10 @@
 """The fused linear path of the compiled CUDA backend, for Hopper: logits exist in registers only.
 
-Log-probabilities alone leave nothing in memory. Where a gradient is to follow, 16 bits a logit do: its exponential
-relative to the row's maximum in its tile, as accurate as the gradient made of it, so that there is no second pass over
-float32 logits.
+Log-probabilities alone leave nothing in memory. Where a gradient is to follow, the forward keeps 16 bits a logit: its
+exponential relative to the row's maximum in its tile. That is as accurate as the gradient made of it, and saves a
+second pass over float32 logits.
 
-It is compiled, and checked on a CPU instruction by instruction, but not measured: a call takes it where
+The path is compiled, and checked on a CPU instruction by instruction, but not measured: a call takes it where
 ``selection.json`` says so, which is nowhere yet.
 """
 
@@ -26,7 +26,7 @@ BOUNDARY = 16  # bytes: what the copy engine takes rows at multiples of
 
 
 class Kept(NamedTuple):
-    """What :func:`linear_forward` keeps for :func:`linear_backward_`.
+    """The tensors that :func:`linear_forward` keeps for :func:`linear_backward_`.
 
     exponentials (R, V) of the inputs' dtype, in rows padded to 16 bytes; tile_tops (tiles, R) and slopes (N,) float32.
     """
@@ -37,19 +37,19 @@ class Kept(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Memory for what blocks of some rows keep, one block after another: the exponentials, and the tops in a row."""
+    """Memory for the exponentials and tile tops that blocks of rows keep; each block takes the place of the last."""
 
     exponentials: Tensor
     tile_tops: Tensor
 
     def kept(self, rows: int, tokens: int) -> Kept:
-        """For a block of so many rows and tokens."""
+        """Return the part of the memory for a block of ``rows`` rows and ``tokens`` tokens."""
         tops = self.tile_tops.view(-1)[: self.tile_tops.shape[0] * rows].view(-1, rows)
         return Kept(self.exponentials[:rows], tops, tops.new_empty(tokens))
 
 
 def takes(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether this path takes hidden (R, H) and weight (V, H): device, dtype, and where rows begin."""
+    """Tell whether this path takes hidden (R, H) and weight (V, H) by their device, dtype, and where rows begin."""
     if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype or 0 in (*hidden.shape, *weight.shape):
         return False
     if extension.capability(hidden.device) != CAPABILITY:
@@ -63,7 +63,7 @@ def takes(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def row_elements(vocab: int) -> int:
-    """Elements of the inputs' dtype that :func:`room` takes for a row."""
+    """Return how many elements of the inputs' dtype :func:`room` takes for a row."""
     return _row_width(vocab, DTYPES[0].itemsize) + extension.load().linear_tiles(vocab=vocab) * (
         torch.float32.itemsize // DTYPES[0].itemsize
     )
@@ -75,14 +75,14 @@ def _row_width(vocab: int, element_size: int) -> int:
 
 
 def room(rows: int, hidden: Tensor, vocab: int) -> Room:
-    """Room for blocks of up to ``rows`` rows of ``hidden``: 2 bytes a logit and little else."""
+    """Allocate memory for blocks of up to ``rows`` rows of ``hidden``: 2 bytes a logit and little else."""
     width = _row_width(vocab, hidden.element_size())
     tiles = extension.load().linear_tiles(vocab=vocab)
     return Room(hidden.new_empty((rows, width))[:, :vocab], hidden.new_empty((tiles, rows), dtype=torch.float32))
 
 
 def new_kept(hidden: Tensor, weight: Tensor, targets: Tensor) -> Kept:
-    """Room for the rows of ``hidden`` and the tokens of ``targets``, and for nothing after them."""
+    """Allocate memory for one block: the rows of ``hidden`` and the tokens of ``targets``."""
     rows = hidden.shape[0]
     return room(rows, hidden, weight.shape[0]).kept(rows, targets.shape[0])
 
@@ -98,7 +98,7 @@ def forward(
     softcap: float,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Kept | None]:
-    """:func:`linear_forward` of a block that keeps what its gradient needs in ``space``, or nothing without it."""
+    """Run :func:`linear_forward` on a block and keep in ``space`` what its gradient needs; nothing if it is None."""
     kept = None if space is None else space.kept(hidden.shape[0], targets.shape[0])
     head = (bias, logit_scale, softcap, temperature)
     return *linear_forward(hidden, weight, targets, row_starts, *head, kept), kept
@@ -115,7 +115,7 @@ def linear_forward(
     temperature: float,
     kept: Kept | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The row operators' forward of ``hidden @ weight.T`` with float32 logits, which exist in registers only.
+    """Compute what ``row_forward`` does of ``hidden @ weight.T``, with float32 logits that exist in registers only.
 
     Nothing waits for the device, and the results are bitwise repeatable. NaN or infinity in a row's logits makes its
     log-probabilities NaN.
@@ -197,14 +197,14 @@ def linear_backward_(
     softcap: float,
     temperature: float,
 ) -> Tensor:
-    """Gradient (R, V) of ``sum_n coef_n * logp_n`` with respect to the raw logits, over the memory of ``kept``.
+    """Write the gradient (R, V) of ``sum_n coef_n * logp_n`` by the raw logits over the memory of ``kept``.
 
-    As :func:`cpo_kernels.kernels.ops.row_backward_`, with one multiplication a logit. It can be called once.
+    It is that of :func:`cpo_kernels.kernels.ops.row_backward_`, at one multiplication a logit. ``kept`` is used up.
 
     Args:
         kept: filled by :func:`linear_forward`.
-        targets: as given there, like row_starts, logit_scale, softcap and temperature.
-        stats: as returned there, like logps.
+        targets: as given to :func:`linear_forward`, like row_starts, logit_scale, softcap and temperature.
+        stats: as returned by :func:`linear_forward`, like logps.
         coef: (N,) float32, the derivative of the loss with respect to each log-probability.
 
     Raises:
@@ -245,12 +245,12 @@ def linear_backward_(
 
 
 def _row_stride(name: str, matrix: Tensor) -> int:
-    """Elements from row to row, for the copy engine; raises where it cannot address the matrix."""
+    """Return the elements from row to row; raise ``ValueError`` where the copy engine cannot address the matrix."""
     rows, columns = matrix.shape
     if columns > 1 and matrix.stride(1) != 1:
         raise ValueError(f"{name} has strides {matrix.stride()}; expected a column stride of 1")
     unit, offset = BOUNDARY // matrix.element_size(), matrix.data_ptr() % BOUNDARY
-    stride = matrix.stride(0) if rows > 1 else -(-columns // unit) * unit  # one row has any stride
+    stride = matrix.stride(0) if rows > 1 else -(-columns // unit) * unit  # the stride of a single row means nothing
     if stride < columns or stride % unit or offset:
         raise ValueError(
             f"{name} has row stride {matrix.stride(0)} and begins {offset} bytes after a multiple of {BOUNDARY}; "

@@ -1,8 +1,8 @@
 """Row kernels of the compiled CUDA backend: softmax statistics, log-probabilities, gradients of logits.
 
 Every function here checks device, dtype, shape and strides before it takes an address. Values stay on the device and
-are not checked: a target outside [0, V) is never read at, its log-probability is NaN, and it has no column to write to.
-Nothing waits for the device, and all of it can be captured into a CUDA graph.
+are not checked: no logit is read for a target outside [0, V), its log-probability is NaN, and no gradient is written
+for it. Nothing waits for the device, and every function can be captured into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def row_forward(
     *,
     threads: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cpo_kernels.kernels.ops.row_forward` in one read of the logits, which rows without a token are spared.
+    """Run :func:`cpo_kernels.kernels.ops.row_forward` in one read of the logits; rows without a token are not read.
 
     Args:
         logits: (R, V) float32, bfloat16 or float16 on a GPU, of unit column stride and any row stride.
@@ -77,7 +77,7 @@ def row_backward(
     *,
     threads: int = 0,
 ) -> Tensor:
-    """Gradient of ``sum_n coef_n * logp_n`` with respect to the raw logits, a new (R, V) tensor of their dtype.
+    """Return the gradient of ``sum_n coef_n * logp_n`` by the raw logits, a new (R, V) tensor of their dtype.
 
     Rows whose tokens all have a coef of 0, and tokens of target -100 whatever their coef, give exact zeros and cost no
     read of the logits.
@@ -111,7 +111,7 @@ def row_backward_(
     *,
     threads: int = 0,
 ) -> None:
-    """:func:`row_backward`, written over the logits; of a narrower ``grad_dtype``, over the front of each row.
+    """Write :func:`row_backward` over the logits; in a narrower ``grad_dtype``, over the front of each row.
 
     Raises:
         ValueError: as :func:`row_backward`, and for rows that overlap in memory, or another ``grad_dtype`` than that of
@@ -123,7 +123,7 @@ def row_backward_(
 
 
 def row_gradient_takes(logits: Tensor) -> bool:
-    """Whether :func:`row_gradient_` takes rows of this length: the shared memory of a cluster holds one."""
+    """Tell whether :func:`row_gradient_` takes rows of this length: the shared memory of a cluster must hold one."""
     row_bytes = logits.shape[1] * logits.element_size()
     return row_bytes <= extension.load().row_gradient_bytes(device=extension.queue(logits.device)["device"])
 
@@ -142,15 +142,15 @@ def row_gradient_(
     threads: int = 0,
     slice_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`row_forward` and :func:`row_backward_` in one read and one write, where ``coef`` is known beforehand.
+    """Run :func:`row_forward` and :func:`row_backward_` in one read and one write, for a ``coef`` known beforehand.
 
-    A row lies in the shared memory of a cluster of up to 8 thread blocks between the two (sm_90 and later), or of one.
+    Between forward and backward a row lies in the shared memory of up to 8 thread blocks (from sm_90 on) or of one.
 
     Args:
         logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
         coef: (N,) float32.
         grad_dtype: as in :func:`row_backward_`.
-        slice_bytes: what a block holds of a row at most, so long as a cluster has blocks; 0: the kernel's choice.
+        slice_bytes: most bytes of a row in a block, while the cluster can have more blocks; 0: the kernel's choice.
 
     Returns:
         stats (2, R) and logps (N,), as :func:`row_forward`.
@@ -181,7 +181,7 @@ def row_gradient_(
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:
-    """An error on the device, for what follows, that names a target outside [0, V) other than -100.
+    """Raise an error on the device, which later work meets, that names a target outside [0, V) other than -100.
 
     Args:
         targets: (N,) int64 on a GPU.
@@ -198,7 +198,7 @@ def check_targets(targets: Tensor, vocab: int) -> None:
 
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """``tensor *= factor`` in place, in float32 and rounded once; no traffic where the factor is 1.
+    """Multiply a tensor by a scalar in place, in float32 and rounded once; no traffic where the factor is 1.
 
     Args:
         tensor: on a GPU; float32, bfloat16 or float16, contiguous and at a multiple of 16 bytes, or PyTorch does it.
@@ -222,7 +222,7 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
 
 
 def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:
-    """Where a gradient of ``grad_dtype`` lies over the logits."""
+    """Return the tensor of ``grad_dtype`` that lies over the logits."""
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
             f"logits of shape {tuple(logits.shape)} have row stride {logits.stride(0)}: rows overlap and cannot be "
@@ -254,7 +254,7 @@ def _backward_into(out: Tensor, logits: Tensor, rows: Rows, stats: Tensor, coef:
 class Rows:
     """The checked arguments that forward and backward share, and the tensors whose addresses are among them.
 
-    Memory that is released after the launch is used again no earlier than by what follows on the same stream.
+    The tensors may be released after the launch: only later work of the same stream gets their memory.
     """
 
     def __init__(

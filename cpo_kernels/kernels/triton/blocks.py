@@ -1,4 +1,4 @@
-"""Where the vectors and the tokens of a row lie: addressing that the row kernels share.
+"""The addresses of the vectors and tokens of a row, which the row kernels share.
 
 A block of a row is [lanes, K], K being the elements of a 16-byte vector, so that a lane is one vector of one thread. A
 row that does not begin at a vector boundary (an odd V) is read from its first boundary on, and the columns before that,
@@ -19,7 +19,7 @@ IGNORE = tl.constexpr(IGNORE_INDEX)
 
 
 def vector_size(x: Tensor) -> int:
-    """Elements of a vector of ``x``."""
+    """Return how many elements of ``x`` a 16-byte vector holds."""
     return VECTOR_BYTES // x.element_size()
 
 
@@ -36,7 +36,7 @@ class RowAddress(NamedTuple):
 
 
 def row_address(x: Tensor) -> RowAddress:
-    """Where the rows of ``x`` (R, V), of unit column stride, begin."""
+    """Find where the rows of ``x`` (R, V), of unit column stride, begin."""
     misaligned = int(x.storage_offset()) % vector_size(x)
     stride = x.stride(0) if x.shape[0] > 1 else 0
     base = x.as_strided((1,), (1,), x.storage_offset() - misaligned) if misaligned else x
@@ -44,13 +44,13 @@ def row_address(x: Tensor) -> RowAddress:
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor, contiguous."""
+    """Return the tensor, contiguous; None for None."""
     return None if tensor is None else tensor.contiguous()
 
 
 @triton.jit
 def token_range(row_starts, row, SHARED_ROWS: tl.constexpr):
-    """First token of a row and the one after its last."""
+    """Return the first token of a row and the one after its last."""
     if SHARED_ROWS:
         return tl.load(row_starts + row), tl.load(row_starts + row + 1)
     return row, row + 1
@@ -58,7 +58,7 @@ def token_range(row_starts, row, SHARED_ROWS: tl.constexpr):
 
 @triton.jit
 def row_lead(offset, V, K: tl.constexpr, SHIFTED: tl.constexpr):
-    """Where the vectors of a row begin: the first vector boundary from ``offset`` on, and the columns before it."""
+    """Find the first vector boundary of a row from ``offset`` on, and the number of columns before it."""
     if SHIFTED:
         boundary = (offset + (K - 1)) // K * K
         return boundary, tl.minimum(boundary - offset, V).to(tl.int32)
@@ -67,19 +67,19 @@ def row_lead(offset, V, K: tl.constexpr, SHIFTED: tl.constexpr):
 
 @triton.jit
 def block_places(start, K: tl.constexpr, BLOCK: tl.constexpr):
-    """Places of a block in its row, (lanes, K)."""
+    """Return the places of a block in its row, (lanes, K)."""
     return start + tl.arange(0, BLOCK // K)[:, None] * K + tl.arange(0, K)[None, :]
 
 
 @triton.jit
 def wrap(column, V, SHIFTED: tl.constexpr):
-    """Column of a place that may lie in the lead."""
+    """Return the column of a place that may lie in the lead."""
     return tl.where(column >= V, column - V, column) if SHIFTED else column
 
 
 @triton.jit
 def load_bias(bias, column, mask, HAS_BIAS: tl.constexpr):
-    """Bias of some columns in float32; ``mask`` None: all of them exist."""
+    """Load the bias of some columns in float32; ``mask`` None says that all of them exist."""
     if not HAS_BIAS:
         return 0.0
     elif mask is None:
@@ -90,7 +90,7 @@ def load_bias(bias, column, mask, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def any_present(targets, begin, end, TOKENS: tl.constexpr):
-    """Whether a row predicts a token at all."""
+    """Tell whether a row predicts a token at all."""
     found = tl.zeros([TOKENS], tl.int32)
     for first in range(begin, end, TOKENS):
         n = first + tl.arange(0, TOKENS)
@@ -100,14 +100,14 @@ def any_present(targets, begin, end, TOKENS: tl.constexpr):
 
 @triton.jit
 def load_coefs(targets, coef, n, mask):
-    """Coefs of tokens n in float32, 0 where there is no token, whatever stands there."""
+    """Load the coefs of tokens n in float32: 0 for a target of -100, whatever its coef is."""
     c = tl.load(coef + n, mask=mask, other=0.0).to(tl.float32)
     return tl.where(tl.load(targets + n, mask=mask, other=IGNORE) == IGNORE, 0.0, c)
 
 
 @triton.jit
 def sum_coefs(targets, coef, begin, end, TOKENS: tl.constexpr):
-    """Sum of the coefs of a row's tokens, and whether any is not 0; NaN is not."""
+    """Return the sum of the coefs of a row's tokens, and whether any of them is not 0, as NaN is not."""
     total = tl.zeros([TOKENS], tl.float32)
     active = tl.zeros([TOKENS], tl.int32)
     for first in range(begin, end, TOKENS):

@@ -27,7 +27,7 @@ from . import tuning
 from .blocks import contiguous
 
 MAX_CANDIDATES = 2048
-# More of them per thread, in each of the vectors over candidates, would not fit its registers.
+# With more, the vectors over candidates would not fit the registers of their threads.
 CANDIDATES_PER_WARP = 128
 # The rank of absent candidates: nothing is preferred to them.
 LOWEST = tl.constexpr(-(2**63))
@@ -35,7 +35,7 @@ LOWEST = tl.constexpr(-(2**63))
 
 @triton.jit
 def find_group(segment_starts, group, candidates):
-    """First segment of the group, and its number of segments."""
+    """Return the first segment of the group, and its number of segments."""
     if segment_starts is None:
         count = tl.cast(candidates, tl.int64)
         first = group * count
@@ -48,29 +48,32 @@ def find_group(segment_starts, group, candidates):
 
 @triton.jit
 def find_slots(token_starts, segment, exists, group_start):
-    """First slot of each segment, counted from the group's, and its number of slots."""
+    """Return the first slot of each segment, counted from the group's first, and its number of slots."""
     begin = tl.load(token_starts + segment, mask=exists, other=group_start) - group_start
     end = tl.load(token_starts + segment + 1, mask=exists, other=group_start) - group_start
-    # 64 bits lead to the group; 32 within it leave registers for the vectors over its tokens.
+    # The group is addressed in 64 bits, slots in it in 32, which leaves registers for the vectors over its tokens.
     return begin.to(tl.int32), (end - begin).to(tl.int32)
 
 
 @triton.jit
 def reciprocal(x):
-    """``1 / x`` to 1e-14, x float64 within float32's range: a division is a call, and saves registers to memory."""
+    """Return ``1 / x`` to 1e-14, for x float64 in the range of float32.
+
+    A division would be a call, which saves registers to memory.
+    """
     estimate = (1.0 / x.to(tl.float32)).to(tl.float64)
     return estimate * (2.0 - x * estimate)
 
 
 @triton.jit
 def inverse_length(length, LENGTH_NORMALIZED: tl.constexpr):
-    """What turns the sum of a segment into its log-likelihood."""
+    """Return the factor that turns the sum of a segment into its log-likelihood."""
     return reciprocal(tl.maximum(length, 1).to(tl.float64)) if LENGTH_NORMALIZED else 1.0
 
 
 @triton.jit
 def sum_tokens(logps, begin, slots, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Sum (BLOCK_C,) float64 of the slots of each segment."""
+    """Return the sum (BLOCK_C,) float64 of the slots of each segment."""
     total = tl.zeros((BLOCK_C, BLOCK_T), tl.float64)
     for start in range(0, tl.max(slots), BLOCK_T):
         slot = start + tl.arange(0, BLOCK_T)[None, :]
@@ -90,14 +93,17 @@ def store_tokens(coef, values, begin, slots, BLOCK_C: tl.constexpr, BLOCK_T: tl.
 
 @triton.jit
 def sigmoid(x):
-    """``1 / (1 + exp(-x))`` for any x, with neither overflow nor cancellation."""
+    """Return ``1 / (1 + exp(-x))`` for any x, with neither overflow nor cancellation."""
     small = tl.exp(-tl.abs(x))
     return tl.where(x < 0, small, 1.0) * reciprocal(1.0 + small)
 
 
 @triton.jit
 def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
-    """Derivative of the loss of one preference by its score difference d; 0 where its limit at an infinite d is not."""
+    """Return the derivative of the loss of one preference by its score difference d.
+
+    For an infinite d it is the limit, or 0 where the limit is infinite.
+    """
     if LOSS == "hinge":
         result = tl.where(d < 1, -1.0, 0.0).to(tl.float64)
     elif LOSS == "ipo":
@@ -111,10 +117,10 @@ def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
 
 @triton.jit
 def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: tl.constexpr):
-    """``coef`` (BLOCK_C,) plus the slopes of one winner against the candidates in ``lower``, of which there is one."""
+    """Add to ``coef`` (BLOCK_C,) the slopes of one winner against the candidates in ``lower``, at least one."""
     winner = tl.sum(tl.where(is_winner, score, 0.0))
     top = tl.max(tl.where(lower, score, float("-inf")))
-    top = tl.where(top == float("-inf"), 0.0, top)  # nothing below is possible, and -inf - -inf would be NaN
+    top = tl.where(top == float("-inf"), 0.0, top)  # all lower ones are impossible: -inf - -inf would be NaN
     weight = tl.where(lower, tl.exp(tl.where(lower, score - top, 0.0)), 0.0)
     total = tl.sum(weight)
     d = tl.where(winner == float("-inf"), winner, winner - top - tl.log(total))
@@ -126,7 +132,7 @@ def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: t
 def contrast_scores(
     score, rank, ranks, lengths, first, count, beta, label_smoothing, BLOCK_C: tl.constexpr, LOSS: tl.constexpr
 ):
-    """Derivative (BLOCK_C,) float64 of the group's loss by the scores; rank is LOWEST where a candidate is absent."""
+    """Return the derivative (BLOCK_C,) float64 of the group's loss by the scores; absent candidates rank LOWEST."""
     candidate = tl.arange(0, BLOCK_C)
     coef = tl.zeros((BLOCK_C,), tl.float64)
     worst = tl.max(rank)
@@ -177,7 +183,7 @@ def contrast_kernel(
     LOSS: tl.constexpr,
     LENGTH_NORMALIZED: tl.constexpr,
 ):
-    """One group: its sums and its tokens' coefficients. See :func:`contrast` for what the arguments hold."""
+    """Compute the sums of one group and the coefficients of its tokens; :func:`contrast` describes the arguments."""
     first, count = find_group(segment_starts, tl.program_id(0), candidates)
     candidate = tl.arange(0, BLOCK_C)
     exists = candidate < count
@@ -236,10 +242,10 @@ def contrast(
     max_candidates: int,
     config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood sums of the segments of some whole groups and the coefficients of their tokens.
+    """Compute the log-likelihood sums of the segments of some whole groups and their tokens' coefficients.
 
-    The starts may be slices of longer prefix counts: their first element is what they count from. Any strides will
-    do; what is not contiguous is copied. Nothing is read back to the host.
+    ``token_starts`` and ``segment_starts`` may be slices of longer prefix counts: they count from their first element.
+    Tensors may have any strides; those that are not contiguous are copied. Nothing is read back to the host.
 
     Args:
         logps: (n,) float32 token log-probabilities in segment order; 0 in slots without a token.
@@ -304,7 +310,7 @@ def contrast(
 
 
 def block_sizes(config: Mapping[str, int], max_candidates: int) -> dict[str, int]:
-    """Block sizes for groups of up to ``max_candidates``."""
+    """Return the block sizes for groups of up to ``max_candidates``."""
     block_c = triton.next_power_of_2(max_candidates)
     return {
         "BLOCK_C": block_c,

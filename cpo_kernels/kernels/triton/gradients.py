@@ -14,7 +14,7 @@ from . import tuning
 
 @triton.jit
 def add_rows(largest, total, grad, row, last_row, column, stride, V, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """Takes ROWS rows of some columns into their maximum and their sum of absolute values."""
+    """Merge ROWS rows of some columns into the columns' maxima and sums of absolute values."""
     n = row + tl.arange(0, ROWS)
     places = grad + n.to(tl.int64)[:, None] * stride + column[None, :]  # (ROWS, BLOCK)
     inside = (n < last_row)[:, None] & (column < V)[None, :]
@@ -34,7 +34,7 @@ def column_stats_kernel(
     ROWS: tl.constexpr,
     ROWS_PER_PROGRAM: tl.constexpr,
 ):
-    """Maximum and sum of absolute values over some rows of a block of columns. Grid: (blocks, splits)."""
+    """Compute maximum and sum of absolute values over some rows of a block of columns. Grid: (blocks, splits)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first = tl.program_id(1) * ROWS_PER_PROGRAM
     last = tl.minimum(first + ROWS_PER_PROGRAM, R)
@@ -52,7 +52,7 @@ def column_stats_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge_column_stats_kernel(parts, stats, splits, V, BLOCK: tl.constexpr):
-    """(splits, 2, V) to (2, V), in the order of the splits. Grid: (blocks,)."""
+    """Merge statistics (splits, 2, V) into (2, V), in the order of the splits. Grid: (blocks,)."""
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -65,7 +65,7 @@ def merge_column_stats_kernel(parts, stats, splits, V, BLOCK: tl.constexpr):
 
 
 def column_stats(grad: Tensor, *, config: Mapping[str, int] | None = None) -> Tensor:
-    """Largest absolute value and sum of absolute values of each column, in one read.
+    """Return the largest absolute value and the sum of absolute values of each column, in one read.
 
     Args:
         grad: (r, V) float32, bfloat16 or float16, of unit column stride and any row stride.
@@ -92,7 +92,7 @@ def column_stats(grad: Tensor, *, config: Mapping[str, int] | None = None) -> Te
 
 @triton.jit
 def scale_kernel(tensor, factor, size, gain, BLOCK: tl.constexpr):
-    """``tensor *= factor / gain``; nothing is read but the factor where that is 1. Grid: any number of programs."""
+    """Multiply by ``factor / gain``; where that is 1, only the factor is read. Grid: any number of programs."""
     scale = tl.div_rn(tl.load(factor).to(tl.float32), gain)
     if scale != 1.0:
         whole = size // BLOCK * BLOCK
@@ -108,7 +108,7 @@ def scale_kernel(tensor, factor, size, gain, BLOCK: tl.constexpr):
 
 
 def scale_(tensor: Tensor, factor: Tensor, gain: float = 1.0, *, config: Mapping[str, int] | None = None) -> None:
-    """``tensor *= factor / gain`` in place, in float32 and rounded once; no traffic where the quotient is 1.
+    """Multiply a tensor by ``factor / gain`` in place, in float32, rounded once; no traffic where that is 1.
 
     Args:
         tensor: contiguous, of a floating-point dtype up to float32.

@@ -49,7 +49,7 @@ PICKED_TOGETHER = tl.constexpr(8)
 def product_of_blocks(
     hidden, weight, first_row, first_column, H, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """Product (BLOCK_R, BLOCK_V) of hidden and weight.T through descriptors, which read 0 outside of them."""
+    """Return hidden @ weight.T (BLOCK_R, BLOCK_V), read through descriptors, which give 0 outside the matrices."""
     acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
     for start in range(0, H, BLOCK_H):
         x = hidden.load([first_row, start])  # (BLOCK_R, BLOCK_H)
@@ -72,7 +72,7 @@ def product_of_pointers(
     BLOCK_H: tl.constexpr,
     EVEN_H: tl.constexpr,
 ):
-    """Product (BLOCK_R, BLOCK_V) of hidden and weight.T for any strides; ``row`` and ``column`` are within."""
+    """Return hidden @ weight.T (BLOCK_R, BLOCK_V) for any strides; ``row`` and ``column`` are inside the matrices."""
     unit = tl.arange(0, BLOCK_H)
     x_at = hidden + row[:, None].to(tl.int64) * hidden_strides[0] + unit[None, :] * hidden_strides[1]
     w_at = weight + column[None, :].to(tl.int64) * weight_strides[0] + unit[:, None] * weight_strides[1]
@@ -92,21 +92,21 @@ def product_of_pointers(
 
 @triton.jit
 def head_logits(x, first_column, bias, V, mult, cap, EVEN_V: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr):
-    """Logits of the softmax (BLOCK_R, BLOCK_V) from raw ones; -inf from column V on."""
+    """Turn raw logits into those of the softmax (BLOCK_R, BLOCK_V); -inf from column V on."""
     column = first_column + tl.arange(0, x.shape[1])
     offset = 0.0
     if bias is not None:
         offset = tl.load(bias + tl.minimum(column, V - 1)).to(tl.float32)[None, :]
     y = transform(x, offset, mult, cap, bias is not None, SOFTCAP, SCALED)
-    if not EVEN_V:  # noqa: SIM102 - decided when compiled; the other when run
-        if first_column + x.shape[1] > V:  # the last tile only: a mask takes registers that the others lack
+    if not EVEN_V:  # noqa: SIM102 - this is decided when compiled, the next when run
+        if first_column + x.shape[1] > V:  # the last tile only: a mask takes registers, which are scarce
             y = tl.where(column[None, :] < V, y, float("-inf"))
     return y
 
 
 @triton.jit
 def pick(x, column, PICK: tl.constexpr):
-    """x[:, column] for a column (BLOCK_R,) within: by halves as far as they lie in a thread's registers.
+    """Return x[:, column] for columns (BLOCK_R,) inside x: halves it as far as halves lie in a thread's registers.
 
     ``PICK`` is this function, as for :func:`~cpo_kernels.kernels.triton.sampling.descend`.
     """
@@ -134,7 +134,7 @@ def store_target_logits(out, targets, row_starts, row, R, longest, y, first_colu
 
 @triton.jit
 def exponentials(y, centre, ENTROPY: tl.constexpr):
-    """exp(y - centre), its sum over the columns, and the sum of exp(y - centre) * (y - centre)."""
+    """Return exp(y - centre), its sum over the columns, and the sum of exp(y - centre) * (y - centre)."""
     distance = y - centre[:, None]
     e = tl.exp(distance)
     tilt = centre * 0.0
@@ -146,7 +146,7 @@ def exponentials(y, centre, ENTROPY: tl.constexpr):
 
 @triton.jit
 def any_wins(won, ASK: tl.constexpr):
-    """Whether any row is won by the tile; without ASK, true."""
+    """Tell whether the tile wins any row; without ASK, return true."""
     return tl.max(won.to(tl.int32), axis=0) > 0 if ASK else True
 
 
@@ -202,7 +202,7 @@ def linear_forward_kernel(
     SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """Target logits, and what the columns of one split add to the statistics of BLOCK_R rows."""
+    """Write target logits, and what the columns of one split add to the statistics of BLOCK_R rows."""
     row_tile, split = find_block(row_tiles, splits, group_tiles)
     row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     longest = most_tokens(row_starts, row, R)
@@ -286,12 +286,12 @@ def linear_forward(
     entropy: bool = False,
     config: Mapping[str, int] | None = None,
 ) -> LinearForward:
-    """Token log-probabilities under softmax(head(hidden @ weight.T)), without logits in memory.
+    """Compute token log-probabilities under softmax(head(hidden @ weight.T)), without logits in memory.
 
     Nothing is read back to the host, and the results are bitwise repeatable. NaN or infinity in a row's logits makes
     its log-probabilities and its entropy NaN.
 
-    Any strides will do: ``hidden`` and ``weight`` are read as they lie, the others copied where not contiguous.
+    Tensors may have any strides: ``hidden`` and ``weight`` are read in place, the rest is copied if not contiguous.
 
     Args:
         hidden: (R, H) float32, bfloat16 or float16. Products of float32 are exact, without TF32.
@@ -361,7 +361,7 @@ def linear_forward(
             TMA=tma,
             EVEN_V=V % blocks[1] == 0,
             EVEN_H=H % blocks[2] == 0,
-            ROW_SEEDS=seed is not None and seed.numel() > 1,  # of one row, both are the same
+            ROW_SEEDS=seed is not None and seed.numel() > 1,  # for one row, the two kinds of seed mean the same
             ASK=asks(hidden),
             **head.flags,
             **config,
@@ -372,7 +372,7 @@ def linear_forward(
 
 
 def asks(hidden: Tensor) -> bool:
-    """Whether a tile looks for its column only where a row needs it.
+    """Tell whether a tile looks for its column only where a row needs it.
 
     Products in half precision lie in tensor memory on sm_100, where triton 3.6 finds no layout for a condition that
     depends on them. To look for a column in every tile takes less than 1 % of the time of a product at H = 4096.
@@ -381,7 +381,7 @@ def asks(hidden: Tensor) -> bool:
 
 
 def has_descriptor(matrix: Tensor) -> bool:
-    """Whether Hopper's copy engine can address the matrix: unit columns, and rows at multiples of 16 bytes."""
+    """Tell whether Hopper's copy engine can address the matrix: unit columns, rows at multiples of 16 bytes."""
     row_stride, column_stride = matrix.stride()
     size = matrix.element_size()
     aligned = matrix.storage_offset() * size % 16 == 0 and row_stride * size % 16 == 0

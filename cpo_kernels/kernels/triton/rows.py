@@ -31,7 +31,7 @@ from .blocks import (
 )
 from .transform import exp, transform, transform_slope
 
-# Tensors of a number a row or a token: slices of them begin anywhere, which is not worth a kernel of its own.
+# Tensors with one number a row or a token: their slices begin anywhere, which must not compile another kernel.
 SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]
 PROGRAMS = 3  # on a multiprocessor: enough loads under way to keep its memory busy
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
@@ -39,7 +39,10 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST 
 
 @triton.jit
 def online_softmax(running_max, running_sum, y):
-    """Takes a block (lanes, K) into each lane's maximum and sum of exp(y - maximum): one exp an element, one a lane."""
+    """Merge a block (lanes, K) into each lane's maximum and sum of exp(y - maximum).
+
+    It takes one exp for each element and one for each lane.
+    """
     new_max = tl.maximum(running_max, tl.max(y, 1))
     running_sum = running_sum * exp(running_max - new_max) + tl.sum(exp(y - new_max[:, None]), 1)
     return new_max, running_sum
@@ -47,7 +50,7 @@ def online_softmax(running_max, running_sum, y):
 
 @triton.jit
 def load_targets(x_row, bias, target, V, HAS_BIAS: tl.constexpr):
-    """Raw logits and bias of targets (any shape), 0 for those outside [0, V), and which are inside."""
+    """Return raw logits and bias of targets (any shape), 0 for targets outside [0, V), and which targets are inside."""
     inside = (target >= 0) & (target < V)
     x = tl.load(x_row + target, mask=inside, other=0.0).to(tl.float32)
     return x, load_bias(bias, target, inside, HAS_BIAS), inside
@@ -57,7 +60,7 @@ def load_targets(x_row, bias, target, V, HAS_BIAS: tl.constexpr):
 def target_logits(
     x_row, bias, target, V, mult, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr
 ):
-    """Logits of targets (any shape); NaN for a target that no word has."""
+    """Return the logits of targets (any shape); NaN for a target outside [0, V)."""
     x, b, inside = load_targets(x_row, bias, target, V, HAS_BIAS)
     return tl.where(inside, transform(x, b, mult, cap, HAS_BIAS, SOFTCAP, SCALED), float("nan"))
 
@@ -68,7 +71,7 @@ def row_softmax(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     SHIFTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Maximum of a row and its sum of exp(y - maximum)."""
+    """Return the maximum of a row and its sum of exp(y - maximum)."""
     running_max = tl.full([BLOCK // K], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK // K], tl.float32)
     whole = tl.maximum(V - lead, 0) // BLOCK * BLOCK
@@ -111,7 +114,7 @@ def row_forward_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Statistics of a row and the log-probabilities of its tokens. Grid: (R,)."""
+    """Compute the statistics of a row and the log-probabilities of its tokens. Grid: (R,)."""
     row = tl.program_id(0).to(tl.int64)
     offset = row * stride + misaligned if SHIFTED else row * stride
     boundary, lead = row_lead(offset, V, K, SHIFTED)
@@ -120,7 +123,7 @@ def row_forward_kernel(
     if SHARED_ROWS:
         present = any_present(targets, begin, end, TOKENS)
     else:
-        # Asked for now, so that its latency passes during the sum.
+        # Requested now, so that it arrives during the sum.
         target = tl.load(targets + row)
         y = target_logits(x_row, bias, target, V, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
         present = target != IGNORE
@@ -136,7 +139,7 @@ def row_forward_kernel(
     tl.store(log_sums + row, log_sum)
 
     if SHARED_ROWS:
-        begin, end = token_range(row_starts, row, SHARED_ROWS)  # again: kept through the row they would spill
+        begin, end = token_range(row_starts, row, SHARED_ROWS)  # loaded again: kept so long they would spill
         for first in range(begin, end, TOKENS):
             n = first + tl.arange(0, TOKENS)
             target = tl.load(targets + n, mask=n < end, other=IGNORE)
@@ -157,7 +160,7 @@ def row_forward(
     *,
     config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`cpo_kernels.kernels.ops.row_forward` in one read of the logits, which rows without a token are spared.
+    """Run :func:`cpo_kernels.kernels.ops.row_forward` in one read of the logits; rows without a token are not read.
 
     Args:
         logits: (R, V) float32, bfloat16 or float16, of unit column stride and any row stride.
@@ -194,9 +197,9 @@ def token_gradients(
     x_row, targets, coef, scratch, bias, begin, end, V, row_max, inverse_sum, slope, mult, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at each token's own column to ``scratch``; tokens of equal targets get the same bits.
+    """Write the gradient at each token's own column to ``scratch``; tokens of equal targets get the same bits.
 
-    ``own * (1 - p) - others * p``: exactly 0 where all tokens have one target and that all the probability.
+    It is ``own * (1 - p) - others * p``, exactly 0 where all tokens have the same target and its probability p is 1.
     """
     for first in range(begin, end, TOKENS):
         n = first + tl.arange(0, TOKENS)
@@ -218,7 +221,7 @@ def token_gradients(
 
 @triton.jit
 def store_token_gradients(out_row, targets, scratch, begin, end, V, TOKENS: tl.constexpr):
-    """What :func:`token_gradients` left, over the columns of the targets."""
+    """Copy what :func:`token_gradients` wrote to the columns of the targets."""
     for first in range(begin, end, TOKENS):
         n = first + tl.arange(0, TOKENS)
         target = tl.load(targets + n, mask=n < end, other=IGNORE)
@@ -231,7 +234,7 @@ def store_token_gradients(out_row, targets, scratch, begin, end, V, TOKENS: tl.c
 def logit_gradient(
     x, bias, hit, row_max, factor, mult, cap, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr
 ):
-    """``(hit + factor * exp(y - row_max)) * slope`` of some columns, ``hit`` being what a target adds."""
+    """Return ``(hit + factor * exp(y - row_max)) * slope`` of some columns, ``hit`` being what a target adds."""
     y = transform(x, bias, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
     return (hit + factor * exp(y - row_max)) * transform_slope(x, bias, mult, HAS_BIAS, SOFTCAP, SCALED)
 
@@ -242,10 +245,10 @@ def store_row_gradient(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
     SHIFTED: tl.constexpr, NARROW: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a row: ``hit`` at the column ``target``, and the softmax everywhere.
+    """Write the gradient of a row: ``hit`` at the column ``target``, and the softmax everywhere.
 
-    NARROW over its own logits: block b is written over bytes that blocks up to b were read from, never later ones, so a
-    barrier between the loads and the stores of each block keeps a warp from overwriting what another has yet to read.
+    Where NARROW, the gradient lies over its own logits: block b is written over bytes of blocks up to b, never of later
+    ones. A barrier between the loads and the stores of each block keeps a warp from overwriting another's input.
     """
     dtype: tl.constexpr = out_row.dtype.element_ty
     whole = tl.maximum(V - lead, 0) // BLOCK * BLOCK
@@ -274,7 +277,7 @@ def store_row_gradient(
 def store_zero_row(
     out_row, out_lead, lead, V, SHIFTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Zeros in a row whose logits need not be read."""
+    """Write zeros to a row whose logits need not be read."""
     zeros = tl.zeros([BLOCK // K, K], out_row.dtype.element_ty)
     whole = tl.maximum(V - lead, 0) // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
@@ -313,13 +316,13 @@ def row_backward_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """The gradient of a row of raw logits, rounded once. Grid: (R,)."""
+    """Compute the gradient of a row of raw logits, rounded once. Grid: (R,)."""
     # The last rows first: the forward left them in the L2 cache, and the products that follow begin at the first rows.
     row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     offset = row * stride + misaligned if SHIFTED else row * stride
     boundary, lead = row_lead(offset, V, K, SHIFTED)
     x_row = logits + offset
-    # Of one layout, both have their vectors at the same places, which the compiler can tell from `boundary` alone.
+    # If logits and gradient are laid out alike, the compiler sees from `boundary` alone that both are aligned.
     out_row = out + (offset if ALIKE else row * out_stride)
     out_lead = out + boundary if ALIKE else out_row + lead
     begin, end = token_range(row_starts, row, SHARED_ROWS)
@@ -332,7 +335,7 @@ def row_backward_kernel(
     if active:
         row_max = tl.load(row_maxes + row)
         inverse_sum = exp(-tl.load(log_sums + row))
-        target = -1  # none: several are seen to apart from the pass over the row
+        target = -1  # none: a row of several tokens gets theirs after the pass over it
         hit = 0.0
         if SHARED_ROWS:
             token_gradients(
@@ -351,7 +354,7 @@ def row_backward_kernel(
         )  # fmt: skip
         if SHARED_ROWS:
             tl.debug_barrier()  # what other threads wrote to these columns comes first
-            begin, end = token_range(row_starts, row, SHARED_ROWS)  # again: kept through the row they would spill
+            begin, end = token_range(row_starts, row, SHARED_ROWS)  # loaded again: kept so long they would spill
             store_token_gradients(out_row, targets, scratch, begin, end, V, TOKENS)
     else:
         store_zero_row(out_row, out_lead, lead, V, SHIFTED, K, BLOCK)
@@ -371,14 +374,14 @@ def row_backward_into(
     *,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """:func:`cpo_kernels.kernels.ops.row_backward` into ``out``, rounded once to its dtype.
+    """Run :func:`cpo_kernels.kernels.ops.row_backward` into ``out``, rounded once to its dtype.
 
     Rows whose tokens all have a coef of 0, and tokens of target -100 whatever their coef, give exact zeros and cost no
     read of the logits.
 
     Args:
         out: (R, V) of unit column stride: apart from the logits; or the logits themselves; or a narrower dtype over
-            them, as :func:`cpo_kernels.kernels.reference.narrow_view` gives it.
+            them, as :func:`cpo_kernels.kernels.numerics.narrow_view` gives it.
         logits: (R, V), as they went into :func:`row_forward`; so too targets, row_starts, bias and what follows it.
         targets: (N,) int64; one outside [0, V) is not written to.
         row_starts: (R + 1,) int64, or None for one token a row.
@@ -397,12 +400,12 @@ def row_backward_into(
     narrow = out.element_size() < logits.element_size()
     to, source = row_address(out), row_address(logits)
     alike = out.dtype == logits.dtype and to[1:] == source[1:]
-    # With the lead read last, a narrow row would be written over logits still to be read.
+    # A shifted row's first columns are read last; a narrow gradient would have been written over them by then.
     shifted = source.shifted and not narrow
     shared = row_starts is not None
     scratch = torch.empty(coef.shape, dtype=torch.float32, device=logits.device) if shared else None
     sizes = config or tuning.config("row_backward", logits.device, V, logits.dtype)
-    # Of rows that several tokens share, the passes over the tokens take registers that the pass over the row lacks.
+    # Passes over several tokens of a row must not take registers from the pass over its logits.
     launch = tuning.sharing_registers(logits.device, sizes["num_warps"], PROGRAMS) if shared else tuning.LAUNCH
     with made_current(logits.device):
         row_backward_kernel[(R,)](
@@ -428,7 +431,7 @@ def row_backward(
     *,
     config: Mapping[str, int] | None = None,
 ) -> Tensor:
-    """:func:`row_backward_into` a new (R, V) tensor of the logits' dtype."""
+    """Run :func:`row_backward_into` into a new (R, V) tensor of the logits' dtype."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     head = bias, logit_scale, softcap, temperature
     row_backward_into(grad, logits, targets, row_starts, stats, coef, *head, config=config)
@@ -449,7 +452,7 @@ def row_backward_(
     *,
     config: Mapping[str, int] | None = None,
 ) -> None:
-    """:func:`row_backward_into` the logits themselves, or their :func:`narrow_view` of ``grad_dtype``."""
+    """Run :func:`row_backward_into` into the logits themselves, or into their narrow view of ``grad_dtype``."""
     out = narrow_view(logits, grad_dtype or logits.dtype)
     head = bias, logit_scale, softcap, temperature
     row_backward_into(out, logits, targets, row_starts, stats, coef, *head, config=config)

@@ -16,22 +16,22 @@ HALF_SPACING = tl.constexpr(2.0**-32)
 
 @triton.jit
 def halves(x):
-    """(BLOCK_R, W) to its left and right (BLOCK_R, W / 2)."""
+    """Split (BLOCK_R, W) into its left and its right half (BLOCK_R, W / 2)."""
     pairs = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def go_right(threshold, left_mass, right_mass):
-    """Whether the threshold lies in the right part. Rounding never leads into a part of mass 0."""
+    """Tell whether the threshold lies in the right part. Rounding never leads into a part of mass 0."""
     return (threshold >= left_mass) & (right_mass > 0.0)
 
 
 @triton.jit
 def descend(left, right, left_mass, right_mass, threshold, DESCEND: tl.constexpr):
-    """Column (BLOCK_R,) of [left, right] where the running sum of the masses passes the threshold.
+    """Find the column (BLOCK_R,) of [left, right] where the running sum of the masses passes the threshold.
 
-    Halving the columns at each step adds every mass up twice, where a prefix sum would exchange each between threads.
+    Each step halves the columns and adds every mass up again; a prefix sum would exchange masses between threads.
     ``DESCEND`` is this function: Triton 3.4 follows a name without an end when it hashes a function that has its own.
     """
     right_taken = go_right(threshold, left_mass, right_mass)
@@ -47,14 +47,14 @@ def descend(left, right, left_mass, right_mass, threshold, DESCEND: tl.constexpr
 
 @triton.jit
 def exponential_variable(u):
-    """-log(1 - u) for a uniform u in [0, 1): accurate near 0, where the smallest of many variables lies; never 0."""
+    """Return -log(1 - u) for a uniform u in [0, 1), accurate near 0, where the smallest of many lies, and never 0."""
     u += HALF_SPACING
     return tl.where(u < 1e-3, u + 0.5 * u * u, -tl.log(1.0 - u))
 
 
 @triton.jit
 def find_seed(seed, row, R, ROW_SEEDS: tl.constexpr):
-    """Seed and first counter (BLOCK_R,) of each row: the call's seed at the row, or the row's own at 0."""
+    """Return seed and first counter (BLOCK_R,) of each row: the call's seed and the row, or the row's seed and 0."""
     if ROW_SEEDS:
         value, counter = tl.load(seed + row, mask=row < R, other=0), row * 0
     else:
@@ -64,7 +64,7 @@ def find_seed(seed, row, R, ROW_SEEDS: tl.constexpr):
 
 @triton.jit
 def uniforms(seed, row, tile):
-    """Two independent uniforms (BLOCK_R,) in [0, 1) that depend on (seed, row, tile) only."""
+    """Draw two independent uniforms (BLOCK_R,) in [0, 1) that depend on (seed, row, tile) only."""
     zero = row * 0
     first, second, _, _ = tl.philox(seed, row, zero + tile, zero, zero)
     return tl.uint_to_uniform_float(first), tl.uint_to_uniform_float(second)

@@ -1,4 +1,4 @@
-"""The vocabulary of the fused linear forward shared out between programs, and each row put together again."""
+"""How the fused linear forward shares the vocabulary out between programs, and combines their results row by row."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 def plan_grid(
     R: int, V: int, row_bytes: int, block_r: int, block_v: int, splits: int, multiprocessors: int, cache_bytes: int
 ) -> Grid:
-    """The number of splits, unless ``splits`` gives it, that keeps all multiprocessors busy for the shortest time.
+    """Choose the number of splits, unless ``splits`` gives it, that occupies all multiprocessors for the least time.
 
     One program runs on a multiprocessor at a time. Row tiles that run together read the same weight, so they do it
     once from memory; their hidden vectors are read again for each vocabulary tile, so they should fill at most half
@@ -47,14 +47,14 @@ def plan_grid(
         cached = [s for s in candidates if 2 * together(s) * block_r * row_bytes <= cache_bytes]
         splits = min(cached or candidates, key=rounds)
     split_tiles = triton.cdiv(vocab_tiles, splits)
-    splits = triton.cdiv(vocab_tiles, split_tiles)  # none without a tile
+    splits = triton.cdiv(vocab_tiles, split_tiles)  # no split is without a tile
     groups = triton.cdiv(row_tiles, together(splits))
     return Grid(row_tiles, splits, triton.cdiv(row_tiles, groups), split_tiles)
 
 
 @triton.jit
 def find_block(row_tiles, splits, group_tiles):
-    """Row tile and split of this program: row tiles first, in groups whose hidden vectors stay in the L2 cache."""
+    """Return row tile and split of this program: row tiles first, in groups whose hidden vectors fit the L2 cache."""
     program = tl.program_id(0)
     first = program // (group_tiles * splits) * group_tiles
     size = tl.minimum(row_tiles - first, group_tiles)
@@ -64,7 +64,7 @@ def find_block(row_tiles, splits, group_tiles):
 
 @triton.jit
 def find_tokens(row_starts, row, R):
-    """First token and number of tokens (BLOCK_R,) of each row."""
+    """Return the first token and the number of tokens (BLOCK_R,) of each row."""
     exists = row < R
     if row_starts is None:
         begin = row.to(tl.int64)
@@ -77,7 +77,7 @@ def find_tokens(row_starts, row, R):
 
 @triton.jit
 def most_tokens(row_starts, row, R):
-    """Number of tokens of the row that has most; 1 without ``row_starts``."""
+    """Return the number of tokens of the row that has most; 1 without ``row_starts``."""
     if row_starts is None:
         most = 1
     else:
@@ -88,17 +88,17 @@ def most_tokens(row_starts, row, R):
 
 @triton.jit
 def finite_centre(top):
-    """What to subtract before exp: the max, or 0 where every logit is -inf and -inf - -inf would be NaN."""
+    """Return what to subtract before exp: the max, or 0 where every logit is -inf and -inf - -inf would be NaN."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def moved(tilt, mass, shift):
-    """Sum of e * (y - centre) after ``shift`` is added to y - centre; a mass of 0 stays out of it."""
+    """Return the sum of e * (y - centre) after ``shift`` is added to y - centre; where the mass is 0, it stays."""
     return tilt + mass * tl.where(mass > 0.0, shift, 0.0)
 
 
-# As in the first kernel: neither lengths nor alignment may select a kernel.
+# As for linear_forward_kernel, neither lengths nor alignment may select a compiled kernel.
 @triton.jit(
     do_not_specialize=["R", "splits"],
     do_not_specialize_on_alignment=[
@@ -133,7 +133,7 @@ def combine_splits_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Statistics, log-probabilities, samples and entropy of BLOCK_R rows from those of their splits."""
+    """Combine statistics, log-probabilities, samples and entropy of BLOCK_R rows from their splits."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.arange(0, BLOCK_S)[:, None]
     exists = row < R
@@ -141,7 +141,7 @@ def combine_splits_kernel(
     inside = split < splits
     tops = tl.load(maxima + at, mask=inside, other=float("-inf"))
     masses = tl.load(sums + at, mask=inside, other=0.0)
-    # A row of nothing but -inf has no distribution: -inf - -inf makes it NaN here.
+    # A row of nothing but -inf has no distribution: -inf - -inf makes its results NaN.
     top = tl.max(tops, axis=0)
     shift = tops - top[None, :]
     mass = tl.sum(tl.exp(shift) * masses, axis=0)
@@ -166,7 +166,7 @@ def combine_splits_kernel(
 
 
 class LinearForward(NamedTuple):
-    """What one pass over the vocabulary gives; ``samples`` and ``entropy`` are None unless asked for.
+    """The results of one pass over the vocabulary; ``samples`` and ``entropy`` are None unless asked for.
 
     stats (2, R) float32: row maximum, and log-sum-exp minus maximum; logps (N,) float32, 0 for a target of -100;
     samples (R,) int64; entropy (R,) float32, in nats.
@@ -179,7 +179,7 @@ class LinearForward(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What each split finds, (splits, R): max, sum and entropy's sum in float32; the sample's key, and the sample."""
+    """Results of each split, (splits, R): max, sum and entropy's sum in float32; the sample's key, and the sample."""
 
     maxima: Tensor
     sums: Tensor
@@ -189,7 +189,7 @@ class Partials(NamedTuple):
 
 
 def new_partials(splits: int, R: int, device: torch.device, *, sample: bool, entropy: bool) -> Partials:
-    """Room for them; None for what is not asked for."""
+    """Allocate the results of all splits; None for those that are not asked for."""
     maxima, sums, tilts, keys = torch.empty((4, splits, R), dtype=torch.float32, device=device)
     samples = torch.empty((splits, R), dtype=torch.int32, device=device) if sample else None
     return Partials(maxima, sums, tilts if entropy else None, keys if sample else None, samples)
@@ -198,7 +198,7 @@ def new_partials(splits: int, R: int, device: torch.device, *, sample: bool, ent
 def combine_splits(
     result: LinearForward, partials: Partials, targets: Tensor, row_starts: Tensor | None, V: int
 ) -> None:
-    """Fill ``result``, whose ``logps`` hold the logits of the targets."""
+    """Fill ``result``, whose ``logps`` hold the logits of the targets, from the results of the splits."""
     splits, R = partials.maxima.shape
     block_s = triton.next_power_of_2(splits)
     block_r = max(COMBINED // block_s, 1)

@@ -1,4 +1,4 @@
-"""Whether the Triton backend can be used here, found out without importing triton, which takes a second.
+"""Checks whether the Triton backend can be used, without importing triton, which takes a second.
 
 Nothing here creates a CUDA context: importing the package must not, or processes could not be forked after it.
 """
@@ -20,13 +20,13 @@ TRUE_VALUES = ("1", "true", "yes", "on", "y")
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU, for tests."""
+    """Tell whether kernels run in Triton's interpreter, on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in TRUE_VALUES
 
 
 @cache
 def unavailable_reason() -> str | None:
-    """Why the backend cannot be used and what to do about it, or None if it can."""
+    """Say why the backend cannot be used and what to do about it; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed; run `pip install triton`"
     # Counted through the driver's management library, where there is one.
@@ -40,7 +40,7 @@ def unavailable_reason() -> str | None:
 
 
 def interpreter_failure() -> str | None:
-    """Why Triton's interpreter cannot run a kernel, or None if it can.
+    """Say why Triton's interpreter cannot run a kernel; None if it can.
 
     The interpreter computes with NumPy and not every pair of versions fits: from 2.4 on, NumPy no longer takes the
     array of one element, which the interpreter of triton 3.6 has for a scalar, as the bound of a loop.
@@ -56,6 +56,6 @@ def interpreter_failure() -> str | None:
 
 
 def description() -> str:
-    """What runs the kernels."""
+    """Name what runs the kernels, and its version."""
     found = import_module("triton").__version__
     return f"triton {found}, in the interpreter" if interpreted() else f"triton {found}"

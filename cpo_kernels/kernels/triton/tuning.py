@@ -27,7 +27,7 @@ REGISTERS, THREAD_REGISTERS = 65536, 255
 
 @cache
 def entries() -> tuple[dict[str, Any], ...]:
-    """The table, as it stands in the file."""
+    """Return the entries of the table, in the order of its file."""
     table = json.loads(resources.files(__package__).joinpath("tuning.json").read_text())
     return tuple(table["entries"])
 
@@ -66,7 +66,7 @@ def config(
     *,
     descriptors: bool = True,
 ) -> dict[str, int]:
-    """The constexpr sizes, num_warps and num_stages of a launch of ``kernel``, as a dictionary of its own.
+    """Return the constexpr sizes, num_warps and num_stages of a launch of ``kernel``, in a new dictionary.
 
     ``descriptors``: whether the launch's matrices can have them; without, no entry that sets ``TMA`` is taken.
 
@@ -78,9 +78,9 @@ def config(
 
 
 def sharing_registers(device: torch.device, num_warps: int, programs: int = 1) -> dict[str, Any]:
-    """Options of a launch of which so many programs are on a multiprocessor, and share out all of its registers.
+    """Return launch options with which ``programs`` programs share all registers of a multiprocessor.
 
-    Left to itself, NVIDIA's assembler makes room for as many programs as it likes, and saves values to memory for that.
+    Without them NVIDIA's assembler may give each program fewer registers, and save values to memory.
     """
     if not architecture(device).startswith("sm_"):
         return LAUNCH

@@ -22,12 +22,12 @@ from cpo_kernels.kernels.device import is_gpu
 
 @dataclass(frozen=True)
 class Gather:
-    """A rearrangement of N positions into M slots: those slots that no position goes to are zero, and the reverse.
+    """A rearrangement of N positions into M slots, slots without a position being zero, and the reverse one.
 
     Attributes:
-        slots: (M,) int64, the position in each slot, any number where there is none.
+        slots: (M,) int64, the position in each slot, any number for an empty slot.
         empty: (E,) int64, the slots without a position.
-        positions: (N,) int64, the slot of each position, any number where there is none.
+        positions: (N,) int64, the slot of each position, any number for a position without one.
         padded: (F,) int64, the positions without a slot.
     """
 
@@ -37,7 +37,7 @@ class Gather:
     padded: Tensor
 
     def reverse(self) -> Gather:
-        """From slots to positions."""
+        """Return the rearrangement from slots to positions."""
         return Gather(self.positions, self.padded, self.slots, self.empty)
 
     @property
@@ -46,7 +46,7 @@ class Gather:
         return self.slots.shape == self.positions.shape and not len(self.empty) and not len(self.padded)
 
     def to(self, device: torch.device) -> Gather:
-        """The same rearrangement on a device."""
+        """Copy the rearrangement to a device."""
         tensors = (self.slots, self.empty, self.positions, self.padded)
         return Gather(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
@@ -89,7 +89,7 @@ class TreeBlocks:
     uniform: bool
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        """``scaled_dot_product_attention`` of (B, heads, L, D) tensors under the tree's mask."""
+        """Run ``scaled_dot_product_attention`` of (B, heads, L, D) tensors under the tree's mask."""
         G, C, P, T = self.sizes
         batch, length = query.shape[0], query.shape[2]
         q, k, v = (self._slots(x) for x in (query, key, value))
@@ -108,9 +108,9 @@ class TreeBlocks:
         return out.view(batch, length, query.shape[1], -1).transpose(1, 2)
 
     def _slots(self, x: Tensor) -> Sequence[Tensor]:
-        """(B, heads, L, D) to (G, P, heads, D) of the prompts and (G, C * T, heads, D) of the candidates.
+        """Rearrange (B, heads, L, D) to prompts (G, P, heads, D) and candidates (G, C * T, heads, D).
 
-        Split and not sliced: the gradient is one concatenation, and no sum of tensors padded with zeros.
+        The tensor is split, not sliced, so that its gradient is one concatenation and not a sum of padded tensors.
         """
         G, C, P, T = self.sizes
         heads, width = x.shape[1], x.shape[3]
@@ -120,7 +120,7 @@ class TreeBlocks:
         return flat.view(G, P + C * T, heads, width).split([P, C * T], dim=1)
 
     def _with_prompts(self, prompt: Tensor, candidates: Tensor) -> Tensor:
-        """(G, P, heads, D) and (G, C * T, heads, D) to (G * C, heads, P + T, D)."""
+        """Join prompts (G, P, heads, D) and candidates (G, C * T, heads, D) to (G * C, heads, P + T, D)."""
         _, C, _, T = self.sizes
         repeated = prompt[:, None].expand(-1, C, -1, -1, -1)
         return torch.cat([repeated, candidates.unflatten(1, (C, T))], dim=2).flatten(0, 1).transpose(1, 2)
@@ -128,7 +128,7 @@ class TreeBlocks:
     def _mask(self, device: torch.device) -> Tensor:
         G, C, P, T = self.sizes
         if self.uniform and is_gpu(device):
-            return causal_lower_right(T, P + T)  # the flash kernel knows this one without reading a mask
+            return causal_lower_right(T, P + T)  # the flash kernel applies it without reading a mask
         mask = self.candidate_mask
         return mask.expand(G, C, -1, -1, -1).flatten(0, 1) if len(mask) > 1 else mask[0]
 
@@ -136,7 +136,7 @@ class TreeBlocks:
 class TreeMask(Tensor):
     """A dense mask (B, 1, L, L) bool that ``scaled_dot_product_attention`` evaluates branch by branch.
 
-    To every other function it is the plain tensor, and so is what that returns.
+    Every other function gets the plain tensor, and returns plain tensors.
     """
 
     blocks: TreeBlocks
@@ -157,7 +157,7 @@ class TreeMask(Tensor):
 
 
 def with_blocks(mask: Tensor, blocks: TreeBlocks) -> TreeMask:
-    """The mask with its branches."""
+    """Return the mask with its branches."""
     tree_mask = mask.as_subclass(TreeMask)
     tree_mask.blocks = blocks
     return tree_mask

@@ -1,4 +1,4 @@
-"""From a prefix tree to the blocks that its attention is computed in."""
+"""Turn a prefix tree into the blocks in which its attention is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from .attention import Gather, TreeBlocks
 from .tree import PrefixTree
 
-HOST = torch.device("cpu")  # named, since the default device may be another
+HOST = torch.device("cpu")  # named, since the default device may be a GPU
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Segments:
 
 
 def find_segments(tree: PrefixTree) -> Segments | None:
-    """The branches of a tree, or None where a group is not one run of its prompt and its candidates.
+    """Find the branches of a tree; return None where a group is not one run of its prompt and its candidates.
 
     A tree on a GPU is copied to the host, which waits for the GPU once.
     """
@@ -61,13 +61,13 @@ def find_segments(tree: PrefixTree) -> Segments | None:
 
 
 def block_pairs(segments: Segments) -> int:
-    """Scores that :class:`TreeBlocks` computes; a dense mask takes B * L * L."""
+    """Count the scores that :class:`TreeBlocks` computes; a dense mask takes B * L * L."""
     G, C, P, T = segments.sizes
     return G * (P * P + C * T * (P + T))
 
 
 def make_gather(segments: Segments, device: torch.device) -> Gather | None:
-    """From positions to the slots of padded branches, None where nothing moves."""
+    """Make the rearrangement from positions to the slots of padded branches; None where nothing moves."""
     G, C, P, T = segments.sizes
     batch, length = segments.shape
     slots = torch.full((G, P + C * T), -1, device=HOST)
@@ -88,9 +88,9 @@ def make_gather(segments: Segments, device: torch.device) -> Gather | None:
 
 
 def make_blocks(segments: Segments, gather: Gather | None, window: int | None, device: torch.device) -> TreeBlocks:
-    """Branches and the masks among them; with a window, a query sees the last ``window`` positions, its own included.
+    """Make the branches and their masks; with a window, a query sees the last ``window`` positions, its own included.
 
-    The positions of a prompt and of one of its candidates are consecutive, so those are the masks of a causal row.
+    The positions of a prompt and one of its candidates are consecutive, so each mask is that of a causal row.
     """
     _, _, P, T = sizes = segments.sizes
     lengths = [length for _, length in segments.prompts]

@@ -1,4 +1,4 @@
-"""What the body of a model is given to run on a prefix tree: restarted positions, and a mask per type of attention."""
+"""The keywords with which the body of a model runs on a prefix tree: restarted positions, and attention masks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def tree_inputs(model: PreTrainedModel, tree: PrefixTree) -> dict[str, Any]:
-    """Keywords with which the body of a model runs packed rows: ``position_ids`` and ``attention_mask``.
+    """Make the keywords with which the body of a model runs packed rows: ``position_ids`` and ``attention_mask``.
 
-    A query sees the keys of its own branch and of its group's prompt, up to itself; a layer with a sliding window
-    sees those of them whose position, not index, is inside its window. Padded positions see each other, so that no
+    A query sees the keys of its own branch and of its group's prompt, up to itself; in a layer with a sliding window it
+    sees only keys whose position, not index, is inside the window. Padded positions see each other, so that no
     row of a mask is empty. As everywhere in ``transformers``, a configuration with ``layer_types`` says that the body
     takes a mask per type, and one with only a ``sliding_window`` that all its layers have it.
 
     Args:
         model: a causal language model, or its body.
-        tree: of these rows, on the device where the body takes its input.
+        tree: the tree of the packed rows, on the device of the body's input.
 
     Returns:
         ``position_ids`` (B, L) int64; ``attention_mask``, one mask or a mapping of layer types to masks, each in the
@@ -36,7 +36,7 @@ def tree_inputs(model: PreTrainedModel, tree: PrefixTree) -> dict[str, Any]:
         dtype and additive, flex attention a ``BlockMask``.
 
     Raises:
-        RuntimeError: an attention implementation or a layer type for which there is no such mask.
+        RuntimeError: an attention implementation or a layer type for which no tree mask can be made.
     """
     windows = layer_windows(model.config.get_text_config())
     masks = _make_masks(model, tree, set(windows.values()))
@@ -45,7 +45,7 @@ def tree_inputs(model: PreTrainedModel, tree: PrefixTree) -> dict[str, Any]:
 
 
 def with_prefix_tree(model: PreTrainedModel, tree: PrefixTree, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Keywords of a forward pass and those of :func:`tree_inputs`.
+    """Join keywords of a forward pass with those of :func:`tree_inputs`.
 
     Raises:
         ValueError: ``attention_mask`` or ``position_ids`` is given as well.
@@ -57,17 +57,17 @@ def with_prefix_tree(model: PreTrainedModel, tree: PrefixTree, keywords: dict[st
 
 
 def layer_windows(config: Any) -> dict[str | None, int | None]:
-    """The window of each layer type of a configuration, None for full attention; one type None for all layers alike.
+    """Return the window of each layer type, None for full attention; one type None for all layers alike.
 
     Raises:
-        RuntimeError: a layer type whose mask is not known.
+        RuntimeError: a layer type other than full and sliding attention.
     """
     window = getattr(config, "sliding_window", None)
     if not hasattr(config, "layer_types"):
         if getattr(config, "attention_chunk_size", None) is not None:
             raise RuntimeError("chunked attention cannot share prefixes; expected full or sliding attention")
         return {None: window}
-    # A type without layers is left to itself: bodies look up the types that they have.
+    # A type that no layer has needs no mask: bodies look up the types of their layers.
     types = sorted(set(config.layer_types))
     unknown = [name for name in types if name not in (FULL, SLIDING)]
     if unknown:
@@ -102,8 +102,8 @@ def _make_mask(implementation: str, tree: PrefixTree, window: int | None, dtype:
 
 
 def tree_mask_function(tree: PrefixTree, window: int | None) -> Callable[..., Tensor]:
-    """A mask function of ``transformers``: whether a query sees a key, of the indices of row, head, query and key."""
-    # One number for group and branch, and that of the group's prompt: two comparisons instead of three.
+    """Make a mask function of ``transformers``: whether a query sees a key, by indices of row, head, query and key."""
+    # Group and branch as one number, and the number of the group's prompt: two comparisons instead of three.
     prompt = tree.groups.long() << 32
     path, positions = prompt | tree.branches, tree.positions
 

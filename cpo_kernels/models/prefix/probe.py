@@ -20,11 +20,11 @@ from .tree import PrefixTree, SharedBatch, pack_groups
 
 __all__ = ["PrefixTree", "SharedBatch", "check_prefix_sharing", "pack_groups", "tree_inputs"]
 
-MAX_PROBED_WINDOW = 256  # of a longer window the probe has the model use a shorter one
+MAX_PROBED_WINDOW = 256  # a longer window is replaced by SHORT_WINDOW during the probe
 SHORT_WINDOW = 16
-# Of the norm of a hidden state. Rounding stays below in deep models; a token too many or too few is above.
+# Relative to the norm of a hidden state: above the rounding of deep models, below the effect of a wrong token.
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-# What configurations call their layers where they are not all attention.
+# The names under which configurations list the types of their layers.
 LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 ATTENTION = ("full_attention", "sliding_attention", "attention", "global")
 
@@ -32,11 +32,11 @@ ATTENTION = ("full_attention", "sliding_attention", "attention", "global")
 def check_prefix_sharing(model: nn.Module) -> None:
     """Check that packed rows give a model the hidden states of separate rows.
 
-    What its configuration and its modules tell of it is read first: layers that carry a state from token to token,
-    attention implementations without a mask, position information that is not restarted. Then, whatever the model,
-    two groups of two candidates run both ways in evaluation mode, with prompts longer than the sliding window where
-    there is one, since a window that counts indices instead of positions is silently wrong. Nothing of the model is
-    changed. Parameters that are not there (meta device, or sharded away) leave the probe out.
+    Configuration and modules are read first: layers must not carry a state from token to token, attention must take a
+    mask, and positions must restart with each candidate. Then two groups of two candidates run as packed and as
+    separate rows in evaluation mode. Their prompts are longer than a sliding window, since a window that counts indices
+    instead of positions is silently wrong. The model is not changed. The run is skipped where parameters are missing
+    (on the meta device, or sharded).
 
     Args:
         model: a causal language model of ``transformers``, or a PEFT model of one.
@@ -54,7 +54,7 @@ def check_prefix_sharing(model: nn.Module) -> None:
 
 
 def _refusal(model: PreTrainedModel, body: nn.Module) -> str | None:
-    """Why the model cannot share prefixes as far as its configuration and its modules tell, or None."""
+    """Say why configuration and modules rule out that the model shares prefixes; None if they do not."""
     config: Any = model.config.get_text_config()
     if config._attn_implementation not in IMPLEMENTATIONS:
         return (
@@ -103,9 +103,9 @@ def _probe(model: PreTrainedModel, body: nn.Module) -> None:
 
 
 def _probe_lengths(model: PreTrainedModel, window: int | None) -> tuple[int, int] | None:
-    """Tokens of prompt and candidate: the prompt longer than the window, both inside the model's positions.
+    """Choose lengths of prompt and candidate: the prompt longer than the window, both within the model's positions.
 
-    None for a model of fewer than 2 positions, where there is nothing to share.
+    The result is None for a model of fewer than 2 positions, which cannot share any.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     candidate = min((window or 8) // 2 + 4, positions // 2)
@@ -114,7 +114,7 @@ def _probe_lengths(model: PreTrainedModel, window: int | None) -> tuple[int, int
 
 
 def _probe_groups(model: PreTrainedModel, prompt: int, candidate: int) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Two groups of two candidates, of different lengths and of tokens spread over the vocabulary."""
+    """Make two groups of two candidates, of different lengths and of tokens spread over the vocabulary."""
     vocab = model.config.get_text_config().vocab_size
     stream = iter(range(1, 2**31))
 
@@ -128,7 +128,7 @@ def _probe_groups(model: PreTrainedModel, prompt: int, candidate: int) -> tuple[
 def _shared_states(
     model: PreTrainedModel, body: nn.Module, prompts: list[list[int]], completions: list[list[list[int]]]
 ) -> Tensor:
-    """Hidden states (N, H) float32 that predict the tokens of all candidates, from packed rows."""
+    """Compute the hidden states (N, H) float32 that predict the tokens of all candidates, from packed rows."""
     longest = sum(map(len, prompts)) + sum(len(c) for candidates in completions for c in candidates)
     batch = pack_groups(prompts, completions, max_row_tokens=longest)
     device = next(body.parameters()).device
@@ -151,7 +151,7 @@ def _separate_states(body: nn.Module, prompts: list[list[int]], completions: lis
 
 @contextmanager
 def _short_window(model: PreTrainedModel) -> Iterator[int | None]:
-    """The sliding window during the probe: a long one is set shorter in the configuration, where masks read it."""
+    """Shorten a long sliding window in the configuration, where masks read it, within the context; yield it."""
     config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if window is None or window <= MAX_PROBED_WINDOW:

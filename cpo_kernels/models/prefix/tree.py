@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-CAPACITIES = (4, 5, 6, 7, 8)  # quarters of the longest group that rows are tried to hold
+CAPACITIES = (4, 5, 6, 7, 8)  # row capacities to try, in quarters of the longest group
 
 
 @dataclass
@@ -23,7 +23,7 @@ class PrefixTree:
         positions: (B, L) int64, the position in prompt and candidate: 0 to P - 1 along a prompt of P tokens, from P
             on along each of its candidates; 0 where padded.
         readers: (B, L) int64, how many candidates read the position: all of its group along a prompt, one along a
-            candidate, none where padded. Only the load-balancing loss of a mixture of experts asks for them; default:
+            candidate, none where padded. Only the load-balancing loss of a mixture of experts reads them; default:
             one, where not padded.
     """
 
@@ -37,19 +37,19 @@ class PrefixTree:
             self.readers = (self.groups >= 0).long()
 
     def to(self, device: torch.device | str) -> PrefixTree:
-        """The same tree on a device."""
+        """Copy the tree to a device."""
         return PrefixTree(*(getattr(self, part.name).to(device) for part in fields(self)))
 
 
 @dataclass
 class SharedBatch:
-    """What :func:`pack_groups` makes of a batch.
+    """A batch packed by :func:`pack_groups`.
 
     Attributes:
         input_ids: (B, L) int64 on the host, padded at the end.
         tree: the tree of these positions.
         rows: ``rows[g][c][t]`` is the position, of the B * L flattened ones, that predicts token t of candidate c of
-            group g; for t = 0 it is the last one of the group's prompt, whatever the candidate.
+            group g; for t = 0 it is the last position of the group's prompt, for every candidate.
     """
 
     input_ids: Tensor
@@ -64,7 +64,7 @@ def pack_groups(
     max_row_tokens: int | None = None,
     pad_token_id: int = 0,
 ) -> SharedBatch:
-    """Pack groups into rows, each prompt once and behind it its candidates but for their last tokens.
+    """Pack groups into rows: each prompt once, followed by its candidates without their last tokens.
 
     The last token of a candidate predicts nothing, so it takes no position; a candidate of one token takes none at
     all. Groups go into rows first-fit by decreasing length, so that the result depends on nothing but the arguments.
@@ -72,13 +72,13 @@ def pack_groups(
     Args:
         prompts: token ids of the prompt of each group, at least one.
         completions: ``completions[g][c]``, token ids of candidate c of group g, at least one.
-        max_row_tokens: positions of a row, at most, or those of the longest group where that has more: none is split.
-            None: of one to two times the longest group, the limit that leaves the fewest padded positions.
-        pad_token_id: what padded positions hold.
+        max_row_tokens: most positions of a row; a longer group, which is never split, raises it to its own length.
+            None: the limit, between one and two times the longest group, that leaves the fewest padded positions.
+        pad_token_id: token id of padded positions.
 
     Raises:
-        ValueError: no groups, as many prompts as there are not groups, an empty prompt, a group without candidates or
-            an empty candidate, which are named.
+        ValueError: no groups, different numbers of prompts and groups, an empty prompt, a group without candidates or
+            an empty candidate; the message names it.
     """
     _check_groups(prompts, completions)
     lengths = [len(p) + sum(len(c) - 1 for c in cs) for p, cs in zip(prompts, completions, strict=True)]
@@ -119,7 +119,7 @@ def _check_groups(prompts: Sequence[Sequence[int]], completions: Sequence[Sequen
 
 
 def _fill_rows(lengths: Sequence[int], max_row_tokens: int | None) -> list[list[int]]:
-    """The groups of each row."""
+    """Choose the groups of each row."""
     longest = max(lengths)
     if max_row_tokens is not None:
         return _first_fit_decreasing(lengths, max(longest, max_row_tokens))
@@ -143,7 +143,7 @@ def _first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[in
 def _lay_out(
     prompt: Sequence[int], candidates: Sequence[Sequence[int]], start: int
 ) -> tuple[list[int], list[int], list[int], list[list[int]]]:
-    """Token ids, branches and positions of one group, and the rows of its candidates' tokens, from ``start`` on."""
+    """Return ids, branches and positions of a group, and the rows of its candidates' tokens, from ``start`` on."""
     ids, branches, positions = list(prompt), [0] * len(prompt), list(range(len(prompt)))
     rows = []
     for c, candidate in enumerate(candidates, start=1):
