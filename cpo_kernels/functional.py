@@ -56,7 +56,7 @@ def contrastive_loss(
         beta: inverse temperature of the contrast, > 0.
         margin: added to the score of every candidate of rank > 0.
         label_smoothing: probability that a pair is the wrong way round (K = 1 only).
-        loss_type: ``"plackett_luce"``, or for K = 1 any loss of pairs in docs/objective.md, section 2, such as ``"ipo"``.
+        loss_type: ``"plackett_luce"``, or for K = 1 a loss of pairs of docs/objective.md, section 2, such as ``"ipo"``.
         reduction: ``"mean"`` over groups, ``"sum"`` or ``"none"``.
 
     Returns:
