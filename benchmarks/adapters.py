@@ -53,39 +53,39 @@ class Head:
         return [self.inputs, *trained] if self.inputs.requires_grad else trained
 
     def hidden(self) -> Tensor:
-        """Returns (G, C, T, H); of a tied head its rows, moved so that they do not predict themselves."""
+        """Return (G, C, T, H); of a tied head its rows, moved so that they do not predict themselves."""
         if self.inputs.is_floating_point():
             return self.inputs
         return functional.embedding(self.inputs, self.module.head.weight).roll(1, -1)
 
     def arguments(self) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """Returns what our loss is called with."""
+        """Return what our loss is called with."""
         hidden = self.hidden()
         applied = apply_head(self.module.head, hidden.flatten(0, 2))
         return (applied.features.view(*hidden.shape[:3], -1), applied.weight, self.problem.targets), applied.options
 
     def fused(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs our loss and the gradients of the leaves."""
+        """Run our loss and the gradients of the leaves."""
         tensors, options = self.arguments()
         options = {**options, "ref_logps": self.problem.ref_logps, "beta": BETA}
         loss = cpo_kernels.linear_cpo_loss(*tensors, **options).loss
         return loss, torch.autograd.grad(loss, self.leaves)
 
     def dense(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs the same from all logits."""
+        """Run the same from all logits."""
         logits, targets = self.module.head(self.hidden()), self.problem.targets
         logps = torch.log_softmax(logits, -1).gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         loss = contrast((logps * (targets >= 0)).sum(-1), self.problem.ref_logps)
         return loss, torch.autograd.grad(loss, self.leaves)
 
     def products(self) -> float:
-        """Counts those of the plan."""
+        """Count those of the plan."""
         tensors, options = self.arguments()
         return cpo_kernels.plan(*tensors, **options).gemms
 
 
 def make(kind: str, problem: Problem) -> Head:
-    """Makes a linear head without bias: trained, frozen with or without an adapter, or the embedding of its inputs."""
+    """Make a linear head without bias: trained, frozen with or without an adapter, or the embedding of its inputs."""
     module = nn.Module()
     module.head = nn.Linear(problem.weight.shape[1], problem.weight.shape[0], bias=False)
     module.head.weight = nn.Parameter(problem.weight.detach().clone(), requires_grad=kind in ("trained", "tied"))
@@ -98,7 +98,7 @@ def make(kind: str, problem: Problem) -> Head:
 
 
 def worst_error(kind: str, problem: Problem) -> float:
-    """Returns the largest ||out - ref|| / ||ref|| of loss and gradients, against dense float64 of the same numbers.
+    """Return the largest ||out - ref|| / ||ref|| of loss and gradients, against dense float64 of the same numbers.
 
     Raises:
         AnotherLossError: it is more than rounding explains.
@@ -117,7 +117,7 @@ def worst_error(kind: str, problem: Problem) -> float:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures every head in both dtypes."""
+    """Measure every head in both dtypes."""
     for dtype in (torch.float32, torch.bfloat16):
         shape = replace(setting.choose(QUICK, CPU, GPU), dtype=dtype)
         problem, short = (draw(s, device=setting.device) for s in (shape, replace(shape, tokens=SHORT)))

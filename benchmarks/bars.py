@@ -63,7 +63,7 @@ class Bar:
 
 
 def missing(what: str, bar: str = "", why: str = NOT_MEASURED) -> Bar:
-    """Returns a bar without a value."""
+    """Return a bar without a value."""
     return Bar(what, "", bar, None, why)
 
 
@@ -79,7 +79,7 @@ def held(
     factor: float = 1.0,
     why: str = "noise",
 ) -> Iterator[Bar]:
-    """Yields a verdict on a value, times a factor, of every record that has it; one without a value if none has."""
+    """Yield a verdict on a value, times a factor, of every record that has it; one without a value if none has."""
     sign, compared = (">=", float.__ge__) if at_least else ("<=", float.__le__)
     limit = f"{sign} {bar:g}{unit}"
     measured = [record for record in found if name in record.values]
@@ -92,23 +92,23 @@ def held(
 
 
 def sizes(record: Record) -> str:
-    """Returns a record's case, with its head and tokens."""
+    """Return a record's case, with its head and tokens."""
     given = record.conditions
     return f", {record.case}" + (f" (V={given['V']}, H={given['H']}, N={given['N']})" if "V" in given else "")
 
 
 def heads(parts: Parts) -> Part:
-    """Returns the head's timings, or a part without any."""
+    """Return the head's timings, or a part without any."""
     return records.heads(parts) or NOTHING
 
 
 def gpu(parts: Parts) -> Part:
-    """Returns what was measured at a GPU's bars, or a part without any."""
+    """Return what was measured at a GPU's bars, or a part without any."""
     return parts.get("gpu", NOTHING)
 
 
 def exact_loss(parts: Parts) -> Iterator[Bar]:
-    """Checks loss and gradients against three bare products; on a GPU milliseconds and memory too."""
+    """Check loss and gradients against three bare products; on a GPU milliseconds and memory too."""
     what, part = "exact loss and gradients against three bare products", heads(parts)
     if "gpu" not in part.environment:
         # A case with a note is about a peer that allows so few tokens only.
@@ -128,7 +128,7 @@ def exact_loss(parts: Parts) -> Iterator[Bar]:
 
 
 def peers(parts: Parts) -> Iterator[Bar]:
-    """Checks that ours is faster than each peer on the same work."""
+    """Check that ours is faster than each peer on the same work."""
     what, measured = "faster than every peer", [part for part in (heads(parts), gpu(parts)) if part.records]
     for part in measured or [NOTHING]:
         yield from against_all(what, part)
@@ -137,7 +137,7 @@ def peers(parts: Parts) -> Iterator[Bar]:
 
 
 def against_all(what: str, part: Part) -> Iterator[Bar]:
-    """Checks every case that has peers."""
+    """Check every case that has peers."""
     timed = [record for record in part.select(having="of_ours") if record.is_peer and record.case != LOGPS]
     cases = records.by_case(timed)
     yield from (against_fastest(f"{what}, {name} ({named(rivals)})", rivals) for name, rivals in cases.items())
@@ -151,14 +151,14 @@ def named(rivals: Sequence[Record]) -> str:
 
 
 def against_fastest(what: str, rivals: Sequence[Record]) -> Bar:
-    """Checks the peer that comes closest."""
+    """Check the peer that comes closest."""
     nearest = min(rivals, key=lambda record: record.values["of_ours"])
     found = nearest.values["of_ours"]
     return Bar(what, f"{nearest.contestant}: {found:.2f}x ours", "> 1", found > 1, "" if found > 1 else WHY["peers"])
 
 
 def row_kernels(parts: Parts) -> Iterator[Bar]:
-    """Checks row kernels against a copy, and CUDA's that the table picks against Triton's."""
+    """Check row kernels against a copy, and CUDA's that the table picks against Triton's."""
     rows = [r for r in gpu(parts).records if r.case.startswith("row kernels") and ", " in r.contestant]
     if not rows:
         what = "row kernels against the copy bandwidth of an H200"
@@ -172,13 +172,13 @@ def row_kernels(parts: Parts) -> Iterator[Bar]:
 
 
 def peak_memory(parts: Parts) -> Iterator[Bar]:
-    """Checks peaks beyond inputs and gradients, at few and at many tokens."""
+    """Check peaks beyond inputs and gradients, at few and at many tokens."""
     what, found = "peak memory beyond inputs and gradients over the budget", heads(parts).select(OURS)
     yield from held([*found, *gpu(parts).select(OURS)], "of_budget", PEAK_MEMORY, what, label=sizes)
 
 
 def without_gradients(parts: Parts) -> Iterator[Bar]:
-    """Checks log-likelihoods against one product."""
+    """Check log-likelihoods against one product."""
     what = "no_grad log-likelihoods against one product"
     found = [record for record in heads(parts).select(OURS, mode="no_grad") if record.case != LOGPS]
     yield from held(found, "floor", NO_GRAD, what, label=sizes)
@@ -187,13 +187,13 @@ def without_gradients(parts: Parts) -> Iterator[Bar]:
 
 
 def natural_lengths(parts: Parts) -> Iterator[Bar]:
-    """Checks fifty batches, compilation included; a peer that was stopped beyond our time is slower."""
+    """Check fifty batches, compilation included; a peer that was stopped beyond our time is slower."""
     what = "50 batches of natural lengths, first call included, against every peer"
     yield from against_all(what, parts.get("lengths", NOTHING))
 
 
 def filters(parts: Parts) -> Iterator[Bar]:
-    """Checks the fastest filter within the error against our exact call, after 200 steps and later."""
+    """Check the fastest filter within the error against our exact call, after 200 steps and later."""
     what = "candidate_eps and grad_filter_eps on a real run, error <= 1e-3, against our exact call"
     found = parts.get("filters", NOTHING).select(having="error_filter")
     filtered = [record for record in found if "at error" in record.contestant and "of_ours" in record.values]
@@ -210,14 +210,14 @@ def filters(parts: Parts) -> Iterator[Bar]:
 
 
 def accuracy(parts: Parts) -> Iterator[Bar]:
-    """Checks the error of a sum of 1,024 tokens' log-probabilities."""
+    """Check the error of a sum of 1,024 tokens' log-probabilities."""
     what = "sequence log-likelihood against fp64, T = 1024, bf16 inputs, fp32 logits"
     found = [*heads(parts).select(OURS_FP32_LOGITS), *gpu(parts).select(OURS_FP32_LOGITS)]
     yield from held([r for r in found if r.case == LOGPS], "nats_largest", ACCURACY, what, " nats")
 
 
 def sharing(parts: Parts) -> Iterator[Bar]:
-    """Checks the body on shared rows."""
+    """Check the body on shared rows."""
     what = "prefix sharing, K = 4, the body against K + 1 rows"
     shared = parts.get("sharing", NOTHING).select("shared", having="ratio")
     found = [record for record in shared if record.conditions["attention"] != "sdpa-dense"]
@@ -232,7 +232,7 @@ def sharing(parts: Parts) -> Iterator[Bar]:
 
 
 def steps(parts: Parts) -> Iterator[Bar]:
-    """Checks time and peak memory of our best trainer on the very pairs that TRL's gets."""
+    """Check time and peak memory of our best trainer on the very pairs that TRL's gets."""
     what, limit = "a training step against TRL's, K = 1, half the tokens prompt", ">= 2x, at lower peak memory"
     cases = records.by_case(parts.get("steps", NOTHING).select(having="of_trl"))
     for name, found in cases.items():
@@ -249,14 +249,14 @@ def steps(parts: Parts) -> Iterator[Bar]:
 
 
 def truncation(parts: Parts) -> Iterator[Bar]:
-    """Checks a step with truncations against the step without."""
+    """Check a step with truncations against the step without."""
     found = [r for r in parts.get("negatives", NOTHING).records if "truncation" in r.contestant]
     what = "truncation negatives against the step without them"
     yield from held(found, "of_base", 1.05, what, label=lambda r: f": {r.contestant}, {r.case}")
 
 
 def autoregressive(parts: Parts) -> Iterator[Bar]:
-    """Checks a step with one negative that the model writes against an MLE step."""
+    """Check a step with one negative that the model writes against an MLE step."""
     found = parts.get("negatives", NOTHING).select("autoregressive 1")
     what = "autoregressive negatives, K = 1, against an MLE step"
     yield from held(found, "of_mle", AUTOREGRESSIVE, what, label=lambda r: f": {r.case}", why="writing")
@@ -270,16 +270,16 @@ BARS: tuple[Row, ...] = (
 
 
 def lines(row: Row, parts: Parts) -> list[Bar]:
-    """Returns the lines of a row of the contract; one that says what it is about where it has none."""
+    """Return the lines of a row of the contract; one that says what it is about where it has none."""
     return list(row(parts)) or [missing(str(row.__doc__).splitlines()[0])]
 
 
 def verdicts(parts: Parts) -> list[Bar]:
-    """Returns every bar in the order of the contract."""
+    """Return every bar in the order of the contract."""
     return [bar for row in BARS for bar in lines(row, parts)]
 
 
 def table(bars: Iterable[Bar]) -> str:
-    """Returns a table with a row a bar."""
+    """Return a table with a row a bar."""
     rows = [[bar.what, bar.measured, bar.bar, bar.verdict, bar.why] for bar in bars]
     return markdown(["what", "measured", "bar", "", "why"], rows, left=range(5))

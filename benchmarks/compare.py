@@ -21,7 +21,7 @@ Key = tuple[str, str, str]  # part, case with its conditions, contestant
 
 
 def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
-    """Returns what a result file says, as the name of a value and the value."""
+    """Return what a result file says, as the name of a value and the value."""
     found = {}
     for name, part in parts.items():
         for record in part.records:
@@ -34,7 +34,7 @@ def figures(parts: Parts) -> dict[Key, tuple[str, float]]:
 
 
 def compare(before: Parts, after: Parts) -> str:
-    """Returns the table, and what only one of the files has."""
+    """Return the table, and what only one of the files has."""
     first, second = figures(before), figures(after)
     rows = []
     for key in (key for key in first if key in second and first[key][0] == second[key][0]):
@@ -53,7 +53,7 @@ def compare(before: Parts, after: Parts) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the comparison of two files."""
+    """Print the comparison of two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="JSON of a run of benchmarks.report")
     parser.add_argument("after", type=Path, help="JSON of another")

@@ -34,14 +34,14 @@ class LineUp:
         self.budget = smallest_budget(problem) if problem.shape.smallest_budget else None
 
     def floor(self, work: str) -> Contestant:
-        """Describes the bare products of some work."""
+        """Describe the bare products of some work."""
         problem = self.problem.as_work(work)
         call = Floor.of(problem, self.budget)
         warm_up = call if problem.hidden.is_cuda else Floor.of(draw(tiny(problem.shape)), None)
         return Contestant(FLOOR, lambda: call, warm_up=warm_up, needed=True, **self.described(work))
 
     def peer(self, peer: Peer, work: str, *, needed: bool = False) -> Contestant:
-        """Describes a peer that does some work on these tensors."""
+        """Describe a peer that does some work on these tensors."""
         problem = self.problem.as_work(work)
 
         def warm_up() -> object:
@@ -54,14 +54,14 @@ class LineUp:
         return Contestant(peer.name, lambda: call, check, warm_up, needed, **self.described(work))
 
     def described(self, work: str) -> dict[str, object]:
-        """Returns conditions, ratios and further values of who does some work."""
+        """Return conditions, ratios and further values of who does some work."""
         shape = self.problem.shape
         conditions = {"K": shape.candidates - 1 if work == shape.work else 1, "work": work}
         ratios = {"floor": FLOOR, "of_ours": OURS_ON[work]}
         return {"conditions": conditions, "ratios": ratios, "values": partial(rates, shape, self.ceilings)}
 
     def everyone(self, names: Sequence[str], builders: Mapping[str, Callable[[], Peer]] = BUILDERS) -> list[Contestant]:
-        """Describes floor, ours and the named peers. Where a peer's work has one negative, ours does that work too.
+        """Describe floor, ours and the named peers. Where a peer's work has one negative, ours does that work too.
 
         A peer that has no form of the work is left out; one that is not installed is absent.
         """
@@ -83,30 +83,30 @@ class LineUp:
         return [*found, *peers]
 
     def case(self, contestants: Sequence[Contestant], **options: object) -> Case:
-        """Compares them on this problem."""
+        """Compare them on this problem."""
         shape = self.problem.shape
         given = {"conditions": shape.conditions, "rounds": shape.rounds, "peaks": True, "note": shape.note}
         return Case(shape.name, contestants, **given | options)
 
 
 def asked_of(shape: Shape) -> tuple[str, ...]:
-    """Returns the peers that a shape asks for, installed or not, able or not."""
+    """Return the peers that a shape asks for, installed or not, able or not."""
     return tuple(name for name in (BUILDERS if shape.peers is None else shape.peers) if name not in shape.without)
 
 
 def smallest_budget(problem: Problem) -> int:
-    """Returns the bytes of the logits of one group: the least that needs no second pass."""
+    """Return the bytes of the logits of one group: the least that needs no second pass."""
     plan, shape = plan_of(problem, None), problem.shape
     row_bytes = plan.logits_bytes // max(min(chunk.num_rows, chunk.rows_per_block) for chunk in plan.chunks)
     return row_bytes * (shape.predicted_tokens // shape.groups)
 
 
 def rates(shape: Shape, ceilings: Ceilings, seconds: float) -> dict[str, float]:
-    """Returns products a second, and their share of the ceiling."""
+    """Return products a second, and their share of the ceiling."""
     tflops, dtype = PRODUCTS[shape.mode] * product_flops(shape) / seconds * 1e-12, shape.sizes["dtype"]
     return {"tflops": tflops} | ({"of_tflops": tflops / ceilings[dtype]} if dtype in ceilings else {})
 
 
 def product_flops(shape: Shape) -> int:
-    """Counts those of one product of the rows that predict a token."""
+    """Count those of one product of the rows that predict a token."""
     return 2 * shape.predicted_tokens * shape.vocab * shape.hidden

@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def describe(argv: list[str], kind: str = "cpu") -> dict[str, Any]:
-    """Describes, ready for JSON, a run of `python -m benchmarks.` + argv on a device of this kind."""
+    """Describe, ready for JSON, a run of `python -m benchmarks.` + argv on a device of this kind."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks." + argv[0], *argv[1:]]),
         "commit": commit(),
@@ -42,14 +42,14 @@ def describe(argv: list[str], kind: str = "cpu") -> dict[str, Any]:
 
 
 def device() -> str:
-    """Returns the model of the CPU, with the number of cores this process may use."""
+    """Return the model of the CPU, with the number of cores this process may use."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return f"{found.group(1) if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def gpu() -> dict[str, object]:
-    """Describes the current GPU, its driver and the CUDA version of torch."""
+    """Describe the current GPU, its driver and the CUDA version of torch."""
     if not torch.cuda.is_available():
         return {"name": "none"}
     properties = torch.cuda.get_device_properties()
@@ -65,13 +65,13 @@ def gpu() -> dict[str, object]:
 
 
 def slug(described: Mapping[str, Any]) -> str:
-    """Returns a file name for the device of a description: its GPU, or its processor."""
+    """Return a file name for the device of a description: its GPU, or its processor."""
     name = described["gpu"]["name"] if "gpu" in described else described["device"].split(",")[0]
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def sources() -> str:
-    """Returns a digest of the code that runs, which names it where there is no checkout to name a commit."""
+    """Return a digest of the code that runs, which names it where there is no checkout to name a commit."""
     digest = hashlib.sha256()
     files = (f for folder in ("csrc", "cpo_kernels", "benchmarks") for f in (ROOT / folder).rglob("*"))
     for path in sorted(f for f in files if f.suffix in SOURCE_SUFFIXES):
@@ -80,7 +80,7 @@ def sources() -> str:
 
 
 def commit() -> str:
-    """Returns HEAD, marked when the tree has changes besides results; without git CPO_KERNELS_COMMIT, or "unknown"."""
+    """Return HEAD, marked when the tree has changes besides results; without git CPO_KERNELS_COMMIT, or "unknown"."""
     git = ("git", "-C", str(ROOT))
     head = said(*git, "rev-parse", "--short=12", "HEAD")
     if head is None:
@@ -91,7 +91,7 @@ def commit() -> str:
 
 
 def said(*command: str) -> str | None:
-    """Returns the output of a command; None where it is not there or fails."""
+    """Return the output of a command; None where it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -99,7 +99,7 @@ def said(*command: str) -> str | None:
 
 
 def version(package: str) -> str | None:
-    """Returns the installed version, or None."""
+    """Return the installed version, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -107,7 +107,7 @@ def version(package: str) -> str | None:
 
 
 def in_a_line(described: Mapping[str, Any]) -> str:
-    """Returns a description as a sentence, its command first."""
+    """Return a description as a sentence, its command first."""
     versions = [f"{name} {number}" for name, number in described["versions"].items() if number]
     device = described["gpu"]["name"] if "gpu" in described else described["device"]
     load = f"{described['threads']} threads, load average {described['load_average']:.1f} at the start"
@@ -117,5 +117,5 @@ def in_a_line(described: Mapping[str, Any]) -> str:
 
 
 def log(message: str) -> None:
-    """Tells progress on stderr: stdout carries the table."""
+    """Tell progress on stderr: stdout carries the table."""
     print(message, file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def at_bar(name: str) -> str:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures the later steps: the contrast alone in both dtypes, a wider head, and at last with the NLL."""
+    """Measure the later steps: the contrast alone in both dtypes, a wider head, and at last with the NLL."""
     first, *later = real_run.train_in_a_process(setting)
     chosen = choose(Head("", first.to(torch.float32, mle_weight=0.0), setting))
     for looked in later:
@@ -49,7 +49,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def variants(looked: Looked, setting: Setting, *, last: bool) -> dict[str, Looked]:
-    """Returns what is measured of one step; a wide head has the run's logits, at the width of a model that is used."""
+    """Return what is measured of one step; a wide head has the run's logits, at the width of a model that is used."""
     found = {dtype_name(dtype): looked.to(dtype, mle_weight=0.0) for dtype in (torch.float32, torch.bfloat16)}
     if not setting.on_gpu:
         wide = widened(looked, QUICK_WIDTH if setting.quick else WIDTH)
@@ -58,14 +58,14 @@ def variants(looked: Looked, setting: Setting, *, last: bool) -> dict[str, Looke
 
 
 def widened(looked: Looked, width: int) -> Looked:
-    """Returns the same logits and norms of gradients, from (R, width) and (V, width): both turned by an isometry."""
+    """Return the same logits and norms of gradients, from (R, width) and (V, width): both turned by an isometry."""
     generator = torch.Generator().manual_seed(0)
     turn = torch.linalg.qr(torch.randn(width, looked.hidden.shape[1], generator=generator)).Q.T.to(looked.hidden)
     return replace(looked, hidden=looked.hidden @ turn, weight=looked.weight @ turn)
 
 
 def choose(head: Head) -> dict[str, Eps]:
-    """Returns the eps of each filter, and of both, that are within the bar on a head."""
+    """Return the eps of each filter, and of both, that are within the bar on a head."""
     alone = {
         name: max((eps for eps in grid if head.error_of_filter(**{name: eps}) <= BAR), default=0.0)
         for name, grid in GRIDS.items()
@@ -93,7 +93,7 @@ class Head:
         return result[1]
 
     def records(self, chosen: Mapping[str, Eps]) -> list[Record]:
-        """Measures floor, the exact call, every eps of the grids, and those chosen."""
+        """Measure floor, the exact call, every eps of the grids, and those chosen."""
         problem = self.problem
         floor = Floor(problem.hidden, problem.weight, product_rows(problem.plan()))
         step = 3 if self.setting.quick else 1
@@ -106,20 +106,20 @@ class Head:
         )
 
     def contestant(self, name: str, eps: Eps) -> Contestant:
-        """Describes our call with a filter."""
+        """Describe our call with a filter."""
         return ready(name, partial(self.problem.run, **eps), check=partial(self.check, eps))
 
     def check(self, eps: Eps, result: Any) -> dict[str, float]:
-        """Returns the errors of a result; where a filter leaves something out, only the loss must be the same."""
+        """Return the errors of a result; where a filter leaves something out, only the loss must be the same."""
         errors = self.errors(result)
         require_same({"error_loss": errors["error_loss"]} if eps else errors, self.problem.hidden.dtype)
         return errors | {"dropped": result[2], "error_filter": self.error_of_filter(**eps), **eps}
 
     def errors(self, result: Any) -> dict[str, float]:
-        """Compares with float64."""
+        """Compare with float64."""
         return self.oracle.errors(result[0].item(), *result[1])
 
     def error_of_filter(self, **eps: float) -> float:
-        """Returns what a filter does to a gradient, the larger of both: float32 on the same values, so no rounding."""
+        """Return what a filter does to a gradient, the larger of both: float32 on the same values, so no rounding."""
         filtered = self.single.run(**eps)[1] if eps else self.exact
         return max(relative(own, right) for own, right in zip(filtered, self.exact, strict=True))

@@ -19,14 +19,14 @@ PRODUCTS = {TRAINED: 3, FROZEN: 2, NO_GRAD: 1}
 
 
 def plan_of(problem: Problem, max_logits_bytes: int | None) -> Plan:
-    """Returns what our call will do with a problem."""
+    """Return what our call will do with a problem."""
     tensors = (problem.hidden, problem.weight, problem.targets)
     options = {"ref_logps": problem.ref_logps, "beta": BETA, "max_logits_bytes": max_logits_bytes}
     return cpo_kernels.plan(*tensors, **options)
 
 
 def product_rows(plan: Plan) -> list[int]:
-    """Returns the rows of each product of one call: a chunk's, a block at a time where a chunk has several."""
+    """Return the rows of each product of one call: a chunk's, a block at a time where a chunk has several."""
     return [
         min(chunk.rows_per_block, chunk.num_rows - start)
         for chunk in plan.chunks
@@ -44,13 +44,13 @@ class Floor:
 
     @classmethod
     def of(cls, problem: Problem, max_logits_bytes: int | None) -> Floor:
-        """Returns the products of a problem; rows that predict nothing are no work."""
+        """Return the products of a problem; rows that predict nothing are no work."""
         predicting = problem.targets != IGNORE
         rows = product_rows(plan_of(problem, max_logits_bytes))
         return cls(problem.hidden[predicting], problem.weight, rows, problem.shape.mode)
 
     def __call__(self) -> tuple[None, tuple[Tensor, ...]]:
-        """Runs the products once; like a contestant without a loss."""
+        """Run the products once; like a contestant without a loss."""
         logits = self.hidden.new_empty(max(self.rows), len(self.weight))
         grads = tuple(torch.empty_like(x) for x in (self.hidden, self.weight)[: PRODUCTS[self.mode] - 1])
         start = 0

@@ -67,7 +67,7 @@ class Settings:
     workers: int
 
     def environment(self) -> dict[str, str]:
-        """Returns that of the parts: this checkout first, the device of the tests, one place for what is compiled."""
+        """Return that of the parts: this checkout first, the device of the tests, one place for what is compiled."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         chosen = {"CPO_KERNELS_TEST_DEVICE": self.device, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         chosen["PYTHONFAULTHANDLER"] = "1"  # a crash says where
@@ -82,20 +82,20 @@ Command = Callable[[Settings], list[str]]
 
 
 def extension(name: str) -> Path | None:
-    """Returns the compiled module in this checkout, for this Python."""
+    """Return the compiled module in this checkout, for this Python."""
     found = ROOT / "cpo_kernels" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return found if found.exists() else None
 
 
 def build(_settings: Settings) -> list[str]:
-    """Installs the checkout without a network; where pip cannot, compiles the extensions in place."""
+    """Install the checkout without a network; where pip cannot, compiles the extensions in place."""
     pip = "-m pip install --no-build-isolation --no-deps --no-index --editable ."
     python = shlex.quote(sys.executable)
     return ["sh", "-c", f"{python} {pip} || {python} setup.py build_ext --inplace"]
 
 
 def shards() -> list[list[str]]:
-    """Divides the test files: FIRST_TESTS, then the others in parts of about as many bytes, the largest files first."""
+    """Divide the test files: FIRST_TESTS, then the others in parts of about as many bytes, the largest files first."""
     folder = ROOT / "tests"
     first = list(dict.fromkeys(path for pattern in FIRST_TESTS for path in sorted(folder.rglob(pattern))))
     rest = sorted(set(folder.rglob("test_*.py")) - set(first), key=lambda path: (-path.stat().st_size, path))
@@ -106,14 +106,14 @@ def shards() -> list[list[str]]:
 
 
 def tests(settings: Settings, shard: int) -> list[str]:
-    """Runs one of the SHARDS parts of the test suite on the device, counted from 1."""
+    """Run one of the SHARDS parts of the test suite on the device, counted from 1."""
     files = [f"tests/{QUICK_TESTS[shard - 1]}"] if settings.quick else shards()[shard - 1]
     options = ["-v", "-n", str(settings.workers), "--color=no", "-p", "no:cacheprovider"]
     return [sys.executable, "-m", "pytest", *options, f"--junitxml={settings.out}/tests-{shard}.xml", *files]
 
 
 def sanitizer(settings: Settings, tool: str) -> list[str]:
-    """Runs one of compute-sanitizer's tools over a small run of every kernel of the compiled CUDA extension."""
+    """Run one of compute-sanitizer's tools over a small run of every kernel of the compiled CUDA extension."""
     if extension("_cuda") is None or settings.device == "cpu":
         return ["sh", "-c", f"echo needs a GPU and CUDA kernels, cpo_kernels/_cuda; exit {NOTHING_TO_DO}"]
     program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -124,7 +124,7 @@ def sanitizer(settings: Settings, tool: str) -> list[str]:
 
 
 def measured(settings: Settings, module: str, file: str = "") -> list[str]:
-    """Runs a module of the benchmarks that writes as it goes: of the suite, or a table until the limit is near."""
+    """Run a module of the benchmarks that writes as it goes: of the suite, or a table until the limit is near."""
     command = [sys.executable, "-m", *f"benchmarks.{module}".split(), "--out", str(settings.out / file)]
     command += ["--device", settings.device, *["--quick"] * settings.quick]
     return [*command, *(["--seconds", str(settings.limit - 20)] if file else [])]
@@ -147,7 +147,7 @@ NAMES = (*GROUPS, *PARTS)
 
 
 def run_part(name: str, settings: Settings) -> Record:
-    """Runs a part in a process group that is ended at the limit; its output is appended to gpu-check.log as it comes.
+    """Run a part in a process group that is ended at the limit; its output is appended to gpu-check.log as it comes.
 
     Returns seconds, status and a note; the end of the output if it failed.
     """
@@ -184,7 +184,7 @@ def run_part(name: str, settings: Settings) -> Record:
 
 
 def count_tests(output: str) -> str:
-    """Counts who passed, failed and was skipped, in the lines of a verbose run, which may have been cut short."""
+    """Count who passed, failed and was skipped, in the lines of a verbose run, which may have been cut short."""
     words = ("PASSED", "FAILED", "ERROR", "SKIPPED")
     counts = [len(set(re.findall(rf"(?:{word} (tests/\S+))|(tests/\S+.*) {word}\b", output))) for word in words]
     found = [", ".join(f"{count} {word.lower()}" for count, word in zip(counts, words, strict=True))]
@@ -193,12 +193,12 @@ def count_tests(output: str) -> str:
 
 
 def expand(names: Sequence[str]) -> list[str]:
-    """Returns the parts of a command line, each once; `tests`, `sanitizer` and `suite` stand for all of their parts."""
+    """Return the parts of a command line, each once; `tests`, `sanitizer` and `suite` stand for all of their parts."""
     return list(dict.fromkeys(part for name in names for part in GROUPS.get(name, [name])))
 
 
 def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list[Record]:
-    """Runs parts in order, a build first where there is none, and writes the results after each.
+    """Run parts in order, a build first where there is none, and writes the results after each.
 
     Returns the outcomes of this run; those of earlier ones with the same code on the same device stay in the files.
     """
@@ -218,13 +218,13 @@ def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list
 
 
 def alike(found: Mapping[str, object], described: Mapping[str, object]) -> bool:
-    """Returns whether results come from the same code, device and versions as this run's."""
+    """Return whether results come from the same code, device and versions as this run's."""
     same = ("commit", "sources", "device", "gpu", "python", "versions")
     return all(found.get(key) == described.get(key) for key in same)
 
 
 def decided(folder: Path, described: Mapping[str, object]) -> list[bars.Bar]:
-    """Returns every bar, by what is in the folder from the same code and device."""
+    """Return every bar, by what is in the folder from the same code and device."""
     parts: Parts = {}
     for name in SUITE_PARTS:
         parts |= records.load(folder / f"{name}.json")
@@ -232,7 +232,7 @@ def decided(folder: Path, described: Mapping[str, object]) -> list[bars.Bar]:
 
 
 def page(part: Part, found: list[bars.Bar]) -> str:
-    """Returns every bar and every part as Markdown, then the end of the output of what failed."""
+    """Return every bar and every part as Markdown, then the end of the output of what failed."""
     rows = [[r.case, r.conditions["status"], f"{r.values['seconds']:.0f}", r.note] for r in part.records]
     dry = [] if "gpu" in part.environment else ["A dry run on the CPU, at sizes whose times mean nothing."]
     met = [bar.met for bar in found]
@@ -248,7 +248,7 @@ def page(part: Part, found: list[bars.Bar]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the parts; 0 if none failed."""
+    """Run the parts; 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     help_, default = ", ".join(NAMES), list(PARTS)
     parser.add_argument("--parts", nargs="+", choices=NAMES, default=default, metavar="PART", help=help_)

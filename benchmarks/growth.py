@@ -57,7 +57,7 @@ class Sizes:
     touched: int = 0
 
     def curves(self) -> dict[str, list[Shape]]:
-        """Returns the shapes of each curve by the quantity that grows, the smallest first."""
+        """Return the shapes of each curve by the quantity that grows, the smallest first."""
         base = Shape("", self.vocab, self.hidden, 2, self.length, torch.bfloat16, variants=False, rounds=self.rounds)
         wide = base.with_tokens(self.vocab_tokens)
         return {
@@ -75,7 +75,7 @@ QUICK = Sizes(32, 509, (128, 256), 128, (509, 1021), (1, 2), 16, 1, 10.0)
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures small calls, then the curves in N, V and K."""
+    """Measure small calls, then the curves in N, V and K."""
     for shape in SMALL_CALLS:
         line_up = LineUp(draw(replace(shape, rounds=setting.rounds(shape.rounds, shape.rounds)), device=setting.device))
         for record in measure(line_up.case(line_up.everyone(()), peaks=False), setting.device):
@@ -88,7 +88,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def curve(along: str, shapes: list[Shape], limit: float, setting: Setting) -> Iterator[Record]:
-    """Measures the points in turn, with the peers that have not been stopped."""
+    """Measure the points in turn, with the peers that have not been stopped."""
     torch._dynamo.reset()
     out = {name: "not in a quick run" for name in PEERS if setting.quick and name not in QUICK_PEERS}
     for index, shape in enumerate(shapes):
@@ -105,7 +105,7 @@ def curve(along: str, shapes: list[Shape], limit: float, setting: Setting) -> It
 
 
 def mark(problem: Problem, along: str) -> Problem:
-    """Tells compilers which dimension grows, as they would find out at the second point."""
+    """Tell compilers which dimension grows, as they would find out at the second point."""
     mark_dynamic = torch._dynamo.maybe_mark_dynamic
     if along == "V":
         mark_dynamic(problem.weight, 0)

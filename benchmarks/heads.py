@@ -29,7 +29,7 @@ CEILINGS = "ceilings"
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures ceilings, every case, accuracy of log-likelihoods, peak memory in processes of their own."""
+    """Measure ceilings, every case, accuracy of log-likelihoods, peak memory in processes of their own."""
     found = ceilings(setting)
     yield from found
     best = best_of(found)
@@ -40,7 +40,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def run_wide(setting: Setting) -> Iterator[Record]:
-    """Measures ceilings and the largest heads; nothing on a GPU, where they are cases of the part `heads`."""
+    """Measure ceilings and the largest heads; nothing on a GPU, where they are cases of the part `heads`."""
     if not setting.on_gpu:
         found = ceilings(setting)
         yield from found
@@ -49,14 +49,14 @@ def run_wide(setting: Setting) -> Iterator[Record]:
 
 
 def beside_peers(shape: Shape, setting: Setting, best: dict[str, float] | None = None) -> Iterator[Record]:
-    """Measures one shape with the peers that it asks for."""
+    """Measure one shape with the peers that it asks for."""
     torch._dynamo.reset()
     line_up = LineUp(draw(shape, device=setting.device), best)
     yield from measure(line_up.case(line_up.everyone(asked_of(shape))), setting.device)
 
 
 def ceilings(setting: Setting) -> list[Record]:
-    """Measures what the device does at best: products of each dtype, torch's and ours."""
+    """Measure what the device does at best: products of each dtype, torch's and ours."""
     size, device, records = setting.choose(64, 4096, 8192), setting.device, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -73,13 +73,13 @@ def ceilings(setting: Setting) -> list[Record]:
 
 
 def best_of(found: list[Record]) -> dict[str, float]:
-    """Returns the fastest product of each dtype."""
+    """Return the fastest product of each dtype."""
     rates = sorted((r.values["tflops"], r.conditions["dtype"]) for r in found if "tflops" in r.values)
     return {dtype: rate for rate, dtype in rates}  # the last of a dtype counts
 
 
 def peaks(setting: Setting) -> Iterator[Record]:
-    """Measures the peak memory of ours at few and at many tokens, each in a process that has done nothing else.
+    """Measure the peak memory of ours at few and at many tokens, each in a process that has done nothing else.
 
     It must be flat in N, and within the budget: the default's, and an explicit one.
     """
@@ -93,7 +93,7 @@ def peaks(setting: Setting) -> Iterator[Record]:
 
 
 def peak_of_ours(shape: Shape, max_logits_bytes: int | None, device: torch.device) -> dict[str, float]:
-    """Measures the peak of one call in this process, after a first one, against the plan and the budget."""
+    """Measure the peak of one call in this process, after a first one, against the plan and the budget."""
     line_up = LineUp(draw(shape, device=device))
     peer = line_up.peer(ours(OURS, max_logits_bytes), shape.work, needed=True)
     (record,) = measure(line_up.case([peer], rounds=1), device)

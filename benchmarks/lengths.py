@@ -83,7 +83,7 @@ class Task:
     device: torch.device
 
     def problems(self) -> Iterator[Problem]:
-        """Yields one batch after the other; the head is the same tensor in all of them."""
+        """Yield one batch after the other; the head is the same tensor in all of them."""
         vocab, width, dtype = self.sizes.vocab, self.sizes.hidden, self.sizes.dtype
         drawn = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
         exact = torch.randn(vocab, width, **drawn) * (2 / width**0.5)
@@ -133,7 +133,7 @@ class Life:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures floor and ours, the peers, ours and the floor again, one process after the other."""
+    """Measure floor and ours, the peers, ours and the floor again, one process after the other."""
     sizes = setting.choose(QUICK, ON_CPU, ON_GPU)
     targets = draw_batches(texts.load(setting, longest=10 * sizes.longest), sizes)
     task = Task(targets, sizes, setting.device)
@@ -144,7 +144,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def draw_batches(corpus: Corpus, sizes: Sizes, seed: int = 0) -> list[Tensor]:
-    """Draws the targets of every batch, (G, C, T): the true completion first, then those of other examples.
+    """Draw the targets of every batch, (G, C, T): the true completion first, then those of other examples.
 
     Examples whose completion is longer than `sizes.longest` are left out, not cut, so that lengths stay natural.
     """
@@ -158,13 +158,13 @@ def draw_batches(corpus: Corpus, sizes: Sizes, seed: int = 0) -> list[Tensor]:
 
 
 def pad(groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Makes (G, C, T), as long as the longest completion, with -100 behind the others."""
+    """Make (G, C, T), as long as the longest completion, with -100 behind the others."""
     longest = max(len(tokens) for group in groups for tokens in group)
     return torch.tensor([[[*tokens, *[IGNORE] * (longest - len(tokens))] for tokens in group] for group in groups])
 
 
 def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
-    """Yields a record of everyone; a peer that takes longer than the limit, or twice as long as ours, is stopped.
+    """Yield a record of everyone; a peer that takes longer than the limit, or twice as long as ours, is stopped.
 
     Raises:
         ProcessError: the floor or ours failed, with which all others are compared.
@@ -190,7 +190,7 @@ def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
 
 
 def values_of(name: str, life: Life, first: Mapping[str, Life]) -> dict[str, float]:
-    """Returns what a life says; ratios are of totals, or of the first lives' medians after the first ten batches."""
+    """Return what a life says; ratios are of totals, or of the first lives' medians after the first ten batches."""
     if not life.total:
         return {}
     values = {"total": life.total, "batches": float(len(life.seconds))}
@@ -207,7 +207,7 @@ def values_of(name: str, life: Life, first: Mapping[str, Life]) -> dict[str, flo
 
 
 def alone(path: Path, name: str, limit: float) -> Life:
-    """Lives in a process that has just started, with empty caches of compiled code."""
+    """Live in a process that has just started, with empty caches of compiled code."""
     caches = tempfile.mkdtemp(dir=path.parent)
     os.environ |= {cache: f"{caches}/{cache}" for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     life = Life()
@@ -222,7 +222,7 @@ class Stopwatch:
         self.life, self.limit, self.at_limit = life, limit, at_limit
 
     def time(self, call: Callable[[], Any]) -> Any:
-        """Runs a call until the device is done with it too; what had no end is noted in the timer's thread."""
+        """Run a call until the device is done with it too; what had no end is noted in the timer's thread."""
         left = min(self.limit - self.life.total, threading.TIMEOUT_MAX)
 
         def stop() -> None:
@@ -241,7 +241,7 @@ class Stopwatch:
 
 
 def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
-    """Runs all batches, until those done have taken more than the limit.
+    """Run all batches, until those done have taken more than the limit.
 
     Raises:
         AnotherLossError: a result that is checked is not that of the batch.
@@ -265,7 +265,7 @@ def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
 
 
 def make(name: str) -> Peer:
-    """Builds anyone but the floor."""
+    """Build anyone but the floor."""
     peer = build(name, {**VARYING, **{own: partial(ours, own) for own in (OURS, OURS_PAIRS)}})
     if isinstance(peer, str):
         raise ImportError(peer)

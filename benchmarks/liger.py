@@ -27,14 +27,14 @@ CPU, GPU, QUICK = (4, 128, 512, 16384), (16, 512, 4096, 128256), (2, 8, 16, 97)
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures every loss in both dtypes; a quick run leaves the compiled ones out."""
+    """Measure every loss in both dtypes; a quick run leaves the compiled ones out."""
     for dtype in (torch.float32, torch.bfloat16):
         for name in LOSSES:
             yield from beside_ours(name, dtype, setting)
 
 
 def beside_ours(name: str, dtype: torch.dtype, setting: Setting) -> list[Record]:
-    """Measures one loss in one dtype."""
+    """Measure one loss in one dtype."""
     sizes = setting.choose(QUICK, CPU, GPU)
     inputs = make_inputs(*sizes, dtype, setting.device, reference=name == "DPO")
     agree = Agreement(SAME, lambda result: (result[0], *result[1]))
@@ -67,7 +67,7 @@ def beside_ours(name: str, dtype: torch.dtype, setting: Setting) -> list[Record]
 def make_inputs(
     pairs: int, tokens: int, hidden: int, vocab: int, dtype: torch.dtype, device: torch.device, *, reference: bool
 ) -> list[Tensor | None]:
-    """Draws lin_weight, _input, target, bias and, for a reference, ref_input and ref_weight; half of it prompt."""
+    """Draw lin_weight, _input, target, bias and, for a reference, ref_input and ref_weight; half of it prompt."""
     torch.manual_seed(0)
     target = torch.randint(vocab, (2 * pairs, tokens), device=device)
     target[:, : tokens // 2] = IGNORE

@@ -65,12 +65,12 @@ class Contestant:
 
 
 def ready(name: str, call: Call, **options: Any) -> Contestant:
-    """Describes a contestant whose call is there already and without which nothing can be compared."""
+    """Describe a contestant whose call is there already and without which nothing can be compared."""
     return Contestant(name, lambda: call, needed=True, **options)
 
 
 def not_here(name: str, why: str) -> Contestant:
-    """Describes one that does not run."""
+    """Describe one that does not run."""
     return Contestant(name, lambda: lambda: None, absent=why)
 
 
@@ -104,7 +104,7 @@ class Case:
 
 
 def measure(case: Case, device: torch.device, clock: Clock | None = None) -> list[Record]:
-    """Measures a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
+    """Measure a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
 
     Raises:
         ContestantError: from what befell a contestant that is needed.
@@ -127,7 +127,7 @@ class Measurement:
         self.found: dict[str, dict[str, float]] = {}  # by the first timed call
 
     def warm_up(self) -> None:
-        """Builds everyone and runs each once, to the end, so that the errors of one are not another's."""
+        """Build everyone and runs each once, to the end, so that the errors of one are not another's."""
         for name, contestant in self.contestants.items():
             try:
                 call = contestant.build()
@@ -139,7 +139,7 @@ class Measurement:
                 self.failed(name, error)
 
     def take_turns(self) -> None:
-        """Times every call once a round; who fails leaves the turns."""
+        """Time every call once a round; who fails leaves the turns."""
         started = time.monotonic()
         for index in range(self.case.rounds):
             if index >= LEAST_ROUNDS and time.monotonic() - started > self.case.seconds:
@@ -154,7 +154,7 @@ class Measurement:
                     del self.calls[name], self.times[name]
 
     def run(self, name: str) -> None:
-        """Times a call; the first one has its peak of memory taken and its result checked, outside of the time."""
+        """Time a call; the first one has its peak of memory taken and its result checked, outside of the time."""
         self.case.before()
         first, values = name not in self.found, dict[str, float]()
         if first and self.case.peaks:
@@ -169,7 +169,7 @@ class Measurement:
         self.found[name] = values | dict(contestant.check(result) if contestant.check else {})
 
     def failed(self, name: str, error: Exception) -> None:
-        """Notes why a contestant has no values, and lets go of what its call held."""
+        """Note why a contestant has no values, and lets go of what its call held."""
         if self.contestants[name].needed:
             raise ContestantError(f"{name}: {summary(error)}") from error
         self.reasons[name] = summary(error)
@@ -178,7 +178,7 @@ class Measurement:
         free_memory()
 
     def record(self, own: Contestant) -> Record:
-        """Returns what there is to say of a contestant."""
+        """Return what there is to say of a contestant."""
         case, name, values = self.case, own.name, dict[str, float]()
         if name in self.times:
             medians = {who: statistics.median(times) for who, times in self.times.items()}
@@ -193,7 +193,7 @@ class Measurement:
 
 
 def in_rounds(times: Sequence[float]) -> dict[str, float]:
-    """Returns the median of some rounds, and the distance between their quartiles as a share of it."""
+    """Return the median of some rounds, and the distance between their quartiles as a share of it."""
     median, spread = statistics.median(times), 0.0
     if len(times) > 1:
         low, _, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -209,7 +209,7 @@ class Agreement:
         self.expected: list[torch.Tensor] = []
 
     def __call__(self, result: Any) -> dict[str, float]:
-        """Raises :class:`AnotherLossError` unless the result is that of the first."""
+        """Raise :class:`AnotherLossError` unless the result is that of the first."""
         own = [torch.as_tensor(part).detach().double() for part in self.of(result)]
         self.expected = self.expected or own
         for found, wanted in zip(own, self.expected, strict=True):
@@ -220,7 +220,7 @@ class Agreement:
 
 
 def each(cases: Mapping[str, Callable[[], Iterable[Record]]]) -> Iterator[Record]:
-    """Yields the records of cases one after the other; one that fails does not keep the next from being measured.
+    """Yield the records of cases one after the other; one that fails does not keep the next from being measured.
 
     Raises:
         ContestantError: at the end, naming those that failed.
@@ -241,18 +241,18 @@ def each(cases: Mapping[str, Callable[[], Iterable[Record]]]) -> Iterator[Record
 
 
 def synchronize() -> None:
-    """Waits until a GPU that is in use is done."""
+    """Wait until a GPU that is in use is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def free_memory() -> None:
-    """Hands back what calls have held."""
+    """Hand back what calls have held."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns float32 or bfloat16."""
+    """Return float32 or bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -18,7 +18,7 @@ FLUSH_BYTES = 2**30  # many times any L2, and longer to read than a launch takes
 
 
 def host_clock(call: Call) -> tuple[float, Any]:
-    """Runs a call between two looks at the host's clock."""
+    """Run a call between two looks at the host's clock."""
     begin = time.perf_counter()
     result = call()
     return time.perf_counter() - begin, result
@@ -36,7 +36,7 @@ class DeviceClock:
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def __call__(self, call: Call) -> tuple[float, Any]:
-        """Runs one call."""
+        """Run one call."""
         torch.cuda.synchronize()
         self.buffer.sum()
         self.begin.record()
@@ -47,7 +47,7 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """Returns the clock that sees the work of a device."""
+    """Return the clock that sees the work of a device."""
     return DeviceClock(device) if device.type == "cuda" else host_clock
 
 
@@ -61,7 +61,7 @@ class PeakMeter:
         self.on_gpu, self.before = device.type == "cuda", 0
 
     def start(self) -> None:
-        """Resets the high-water mark."""
+        """Reset the high-water mark."""
         gc.collect(1)  # to look through the objects of all imported modules takes longer than many a call
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -73,7 +73,7 @@ class PeakMeter:
             Path("/proc/self/clear_refs").write_text("5")
 
     def growth(self) -> int:
-        """Returns the bytes by which memory has grown at its peak."""
+        """Return the bytes by which memory has grown at its peak."""
         if self.on_gpu:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - self.before

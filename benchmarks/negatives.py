@@ -53,7 +53,7 @@ class Way:
 
 
 def contrasting(name: str, *, shared: bool = True, source: str = "reference", **counts: int) -> Way:
-    """Describes a step with so many negatives of each kind."""
+    """Describe a step with so many negatives of each kind."""
     kinds = {f"num_{kind}_negatives": 0 for kind in ("batch", "truncation", "mean_field", "autoregressive")}
     options = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
     options |= {"prefix_sharing": "required" if shared else "off", "mean_field_source": source}
@@ -80,7 +80,7 @@ WAYS = {
 
 
 def cases(setting: Setting) -> list[Given]:
-    """Returns what is run on a device."""
+    """Return what is run on a device."""
     small = replace(GPT2_SMALL, name="GPT-2 small, 2 layers", layers=2, vocabulary=8192)
     return setting.choose(
         [Given("K", GPT2_TINY, 2, 20), Given("kinds", LLAMA_TINY, 2, 20)],
@@ -90,7 +90,7 @@ def cases(setting: Setting) -> list[Given]:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures all steps of all cases."""
+    """Measure all steps of all cases."""
     transformers.logging.set_verbosity_error()
     yield from each(
         {f"{steps.kind}, {steps.sizes.name}": partial(beside_mle, steps, setting) for steps in cases(setting)}
@@ -98,7 +98,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
-    """Measures one case."""
+    """Measure one case."""
     model, reference = (steps.model(setting.device) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         made = make_steps(steps, model.train(), reference, folder)
@@ -122,7 +122,7 @@ def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
 
 
 def make_steps(steps: Given, model: PreTrainedModel, reference: PreTrainedModel, folder: str) -> dict[str, OwnStep]:
-    """Makes the steps by unique names; they share the parameters of the model and of its reference."""
+    """Make the steps by unique names; they share the parameters of the model and of its reference."""
     examples, tokenizer = make_examples(steps), make_tokenizer(steps.sizes.vocabulary)
     on_host = next(model.parameters()).device.type == "cpu"
     shared = {"output_dir": folder, "use_cpu": on_host, "bf16": False, "report_to": "none", "seed": 0}
@@ -137,7 +137,7 @@ def make_steps(steps: Given, model: PreTrainedModel, reference: PreTrainedModel,
 
 
 def make_examples(steps: Given) -> TokenizedExamples:
-    """Draws texts, all of the same length, so that no step has more to do for the texts that it happens to draw."""
+    """Draw texts, all of the same length, so that no step has more to do for the texts that it happens to draw."""
     count, vocabulary = POOL * steps.groups, steps.sizes.vocabulary
     prompts = draw_tokens(vocabulary, *[steps.tokens] * count)
     completions = draw_tokens(vocabulary, *[steps.tokens - 1] * count, seed=1)

@@ -30,7 +30,7 @@ class Dense:
     """Holds what the logits say in float64, by one pass over all of them in blocks of the vocabulary."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Tensor | None = None) -> None:
-        """Runs the pass over rows (R, H) and a head (V, H), for targets (N,) and the row (N,) of each, or one a row."""
+        """Run the pass over rows (R, H) and a head (V, H), for targets (N,) and the row (N,) of each, or one a row."""
         self.hidden, self.weight, self.targets = hidden.detach().double(), weight.detach(), targets
         self.rows = torch.arange(len(targets), device=targets.device) if rows is None else rows
         half = SAMPLED_COLUMNS // 2  # half of the columns are targets, half are any
@@ -48,7 +48,7 @@ class Dense:
         self.token_logps = logits_of_targets - self.lse[self.rows]
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields first row and rows of the head in float64, in the memory of the block before."""
+        """Yield first row and rows of the head in float64, in the memory of the block before."""
         buffer = self.weight.new_empty(BLOCK, self.weight.shape[1], dtype=torch.float64)
         for start in range(0, len(self.weight), BLOCK):
             rows = self.weight[start : start + BLOCK]
@@ -79,7 +79,7 @@ class Oracle:
             self.grad_hidden += dlogits @ block
 
     def errors(self, loss: float, grad_hidden: Tensor, grad_weight: Tensor | None) -> Errors:
-        """Compares a loss and gradients (R, H) and (V, H), None where the head is frozen."""
+        """Compare a loss and gradients (R, H) and (V, H), None where the head is frozen."""
         found = {"error_loss": abs(loss - self.loss) / abs(self.loss)}
         found["error_grad_hidden"] = relative(grad_hidden[self.rows], self.grad_hidden)
         if grad_weight is not None:
@@ -97,13 +97,13 @@ class Oracles:
         self.of = cache(self._of)
 
     def _of(self, work: str) -> Oracle:
-        """Returns the oracle of some work on these tensors."""
+        """Return the oracle of some work on these tensors."""
         problem = self.problem.as_work(work)
         reference = None if problem.ref_logps is None else problem.ref_logps.double()
         return Oracle(self.dense, lambda logps: problem.objective(sequence_sums(problem, logps), reference))
 
     def check(self, work: str, result: tuple[Tensor, tuple[Tensor, ...]]) -> Errors:
-        """Returns the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
+        """Return the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
 
         Raises:
             AnotherLossError: they are more than rounding explains, or a row that predicts nothing has a gradient.
@@ -125,14 +125,14 @@ class Oracles:
 
 
 def require_same(errors: Mapping[str, float], dtype: torch.dtype) -> None:
-    """Raises :class:`AnotherLossError` where a relative error is more than rounding in a dtype explains."""
+    """Raise :class:`AnotherLossError` where a relative error is more than rounding in a dtype explains."""
     bounded = [error for name, error in errors.items() if name.startswith("error_")]
     if not all(error <= SAME_LOSS[dtype] for error in bounded):  # not `>`: NaN is another loss too
         raise AnotherLossError(f"computes another loss: {errors}, expected at most {SAME_LOSS[dtype]}")
 
 
 def check_gradients(problem: Problem, grads: tuple[Tensor, ...]) -> None:
-    """Raises :class:`AnotherLossError` for gradients of another form, or of a row that predicts nothing."""
+    """Raise :class:`AnotherLossError` for gradients of another form, or of a row that predicts nothing."""
     if [(g.shape, g.dtype) for g in grads] != [(t.shape, t.dtype) for t in problem.wanted]:
         raise AnotherLossError(
             f"{len(grads)} gradients of other shapes or dtypes than the {len(problem.wanted)} wanted"
@@ -142,23 +142,23 @@ def check_gradients(problem: Problem, grads: tuple[Tensor, ...]) -> None:
 
 
 def sequence_sums(problem: Problem, token_logps: Tensor) -> Tensor:
-    """Adds up the log-probabilities of predicted tokens to log-likelihoods (G, C)."""
+    """Add up the log-probabilities of predicted tokens to log-likelihoods (G, C)."""
     there = problem.targets != IGNORE
     return token_logps.new_zeros(there.shape).masked_scatter(there, token_logps).sum(-1)
 
 
 def inside(entries: Tensor, start: int, block: Tensor) -> Tensor:
-    """Returns which vocabulary entries are of the block that starts there."""
+    """Return which vocabulary entries are of the block that starts there."""
     return (entries >= start) & (entries < start + len(block))
 
 
 def some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
-    """Returns at most `count` different indices below `size`, the same ones on every device."""
+    """Return at most `count` different indices below `size`, the same ones on every device."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count].to(device)
 
 
 def relative(out: Tensor, ref: Tensor) -> float:
-    """Returns ||out - ref|| / ||ref|| of two matrices in float64, some rows at a time."""
+    """Return ||out - ref|| / ||ref|| of two matrices in float64, some rows at a time."""
     distances, norms = [], []
     for own, right in zip(out.split(COMPARED_ROWS), ref.split(COMPARED_ROWS), strict=True):
         distances.append(torch.linalg.vector_norm(own.double() - right.double()))

@@ -16,7 +16,7 @@ the floor's own row is in seconds. Below 1 is possible because the products are 
 
 
 def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
-    """Returns the whole page; `plots` are file names by part."""
+    """Return the whole page; `plots` are file names by part."""
     lines = [f"# Benchmarks: {name}", "## Bars", bars.table(bars.verdicts(parts))]
     if part := records.heads(parts):
         lines += ["## Times over the floor", MATRIX, matrix(part)]
@@ -29,7 +29,7 @@ def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
 
 
 def matrix(part: Part, cases: Sequence[str] = ()) -> str:
-    """Returns times over the floor, a row a contestant and a column a case; of some cases, with the fastest in bold."""
+    """Return times over the floor, a row a contestant and a column a case; of some cases, with the fastest in bold."""
     timed = part.select(having="floor")
     if cases:
         timed = [r for case in cases for r in timed if r.case == case and not r.is_floor]
@@ -42,7 +42,7 @@ def matrix(part: Part, cases: Sequence[str] = ()) -> str:
 
 
 def cell(record: Record, best: float | None) -> str:
-    """Returns seconds of the floor, multiples of it for the others, and the best of them in bold."""
+    """Return seconds of the floor, multiples of it for the others, and the best of them in bold."""
     if record.contestant == FLOOR:
         return f"{record.values['seconds']:.3g} s"
     text = f"{record.values['floor']:.2f}"
@@ -50,5 +50,5 @@ def cell(record: Record, best: float | None) -> str:
 
 
 def conditions(part: Part) -> str:
-    """Says what the figures of a part depend on, with its command."""
+    """Say what the figures of a part depend on, with its command."""
     return f"{environment.in_a_line(part.environment)}; {part.seconds:.0f} s"

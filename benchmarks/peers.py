@@ -49,7 +49,7 @@ class Peer:
     compiles: bool = False
 
     def work_on(self, shape: Shape) -> str | None:
-        """Returns the work it does on the tensors of a shape; None where it can do none that compares."""
+        """Return the work it does on the tensors of a shape; None where it can do none that compares."""
         if shape.mode == NO_GRAD:
             return None if self.sequence_logps is None else shape.work if self.work == CPO else self.work
         if shape.work == NLL:
@@ -57,7 +57,7 @@ class Peer:
         return {CPO: shape.work, NLL: None}.get(self.work, self.work)
 
     def run(self, problem: Problem) -> Result:
-        """Returns loss and wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
+        """Return loss and wanted gradients of one problem; its log-likelihoods where no gradient is wanted."""
         tensors, shape = (problem.hidden, problem.weight, problem.targets), problem.shape
         if shape.mode == NO_GRAD:
             with torch.no_grad():
@@ -67,7 +67,7 @@ class Peer:
 
 
 def _of_cross_entropy(name: str, cross_entropy: CrossEntropy, **options: Any) -> Peer:
-    """Makes a peer from a linear cross-entropy of tokens (G, C, T), by `reduction` summed up in plain torch."""
+    """Make a peer from a linear cross-entropy of tokens (G, C, T), by `reduction` summed up in plain torch."""
 
     def sequence_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return -cross_entropy(hidden, weight, targets, "none").view(targets.shape).float().sum(-1)
@@ -79,7 +79,7 @@ def _of_cross_entropy(name: str, cross_entropy: CrossEntropy, **options: Any) ->
 
 
 def _contrasted(sequence_logps: SequenceLogps) -> Loss:
-    """Makes the loss of a peer that only knows log-probabilities."""
+    """Make the loss of a peer that only knows log-probabilities."""
     return lambda hidden, weight, targets, ref: contrast(sequence_logps(hidden, weight, targets), ref)
 
 
@@ -99,7 +99,7 @@ def _compiled(**options: Any) -> Peer:
 
 
 def _linear_cross_entropy(name: str, policy: str | None) -> Peer:
-    """Makes a peer by `policy`, which says how gradients are summed over chunks; None does not chunk."""
+    """Make a peer by `policy`, which says how gradients are summed over chunks; None does not chunk."""
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"F.linear_cross_entropy is not in torch {torch.__version__}")
     options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
@@ -146,7 +146,7 @@ def _quack() -> Peer:
 
 
 def _pairs_in_order(*tensors: Tensor) -> list[Tensor]:
-    """Puts (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first."""
+    """Put (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first."""
     return [tensor.transpose(0, 1).flatten(0, 1) for tensor in tensors]
 
 
@@ -176,7 +176,7 @@ def ours(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Peer:
-    """Makes this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
+    """Make this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps
 
     head = {"max_logits_bytes": max_logits_bytes, "logits_dtype": logits_dtype, "backend": backend}
@@ -196,7 +196,7 @@ def ours(
 
 
 def build(name: str, builders: Mapping[str, Callable[[], Peer]]) -> Peer | str:
-    """Returns a peer, or why it cannot be built here."""
+    """Return a peer, or why it cannot be built here."""
     try:
         return builders[name]()
     except (ImportError, AttributeError, RuntimeError) as error:  # transformers raises RuntimeError for its imports

@@ -31,7 +31,7 @@ class Style:
         self.peers = list(dict.fromkeys(record.contestant for record in known if record.is_peer))
 
     def line(self, name: str) -> dict[str, object]:
-        """Returns colour, marker and line of a contestant."""
+        """Return colour, marker and line of a contestant."""
         if name.startswith("floor"):
             return {"color": FLOOR_COLOUR, "marker": "_", "linestyle": "--"}
         if name.startswith("cpo-kernels"):
@@ -41,7 +41,7 @@ class Style:
 
 
 def heads(part: Part, style: Style) -> Figure:
-    """Draws a row a case, a mark a contestant, over the floor."""
+    """Draw a row a case, a mark a contestant, over the floor."""
     timed = [r for r in part.select(having="floor") if not r.is_floor]
     cases = list(by_case(timed))
     figure, axes = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(cases)), layout="constrained")
@@ -58,7 +58,7 @@ def heads(part: Part, style: Style) -> Figure:
 
 
 def growth(part: Part, style: Style) -> Figure:
-    """Draws time and peak memory along N, V and K."""
+    """Draw time and peak memory along N, V and K."""
     cases = {case: found for case, found in by_case(part.records).items() if case in ("N", "V", "K")}
     labels = {"seconds": "seconds", "peak_mib": "peak MiB beyond inputs and gradients"}
     figure, grid = plt.subplots(2, len(cases), figsize=(WIDTH, 6.4), layout="constrained", squeeze=False)
@@ -81,7 +81,7 @@ def growth(part: Part, style: Style) -> Figure:
 def ranked(
     part: Part, style: Style, value: str, xlabel: str, shown: Callable[[Record], str], *, least_first: bool
 ) -> Figure:
-    """Draws a bar a contestant with its number, the best on top, a panel a case."""
+    """Draw a bar a contestant with its number, the best on top, a panel a case."""
     cases = by_case(sorted(part.select(having=value), key=lambda r: r.values[value] * (1 if least_first else -1)))
     heights = [0.9 + 0.3 * len(records) for records in cases.values()]
     options = {"layout": "constrained", "squeeze": False, "height_ratios": heights}
@@ -97,7 +97,7 @@ def ranked(
 
 
 def lengths(part: Part, style: Style) -> Figure:
-    """Draws seconds of all batches; a bound from below where someone was stopped."""
+    """Draw seconds of all batches; a bound from below where someone was stopped."""
 
     def shown(record: Record) -> str:
         stopped = record.note.startswith("stopped")
@@ -107,7 +107,7 @@ def lengths(part: Part, style: Style) -> Figure:
 
 
 def steps(part: Part, style: Style) -> Figure:
-    """Draws tokens per second of every trainer."""
+    """Draw tokens per second of every trainer."""
 
     def shown(record: Record) -> str:
         return f"{record.values['tokens_per_second']:.0f}/s, {record.values.get('peak_mib', 0):.0f} MiB"
@@ -116,7 +116,7 @@ def steps(part: Part, style: Style) -> Figure:
 
 
 def negatives(part: Part, _style: Style) -> Figure:
-    """Draws the cost of a step as K grows, over an MLE step."""
+    """Draw the cost of a step as K grows, over an MLE step."""
     figure, axes = plt.subplots(figsize=(WIDTH, 4), layout="constrained")
     curves: dict[str, list[Point]] = {}
     for record in part.select(having="of_mle"):
@@ -133,7 +133,7 @@ def negatives(part: Part, _style: Style) -> Figure:
 
 
 def list_names(axes: Axes, names: Sequence[str], margin: float = 0.3) -> None:
-    """Puts names on the y axis, the first on top, with room for numbers beside the marks."""
+    """Put names on the y axis, the first on top, with room for numbers beside the marks."""
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.margins(x=margin)
@@ -141,7 +141,7 @@ def list_names(axes: Axes, names: Sequence[str], margin: float = 0.3) -> None:
 
 
 def plain_ticks(axes: Axes, places: Iterable[float]) -> None:
-    """Writes numbers and not powers of ten, just these on the x axis, with a grid."""
+    """Write numbers and not powers of ten, just these on the x axis, with a grid."""
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "25" else "")
     shown = {place: f"{place / (1024 if place % 1024 == 0 else 1000):.0f}k" for place in places if place >= 1000}
@@ -161,7 +161,7 @@ PICTURES: dict[str, tuple[Callable[[Part, Style], Figure], str]] = {
 
 
 def draw(parts: Parts, folder: Path, name: str) -> dict[str, str]:
-    """Writes `name`-PART.png for every part that has a picture; returns the file names by part."""
+    """Write `name`-PART.png for every part that has a picture; returns the file names by part."""
     style, written = Style(parts), {}
     for part, (picture, value) in PICTURES.items():
         if part in parts and parts[part].select(having=value):

@@ -31,7 +31,7 @@ class Problem:
         return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
 
     def as_work(self, work: str) -> Problem:
-        """Returns the same for other work: pairs without a reference, of the candidates of each group two by two."""
+        """Return the same for other work: pairs without a reference, of the candidates of each group two by two."""
         if work == self.shape.work:
             return self
         pairs = self.shape.pairs()
@@ -40,20 +40,20 @@ class Problem:
         return Problem(pairs, hidden, self.weight, self.targets.view(dims))
 
     def objective(self, logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-        """Returns the loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
+        """Return the loss of this work from (G, C) sequence log-likelihoods of policy and reference."""
         if self.shape.work == NLL:
             return -logps.sum() / (self.targets != IGNORE).sum()
         return contrast(logps, ref_logps)
 
 
 def contrast(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
-    """Returns unranked CPO: the mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
+    """Return unranked CPO: the mean over groups of -log softmax(beta * (logps - ref))[0]. `logps` is (G, C)."""
     scores = BETA * (logps if ref_logps is None else logps - ref_logps)
     return (torch.logsumexp(scores, dim=-1) - scores[:, 0]).mean()
 
 
 def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Problem:
-    """Draws inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
+    """Draw inputs whose logits look like a small language model's: spread 2, NLL of a target about 3 nats.
 
     With that, a sequence's log-likelihood spreads by about 2 * sqrt(T) nats around -3 T; references spread by 10 more,
     so at beta 0.1 the contrast is not settled and every candidate has a gradient.
@@ -71,7 +71,7 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
 
 
 def random_rows(count: int, width: int, dtype: torch.dtype, drawn: dict[str, Any]) -> Tensor:
-    """Draws (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
+    """Draw (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
 
     Drawing every number takes most of the time of the largest heads: a host's generator runs on one thread.
     """

@@ -24,7 +24,7 @@ _answers: Connection  # of a process that call_alone has started
 def call_alone(
     function: Callable[..., Any], *args: Any, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Any:
-    """Returns what a function returns in a process, and a process group, of its own.
+    """Return what a function returns in a process, and a process group, of its own.
 
     Args:
         function: of a module.
@@ -71,17 +71,17 @@ def _serve(answers: Connection, function: Callable[..., Any], args: Sequence[Any
 
 
 def end_with(result: Any) -> NoReturn:
-    """Ends this process with a result, from any of its threads: a call in another one cannot be interrupted."""
+    """End this process with a result, from any of its threads: a call in another one cannot be interrupted."""
     _answers.send((result, ""))
     os._exit(0)
 
 
 def end_group(group: int) -> None:
-    """Ends what is left of a process group: a compiler, for instance."""
+    """End what is left of a process group: a compiler, for instance."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
 
 
 def summary(error: Exception) -> str:
-    """Returns the type and the first line of an error."""
+    """Return the type and the first line of an error."""
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

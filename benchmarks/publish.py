@@ -25,7 +25,7 @@ BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 @lru_cache
 def results(path: Path) -> Parts:
-    """Reads a result file.
+    """Read a result file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -36,13 +36,13 @@ def results(path: Path) -> Parts:
 
 
 def one_value(parts: Parts, part: str, case: str, contestant: str, name: str) -> str:
-    """Returns a number of the one record of that part, case and contestant."""
+    """Return a number of the one record of that part, case and contestant."""
     (record,) = parts[part].select(contestant, case=case)
     return tables.shown(name, record.values[name])
 
 
 def lives(parts: Parts, case: str) -> str:
-    """Returns batches of varying lengths in a few columns; those that were stopped show how far they had come."""
+    """Return batches of varying lengths in a few columns; those that were stopped show how far they had come."""
     names = ("total", "batches", "first")
     rows = [
         [r.contestant, *(tables.shown(name, r.values.get(name)) for name in names)]
@@ -65,7 +65,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
 
 
 def rendered(text: str, folder: Path = RESULTS) -> str:
-    """Returns a document with the figures that the result files have now."""
+    """Return a document with the figures that the result files have now."""
 
     def replace(match: re.Match[str]) -> str:
         file, block, old = match.groups()
@@ -79,13 +79,13 @@ def rendered(text: str, folder: Path = RESULTS) -> str:
 
 
 def outdated(documents: Iterable[Path]) -> list[Path]:
-    """Returns the documents that do not say what the files say."""
+    """Return the documents that do not say what the files say."""
     texts = {path: path.read_text(encoding="utf-8") for path in documents}
     return [path for path, text in texts.items() if text != rendered(text)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the documents, or only compares them."""
+    """Write the documents, or only compares them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a document differs")
     args = parser.parse_args(argv)

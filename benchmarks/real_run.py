@@ -83,7 +83,7 @@ class Looked:
     options: dict[str, Any]
 
     def to(self, dtype: torch.dtype, **options: float) -> Looked:
-        """Copies it in a dtype, with hidden states and head that require gradients, and with other options."""
+        """Copy it in a dtype, with hidden states and head that require gradients, and with other options."""
         hidden, weight = (t.detach().to(dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight))
         return replace(self, hidden=hidden, weight=weight, options=self.options | options)
 
@@ -96,17 +96,17 @@ class Looked:
         return sizes | {"K": self.layout.cu_groups[1] - 1} | dtype | {"step": self.step}
 
     def plan(self) -> Plan:
-        """Returns what our call will do."""
+        """Return what our call will do."""
         return cpo_kernels.plan(self.hidden, self.weight, self.targets, layout=self.layout, **self.options)
 
     def run(self, **head: Any) -> tuple[Tensor, tuple[Tensor, ...], float]:
-        """Calls ours: loss, gradients, and the share of the gradient's mass that a filter left out."""
+        """Call ours: loss, gradients, and the share of the gradient's mass that a filter left out."""
         tensors = (self.hidden, self.weight, self.targets)
         out = cpo_kernels.linear_cpo_loss(*tensors, layout=self.layout, **self.options, **head)
         return out.loss, torch.autograd.grad(out.loss, (self.hidden, self.weight)), out.dropped.item()
 
     def loss_of(self, logps: Tensor) -> Tensor:
-        """Takes the objective by its definition, of token log-probabilities (N,); each group's first is the truth."""
+        """Take the objective by its definition, of token log-probabilities (N,); each group's first is the truth."""
         options = self.options
         sums = torch.stack([logps[a:b].sum() for a, b in pairwise(self.layout.cu_tokens)])
         scores = options["beta"] * (sums - options["ref_logps"].to(sums))
@@ -125,18 +125,18 @@ class Spy:
         self.hidden = self.weight = torch.empty(0)
 
     def __call__(self, *args: Any, linear_loss: CPORequest, **kwargs: Any) -> Any:
-        """Returns the answer of the model."""
+        """Return the answer of the model."""
         self.request = linear_loss
         return self.model(*args, linear_loss=self, **kwargs)
 
     def compute(self, hidden: Tensor, head: Any, transform: Any) -> Any:
-        """Keeps what the head is given, in place of the request's own."""
+        """Keep what the head is given, in place of the request's own."""
         self.hidden, self.weight = head.features.clone(), head.weight.detach().clone()
         return self.request.compute(hidden, head, transform)
 
 
 def look(trainer: CPOTrainer, step: int) -> Looked:
-    """Returns what the head of a trainer's model is given for all its training examples at once."""
+    """Return what the head of a trainer's model is given for all its training examples at once."""
     spy = Spy(trainer.model)
     indices = torch.arange(len(trainer.train_dataset))
     (inputs,), tokens = trainer.get_batch_samples(iter([{"index": indices}]), 1, trainer.args.device)
@@ -151,7 +151,7 @@ def look(trainer: CPOTrainer, step: int) -> Looked:
 
 
 def train(setting: Setting, sizes: Sizes) -> list[Looked]:
-    """Makes the whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
+    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
     corpus = texts.load(setting, sizes.longest)
     held_out, rest = (
         TokenizedExamples([e.prompt for e in own], [e.completion for e in own])
@@ -196,12 +196,12 @@ def train(setting: Setting, sizes: Sizes) -> list[Looked]:
 
 
 def train_in_a_process(setting: Setting) -> list[Looked]:
-    """Trains in a process whose allocator keeps freed memory, which what is measured afterwards must not."""
+    """Train in a process whose allocator keeps freed memory, which what is measured afterwards must not."""
     return torch.load(io.BytesIO(call_alone(saved, setting, environment=KEEP_MEMORY)), weights_only=False)
 
 
 def saved(setting: Setting) -> bytes:
-    """Trains, and returns the run as torch saves it."""
+    """Train, and returns the run as torch saves it."""
     buffer = io.BytesIO()
     torch.save(train(setting, setting.choose(QUICK, ON_CPU, ON_GPU)), buffer)
     return buffer.getvalue()

@@ -64,7 +64,7 @@ class Part:
     error: str = ""
 
     def select(self, contestant: str | None = None, *, having: str | None = None, **conditions: Any) -> list[Record]:
-        """Returns the records of a contestant (None: of all) with a value that meet conditions, `case` too."""
+        """Return the records of a contestant (None: of all) with a value that meet conditions, `case` too."""
         return [
             record
             for record in self.records
@@ -78,7 +78,7 @@ Parts = dict[str, Part]
 
 
 def by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Returns records by case, in order."""
+    """Return records by case, in order."""
     found: dict[str, list[Record]] = {}
     for record in records:
         found.setdefault(record.case, []).append(record)
@@ -86,18 +86,18 @@ def by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def value(records: Iterable[Record], name: str) -> list[float]:
-    """Returns a value of all records that have it."""
+    """Return a value of all records that have it."""
     return [record.values[name] for record in records if name in record.values]
 
 
 def heads(parts: Parts) -> Part | None:
-    """Returns the part `heads` with the records of `wide`, where either was run."""
+    """Return the part `heads` with the records of `wide`, where either was run."""
     given = [parts[name] for name in ("heads", "wide") if name in parts]
     return replace(given[0], records=[record for part in given for record in part.records]) if given else None
 
 
 def load(path: Path) -> Parts:
-    """Reads the parts of a result file; none where there is no such file."""
+    """Read the parts of a result file; none where there is no such file."""
     if not path.exists():
         return {}
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
@@ -108,7 +108,7 @@ def load(path: Path) -> Parts:
 
 
 def save(parts: Parts, path: Path) -> None:
-    """Writes a result file, whole or not at all, without values that are no finite numbers, for which JSON has none."""
+    """Write a result file, whole or not at all, without values that are no finite numbers, for which JSON has none."""
     contents = {}
     for name, part in parts.items():
         contents[name] = {key: content for key, content in asdict(part).items() if key != "name"}

@@ -24,7 +24,7 @@ from cpo_kernels.negatives.files import write_whole
 
 
 def run_part(name: str, setting: Setting) -> Part:
-    """Measures a part in a fresh process; what it had measured when it died is kept."""
+    """Measure a part in a fresh process; what it had measured when it died is kept."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.suite", name, "--out", folder, *setting.options]
         status = subprocess.run(command, cwd=ROOT).returncode
@@ -34,7 +34,7 @@ def run_part(name: str, setting: Setting) -> Part:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs, writes and prints; 1 if a part failed."""
+    """Run, writes and prints; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = [name for name in PARTS if name not in ON_REQUEST]
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=usual, metavar="PART", help=", ".join(PARTS))

@@ -35,11 +35,11 @@ class Setting:
         return self.device.type == "cuda"
 
     def choose(self, quick: T, cpu: T, gpu: T) -> T:
-        """Returns what is for this setting."""
+        """Return what is for this setting."""
         return quick if self.quick else gpu if self.on_gpu else cpu
 
     def rounds(self, cpu: int, gpu: int) -> int:
-        """Returns how often everyone is timed."""
+        """Return how often everyone is timed."""
         return self.choose(1, cpu, gpu)
 
     @property
@@ -51,12 +51,12 @@ class Setting:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Setting:
-        """Returns what was asked for by the options of :func:`add_options`."""
+        """Return what was asked for by the options of :func:`add_options`."""
         return cls(args.device, args.quick, tuple(args.texts), args.tokenizer)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a :class:`Setting`."""
+    """Add the options of a :class:`Setting`."""
     parser.add_argument("--device", type=torch.device, default=CPU)
     parser.add_argument("--quick", action="store_true", help="tiny sizes; the times mean nothing")
     parser.add_argument("--texts", type=Path, nargs="+", default=[], metavar="FILE", help="plain text to cut up")

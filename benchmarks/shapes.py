@@ -64,11 +64,11 @@ class Shape:
         return self.sizes | {"prompt": self.prompt_share, "mode": self.mode, "work": self.work}
 
     def pairs(self) -> Shape:
-        """Returns the same tokens as K = 1: the candidates of each group, two by two."""
+        """Return the same tokens as K = 1: the candidates of each group, two by two."""
         return replace(self, groups=self.num_tokens // (PAIR * self.tokens), candidates=PAIR, work=PAIRS)
 
     def with_tokens(self, num_tokens: int) -> Shape:
-        """Returns the same kind of groups, N = `num_tokens` in all."""
+        """Return the same kind of groups, N = `num_tokens` in all."""
         group = self.candidates * self.tokens
         groups, rest = divmod(num_tokens, group)
         if rest or not groups:
@@ -84,12 +84,12 @@ SMALL = (509, 32)  # a prime: no tile divides it
 
 
 def bf16(name: str, head: Head, groups: int, tokens: int, **options: Any) -> Shape:
-    """Describes a shape in bfloat16."""
+    """Describe a shape in bfloat16."""
     return Shape(f"{name} bf16", *head, groups, tokens, torch.bfloat16, **options)
 
 
 def fp32(name: str, head: Head, groups: int, tokens: int, **options: Any) -> Shape:
-    """Describes a shape in float32."""
+    """Describe a shape in float32."""
     return Shape(f"{name} fp32", *head, groups, tokens, torch.float32, **options)
 
 
@@ -188,5 +188,5 @@ QUICK_ACCURACY = replace(ACCURACY, vocab=SMALL[0], hidden=SMALL[1], tokens=64, p
 
 
 def tiny(shape: Shape) -> Shape:
-    """Returns a small shape of the same dtype, work and prompt share, whose times mean nothing."""
+    """Return a small shape of the same dtype, work and prompt share, whose times mean nothing."""
     return replace(shape, vocab=SMALL[0], hidden=SMALL[1], groups=2, tokens=16)

@@ -36,7 +36,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def bodies(setting: Setting) -> list[Given]:
-    """Returns what is run on a device; flex attention only where it is compiled for, on a GPU."""
+    """Return what is run on a device; flex attention only where it is compiled for, on a GPU."""
     models = setting.choose((GPT2_TINY, LLAMA_TINY), (GPT2_SMALL, LLAMA_SMALL), (GPT2_SMALL, LLAMA_1B))
     layers = {} if setting.on_gpu else {"layers": 1}
     attentions = setting.choose(("sdpa", "eager"), ("sdpa", "eager"), ("sdpa", "eager", "flex_attention"))
@@ -46,7 +46,7 @@ def bodies(setting: Setting) -> list[Given]:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures both ways of every body."""
+    """Measure both ways of every body."""
     transformers.logging.set_verbosity_error()
     for body in bodies(setting):
         yield from beside_separate(body, setting)
@@ -54,7 +54,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def beside_separate(body: Given, setting: Setting) -> list[Record]:
-    """Measures one body; where its attention does not run here, the records say so."""
+    """Measure one body; where its attention does not run here, the records say so."""
     batch = Batch(body, setting.device)
     agree = Agreement(TOLERANCE[body.dtype], lambda result: (result[0], torch.cat([g.flatten() for g in result[1]])))
     ways = [
@@ -102,19 +102,19 @@ class Batch:
         return torch.randn(len(self.separate_rows), width, device=self.device, dtype=dtype)
 
     def share(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs forward and backward on shared rows; the masks are made in every call, as in every step of training."""
+        """Run forward and backward on shared rows; the masks are made in every call, as in every step of training."""
         inputs = tree_inputs(self.model, self.tree)
         out = self.model.base_model(input_ids=self.shared_ids, use_cache=False, **inputs)
         return self.finish(out.last_hidden_state, self.shared_rows)
 
     def separate(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs forward and backward on a row a candidate."""
+        """Run forward and backward on a row a candidate."""
         mask = torch.ones_like(self.separate_ids)
         out = self.model.base_model(input_ids=self.separate_ids, attention_mask=mask, use_cache=False)
         return self.finish(out.last_hidden_state, self.separate_rows)
 
     def finish(self, hidden: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs the backward; returns the hidden states that predict tokens and the gradients."""
+        """Run the backward; returns the hidden states that predict tokens and the gradients."""
         self.model.zero_grad(set_to_none=True)
         picked = hidden.flatten(0, -2)[rows]
         picked.backward(self.upstream)

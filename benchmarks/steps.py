@@ -49,17 +49,17 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of th
 
 
 def name_of(pairs: Given) -> str:
-    """Returns the name of a case in the results."""
+    """Return the name of a case in the results."""
     return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}"
 
 
 def fed(pairs: Given) -> int:
-    """Counts the tokens that TRL feeds: prompt and completion of both sequences of every pair."""
+    """Count the tokens that TRL feeds: prompt and completion of both sequences of every pair."""
     return pairs.groups * 2 * 2 * pairs.tokens
 
 
 def cases(setting: Setting) -> list[Given]:
-    """Returns what is run on a device."""
+    """Return what is run on a device."""
     sizes, dtype, works = ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)), torch.bfloat16, ("dpo", "xu_cpo")
     on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
     # Without a reference a step is short: with 64 tokens its products outweigh what any step costs.
@@ -68,7 +68,7 @@ def cases(setting: Setting) -> list[Given]:
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures every trainer in every case."""
+    """Measure every trainer in every case."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -76,7 +76,7 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
-    """Measures one case."""
+    """Measure one case."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = Trainers(pairs, setting.device, folder)
         agree = Agreement(TOLERANCE[pairs.dtype], lambda result: (result[0], get_total_norm(result[1])))
@@ -110,7 +110,7 @@ class Trainers:
         self.texts = make_texts(pairs)
 
     def steps(self) -> dict[str, Callable[[], Call]]:
-        """Returns how to make the step of each; TRL first, which has no fused head for its CPOTrainer."""
+        """Return how to make the step of each; TRL first, which has no fused head for its CPOTrainer."""
         found: dict[str, Callable[[], Call]] = {STOCK: partial(self.trl_step, "stock")}
         found[FUSED[self.pairs.kind]] = partial(self.trl_step, "fused")
         if self.pairs.kind == "dpo":
@@ -118,7 +118,7 @@ class Trainers:
         return found | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}
 
     def trl_step(self, kind: str) -> Call:
-        """Makes that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
+        """Make that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
         trainer_class, config_class, context = trl_classes(self.pairs.kind, kind)
         options = {"per_device_train_batch_size": self.pairs.groups, "gradient_checkpointing": False}
         data = datasets.Dataset.from_list(self.texts)
@@ -135,25 +135,25 @@ class Trainers:
         return step
 
     def our_step(self, sharing: str) -> OwnStep:
-        """Makes that of CPOTrainer, which packs the batch in every step."""
+        """Make that of CPOTrainer, which packs the batch in every step."""
         args = CPOConfig(objective=self.pairs.kind, prefix_sharing=sharing, **self.arguments())
         trainer = CPOTrainer(**self.models(), args=args, train_dataset=self.texts)
         trainer.model.train()
         return OwnStep(trainer, self.pairs.groups)
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what every trainer is told."""
+        """Return what every trainer is told."""
         common = {"output_dir": self.folder, "report_to": "none", "dataloader_pin_memory": False, "bf16": False}
         return common | {"beta": BETA, "max_length": 2 * self.pairs.tokens, "use_cpu": self.device.type == "cpu"}
 
     def models(self) -> dict[str, Any]:
-        """Returns the models of every trainer, and its tokenizer."""
+        """Return the models of every trainer, and its tokenizer."""
         models = {"model": twin(self.policy), "processing_class": self.tokenizer}
         return models | ({"ref_model": twin(self.reference)} if self.pairs.kind == "dpo" else {})
 
 
 def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractContextManager]]:
-    """Returns trainer, configuration and the context of its steps; TRL is only needed here."""
+    """Return trainer, configuration and the context of its steps; TRL is only needed here."""
     import trl
     from trl.experimental import cpo
 
@@ -167,7 +167,7 @@ def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractCo
 
 
 def make_texts(pairs: Given) -> list[dict[str, str]]:
-    """Draws random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
+    """Draw random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
     lengths = (pairs.tokens, pairs.tokens - 1, pairs.tokens - 1)
     drawn = draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
     texts = [" ".join(f"w{token}" for token in tokens) for tokens in drawn]

@@ -43,13 +43,13 @@ ELSEWHERE = {
 
 
 def part_function(name: str) -> Callable[[Setting], Iterator[Record]]:
-    """Imports what measures a part."""
+    """Import what measures a part."""
     module, function = ELSEWHERE.get(name, (f"benchmarks.{name}", "run"))
     return getattr(import_module(module), function)
 
 
 def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
-    """Runs a part and saves `out`/NAME.json after every record; an exception ends the part, and is its `error`."""
+    """Run a part and saves `out`/NAME.json after every record; an exception ends the part, and is its `error`."""
     started, path = time.monotonic(), out / f"{name}.json"
     part = Part(name, environment.describe(["suite", *argv], setting.device.type), error="ended from outside")
     try:
@@ -68,7 +68,7 @@ def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures one part; 1 if it failed, or that there is nothing to do."""
+    """Measure one part; 1 if it failed, or that there is nothing to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of PART.json")

@@ -55,33 +55,33 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 
 def shown(name: str, value: float | None) -> str:
-    """Returns a value in its format, nothing where there is none."""
+    """Return a value in its format, nothing where there is none."""
     return "" if value is None else COLUMNS.get(name, ("", "{:.4g}"))[1].format(value)
 
 
 def heading(name: str) -> str:
-    """Returns what stands above a value."""
+    """Return what stands above a value."""
     return COLUMNS.get(name, (name.replace("_", " "), ""))[0]
 
 
 def condition(value: object) -> str:
-    """Returns a condition as it stands in a cell."""
+    """Return a condition as it stands in a cell."""
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def in_a_sentence(conditions: Mapping[str, Any]) -> str:
-    """Returns conditions as a sentence has them."""
+    """Return conditions as a sentence has them."""
     return ", ".join(f"{key}={condition(value)}" for key, value in conditions.items())
 
 
 def common_conditions(records: Sequence[Record]) -> dict[str, Any]:
-    """Returns the conditions that all records have, with the same value."""
+    """Return the conditions that all records have, with the same value."""
     first = records[0].conditions
     return {key: first[key] for key in first if all(r.conditions.get(key) == first[key] for r in records)}
 
 
 def case_table(records: Sequence[Record]) -> str:
-    """Returns a row a record: its contestant, the conditions in which the records differ, its values and its note."""
+    """Return a row a record: its contestant, the conditions in which the records differ, its values and its note."""
     common, known = common_conditions(records), list(COLUMNS)
     varying = list(dict.fromkeys(key for r in records for key in r.conditions if key not in common))
     names = {name for record in records for name in record.values}
@@ -97,7 +97,7 @@ def case_table(records: Sequence[Record]) -> str:
 
 
 def part_tables(part: Part) -> list[str]:
-    """Returns a heading, the common conditions and a table for every case."""
+    """Return a heading, the common conditions and a table for every case."""
     lines = []
     for case, records in by_case(part.records).items():
         line = in_a_sentence(common_conditions(records))
@@ -106,7 +106,7 @@ def part_tables(part: Part) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Makes a Markdown table that also reads as plain text; the columns in `left` are words, not numbers."""
+    """Make a Markdown table that also reads as plain text; the columns in `left` are words, not numbers."""
     table = [list(header), *map(list, rows)]
     widths = [max(2, *(len(row[i]) for row in table)) for i in range(len(header))]  # a rule needs "-:" at least
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

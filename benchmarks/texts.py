@@ -32,7 +32,7 @@ class Corpus:
 
 
 def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
-    """Returns every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
+    """Return every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
 
     Args:
         setting: names the text and the tokenizer.
@@ -53,7 +53,7 @@ def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
 
 
 def read(setting: Setting) -> str:
-    """Reads one paragraph a line."""
+    """Read one paragraph a line."""
     if setting.texts:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in setting.texts)
     from pydoc_data.topics import topics
@@ -63,7 +63,7 @@ def read(setting: Setting) -> str:
 
 
 def make_tokenizer(setting: Setting, paragraphs: list[str]) -> PreTrainedTokenizerFast:
-    """Makes GPT-2's from its files, or one trained on the text."""
+    """Make GPT-2's from its files, or one trained on the text."""
     if setting.tokenizer:
         files = [str(setting.tokenizer / name) for name in ("vocab.json", "merges.txt")]
         bpe = ByteLevelBPETokenizer(*files, add_prefix_space=False)

@@ -75,14 +75,14 @@ class Given:
         return self.sizes.conditions | {"dtype": dtype_name(self.dtype), "prompt": 0.5}
 
     def model(self, device: torch.device, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
-        """Makes a model of its sizes."""
+        """Make a model of its sizes."""
         return make_model(self.sizes, 2 * self.tokens, seed, attention).to(device, self.dtype)
 
 
 def make_model(
     sizes: Sizes, positions: int, seed: int = 0, attention: str = "sdpa", end: int | None = None
 ) -> PreTrainedModel:
-    """Makes a model in float32 on the host, without dropout, that takes so many positions.
+    """Make a model in float32 on the host, without dropout, that takes so many positions.
 
     One token is the beginning, the end and the padding: `end`, or the last one, which is that of make_tokenizer.
     """
@@ -100,12 +100,12 @@ def make_model(
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies a model around the same parameters and gradients, so that what is done to its modules stays there."""
+    """Copy a model around the same parameters and gradients, so that what is done to its modules stays there."""
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
 def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """Makes a tokenizer of one token a word, w0 and so on; the last of the vocabulary is EOS and padding."""
+    """Make a tokenizer of one token a word, w0 and so on; the last of the vocabulary is EOS and padding."""
     words = {f"w{index}": index for index in range(vocabulary - 1)} | {EOS: vocabulary - 1}
     backend = Tokenizer(models.WordLevel(words, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -113,13 +113,13 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def draw_tokens(vocabulary: int, *lengths: int, seed: int = 0) -> list[list[int]]:
-    """Draws texts of so many tokens each, without EOS."""
+    """Draw texts of so many tokens each, without EOS."""
     draw = Random(seed)
     return [[draw.randrange(vocabulary - 1) for _ in range(length)] for length in lengths]
 
 
 def gradients(model: PreTrainedModel) -> tuple[Tensor, ...]:
-    """Returns those of all parameters that have one."""
+    """Return those of all parameters that have one."""
     return tuple(p.grad for p in model.parameters() if p.grad is not None)
 
 
@@ -142,7 +142,7 @@ class OwnStep:
     tokens: int = 0
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Runs a step without an optimizer; its gradients are added to those that are there."""
+        """Run a step without an optimizer; its gradients are added to those that are there."""
         begun, trainer = time.perf_counter(), self.trainer
         trainer.state.global_step += 1  # new negatives
         examples = iter([{"index": torch.arange(self.groups)}])
@@ -154,6 +154,6 @@ class OwnStep:
         return loss.detach(), gradients(trainer.model)
 
     def values(self) -> dict[str, float]:
-        """Returns what a record says besides its time."""
+        """Return what a record says besides its time."""
         making = statistics.median(self.making[1:] or self.making)
         return {"positions": self.positions, "tokens": self.tokens, "making": making}

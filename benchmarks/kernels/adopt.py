@@ -53,7 +53,7 @@ class Adoption:
     merged: Callable[[Table, Sequence[Any], str, str], dict[str, Any]]
 
     def main(self, argv: list[str] | None = None) -> int:
-        """Measures and writes; 1 if something could not be measured, or not in the time, or came out wrong."""
+        """Measure and write; 1 if something could not be measured, or not in the time, or came out wrong."""
         form = argparse.RawDescriptionHelpFormatter
         parser = argparse.ArgumentParser(description=self.description, formatter_class=form)
         parser.add_argument("--out", type=Path, default=self.table, help="file to write (default: the committed table)")
@@ -73,7 +73,7 @@ class Adoption:
         return 0 if able == len(tasks) else 1
 
     def run(self, tasks: Sequence[Any], setting: Setting, out: Path, deadline: float) -> int:
-        """Measures tasks until the deadline, writing the table after each, and counts those that could be measured."""
+        """Measure tasks until the deadline, writing the table after each, and count those that could be measured."""
         committed, source = json.loads(self.table.read_text()), describe_source(setting.device)
         found, able, longest = list[Any](), 0, 0.0
         for task in tasks:
@@ -96,7 +96,7 @@ class Adoption:
 
 
 def committed(path: str) -> Path:
-    """Returns a table of the package."""
+    """Return a table of the package."""
     return Path(str(resources.files("cpo_kernels").joinpath("kernels", path)))
 
 
@@ -110,7 +110,7 @@ def describe_source(device: torch.device) -> str:
 
 
 def write_table(table: Table, entries: str, path: Path) -> None:
-    """Writes JSON with one of a list of entries a line, whatever the others take."""
+    """Write JSON with one of a list of entries a line, whatever the others take."""
     text = json.dumps({**table, entries: []}, indent=2)
     lines = ",\n".join(f"    {json.dumps(entry)}" for entry in table[entries])
     path.write_text(

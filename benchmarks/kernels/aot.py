@@ -87,7 +87,7 @@ def problems(target: Target, values: Mapping[str, float], missing: Sequence[str]
 
 
 def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
-    """Compiles everything that ``launch`` launches; nothing runs."""
+    """Compile everything that ``launch`` launches; nothing runs."""
     compiled = []
     run = JITFunction.run
 
@@ -114,7 +114,7 @@ def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
 
 
 def dump(cubin: bytes, *options: str) -> str:
-    """Returns what cuobjdump says about a cubin."""
+    """Return what cuobjdump says about a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -122,13 +122,13 @@ def dump(cubin: bytes, *options: str) -> str:
 
 
 def cuda_resources(usage: str) -> dict[str, int]:
-    """Reads registers per thread and local memory from ``cuobjdump -res-usage``."""
+    """Read registers per thread and local memory from ``cuobjdump -res-usage``."""
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {"registers": numbers["REG"], "spill_bytes": numbers["STACK"] + numbers["LOCAL"]}
 
 
 def amd_resources(assembly: str) -> dict[str, int]:
-    """Reads vector registers and local memory from the metadata at the end of the assembly.
+    """Read vector registers and local memory from the metadata at the end of the assembly.
 
     Scalar registers that are kept in lanes of vector registers (moved scalars) cost an instruction and no memory; those
     for which lanes do not suffice count as spills.
@@ -141,13 +141,13 @@ def amd_resources(assembly: str) -> dict[str, int]:
 
 
 def missing_instructions(case: Case, target: str, code: str) -> tuple[str, ...]:
-    """Returns patterns that a case requires on an architecture and that its machine code does not match."""
+    """Return patterns that a case requires on an architecture and that its machine code does not match."""
     patterns = [p for required in case.required for prefix, p in required.items() if target.startswith(prefix)]
     return tuple(pattern for pattern in patterns if not re.search(pattern, code))
 
 
 def describe(case: Case, target: Target, compiled: Any) -> Record:
-    """Returns what is reported of a compiled kernel, with its problems as a note."""
+    """Return what is reported of a compiled kernel, with its problems as a note."""
     metadata, required = compiled.metadata, compiled.metadata.name == case.kernel and case.required
     if target.gpu.backend == "cuda":
         cubin = compiled.asm["cubin"]
@@ -161,7 +161,7 @@ def describe(case: Case, target: Target, compiled: Any) -> Record:
 
 
 def compile_case(case: Case, target: Target) -> list[Record]:
-    """Compiles all kernels of a case.
+    """Compile all kernels of a case.
 
     Raises:
         RuntimeError: the case did not launch the kernel that it is about.
@@ -174,7 +174,7 @@ def compile_case(case: Case, target: Target) -> list[Record]:
 
 
 def compile_in_a_process(case: str, target: str) -> list[Record]:
-    """Compiles a case in a process of its own: compilers stop at what they find impossible.
+    """Compile a case in a process of its own: compilers stop at what they find impossible.
 
     Returns its kernels, or one that says why there are none, with the compilers' own words, which exceptions lack.
     """
@@ -192,37 +192,37 @@ def compile_in_a_process(case: str, target: str) -> list[Record]:
 
 
 def compile_named(case: str, target: str, stderr: str) -> list[Record]:
-    """Compiles a case by its name for a target by its name; what the compilers say goes to a file."""
+    """Compile a case by its name for a target by its name; what the compilers say goes to a file."""
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_APPEND), 2)
     return compile_case(CASES[case], TARGETS[target])
 
 
 def compile_all(cases: Iterable[str], targets: Iterable[str]) -> list[Record]:
-    """Compiles every case for every target, as many at a time as there are cores; problems are told as they come."""
+    """Compile every case for every target, as many at a time as there are cores; problems are told as they come."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = pool.map(compile_in_a_process, *zip(*itertools.product(cases, targets), strict=True))
         return [kernel for kernels in jobs for kernel in kernels]
 
 
 def load(folder: Path) -> Part:
-    """Reads the report in a folder."""
+    """Read the report in a folder."""
     return records.load(folder / f"{REPORT}.json")[REPORT]
 
 
 def write(part: Part, folder: Path) -> None:
-    """Writes the report: JSON and a page with one table an architecture."""
+    """Write the report: JSON and a page with one table an architecture."""
     folder.mkdir(parents=True, exist_ok=True)
     records.save({REPORT: part}, folder / f"{REPORT}.json")
     (folder / f"{REPORT}.md").write_text(page(part))
 
 
 def page(part: Part) -> str:
-    """Returns one table an architecture, and the problems that other versions had."""
+    """Return one table an architecture, and the problems that other versions had."""
     return "\n\n".join([INTRODUCTION.format(versions=", ".join(part.environment["triton"])), *part_tables(part)]) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compiles and report; exit status 1 if any kernel has a problem."""
+    """Compile and report; exit status 1 if any kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))

@@ -43,30 +43,30 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """Makes a tensor of no particular values."""
+    """Make a tensor of no particular values."""
     return torch.empty(shape, dtype=dtype)
 
 
 def row_tokens(*, shared: bool) -> tuple[Tensor, Tensor | None]:
-    """Makes targets (N,) and row_starts."""
+    """Make targets (N,) and row_starts."""
     starts = torch.arange(0, 3 * R + 1, 3)
     return torch.zeros(3 * R if shared else R, dtype=torch.int64), starts if shared else None
 
 
 def head(dtype: torch.dtype, V: int, *, capped: bool) -> tuple[Any, ...]:
-    """Makes bias, logit_scale, softcap, temperature."""
+    """Make bias, logit_scale, softcap, temperature."""
     return (empty(V, dtype=dtype), *CAPPED) if capped else (None, *PLAIN)
 
 
 def row_forward(dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False) -> object:
-    """Launches the one read of the logits."""
+    """Launch the one read of the logits."""
     return rows.row_forward(empty(R, V, dtype=dtype), *row_tokens(shared=shared), *head(dtype, V, capped=capped))
 
 
 def row_backward(
     dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False, grad_dtype: torch.dtype | None = None
 ) -> object:
-    """Launches the gradient over the logits."""
+    """Launch the gradient over the logits."""
     targets, starts = row_tokens(shared=shared)
     given = (targets, starts, empty(2, R), empty(targets.numel()), *head(dtype, V, capped=capped))
     return rows.row_backward_(empty(R, V, dtype=dtype), *given, grad_dtype)
@@ -75,7 +75,7 @@ def row_backward(
 def contrast_groups(
     candidates: int, *, ranked: bool, loss_type: str = "plackett_luce", config: Mapping[str, int] | None = None
 ) -> object:
-    """Launches two groups of candidates with a reference; ranked ones as groups of any size, normalized by length."""
+    """Launch two groups of candidates with a reference; ranked ones as groups of any size, normalized by length."""
     segments = 2 * candidates
     starts = torch.arange(segments + 1)
     groups = starts[::candidates].contiguous() if ranked else None
@@ -97,14 +97,14 @@ def linear_forward(
     sample: bool = False,
     transposed: bool = False,
 ) -> object:
-    """Launches log-likelihoods without logits, and on request samples and entropies."""
+    """Launch log-likelihoods without logits, and on request samples and entropies."""
     weight = empty(width, V, dtype=dtype).T if transposed else empty(V, width, dtype=dtype)
     given = (empty(R, width, dtype=dtype), weight, *row_tokens(shared=shared), *head(dtype, V, capped=capped))
     return linear.linear_forward(*given, seed=torch.zeros(1, dtype=torch.int64) if sample else None, entropy=sample)
 
 
 def row_cases() -> list[Case]:
-    """Returns both by dtype: odd and small vocabularies, and several tokens a row under the whole head."""
+    """Return both by dtype: odd and small vocabularies, and several tokens a row under the whole head."""
     cases = []
     for name, call, kernel, wide in (
         ("row_forward", row_forward, "row_forward_kernel", (WIDE_LOAD,)),
@@ -121,7 +121,7 @@ def row_cases() -> list[Case]:
 
 
 def gradient_cases() -> list[Case]:
-    """Returns column statistics in one and in two stages, and the upstream scale."""
+    """Return column statistics in one and in two stages, and the upstream scale."""
     one, two, scale = "column_stats_kernel", "merge_column_stats_kernel", "scale_kernel"
     return [
         Case("column_stats bf16", lambda: gradients.column_stats(empty(R, LLAMA, dtype=BF16)), one),
@@ -133,7 +133,7 @@ def gradient_cases() -> list[Case]:
 
 
 def contrast_cases() -> list[Case]:
-    """Returns groups from one negative to the largest group."""
+    """Return groups from one negative to the largest group."""
     cases = []
     for candidates in (2, 5, 16, 64, 512, contrast.MAX_CANDIDATES):
         for ranked, label in ((False, "default ranks"), (True, "ranked")):
@@ -144,7 +144,7 @@ def contrast_cases() -> list[Case]:
 
 
 def linear_cases() -> list[Case]:
-    """Returns the fused linear forward; what its products must be on Hopper holds for half precision.
+    """Return the fused linear forward; what its products must be on Hopper holds for half precision.
 
     Where descriptors are ruled out, by the rows' alignment or by a transposed weight, nothing is required.
     """

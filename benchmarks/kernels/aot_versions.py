@@ -23,7 +23,7 @@ VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 
 
 def run_aot(version: str, arguments: Sequence[str]) -> int:
-    """Compiles with a version of Triton, installed unless it is there; returns the exit status."""
+    """Compile with a version of Triton, installed unless it is there; returns the exit status."""
     log(f"triton {version} ...")
     folder = FOLDER / version
     if not (folder / f"triton-{version}.dist-info").exists():
@@ -37,7 +37,7 @@ def run_aot(version: str, arguments: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the versions one after another, the newest last."""
+    """Run the versions one after another, the newest last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=VERSIONS, help="default: %(default)s")
     options, arguments = parser.parse_known_args(argv)

@@ -115,7 +115,7 @@ class Measured:
 
 
 def contestants_of(task: Task, device: torch.device) -> tuple[list[str | None], str]:
-    """Returns the default and the other backends that have an operation here, and why one of them cannot take part."""
+    """Return the default and the other backends that have an operation here, and why one of them cannot take part."""
     reason = (missing_hopper if task.name.startswith("linear_") else missing)(device)
     others = [CUDA] if not reason else []
     if task.name == "linear_forward" and TRITON in registry.AVAILABLE:
@@ -124,13 +124,13 @@ def contestants_of(task: Task, device: torch.device) -> tuple[list[str | None], 
 
 
 def medians(setting: Setting, contestants: Mapping[str | None, Contestant]) -> Times:
-    """Times everyone in turns with the others."""
+    """Time everyone in turns with the others."""
     found = measure(Case("", list(contestants.values()), rounds=setting.rounds(ROUNDS, ROUNDS)), setting.device)
     return {name: record.values["seconds"] for name, record in zip(contestants, found, strict=True)}
 
 
 def row_gradient(task: Task, setting: Setting, _names: Sequence[str | None], _chosen: Sequence[Choice]) -> Places:
-    """Times one kernel for known coefficients against the two in its place."""
+    """Time one kernel for known coefficients against the two in its place."""
     assert task.dtype is not None
     rows = 8 if setting.quick else LOGITS_BYTES // (task.vocab * task.dtype.itemsize)
     problem = RowProblem(rows, task.vocab, task.dtype, setting.device)
@@ -141,7 +141,7 @@ def row_gradient(task: Task, setting: Setting, _names: Sequence[str | None], _ch
 
 
 def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
-    """Times the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
+    """Time the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
     for size in ((0, 2),) if setting.quick else ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
         problem = LogitsProblem(*size, task.vocab, task.dtype, setting.device)
         calls = {name: problem.step(AUTO, *way(task, setting, name), *chosen) for name in names}
@@ -152,12 +152,12 @@ def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen:
 
 
 def way(task: Task, setting: Setting, name: str | None) -> tuple[Choice, ...]:
-    """Returns the choice of a way around, or none."""
+    """Return the choice of a way around, or none."""
     return () if name is None else (Choice(task.name, architecture(setting.device), name),)
 
 
 def linear(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
-    """Times the whole call on hidden states; a small head where the size does not matter."""
+    """Time the whole call on hidden states; a small head where the size does not matter."""
     mode = NO_GRAD if task.name == "linear_forward" else TRAINED
     shape = replace(BAR_8K, hidden=task.hidden or 64, vocab=task.vocab or 1000, mode=mode)
     line_up = LineUp(draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device))
@@ -174,7 +174,7 @@ HEADS = [(vocab, BF16, bound, *hidden) for vocab, bound in VOCABULARIES for hidd
 
 
 def over_rows(name: str, run: Any, vocabularies: Sequence[tuple[int, int | None]] = ROW_VOCABULARIES) -> list[Task]:
-    """Returns the tasks of an operation on rows of logits."""
+    """Return the tasks of an operation on rows of logits."""
     return [Task(name, run, vocab, dtype, bound) for dtype in (BF16, FP32) for vocab, bound in vocabularies]
 
 
@@ -191,21 +191,21 @@ TASKS = [
 
 
 def gains(measured: Measured) -> dict[str | None, float]:
-    """Returns the speed of each backend over the default's, where it is least."""
+    """Return the speed of each backend over the default's, where it is least."""
     default = measured.task.default
     others = [name for name in next(iter(measured.places.values())) if name != default]
     return {name: min(times[default] / times[name] for times in measured.places.values()) for name in others}
 
 
 def fastest(measured: Measured) -> str | None:
-    """Returns the fastest backend, but the default unless another is faster than it by more than 2 % everywhere."""
+    """Return the fastest backend, but the default unless another is faster than it by more than 2 % everywhere."""
     by_name = gains(measured) if measured.places else {}
     best = max(by_name, key=by_name.__getitem__, default=None)
     return best if by_name.get(best, 0.0) > FASTER else measured.task.default
 
 
 def figures(measured: Measured) -> str:
-    """Says what a choice is made by."""
+    """Say what a choice is made by."""
     places, task = list(measured.places), measured.task
     if not places:
         return f"{measured.error or 'rows do not fit'} at {task}"
@@ -215,7 +215,7 @@ def figures(measured: Measured) -> str:
 
 
 def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
-    """Returns choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
+    """Return choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
 
     They are searched in order, so that narrower bounds come first.
     """
@@ -239,7 +239,7 @@ def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
 
 
 def merged(table: adopt.Table, measured: Sequence[Measured], arch: str, source: str) -> dict[str, Any]:
-    """Returns the table with what was measured in place of the choices of its own kind."""
+    """Return the table with what was measured in place of the choices of its own kind."""
 
     def replaced(choice: Entry) -> bool:
         dtype, kind = choice.get("dtype", "any"), (choice["operation"], choice["arch"])
@@ -253,7 +253,7 @@ def merged(table: adopt.Table, measured: Sequence[Measured], arch: str, source: 
 
 
 def measure_task(task: Task, setting: Setting, found: Sequence[Measured] = ()) -> Measured:
-    """Measures a task with what was chosen before; a dry run is small, since every GPU thread is interpreted."""
+    """Measure a task with what was chosen before; a dry run is small, since every GPU thread is interpreted."""
     small = replace(task, vocab=257 if task.vocab else 0, hidden=16 if task.hidden else 0)
     task, arch = small if setting.quick else task, architecture(setting.device)
     so_far = merged(json.loads(TABLE.read_text()), found, arch, "")["choices"]
@@ -265,7 +265,7 @@ def measure_task(task: Task, setting: Setting, found: Sequence[Measured] = ()) -
 
 
 def selected(names: Sequence[str] | None, device: torch.device) -> list[Task]:
-    """Returns the tasks in which there is something to choose between on this device."""
+    """Return the tasks in which there is something to choose between on this device."""
     able = []
     for task in TASKS:
         if names is None or task.name in names:

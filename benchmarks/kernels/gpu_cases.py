@@ -45,7 +45,7 @@ COPY, PRODUCT, HOPPER = "torch copy_", "torch.mm", "fused linear, cuda"
 
 
 def run(setting: Setting) -> Iterator[Record]:
-    """Measures case after case; one that fails does not keep the others from being measured."""
+    """Measure case after case; one that fails does not keep the others from being measured."""
     dtypes, no_grad = (torch.bfloat16, torch.float32), (BAR_8K,) if setting.quick else (BAR_8K, BAR_QWEN, BAR_NARROW)
     cases: dict[str, Callable[[], Iterable[Record]]] = {"ceilings": partial(heads.ceilings, setting)}
     cases |= {f"row kernels {dtype_name(dtype)}": partial(row_kernels, dtype, setting) for dtype in dtypes}
@@ -59,14 +59,14 @@ def run(setting: Setting) -> Iterator[Record]:
 
 
 def sized(shape: Shape, setting: Setting) -> Shape:
-    """Returns the shape itself, or a tiny one of its kind with peers that do not compile."""
+    """Return the shape itself, or a tiny one of its kind with peers that do not compile."""
     if not setting.quick:
         return shape
     return replace(tiny(shape), rounds=1, peers=STILL if shape.peers is None else shape.peers)
 
 
 def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
-    """Times row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's.
+    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's.
 
     Forward; backward in place; bf16 gradients over fp32 logits; both in one read and write where rows fit.
     """
@@ -101,19 +101,19 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
 
 
 def is_picked(kernel: str, vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Returns whether the table picks the CUDA kernel."""
+    """Return whether the table picks the CUDA kernel."""
     operation, sizes = "row_forward" if kernel == "forward" else "row_backward", selection.Sizes(vocab, dtype)
     choices = selection.choices_for(selection.AUTO, architecture(device), sizes, registry.AVAILABLE)
     return choices.get(operation) == CUDA
 
 
 def linear_problem(problem: Problem) -> LinearProblem:
-    """Returns the tensors of a problem for ways without gradients."""
+    """Return the tensors of a problem for ways without gradients."""
     return LinearProblem(problem.hidden.detach().flatten(0, 2), problem.weight.detach(), problem.targets.flatten())
 
 
 def beside_product(shape: Shape, linear: LinearProblem, calls: dict[str, Call], setting: Setting) -> list[Record]:
-    """Times ways to log-likelihoods over one product."""
+    """Time ways to log-likelihoods over one product."""
     contestants = [ready(name, call) for name, call in ({PRODUCT: linear.product} | calls).items()]
     conditions, ratios = shape.conditions | {"mode": "no_grad"}, {"of_product": PRODUCT}
     case = Case(f"no_grad, {shape.name}", contestants, conditions, ratios, rounds=setting.rounds(ROUNDS, ROUNDS))
@@ -121,7 +121,7 @@ def beside_product(shape: Shape, linear: LinearProblem, calls: dict[str, Call], 
 
 
 def without_gradients(shape: Shape, setting: Setting) -> list[Record]:
-    """Times ours as users call it, product and row kernel, and Triton's fused path, plain and with everything."""
+    """Time ours as users call it, product and row kernel, and Triton's fused path, plain and with everything."""
     problem = draw(shape, device=setting.device)
     linear, tensors = linear_problem(problem), (problem.hidden.detach(), problem.weight.detach(), problem.targets)
 
@@ -139,7 +139,7 @@ def without_gradients(shape: Shape, setting: Setting) -> list[Record]:
 
 
 def by_hopper(shape: Shape, setting: Setting) -> list[Record]:
-    """Times the fused linear path of the compiled CUDA kernels.
+    """Time the fused linear path of the compiled CUDA kernels.
 
     Raises:
         NotHereError: it is not for this GPU, or not built.

@@ -39,7 +39,7 @@ COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
 
 
 def triton_kernels(module: str) -> ModuleType:
-    """Imports a module of the Triton backend.
+    """Import a module of the Triton backend.
 
     Raises:
         NotHereError: the backend cannot be used, and there is no GPU that it would be expected of.
@@ -51,19 +51,19 @@ def triton_kernels(module: str) -> ModuleType:
 
 
 def row_launchers(backend: str) -> ModuleType:
-    """Returns the row kernels of a backend, without the dispatcher before them."""
+    """Return the row kernels of a backend, without the dispatcher before them."""
     return cuda_rows if backend == CUDA else triton_kernels("rows")
 
 
 def missing(device: torch.device) -> str:
-    """Says why the compiled CUDA kernels cannot be used on a device, or nothing."""
+    """Say why the compiled CUDA kernels cannot be used on a device, or nothing."""
     if CUDA in registry.AVAILABLE:
         return registry.BACKENDS[CUDA].refuses(device, torch.float32) or ""
     return next(status.reason for status in registry.describe() if status.name == CUDA)
 
 
 def missing_hopper(device: torch.device) -> str:
-    """Says why their fused linear path cannot, or nothing."""
+    """Say why their fused linear path cannot, or nothing."""
     if reason := missing(device):
         return reason
     found = cuda_extension.capability(device)
@@ -71,12 +71,12 @@ def missing_hopper(device: torch.device) -> str:
 
 
 def gradient_error(dtype: torch.dtype) -> float:
-    """Returns what a gradient in a dtype may be off, relatively: twice a rounding, and float32 exponentials."""
+    """Return what a gradient in a dtype may be off, relatively: twice a rounding, and float32 exponentials."""
     return max(torch.finfo(dtype).eps, 16 * torch.finfo(torch.float32).eps)
 
 
 def compare(name: str, result: Tensor, expected: Tensor, allowed: float) -> None:
-    """Raises :class:`AnotherLossError` unless ||result - expected|| / ||expected|| is within what is allowed."""
+    """Raise :class:`AnotherLossError` unless ||result - expected|| / ||expected|| is within what is allowed."""
     error = ((result.double() - expected).norm() / expected.norm()).item()
     if not error <= allowed:  # not `>`: NaN is wrong too
         raise AnotherLossError(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
@@ -109,14 +109,14 @@ class RowProblem:
         return found
 
     def forward(self, backend: str, **config: Any) -> Call:
-        """Makes the call of one read."""
+        """Make the call of one read."""
         kernel = partial(row_launchers(backend).row_forward, **config)
         for logits, targets, _, _, logps, _ in self.ends:
             compare(f"{backend} row_forward", kernel(logits, targets, None, *HEAD)[1], logps, FORWARD_ERROR)
         return partial(kernel, self.logits, self.targets, None, *HEAD)
 
     def backward_(self, backend: str, grad_dtype: torch.dtype | None = None, **config: Any) -> Call:
-        """Makes the call of one read and one write, over the buffer."""
+        """Make the call of one read and one write, over the buffer."""
         kernel, dtype = partial(row_launchers(backend).row_backward_, **config), grad_dtype or self.logits.dtype
         for logits, targets, coef, stats, _, grad in self.ends:
             over = logits.clone()
@@ -125,7 +125,7 @@ class RowProblem:
         return partial(kernel, self.buffer, self.targets, None, self.stats, self.coef, *HEAD, grad_dtype)
 
     def gradient_(self) -> Call:
-        """Makes that of both in one read and one write, which the compiled CUDA kernels alone have."""
+        """Make that of both in one read and one write, which the compiled CUDA kernels alone have."""
         for logits, targets, coef, _, logps, grad in self.ends:
             over = logits.clone()
             found = cuda_rows.row_gradient_(over, targets, None, coef, *HEAD, None)[1]
@@ -145,7 +145,7 @@ class LogitsProblem:
         self.ref = 10 * torch.randn(dims[:2], device=device)
 
     def step(self, backend: str, *choices: Choice) -> Call:
-        """Makes loss and gradient as users call them, with these choices in place of the table's."""
+        """Make loss and gradient as users call them, with these choices in place of the table's."""
 
         def run() -> tuple[CPOOutput, Tensor]:
             with selection.overridden(*choices):
@@ -160,7 +160,7 @@ class LogitsProblem:
         return run
 
     def check(self, name: str, some: slice, logps: Tensor, grad: Tensor) -> None:
-        """Holds log-likelihoods (G, C) and gradient of a group against float64."""
+        """Hold log-likelihoods (G, C) and gradient of a group against float64."""
         exact = self.logits.detach()[some].double().requires_grad_()
         token_logps = torch.log_softmax(exact, -1).gather(-1, self.targets[some].unsqueeze(-1)).squeeze(-1)
         expected = token_logps.sum(-1)
@@ -181,32 +181,32 @@ class LinearProblem:
         self.expected = plain.row_forward(logits, targets[some], None, *HEAD)[1]
 
     def product(self) -> Tensor:
-        """Multiplies once."""
+        """Multiply once."""
         return torch.mm(self.hidden, self.weight.T, out=self.buffer)
 
     def two(self, backend: str) -> Call:
-        """Makes product and row kernel; the logits of a product are in the dtype of the hidden states."""
+        """Make product and row kernel; the logits of a product are in the dtype of the hidden states."""
         kernel, allowed = row_launchers(backend).row_forward, torch.finfo(self.hidden.dtype).eps
         return self.checked(lambda: kernel(self.product(), self.targets, None, *HEAD)[1], allowed)
 
     def fused(self, **options: Any) -> Call:
-        """Makes Triton's product without logits in memory, with options of its launcher."""
+        """Make Triton's product without logits in memory, with options of its launcher."""
         kernel = triton_kernels("linear").linear_forward
         return self.checked(lambda: kernel(self.hidden, self.weight, self.targets, None, *HEAD, **options).logps)
 
     def hopper(self) -> Call:
-        """Makes Hopper's, of the compiled CUDA kernels."""
+        """Make Hopper's, of the compiled CUDA kernels."""
         given = (self.hidden, self.weight, self.targets, None, *HEAD)
         return self.checked(lambda: cuda_hopper.linear_forward(*given)[1])
 
     def checked(self, call: Callable[[], Tensor], allowed: float = 10 * FORWARD_ERROR) -> Call:
-        """Holds the first log-probabilities of a call against float64."""
+        """Hold the first log-probabilities of a call against float64."""
         compare("log-probabilities", call()[:CHECKED_ROWS], self.expected, allowed)
         return call
 
 
 def under_choices(peer: Peer, *choices: Choice) -> Peer:
-    """Returns a peer of ours with choices in place of the table's; its gradients are those of the forward pass."""
+    """Return a peer of ours with choices in place of the table's; its gradients are those of the forward pass."""
 
     def under(call: Any) -> Any:
         def run(*tensors: Any) -> Any:

@@ -31,7 +31,7 @@ Config = dict[str, int]
 
 
 def grid(**choices: Sequence[int]) -> list[Config]:
-    """Returns every combination."""
+    """Return every combination."""
     return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
 
 
@@ -69,19 +69,19 @@ class Task:
 
 
 def rows(vocab: int, dtype: torch.dtype, setting: Setting) -> int:
-    """Returns as many rows of logits as fill a gibibyte."""
+    """Return as many rows of logits as fill a gibibyte."""
     return 9 if setting.quick else LOGITS_BYTES // (vocab * dtype.itemsize)
 
 
 def row_job(vocab: int, dtype: torch.dtype, setting: Setting, *, forward: bool) -> Job:
-    """Makes the job of one read of the logits, or of one read and one write over a buffer."""
+    """Make the job of one read of the logits, or of one read and one write over a buffer."""
     problem = RowProblem(rows(vocab, dtype, setting), vocab, dtype, setting.device)
     call = problem.forward if forward else problem.backward_
     return Job(lambda config: call(TRITON, config=config), problem.logits.nbytes * (1 if forward else 2))
 
 
 def gradient_job(vocab: int, dtype: torch.dtype, setting: Setting, *, scaled: bool) -> Job:
-    """Makes that of one read of a gradient for statistics of its columns, or of the gradient times a number.
+    """Make that of one read of a gradient for statistics of its columns, or of the gradient times a number.
 
     The bound of the latter's entry is the tensor's size, so it has none.
     """
@@ -102,7 +102,7 @@ def gradient_job(vocab: int, dtype: torch.dtype, setting: Setting, *, scaled: bo
 
 
 def linear_job(vocab: int, dtype: torch.dtype, setting: Setting, *, everything: bool) -> Job:
-    """Makes that of hidden @ weight.T without logits; ``everything``: a sample and the entropy of each row as well."""
+    """Make that of hidden @ weight.T without logits; ``everything``: a sample and the entropy of each row as well."""
     count, width = (9, 32) if setting.quick else (8192 if dtype != torch.float32 else 1024, 4096)
     hidden = torch.randn(count, width, device=setting.device).to(dtype)
     weight = (torch.randn(vocab, width, device=setting.device) * (2 / width**0.5)).to(dtype)
@@ -152,7 +152,7 @@ COVERED = {"any": ("any", "bfloat16", "float16"), "float32": ("float32",)}
 
 
 def measure_task(task: Task, setting: Setting, _found: Sequence[Entry] = ()) -> Entry:
-    """Returns the entry of the fastest configuration; those that do not launch, for want of registers, are passed over.
+    """Return the entry of the fastest configuration; those that do not launch, for want of registers, are passed over.
 
     Raises:
         ContestantError: one has a wrong result, or none can be launched.
@@ -183,7 +183,7 @@ def measure_task(task: Task, setting: Setting, _found: Sequence[Entry] = ()) -> 
 
 
 def merged(table: adopt.Table, measured: Sequence[Entry], arch: str, source: str) -> dict[str, Any]:
-    """Returns the table with the measured entries in place of those of the same kernel, architecture and dtype.
+    """Return the table with the measured entries in place of those of the same kernel, architecture and dtype.
 
     Entries are searched in order, so that narrower bounds and named dtypes come before wider ones.
     """
@@ -200,7 +200,7 @@ def merged(table: adopt.Table, measured: Sequence[Entry], arch: str, source: str
 
 
 def selected(names: Sequence[str] | None, _device: torch.device) -> list[Task]:
-    """Returns the tasks of some kernels."""
+    """Return the tasks of some kernels."""
     return [task for task in TASKS if names is None or task.name in names]
 
 

@@ -28,7 +28,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 def run(settings, monkeypatch):
-    """Runs parts that are made of shell scripts."""
+    """Run parts that are made of shell scripts."""
     monkeypatch.setattr(gpu_check.environment, "describe", lambda argv, device: ENVIRONMENT)
 
     def parts(limit: float = 60, **scripts: str) -> dict[str, tuple[str, str]]:

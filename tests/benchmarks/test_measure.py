@@ -49,7 +49,7 @@ class Clock:
 
 
 def taking(**seconds):
-    """Contestants that take so long; several numbers are the warm-up and one round after the other."""
+    """Return contestants that take so long; several numbers are the warm-up and one round after the other."""
 
     def call(name, own):
         left = iter(own) if isinstance(own, list) else iter(lambda: own, None)

@@ -152,7 +152,7 @@ def test_compilers_compile_once_along_a_curve():
 
 
 def corpus(*completion_lengths: int) -> Corpus:
-    """Completions that say of each token whose it is."""
+    """Make completions that say of each token whose it is."""
     examples = [Example([0], [index] * length) for index, length in enumerate(completion_lengths)]
     return Corpus(examples, None)  # type: ignore[arg-type]
 
