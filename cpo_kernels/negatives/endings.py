@@ -59,8 +59,15 @@ def _of_generation(tokenizer: Any, model: Any) -> list[int]:
         return []
     if not isinstance(ends, int):
         return list(ends)
-    of_class = getattr(type(model.config)(), "eos_token_id", None)
-    return [] if ends == of_class and ends not in _special_ids(tokenizer) else [ends]
+    return [] if ends == _default_end(model.config) and ends not in _special_ids(tokenizer) else [ends]
+
+
+def _default_end(config: Any) -> int | None:
+    """Return the EOS token that every model of a configuration class has unless it is told another."""
+    try:
+        return getattr(type(config)(), "eos_token_id", None)
+    except Exception:  # Classes from outside transformers may need arguments, and have no default then.
+        return None
 
 
 def as_ids(eos_token_id: int | Sequence[int]) -> tuple[int, ...]:
