@@ -17,8 +17,8 @@ def end_token_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
     """Return every token id that ends a completion.
 
     These are the tokenizer's EOS, which comes first, the token that its chat template ends an answer with, and those
-    of the model's generation configuration. A single id in that configuration is left out if the tokenizer does not
-    mark it as special and the configuration class has it by default: it says nothing about the model.
+    of the model's generation configuration. One of these that the tokenizer does not mark as special and that the
+    model's configuration class has by default says nothing about the model and is left out.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
@@ -57,9 +57,8 @@ def _of_generation(tokenizer: Any, model: Any) -> list[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         return []
-    if not isinstance(ends, int):
-        return list(ends)
-    return [] if ends == _default_end(model.config) and ends not in _special_ids(tokenizer) else [ends]
+    default, special = _default_end(model.config), _special_ids(tokenizer)
+    return [end for end in as_ids(ends) if end != default or end in special]
 
 
 def _default_end(config: Any) -> int | None:

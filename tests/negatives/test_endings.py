@@ -55,8 +55,11 @@ def test_a_default_of_the_configuration_class_is_no_end():
     assert model.generation_config.eos_token_id == 2
     words = tiny_models.tokenizer(eos_token="<pad>", pad_token="<pad>")
     assert end_token_ids(words, model) == (0,)
-    model.generation_config.eos_token_id = [2]
-    assert end_token_ids(words, model) == (0, 2)
+    # As transformers.Trainer leaves it behind.
+    model.generation_config.eos_token_id = [0, 2]
+    assert end_token_ids(words, model) == (0,)
+    model.generation_config.eos_token_id = [OTHER, 2]
+    assert end_token_ids(words, model) == (0, OTHER)
 
 
 @pytest.mark.parametrize("end", [[], [EOS], [TURN_END], [TURN_END, EOS]])
