@@ -137,7 +137,6 @@ def test_a_quick_run_has_every_point():
     assert [(c["V"], c["H"], c["N"]) for c in small] == [(8192, 256, 64), (256, 64, 64)]
 
 
-@pytest.mark.slow  # compiles
 def test_compilers_compile_once_along_a_curve():
     peer, counters = VARYING["torch.compile"](), torch._dynamo.utils.counters
     torch._dynamo.reset()
