@@ -146,7 +146,7 @@ def against_all(what: str, part: Part) -> Iterator[Bar]:
 
 
 def named(rivals: Sequence[Record]) -> str:
-    """Names few peers, and counts many."""
+    """Name few peers, and count many."""
     return f"{len(rivals)} peers" if len(rivals) > 2 else " and ".join(record.contestant for record in rivals)
 
 

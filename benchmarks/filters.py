@@ -34,7 +34,7 @@ Eps = Mapping[str, float]
 
 
 def at_bar(name: str) -> str:
-    """Names the contestant whose eps is as large as the bar of the gradient's error allows."""
+    """Name the contestant whose eps is as large as the bar of the gradient's error allows."""
     return f"{name} at error 1e-3"
 
 

@@ -101,7 +101,7 @@ def committed(path: str) -> Path:
 
 
 def describe_source(device: torch.device) -> str:
-    """Names device, versions and commit in a line."""
+    """Name device, versions and commit in a line."""
     described = environment.describe(["kernels.tune"], device.type)
     gpu = described.get("gpu", {"name": described["device"]})
     versions = f"torch {environment.version('torch')}, triton {environment.version('triton')}"

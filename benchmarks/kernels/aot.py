@@ -77,7 +77,7 @@ TARGETS = {
 
 
 def problems(target: Target, values: Mapping[str, float], missing: Sequence[str]) -> str:
-    """Names what a kernel must not do, if it does."""
+    """Name what a kernel must not do, if it does."""
     found = [f"no instruction matches {pattern}" for pattern in missing]
     if values["spill_bytes"]:
         found.append(f"spills {values['spill_bytes']} bytes a thread")

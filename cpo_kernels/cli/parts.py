@@ -57,7 +57,7 @@ class Job:
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
         self.ends = end_token_ids(self.tokenizer, model)
         with input_errors():
-            self.data = tokenize_examples(rows, self.tokenizer, eos_token_id=self.ends, **lengths)
+            self.data = tokenize_examples(self.examples, self.tokenizer, eos_token_id=self.ends, **lengths)
         # The same for all parts, so that negatives do not depend on where a part begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
         self.writer: ModelWriter | EndpointWriter
@@ -100,13 +100,15 @@ class Job:
         some = slice(part.start, part.stop)
         prompts, truths = self.data.prompts[some], self.data.completions[some]
         kept: Written = []
-        texts: list[list[str]] = []
+        forms: list[list[Any]] = []
         for index, own in enumerate(self._draw(prompts, part), start=part.start):
-            wrong = [(ids, self._text(index, ids)) for ids in own if not self._is_truth(index, ids)]
-            kept.append([ids for ids, text in wrong if text is not None])
-            texts.append([text for _, text in wrong if text is not None])
+            truth = self._form(index, self.data.completions[index])
+            drawn = [(ids, self._form(index, ids)) for ids in own]
+            wrong = [(ids, form) for ids, form in drawn if form is not None and form != truth]
+            kept.append([ids for ids, _ in wrong])
+            forms.append([form for _, form in wrong])
         ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
-        return {"negatives": texts if self.as_text else kept, "ranks": ranks}
+        return {"negatives": forms if self.as_text else kept, "ranks": ranks}
 
     def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
         keys, count = range(part.start, part.stop), self.run.negatives_count
@@ -116,22 +118,17 @@ class Job:
         with input_errors(RuntimeError):
             return self.writer(prompts, keys, count, sampling)
 
-    def _is_truth(self, index: int, ids: Sequence[int]) -> bool:
-        """Tell whether a draw equals the ground truth in the form in which it is written; EOS alone does not count."""
-        truth = self.data.completions[index]
-        if self.as_text:
-            return self._text(index, ids) == self._text(index, truth)
-        return without_end(ids, self.ends) == without_end(truth, self.ends)
+    def _form(self, index: int, ids: Sequence[int]) -> str | list[int] | None:
+        """Return the form in which a completion of an example is compared with its ground truth.
 
-    def _text(self, index: int, ids: Sequence[int]) -> str | None:
-        """Return a draw for an example as the text behind the text of its prompt; None where there is no such text.
-
-        A prompt such as "the cat " ends within the token " sat" of its completion: no text behind it begins with a
-        comma. Where token ids are written no draw is refused, and the text is not used.
+        It is the text behind the prompt's where texts are written, None where no text can be it: a prompt such as
+        "the cat " ends within the token " sat" of its completion, and no text behind it begins with a comma. Elsewhere
+        it is the token ids without what ends them.
         """
         prompt = self.examples[index].prompt
-        prompt_text = prompt if self.as_text and isinstance(prompt, str) else None
-        return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt_text)
+        if not self.as_text or not isinstance(prompt, str):
+            return without_end(ids, self.ends)
+        return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt)
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the examples to which negatives are added, as texts or token ids, as the negatives are."""

@@ -16,7 +16,7 @@ from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import as_ids, end_token_ids
 
 from .encoding import encode_examples
-from .formats import normalize_example
+from .formats import Example, normalize_example
 
 TOKENIZER_BATCH = 1000
 
@@ -120,7 +120,7 @@ def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 
 
 def tokenize_examples(
-    examples: Iterable[Mapping[str, Any]],
+    examples: Iterable[Mapping[str, Any] | Example],
     tokenizer: Any,
     *,
     max_length: int,
@@ -144,7 +144,8 @@ def tokenize_examples(
     Args:
         examples: mappings as :func:`~cpo_kernels.trainer.formats.normalize_example` takes them:
             ``{"prompt", "completion"}``, with ``"negatives"`` and ``"ranks"`` if they bring any, or TRL's
-            ``{"prompt", "chosen", "rejected"}``; values are strings, lists of token ids, or conversations.
+            ``{"prompt", "chosen", "rejected"}``; values are strings, lists of token ids, or conversations. Or what that
+            function returns.
         tokenizer: a tokenizer of ``transformers`` with an EOS token.
         max_length: tokens of prompt and completion together, at most.
         max_prompt_length: tokens of the prompt, at most; smaller than ``max_length``.
@@ -168,7 +169,10 @@ def tokenize_examples(
     ranks: list[list[int] | None] = []
     kinds: list[list[str]] = []
     for start, chunk in _chunks(examples):
-        normal = [normalize_example(row, start + offset, tokenizer, vocab_size) for offset, row in enumerate(chunk)]
+        normal = [
+            row if isinstance(row, Example) else normalize_example(row, start + offset, tokenizer, vocab_size)
+            for offset, row in enumerate(chunk)
+        ]
         for example, (prompt, candidates) in zip(normal, encode_examples(normal, tokenizer, ends), strict=True):
             prompts.append(finish.prompt(prompt, max_prompt_length, len(prompts)))
             room = max_length - len(prompts[-1])
@@ -194,7 +198,7 @@ def tokenize_examples(
     return tokenized
 
 
-def _chunks(examples: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
+def _chunks(examples: Iterable[Any]) -> Iterator[tuple[int, list[Any]]]:
     """Yield lists of examples, each with the index of its first: tokenizers are fast on many texts at a time."""
     start, chunk = 0, []
     for example in examples:

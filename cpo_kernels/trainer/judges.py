@@ -173,8 +173,8 @@ class LikelihoodJudge:
 
     @property
     def identity(self) -> str:
-        """The model's fingerprint and dtype, and the length that texts are cut to."""
-        return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length}"
+        """The model's fingerprint and dtype, the length that texts are cut to, and the tokens that end them."""
+        return f"likelihood {fingerprint(self.model)} {self.model.dtype} {self.max_length} {self._ends}"
 
     def __call__(self, prompt: str, first: str, second: str) -> Verdict:
         """Return the verdict on one pair."""

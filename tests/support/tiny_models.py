@@ -46,6 +46,20 @@ def llama(seed: int = 0, **config) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(sizes | heads | {"initializer_range": 0.2} | config)))
 
 
+def sure_of(model: LlamaForCausalLM, word: int) -> LlamaForCausalLM:
+    """Make a Llama give all of its probability to one word, after anything."""
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+        model.model.norm.weight[0] = 1.0
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight[:, 0] = 100.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[word, 0] = 100.0
+    return model
+
+
 def adapted(model: PreTrainedModel | None = None, **config) -> PeftModel:
     """Make a model with random LoRA adapters."""
     model = llama() if model is None else model

@@ -20,17 +20,8 @@ pytestmark = pytest.mark.cpu
 @pytest.mark.parametrize("source", ["model", "reference"])
 def test_mean_field_negatives_come_from_who_was_asked(tmp_path, source):
     """One of the two is sure of a single word after anything: its negatives are that word over and over."""
-    sure, other = tiny_models.llama(), tiny_models.llama(seed=1)
     word = tiny_models.tokenizer()("river")["input_ids"][0]
-    with torch.no_grad():
-        sure.model.norm.weight.zero_()
-        sure.model.norm.weight[0] = 1.0
-        sure.lm_head.weight.zero_()
-        sure.model.embed_tokens.weight[:, 0] = 100.0
-        for layer in sure.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        sure.lm_head.weight[word, 0] = 100.0
+    sure, other = tiny_models.sure_of(tiny_models.llama(), word), tiny_models.llama(seed=1)
     model, reference = (sure, other) if source == "model" else (other, sure)
     options = {"num_mean_field_negatives": 2, "mean_field_source": source, **NONE}
     run = trainer(tmp_path, model, ref_model=reference, **options)
@@ -261,16 +252,7 @@ def test_models_stop_at_the_end_of_a_turn(tmp_path):
     """One that is sure of the turn's end after anything draws nothing else, by itself or along the truth."""
     tokenizer = chat_tokenizer()
     turn_end = len(tokenizer) - 1
-    model = tiny_models.llama(vocab_size=len(tokenizer))
-    with torch.no_grad():
-        model.model.norm.weight.zero_()
-        model.model.norm.weight[0] = 1.0
-        model.lm_head.weight.zero_()
-        model.model.embed_tokens.weight[:, 0] = 100.0
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.lm_head.weight[turn_end, 0] = 100.0
+    model = tiny_models.sure_of(tiny_models.llama(vocab_size=len(tokenizer)), turn_end)
     kinds = {"num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "mean_field_source": "model", **NONE}
     run = trainer(tmp_path, model, TALKS, tokenizer=tokenizer, **kinds)
     for _, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
