@@ -41,6 +41,8 @@ class Call:
         rows: (N,) int64 or None.
         tokens: the tokens that count.
         plan: the chunks.
+        scales_rows: whether the gradient of hidden, the only one, is built without the coefficients of the tokens, each
+            of which has a row to itself, and multiplied by them at the end.
     """
 
     head: Head
@@ -52,6 +54,7 @@ class Call:
     rows: Tensor | None
     tokens: Tokens
     plan: Plan
+    scales_rows: bool
 
     def bind(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> LinearHead:
         """Join the call with its tensors."""
@@ -80,7 +83,10 @@ class Call:
 
 
 def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_coefficients: bool = False) -> Call:
-    """Decide which backend, way, tokens and plan a call has; the last two arguments are those of :func:`make_plan`.
+    """Decide which backend, way, tokens and plan a call has.
+
+    ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
+    depend on all its log-probabilities.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -92,8 +98,10 @@ def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_co
     backend = registry.select(head.backend, hidden.device, logits_dtype, sizes)
     if head.vocab_shard is not None:
         backend = backend.with_rows(head.vocab_shard.rows(backend.rows))
-    way = choose_way(backend, hidden, weight, needs)
+    way = choose_way(backend, head, hidden, weight, needs)
     tokens = tokens_of(inputs)
+    only_hidden = needs == (True, False, False) and tokens.one_per_row
+    scales_rows = only_hidden and not head.filtered and not known_coefficients
     plan = plan_chunks(
         tokens if whole_groups else tokens.as_one_group(),
         inputs,
@@ -101,9 +109,9 @@ def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_co
         way,
         needs,
         whole_groups=whole_groups,
-        known_coefficients=known_coefficients,
+        waits=not known_coefficients and not scales_rows,
     )
-    return Call(head, backend, way, logits_dtype, needs, inputs.targets, inputs.rows, tokens, plan)
+    return Call(head, backend, way, logits_dtype, needs, inputs.targets, inputs.rows, tokens, plan, scales_rows)
 
 
 def tokens_of(inputs: Inputs) -> Tokens:
@@ -133,12 +141,13 @@ def plan_chunks(
     needs: Needs,
     *,
     whole_groups: bool,
-    known_coefficients: bool,
+    waits: bool,
 ) -> Plan:
     """Plan the chunks of a call; the last two arguments are those of :func:`make_plan`."""
     head, hidden, weight, shard = inputs.head, inputs.hidden, inputs.weight, inputs.head.vocab_shard
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
+    copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
     workspace += scratch_bytes(held, hidden.device) if filtered else 0
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
@@ -149,11 +158,11 @@ def plan_chunks(
         max_logits_bytes=head.max_logits_bytes,
         default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
-        gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if tokens.rows_are_copied or filtered else 0,
+        gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
         whole_groups=whole_groups,
-        known_coefficients=known_coefficients,
+        waits=waits,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
     plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)

@@ -45,6 +45,7 @@ class Kept(NamedTuple):
         rows: (k,) or a slice, rows of ``hidden``.
         columns: (c,) vocabulary entries, or None for all of them.
         absent: (k,) bool, rows whose gradient is 0 and whose hidden states may be anything; None: there are none.
+        scale: (k,) float32, what each row of ``dlogits`` is still to be multiplied by; None: nothing.
         shares: (V,) share of every column in the sum of the left-out columns, 0 for kept ones; None if all are kept.
         spare: memory of the block's logits beyond ``dlogits``, for (c + 1, H) numbers; None if all columns are kept.
     """
@@ -55,6 +56,7 @@ class Kept(NamedTuple):
     shares: Tensor | None = None
     spare: Tensor | None = None
     absent: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass

@@ -16,13 +16,25 @@ from cpo_kernels.options import Head
 from .tokens import Block
 
 
+class LogitGradients(NamedTuple):
+    """The gradient by the logits of a block of r rows.
+
+    Attributes:
+        dlogits: (r, V), in the dtype of hidden.
+        scale: (r,) float32, what each row is still to be multiplied by; None: nothing.
+    """
+
+    dlogits: Tensor
+    scale: Tensor | None = None
+
+
 class Forward(NamedTuple):
     """The forward of a block of r rows and n tokens.
 
     Attributes:
         stats: (2, r), maximum and log-sum-exp minus maximum of each row.
         logps: (n,) in the block's order.
-        source: what the gradient is computed from and written over: the logits (r, V), or what a subclass keeps.
+        source: what the gradient is made of and written over: the logits (r, V), or what a subclass keeps.
     """
 
     stats: Tensor
@@ -36,7 +48,7 @@ class LinearHead:
 
     This class runs a matrix product into a workspace, which the row kernels read once. Subclasses do it in other ways,
     see :mod:`cpo_kernels.engine.ways`; the loop passes on what they keep between forward and gradient without reading
-    it. ``holds_logits`` says whether there is a workspace at all.
+    it. ``holds_logits`` says whether there is a workspace at all, ``scales_hidden`` whether GEMM 3 takes a scaled copy.
     """
 
     hidden: Tensor
@@ -47,6 +59,7 @@ class LinearHead:
     logits_dtype: torch.dtype
 
     holds_logits: ClassVar[bool] = True
+    scales_hidden: ClassVar[bool] = False
 
     @classmethod
     def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
@@ -77,14 +90,13 @@ class LinearHead:
         self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
         return before._replace(source=logits)
 
-    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> Tensor:
-        """Write the gradient (r, V) of ``sum_n coef_n * logp_n`` over its source, in the dtype of hidden."""
+    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> LogitGradients:
+        """Write the gradient of ``sum_n coef_n * logp_n`` over its source."""
         logits, dtype = done.source, self.hidden.dtype
         tokens = block.targets, block.row_starts
         self.backend.rows.backward_(logits, *tokens, done.stats, coef, *self.transform, dtype)
-        return narrow_view(logits, dtype)
+        return LogitGradients(narrow_view(logits, dtype))
 
-    def forward_with_gradient(self, block: Block, workspace: Any, coef: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities (n,) and the gradient (r, V) for coefficients that are known beforehand."""
-        done = self.forward(block, workspace)
-        return done.logps, self.gradient_(block, done, coef)
+    def unit_gradient_(self, block: Block, done: Forward) -> Tensor:
+        """Write the gradient (r, V) of the sum of all log-probabilities over its source; each row has one token."""
+        return self.gradient_(block, done, torch.ones_like(done.logps)).dlogits

@@ -13,9 +13,8 @@ from cpo_kernels.kernels.numerics import accumulate_dtype
 from . import products
 from .call import Call, Grads
 from .derivatives import first_order_only
-from .filters import Kept
 from .head import Forward, LinearHead
-from .loop import Gradients
+from .loop import Gradients, gradient, scale_rows_
 
 
 class TokenLogps(NamedTuple):
@@ -39,22 +38,19 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     Otherwise the logits are kept if all of them fit the budget (three GEMMs), and recomputed if not (four GEMMs).
     """
     tokens, blocks = call.tokens, call.blocks()
-    scale_later = call.needs == (True, False, False) and tokens.one_per_row
-    keep = any(call.needs) and not scale_later and len(blocks) == 1
-    unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if scale_later else None
+    keep = any(call.needs) and len(blocks) == 1
+    unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if call.scales_rows else None
     workspace, done = linear.workspace(call.plan.rows_held), None
     logps = linear.hidden.new_zeros(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
     for block in blocks:
+        done = linear.forward(block, workspace, keep=keep or call.scales_rows)
+        logps[block.order] = done.logps
         if unscaled is not None:
-            ones = torch.ones_like(logps[block.order])
-            logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, ones)
+            dlogits = linear.unit_gradient_(block, done)
             products.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
-        else:
-            done = linear.forward(block, workspace, keep=keep)
-            logps[block.order] = done.logps
     everywhere = tokens.among_all(logps, call.targets.numel())
     unscaled = call.summed((unscaled, None, None))[0]
-    return TokenLogps(everywhere, done if keep else None, unscaled)
+    return TokenLogps(everywhere, done if keep and unscaled is None else None, unscaled)
 
 
 def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
@@ -65,8 +61,7 @@ def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad
     workspace = linear.workspace(call.plan.rows_held) if kept is None else None
     for block in blocks:  # a kept forward has a single block
         done = linear.forward(block, workspace) if kept is None else kept
-        dlogits = linear.gradient_(block, done, coef[block.order])
-        grads.add(Kept(dlogits, block.rows, absent=block.absent))
+        grads.add(gradient(linear, block, done, coef[block.order]))
     return call.summed(grads.result())
 
 
@@ -92,17 +87,7 @@ class LinearTokenLogps(torch.autograd.Function):
         with torch.no_grad(), without_autocast(hidden.device):
             grads: Grads = (None, None, None)
             if unscaled is not None:
-                grads = scale_rows(call, unscaled, grad_logps), None, None
+                grads = scale_rows_(unscaled.clone(), call.tokens, call.tokens.of_slots(grad_logps)), None, None
             else:
                 grads = token_logps_grads(call, call.bind(hidden, weight, bias), done, grad_logps)
         return (*first_order_only(grads, grad_logps, hidden, weight, bias), None)
-
-
-def scale_rows(call: Call, unscaled: Tensor, grad_logps: Tensor) -> Tensor:
-    """Scale each row of the gradient (R, H) of the sum of all log-probabilities by its token's upstream gradient."""
-    present = call.targets >= 0
-    per_row = grad_logps.where(present, 0)
-    if call.rows is not None:
-        # An absent token may be given any row, even one out of range.
-        per_row = grad_logps.new_zeros(unscaled.shape[0]).index_add_(0, call.rows.where(present, 0), per_row)
-    return (unscaled * per_row.unsqueeze(1)).to(unscaled.dtype)

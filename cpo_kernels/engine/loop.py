@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.numerics import accumulate_dtype
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
 
 from . import products
 from .filters import GradientFilter, Kept, mean_row
-from .head import LinearHead
-from .tokens import Tokens, split_blocks
+from .head import Forward, LinearHead
+from .tokens import Block, Tokens, split_blocks
 
 if TYPE_CHECKING:
     from .call import Call
@@ -83,17 +83,15 @@ class Gradients:
         if kept.columns is not None:
             self.add_columns(kept, kept.columns)
             return
-        linear, dlogits, rows = self.linear, kept.dlogits, kept.rows
+        linear, dlogits, rows, scale = self.linear, kept.dlogits, kept.rows, kept.scale
+        backend, once = linear.backend, self.rows_once
         if self.hidden is not None:
-            products.hidden_grad(linear.backend, dlogits, linear.weight, self.hidden, rows, once=self.rows_once)
+            products.hidden_grad(backend, dlogits, linear.weight, self.hidden, rows, scale, once=once)
         if self.weight is not None:
-            hidden = linear.hidden[rows]
-            if kept.absent is not None:
-                # Padding may hold NaN, and 0 * NaN is NaN.
-                hidden = hidden.masked_fill(kept.absent[:, None], 0.0)
-            self.weight.add(dlogits, hidden[:, self.trained])
+            hidden = products.scaled_hidden(linear.hidden[rows, self.trained], scale, kept.absent)
+            self.weight.add(dlogits, hidden)
         if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+            products.add_bias_grad(backend, dlogits, scale, self.bias)
 
     def add_columns(self, kept: Kept, columns: Tensor) -> None:
         """Add a block of which only ``columns`` (c,) of the vocabulary are kept, and the sum of the other columns."""
@@ -126,38 +124,65 @@ class Gradients:
 
 
 def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gradients]:
-    """Pass over all chunks once, and return log-likelihood sums (S,) and the gradients that the call needs."""
+    """Pass over all chunks once, and return log-likelihood sums (S,) and the gradients that the call needs.
+
+    The coefficients of a chunk come with its contrast. Gradients that need them wait for it, unless they are known
+    before; where only hidden states need a gradient, its rows are built without them, and multiplied at the end.
+    """
     tokens, plan, needs_any, filters = call.tokens, call.plan, any(call.needs), loss.filters
     sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    workspace = linear.workspace(plan.rows_held)
+    workspace, coefs = linear.workspace(plan.rows_held), []
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
         logps, forwards = sums.new_zeros(last - first), []
         known = loss.coefficients(part)
         for block in blocks:
-            if known is not None:
-                logps[block.order], dlogits = linear.forward_with_gradient(block, workspace, known[block.order])
-                grads.add(Kept(dlogits, block.rows, absent=block.absent))
+            forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
+            logps[block.order] = forward.logps
+            if call.scales_rows:
+                grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
+            elif known is not None:
+                grads.add(gradient(linear, block, forward, known[block.order]))
             else:
-                forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
-                logps[block.order] = forward.logps
                 forwards.append(forward)
         sums[part.segments], coef = loss.contrast(logps, part, needs_any and known is None)
         if coef is None:
             continue
-        for block, forward in zip(blocks, forwards, strict=True):
-            done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
-            block_coef = coef[block.order]
-            dlogits = linear.gradient_(block, done, block_coef)
-            kept: Kept | None = Kept(dlogits, block.rows, absent=block.absent)
-            if filters is not None:
-                kept = filters.compact(linear.backend, block, dlogits, block_coef)
-            if kept is not None:
-                grads.add(kept)
+        if call.scales_rows:
+            coefs.append(coef)
+        else:
+            for block, forward in zip(blocks, forwards, strict=True):
+                done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
+                kept: Kept | None = gradient(linear, block, done, coef[block.order])
+                if filters is not None and kept is not None:
+                    kept = filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
+                if kept is not None:
+                    grads.add(kept)
+    if grads.hidden is not None and coefs:
+        scale_rows_(grads.hidden, tokens, torch.cat(coefs))
     return sums, grads
+
+
+def gradient(linear: LinearHead, block: Block, done: Forward, coef: Tensor) -> Kept:
+    """Return the gradient of a block for the coefficients (n,) of its slots."""
+    dlogits, scale = linear.gradient_(block, done, coef)
+    return Kept(dlogits, block.rows, absent=block.absent, scale=scale)
+
+
+def scale_rows_(grad: Tensor, tokens: Tokens, coef: Tensor) -> Tensor:
+    """Multiply each row of ``grad`` (R, H) by the coefficient (n,) of the one slot that it has; return ``grad``.
+
+    A row without a slot, or with a coefficient of 0, becomes exactly 0, whatever it holds.
+    """
+    if tokens.device_rows is None:
+        per_row = coef.where(tokens.targets != IGNORE_INDEX, 0)
+    else:
+        per_row = coef.new_zeros(grad.shape[0]).index_copy_(0, tokens.device_rows, coef)
+    per_row = per_row[:, None]
+    return grad.mul_(per_row).masked_fill_(per_row == 0, 0.0)
 
 
 def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:

@@ -80,7 +80,7 @@ def make_plan(
     gathered_row_bytes: int = 0,
     workspace_bytes: int = 0,
     whole_groups: bool = True,
-    known_coefficients: bool = False,
+    waits: bool = True,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
@@ -97,19 +97,19 @@ def make_plan(
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
         workspace_bytes: memory of the backend's products beyond their operands, and of filters beyond the logits.
         whole_groups: whether the rows of a group must be held together to be computed only once.
-        known_coefficients: whether coefficients depend on no log-probability, so that no logits are recomputed.
+        waits: whether gradients wait for the coefficients of a whole chunk, so that logits may be recomputed.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
     """
-    total, needs_grad = tokens.num_rows, any(needs)
+    total, waits = tokens.num_rows, waits and any(needs)
     accumulator = accumulator_bytes if needs[1] else 0
     default = max(default_bytes, row_bytes)
     overhead = workspace_bytes + default * gathered_row_bytes // row_bytes
     asked = max_logits_bytes or default + accumulator + overhead
     if asked < row_bytes:
         raise ValueError(f"max_logits_bytes={asked} does not hold one row of logits, which takes {row_bytes} bytes")
-    largest = max(tokens.rows_per_group, default=0) if whole_groups and not known_coefficients else 1
+    largest = max(tokens.rows_per_group, default=0) if whole_groups and waits else 1
 
     def left_for_logits(overhead: int) -> int:
         fits = asked - overhead >= max(largest * row_bytes, asked // 2)
@@ -122,7 +122,6 @@ def make_plan(
     budget = left_for_logits(overhead + accumulator)
     notes = []
     rows_per_chunk = budget // row_bytes
-    waits = needs_grad and not known_coefficients
     chunks = tuple(
         Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=waits and rows > rows_per_chunk)
         for groups, rows in fill_chunks(tokens.rows_per_group, rows_per_chunk)

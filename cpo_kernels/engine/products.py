@@ -20,21 +20,51 @@ def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> Non
 
 
 def hidden_grad(
-    backend: Backend, dlogits: Tensor, weight: Tensor, grad: Tensor, rows: Tensor | slice, *, once: bool
+    backend: Backend,
+    dlogits: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    rows: Tensor | slice,
+    scale: Tensor | None = None,
+    *,
+    once: bool,
 ) -> None:
-    """Run GEMM 2, ``grad[rows] += dlogits @ weight``: (r, V), (V, H) -> r rows of (R, H).
+    """Run GEMM 2, ``grad[rows] += scale * (dlogits @ weight)``: (r, V), (V, H) -> r rows of (R, H).
 
     ``once`` says that no other block has these rows, which are still 0: a slice of them is then written in place.
     """
-    if once and isinstance(rows, slice) and grad.dtype == dlogits.dtype:
-        backend.gemm_(dlogits, weight, grad[rows], False)
-        return
-    term = dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
+    in_place = once and isinstance(rows, slice) and grad.dtype == dlogits.dtype
+    term = grad[rows] if in_place else dlogits.new_empty((dlogits.shape[0], weight.shape[1]))
     backend.gemm_(dlogits, weight, term, False)
+    if scale is not None:
+        term.mul_(scale[:, None])
+    if in_place:
+        return
     if once and isinstance(rows, Tensor):
         grad.index_copy_(0, rows, term.to(grad.dtype))
     else:
         grad[rows] += term
+
+
+def scaled_hidden(hidden: Tensor, scale: Tensor | None, absent: Tensor | None) -> Tensor:
+    """Return what enters GEMM 3: hidden (r, H) times ``scale`` (r,), and 0 in the rows that are ``absent`` (r,)."""
+    if scale is not None:
+        hidden = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
+    # Padding may hold NaN, and 0 * NaN is NaN.
+    return hidden if absent is None else hidden.masked_fill(absent[:, None], 0.0)
+
+
+def add_bias_grad(backend: Backend, dlogits: Tensor, scale: Tensor | None, grad: Tensor) -> None:
+    """Add ``scale @ dlogits``, or the sum of the rows without a scale, to ``grad``: (r,), (r, V) -> (V,)."""
+    if scale is None:
+        grad += dlogits.sum(0, dtype=grad.dtype)
+        return
+    # Half precision holds a scale in two parts, which one product reads.
+    high = scale.to(dlogits.dtype)
+    parts = [high] if dlogits.dtype == scale.dtype else [high, (scale - high).to(dlogits.dtype)]
+    sums = grad.new_empty((dlogits.shape[1], len(parts)))
+    backend.gemm_(dlogits.t(), torch.stack(parts, 1), sums, False)
+    grad += sums.sum(1)
 
 
 def accumulator_bytes(weight: Tensor) -> int:

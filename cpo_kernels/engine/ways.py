@@ -1,7 +1,8 @@
-"""Subclasses of the head that replace the product and the row kernels where ``selection.json`` says they are faster.
+"""Subclasses of the head that replace the row kernels, or the product as well.
 
-Such a way is a subclass of :class:`cpo_kernels.engine.head.LinearHead` that runs kernels which a backend offers under
-the way's name (:attr:`cpo_kernels.kernels.backend.Backend.ways`). The loop calls the head's methods and names no way.
+:class:`UnitGradients` serves a backend that has the kernels for it. The others run kernels which a backend offers under
+the way's name (:attr:`cpo_kernels.kernels.backend.Backend.ways`), where ``selection.json`` says that they are faster.
+The loop calls the head's methods and names no way.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.backend import Backend
+from cpo_kernels.kernels.backend import Backend, UnitGradient
 from cpo_kernels.kernels.numerics import narrow_view
+from cpo_kernels.options import Head
 
-from .head import Forward, LinearHead
+from .head import Forward, LinearHead, LogitGradients
 from .tokens import Block
 
 
@@ -57,33 +59,63 @@ class KeptInPlaceOfLogits(LinearHead):
         """Run the forward a second time, and keep what the gradient needs."""
         return self.forward(block, workspace)
 
-    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> Tensor:
-        """Write the gradient (r, V) over what the forward kept."""
+    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> LogitGradients:
+        """Write the gradient over what the forward kept."""
         tokens = block.targets, block.row_starts
         run_ = self.backend.ways["linear_kept"].backward_
-        return run_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform)
+        return LogitGradients(run_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform))
 
 
-class RowGradientAtOnce(LinearHead):
-    """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand."""
+class UnitGradients(LinearHead):
+    """One read and one write of the logits: the forward leaves gradients for a coefficient of 1 in their place.
 
-    def forward_with_gradient(self, block: Block, workspace: Any, coef: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the product, then forward and gradient of its rows in one pass."""
-        kernel = self.backend.ways["row_gradient_"]
-        if not kernel.takes(workspace):
-            return super().forward_with_gradient(block, workspace, coef)
-        logits, dtype = workspace[: block.num_rows], self.hidden.dtype
+    The coefficients, which come later, multiply the rows around GEMMs 2 and 3. Only a row that predicts several
+    different tokens keeps its logits until then.
+    """
+
+    scales_hidden = True
+
+    def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
+        """Run the product, then forward and gradient of its rows in one pass; without ``keep`` the forward alone."""
+        if not keep:
+            return super().forward(block, workspace)
+        logits = workspace[: block.num_rows]
         self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
-        _, logps = kernel.run_(logits, block.targets, block.row_starts, coef, *self.transform, dtype)
-        return logps, narrow_view(logits, dtype)
+        tokens, dtype = (block.targets, block.row_starts), self.hidden.dtype
+        stats, logps = self.kernels.forward_(logits, *tokens, *self.transform, dtype)
+        return Forward(stats, logps, logits)
+
+    def recompute(self, block: Block, workspace: Any, before: Forward) -> Forward:
+        """Run the forward a second time, with the gradient."""
+        return self.forward(block, workspace)
+
+    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> LogitGradients:
+        """Return the gradient that the forward left, and what its rows are to be multiplied by."""
+        logits, tokens, dtype = done.source, (block.targets, block.row_starts), self.hidden.dtype
+        scale = self.kernels.finish_(logits, *tokens, done.stats, coef, *self.transform, dtype)
+        return LogitGradients(narrow_view(logits, dtype), scale)
+
+    def unit_gradient_(self, block: Block, done: Forward) -> Tensor:
+        """Return the gradient (r, V) that the forward left."""
+        return narrow_view(done.source, self.hidden.dtype)
+
+    @property
+    def kernels(self) -> UnitGradient:
+        """The backend's kernels for this way."""
+        assert self.backend.unit_gradient is not None
+        return self.backend.unit_gradient
 
 
-def choose_way(backend: Backend, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> type[LinearHead]:
+def choose_way(
+    backend: Backend, head: Head, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> type[LinearHead]:
     """Choose the way that serves a call; product and row kernels, :class:`LinearHead`, where no other does."""
     if any(needs):
-        kept = backend.ways.get("linear_kept")
+        kept, unit = backend.ways.get("linear_kept"), backend.unit_gradient
         if kept is not None and kept.takes(hidden, weight):
             return KeptInPlaceOfLogits
-        return RowGradientAtOnce if "row_gradient_" in backend.ways else LinearHead
+        # Filters compare gradients with their thresholds, which a gradient without its coefficient cannot be.
+        takes = unit is not None and unit.takes(weight.shape[0], head.logits_dtype or hidden.dtype, hidden.device)
+        return UnitGradients if takes and not head.filtered else LinearHead
     fused = backend.ways.get("linear_forward")
     return ForwardWithoutLogits if fused is not None and fused.takes(hidden, weight) else LinearHead

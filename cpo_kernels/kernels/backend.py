@@ -48,16 +48,20 @@ class KeptLinear(NamedTuple):
     backward_: Callable[..., Tensor]
 
 
-class RowGradient(NamedTuple):
-    """Forward and gradient of rows in one read and one write, for coefficients that are known beforehand.
+class UnitGradient(NamedTuple):
+    """Row kernels that read and write the logits once: gradients for a coefficient of 1, to be multiplied later.
 
     Attributes:
-        takes: logits to whether their rows are short enough.
-        run_: ``(logits, targets, row_starts, coef, *head, grad_dtype)`` to stats (2, R) and logps (N,).
+        takes: ``(V, dtype, device)`` of logits to whether the kernels can serve their rows.
+        forward_: ``(logits, targets, row_starts, *transform, grad_dtype)`` to stats (2, R) and logps (N,); the logits
+            of a row whose tokens all have one target become its gradient, those of a row without a token become 0.
+        finish_: ``(logits, targets, row_starts, stats, coef, *transform, grad_dtype)`` to the number (R,) by which the
+            products multiply each row; rows of several targets get their gradient here, and the number 1.
     """
 
-    takes: Callable[[Tensor], bool]
-    run_: Callable[..., tuple[Tensor, Tensor]]
+    takes: Callable[[int, torch.dtype, torch.device], bool]
+    forward_: Callable[..., tuple[Tensor, Tensor]]
+    finish_: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Backend:
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
         take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and each row's sum of the rest.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
+        unit_gradient: row kernels that read and write the logits once, or None.
         contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
         contrast_candidates: largest group that ``contrast`` takes.
         logits_loss: loss and gradient of stored logits in one launch, for groups as for ``contrast``, or None.
@@ -94,6 +99,7 @@ class Backend:
     column_stats: Callable[[Tensor], Tensor] = plain.column_stats
     take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = plain.take_columns
     scale_: Callable[[Tensor, Tensor], None] = plain.scale_
+    unit_gradient: UnitGradient | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -113,4 +119,4 @@ class Backend:
 
     def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
         """Return this backend with other row kernels and without any kernel that would go around them."""
-        return replace(self, rows=rows, linear_statistics=None, ways={})
+        return replace(self, rows=rows, unit_gradient=None, linear_statistics=None, ways={})

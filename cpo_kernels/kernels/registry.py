@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, plain, selection
-from .backend import Backend, FusedForward, KeptLinear, RowGradient, no_workspace
+from .backend import Backend, FusedForward, KeptLinear, UnitGradient, no_workspace
 from .cpu import extension as cpu_extension
 from .cpu import gemm as cpu_gemm
 from .cpu import rows as cpu_rows
@@ -31,14 +31,15 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 ROWS = ops.RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_)
 
 
-def takes_all(hidden: Tensor, weight: Tensor) -> bool:
-    """Return True: the kernel takes any matrices that a call may have."""
+def takes_all(*_of_call: Any) -> bool:
+    """Return True: the kernel takes whatever a call may have."""
     return True
 
 
 def triton_backend() -> Backend:
     """Return Triton's kernels with the device's own matrix products; imports triton."""
     rows = import_module("cpo_kernels.kernels.triton.rows")
+    unit = import_module("cpo_kernels.kernels.triton.unit")
     contrast = import_module("cpo_kernels.kernels.triton.contrast")
     gradients = import_module("cpo_kernels.kernels.triton.gradients")
     linear = import_module("cpo_kernels.kernels.triton.linear")
@@ -52,6 +53,7 @@ def triton_backend() -> Backend:
         gemm_workspace=cpu_gemm.gemm_workspace if triton_support.interpreted() else no_workspace,
         column_stats=gradients.column_stats,
         scale_=gradients.scale_,
+        unit_gradient=UnitGradient(takes_all, unit.unit_forward_, unit.unit_finish_),
         contrast=contrast.contrast,
         contrast_candidates=contrast.MAX_CANDIDATES,
         linear_statistics=linear.linear_forward,
@@ -76,7 +78,6 @@ def cuda_backend() -> Backend:
         contrast_candidates=cuda_groups.MAX_CANDIDATES,
         too_old=partial(why_too_old, "cuda"),
         optional={
-            "row_gradient_": RowGradient(cuda_rows.row_gradient_takes, cuda_rows.row_gradient_),
             "linear_forward": FusedForward(cuda_hopper.takes, lambda *args: cuda_hopper.linear_forward(*args)[1]),
             "linear_kept": KeptLinear(
                 cuda_hopper.takes,
@@ -225,10 +226,12 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
     forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
     groups, whole = of.get("contrast", base), of.get("logits_loss", base)
     whole_launch = None if chosen.get("logits_loss", base.name) is None else whole.logits_loss
+    unit = of.get("unit_gradient", base).unit_gradient
     launches = ((groups, groups.contrast), (whole, whole_launch))
     return replace(
         base,
         rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
+        unit_gradient=None if chosen.get("unit_gradient", base.name) is None else unit,
         contrast=groups.contrast,
         logits_loss=whole_launch,
         contrast_candidates=min((b.contrast_candidates for b, launch in launches if launch is not None), default=0),

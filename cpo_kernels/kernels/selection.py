@@ -7,7 +7,7 @@ serve the call. A choice has ``operation``, ``arch``, ``dtype`` (or ``"any"``), 
 
 A kernel that every GPU backend has is exchanged where the backend is chosen automatically. The other operations are
 optional kernels, which replace several: ``backend`` null means that such a kernel does not pay. Without a choice it is
-not used, but for ``logits_loss``, which a backend that has it uses.
+not used, but for ``unit_gradient`` and ``logits_loss``, which a backend that has them uses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 
 AUTO = "auto"
 EXCHANGED = ("row_forward", "row_backward", "contrast")
-OPTIONAL = ("row_gradient_", "linear_forward", "linear_kept")
-OPERATIONS = (*EXCHANGED, "logits_loss", *OPTIONAL)
+UNLESS_SLOWER = ("unit_gradient", "logits_loss")
+OPTIONAL = ("linear_forward", "linear_kept")
+OPERATIONS = (*EXCHANGED, *UNLESS_SLOWER, *OPTIONAL)
 
 
 @dataclass(frozen=True)

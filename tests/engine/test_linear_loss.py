@@ -24,6 +24,7 @@ from problems import (
     packed_problem,
     random_problem,
 )
+from tolerance import relative_error
 from torch.utils.checkpoint import checkpoint
 
 from cpo_kernels import (
@@ -74,7 +75,7 @@ def test_each_subset_of_requires_grad(backend, needs, rows):
     part = loss_and_grads(fused_loss(problem, **head), problem)
     assert len(part) == 1 + sum(needs)
     for name, grad in part.items():
-        assert torch.equal(grad, full[name]), name
+        assert relative_error(grad, full[name]) < 1e-6, name
 
 
 @pytest.mark.parametrize("problem", [random_problem, packed_problem])

@@ -32,8 +32,9 @@ from .blocks import (
 from .transform import exp, transform, transform_slope
 
 # Tensors with one number a row or a token: their slices begin anywhere, which must not compile another kernel.
-SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch"]
+SMALL = ["targets", "row_starts", "row_maxes", "log_sums", "logps", "coef", "scratch", "scale"]
 PROGRAMS = 3  # on a multiprocessor: enough loads under way to keep its memory busy
+FIRST, LAST = tl.constexpr(-(2**63)), tl.constexpr(2**63 - 1)  # of all targets
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite, so that LOWEST - LOWEST and -inf - LOWEST are no NaN
 
 
@@ -69,26 +70,40 @@ def target_logits(
 def row_softmax(
     x_row, x_lead, lead, bias, V, mult, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    SHIFTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """Return the maximum of a row and its sum of exp(y - maximum)."""
+    """Return the maximum of a row and its sum of exp(y - maximum); EVICTION is what the cache does with the row."""
     running_max = tl.full([BLOCK // K], LOWEST, tl.float32)
     running_sum = tl.zeros([BLOCK // K], tl.float32)
     whole = tl.maximum(V - lead, 0) // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         place = block_places(start, K, BLOCK)
-        x = tl.load(x_lead + place).to(tl.float32)
+        x = tl.load(x_lead + place, eviction_policy=EVICTION).to(tl.float32)
         b = load_bias(bias, lead + place, None, HAS_BIAS)
         y = transform(x, b, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
         running_max, running_sum = online_softmax(running_max, running_sum, y)
     for start in range(whole, V, BLOCK):
         place = block_places(start, K, BLOCK)
         column, inside = wrap(lead + place, V, SHIFTED), place < V
-        x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_row + column, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
         y = transform(x, load_bias(bias, column, inside, HAS_BIAS), mult, cap, HAS_BIAS, SOFTCAP, SCALED)
         running_max, running_sum = online_softmax(running_max, running_sum, tl.where(inside, y, float("-inf")))
     row_max = tl.max(running_max, 0)
     return row_max, tl.sum(running_sum * exp(running_max - row_max), 0)
+
+
+@triton.jit
+def store_token_logps(
+    logps, x_row, targets, row_starts, row, bias, V, row_max, log_sum, mult, cap,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Write the log-probabilities of the tokens of a row that may have several; 0 for a target of -100."""
+    begin, end = token_range(row_starts, row, True)  # loaded again: kept so long they would spill
+    for first in range(begin, end, TOKENS):
+        n = first + tl.arange(0, TOKENS)
+        target = tl.load(targets + n, mask=n < end, other=IGNORE)
+        y = target_logits(x_row, bias, target, V, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
+        tl.store(logps + n, tl.where(target == IGNORE, 0.0, y - row_max - log_sum), mask=n < end)
 
 
 @triton.jit(do_not_specialize=["misaligned"], do_not_specialize_on_alignment=SMALL)
@@ -132,19 +147,17 @@ def row_forward_kernel(
     total = 1.0
     if present:
         row_max, total = row_softmax(
-            x_row, logits + boundary, lead, bias, V, mult, cap, HAS_BIAS, SOFTCAP, SCALED, SHIFTED, K, BLOCK
+            x_row, logits + boundary, lead, bias, V, mult, cap, HAS_BIAS, SOFTCAP, SCALED, SHIFTED, K, BLOCK, ""
         )
     log_sum = tl.log(total)
     tl.store(row_maxes + row, row_max)
     tl.store(log_sums + row, log_sum)
 
     if SHARED_ROWS:
-        begin, end = token_range(row_starts, row, SHARED_ROWS)  # loaded again: kept so long they would spill
-        for first in range(begin, end, TOKENS):
-            n = first + tl.arange(0, TOKENS)
-            target = tl.load(targets + n, mask=n < end, other=IGNORE)
-            y = target_logits(x_row, bias, target, V, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
-            tl.store(logps + n, tl.where(target == IGNORE, 0.0, y - row_max - log_sum), mask=n < end)
+        store_token_logps(
+            logps, x_row, targets, row_starts, row, bias, V, row_max, log_sum, mult, cap,
+            HAS_BIAS, SOFTCAP, SCALED, TOKENS,
+        )  # fmt: skip
     else:
         tl.store(logps + row, tl.where(present, y - row_max - log_sum, 0.0))
 
@@ -243,7 +256,7 @@ def logit_gradient(
 def store_row_gradient(
     x_row, x_lead, out_row, out_lead, lead, bias, V, target, hit, row_max, factor, mult, cap,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, SCALED: tl.constexpr,
-    SHIFTED: tl.constexpr, NARROW: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFTED: tl.constexpr, NARROW: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of a row: ``hit`` at the column ``target``, and the softmax everywhere.
 
@@ -254,7 +267,7 @@ def store_row_gradient(
     whole = tl.maximum(V - lead, 0) // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         place = block_places(start, K, BLOCK)
-        x = tl.load(x_lead + place).to(tl.float32)
+        x = tl.load(x_lead + place, eviction_policy=EVICTION).to(tl.float32)
         b = load_bias(bias, lead + place, None, HAS_BIAS)
         hits = tl.where(lead + place == target, hit, 0.0)
         grad = logit_gradient(x, b, hits, row_max, factor, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
@@ -264,7 +277,7 @@ def store_row_gradient(
     for start in range(whole, V, BLOCK):
         place = block_places(start, K, BLOCK)
         column, inside = wrap(lead + place, V, SHIFTED), place < V
-        x = tl.load(x_row + column, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_row + column, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
         b = load_bias(bias, column, inside, HAS_BIAS)
         hits = tl.where(column == target, hit, 0.0)
         grad = logit_gradient(x, b, hits, row_max, factor, mult, cap, HAS_BIAS, SOFTCAP, SCALED)
@@ -287,6 +300,19 @@ def store_zero_row(
         tl.store(out_row + wrap(lead + place, V, SHIFTED), zeros, mask=place < V)
 
 
+@triton.jit
+def target_bounds(targets, begin, end, TOKENS: tl.constexpr):
+    """Return the least and the greatest target of a row's tokens that count; LAST and FIRST where none counts."""
+    least = tl.full([TOKENS], LAST, tl.int64)
+    greatest = tl.full([TOKENS], FIRST, tl.int64)
+    for first in range(begin, end, TOKENS):
+        n = first + tl.arange(0, TOKENS)
+        target = tl.load(targets + n, mask=n < end, other=IGNORE)
+        least = tl.minimum(least, tl.where(target == IGNORE, LAST, target))
+        greatest = tl.maximum(greatest, tl.where(target == IGNORE, FIRST, target))
+    return tl.min(least, 0), tl.max(greatest, 0)
+
+
 @triton.jit(do_not_specialize=["misaligned"], do_not_specialize_on_alignment=SMALL)
 def row_backward_kernel(
     out,  # (R, V), alike ALIKE from `misaligned` elements on
@@ -297,6 +323,7 @@ def row_backward_kernel(
     log_sums,  # (R,)
     coef,  # (N,)
     scratch,  # (N,) or None for one token a row
+    scale,  # (R,) out: what the products multiply each row by; None where no row holds its unit gradient
     bias,  # (V,) or None
     V,
     out_stride,
@@ -331,8 +358,16 @@ def row_backward_kernel(
     else:
         row_coef = load_coefs(targets, coef, row, row < end)
         active = row_coef != 0.0
+    missing = active
+    if scale is not None:
+        held = True
+        if SHARED_ROWS:
+            least, greatest = target_bounds(targets, begin, end, TOKENS)
+            held = least >= greatest
+        tl.store(scale + row, tl.where(held, row_coef, 1.0))
+        missing = active & (not held)
 
-    if active:
+    if missing:
         row_max = tl.load(row_maxes + row)
         inverse_sum = exp(-tl.load(log_sums + row))
         target = -1  # none: a row of several tokens gets theirs after the pass over it
@@ -350,13 +385,13 @@ def row_backward_kernel(
         store_row_gradient(
             x_row, logits + boundary, out_row, out_lead, lead, bias, V,
             target, hit, row_max, -row_coef * slope * inverse_sum, mult, cap,
-            HAS_BIAS, SOFTCAP, SCALED, SHIFTED, NARROW, K, BLOCK,
+            HAS_BIAS, SOFTCAP, SCALED, SHIFTED, NARROW, K, BLOCK, "",
         )  # fmt: skip
         if SHARED_ROWS:
             tl.debug_barrier()  # what other threads wrote to these columns comes first
             begin, end = token_range(row_starts, row, SHARED_ROWS)  # loaded again: kept so long they would spill
             store_token_gradients(out_row, targets, scratch, begin, end, V, TOKENS)
-    else:
+    elif not active:
         store_zero_row(out_row, out_lead, lead, V, SHIFTED, K, BLOCK)
 
 
@@ -372,6 +407,7 @@ def row_backward_into(
     softcap: float,
     temperature: float,
     *,
+    scale: Tensor | None = None,
     config: Mapping[str, int] | None = None,
 ) -> None:
     """Run :func:`cpo_kernels.kernels.ops.row_backward` into ``out``, rounded once to its dtype.
@@ -391,6 +427,8 @@ def row_backward_into(
         logit_scale: factor of the logits and the bias.
         softcap: bound of the scaled logits, 0.0 for none.
         temperature: divisor of the capped logits.
+        scale: (R,) float32, written where ``out`` comes from :func:`~.unit.unit_forward_`: a row that holds its unit
+            gradient is left as it is, unless its coefs are all 0, and has the sum of its coefs here; another row has 1.
         config: BLOCK, TOKENS, num_warps, num_stages; None: those of the table.
     """
     (R, V), K = logits.shape, vector_size(logits)
@@ -411,7 +449,7 @@ def row_backward_into(
         row_backward_kernel[(R,)](
             to.base if shifted and alike else out, source.base if shifted else logits,
             targets.contiguous(), contiguous(row_starts),
-            stats[0], stats[1], coef.contiguous(), scratch, contiguous(bias),
+            stats[0], stats[1], coef.contiguous(), scratch, scale, contiguous(bias),
             V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=shared, SHIFTED=shifted, ALIKE=alike, NARROW=narrow, K=K,
             **folded.flags, **launch, **sizes,
