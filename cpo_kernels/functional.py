@@ -16,10 +16,10 @@ from .engine.fused import FusedLogitsLoss, FusedLoss, LogitsCall
 from .engine.inputs import FLOAT_DTYPES, autocast, check_targets, merge_ranks, per_segment, prepare
 from .engine.logps import LinearTokenLogps
 from .engine.losses import (
+    CPOLossOfCall,
     OwnLossOfCall,
     check_loss,
     coefficients_are_known,
-    make_cpo_loss,
     resolve_cpo,
 )
 from .engine.plan import Plan
@@ -495,10 +495,9 @@ def linear_cpo_loss(
         needs = needs_grad(hidden, weight, bias)
         return compiled.linear_cpo_loss(hidden, weight, targets, layout, ref_logps, ranks, bias, objective, head, needs)
     inputs = prepare(hidden, weight, targets, layout, bias, head)
-    call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))
-    make_loss = partial(make_cpo_loss, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
-    *terms, sums, dropped = FusedLoss.apply(*inputs.tensors, call, make_loss, problem.given)
-    return summarize(problem, LossTerms(*terms), sums, inputs.shape, dropped)
+    call, given = resolve_cpo(inputs, ref_logps, ranks, objective, needs_grad(*inputs.tensors))
+    make_loss = partial(CPOLossOfCall, objective, inputs.shape, inputs.hidden.dtype, inputs.hidden.shape[1])
+    return CPOOutput(*FusedLoss.apply(*inputs.tensors, call, make_loss, given))
 
 
 def linear_sequence_loss(

@@ -82,11 +82,18 @@ class Call:
         return grads if shard is None else (shard.sum_grad_hidden(grads[0]), *grads[1:])
 
 
-def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_coefficients: bool = False) -> Call:
+def resolve(
+    inputs: Inputs,
+    needs: Needs,
+    *,
+    whole_groups: bool = True,
+    known_coefficients: bool = False,
+    ranks: Tensor | None = None,
+) -> Call:
     """Decide which backend, way, tokens and plan a call has.
 
     ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
-    depend on all its log-probabilities.
+    depend on all its log-probabilities; ``ranks`` (S,) are read on the host together with the targets.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -99,7 +106,7 @@ def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_co
     if head.vocab_shard is not None:
         backend = backend.with_rows(head.vocab_shard.rows(backend.rows))
     way = choose_way(backend, head, hidden, weight, needs)
-    tokens = tokens_of(inputs)
+    tokens = tokens_of(inputs, ranks)
     only_hidden = needs == (True, False, False) and tokens.one_per_row
     scales_rows = only_hidden and not head.filtered and not known_coefficients
     plan = plan_chunks(
@@ -114,14 +121,14 @@ def resolve(inputs: Inputs, needs: Needs, *, whole_groups: bool = True, known_co
     return Call(head, backend, way, logits_dtype, needs, inputs.targets, inputs.rows, tokens, plan, scales_rows)
 
 
-def tokens_of(inputs: Inputs) -> Tokens:
+def tokens_of(inputs: Inputs, ranks: Tensor | None) -> Tokens:
     """Find the tokens that count; raises ``ValueError`` for targets or rows out of range."""
     shard = inputs.head.vocab_shard
     vocab = inputs.weight.shape[0] if shard is None else shard.vocab
     boundaries = inputs.cu_tokens, inputs.cu_groups
     if enters_whole(inputs.rows, inputs.cu_tokens, inputs.head):
-        return dense_tokens(inputs.targets, vocab, *boundaries)
-    return find_tokens(inputs.targets, inputs.hidden.shape[0], vocab, inputs.rows, *boundaries)
+        return dense_tokens(inputs.targets, vocab, *boundaries, ranks)
+    return find_tokens(inputs.targets, inputs.hidden.shape[0], vocab, inputs.rows, *boundaries, ranks)
 
 
 def enters_whole(rows: Tensor | None, cu_tokens: Sequence[int], head: Head) -> bool:

@@ -18,7 +18,7 @@ from torch.library import custom_op
 
 from cpo_kernels.kernels.numerics import accumulate_dtype
 from cpo_kernels.layout import CandidateLayout
-from cpo_kernels.objective import CPOOutput, Groups, check_problem, make_problem, summarize
+from cpo_kernels.objective import CPOOutput, Groups, check_problem, make_problem
 from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
 
 from .call import Needs, resolve
@@ -223,10 +223,10 @@ def run_cpo(
     inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
 ) -> tuple[CPOOutput, LossResult]:
     """Run the objective and its gradients without autograd."""
-    call, problem = resolve_cpo(inputs, ref_logps, ranks, objective, needs)
-    loss = CPOLossOfCall(call, problem, inputs.hidden.dtype, inputs.hidden.shape[1])
+    call, given = resolve_cpo(inputs, ref_logps, ranks, objective, needs)
+    loss = CPOLossOfCall(objective, inputs.shape, inputs.hidden.dtype, inputs.hidden.shape[1], call, *given)
     result = run_loss(call, inputs.tensors, loss)
-    return summarize(problem, result.terms, result.sums, inputs.shape, result.dropped), result
+    return CPOOutput(*result.outputs), result
 
 
 @linear_cpo.register_fake

@@ -159,7 +159,7 @@ def active_rows(block: Block, active: Tensor) -> Tensor:
     if block.host_row_starts is None:
         return active.nonzero().squeeze(1)
     counted = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])
-    return counted[block.host_row_starts].diff().nonzero().squeeze(1)
+    return counted[torch.from_numpy(block.host_row_starts)].diff().nonzero().squeeze(1)
 
 
 def worth_compacting(dlogits: Tensor, rows: int, columns: int, hidden_size: int) -> bool:

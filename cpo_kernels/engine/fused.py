@@ -17,7 +17,7 @@ from cpo_kernels.options import Head
 from . import loop
 from .call import Call, Grads
 from .derivatives import first_order_only
-from .losses import LossResult, dropped_share, launch_options
+from .losses import LossResult, launch_options
 
 
 class FusedLoss(torch.autograd.Function):
@@ -25,7 +25,7 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: Call, make_loss: Callable[..., Any], given: tuple[Tensor | None, ...]):
-        """Return the terms of the loss, sums (S,) and the dropped share; only the loss is differentiable.
+        """Return the loss and what comes with it, of which only the loss is differentiable.
 
         ``make_loss(call, *given)`` makes the loss from ``given``, the user's tensors that it reads.
         """
@@ -35,8 +35,8 @@ class FusedLoss(torch.autograd.Function):
             result = loss.finish(sums, call.summed(grads.result()))
         ctx.save_for_backward(hidden, weight, bias, *call.given, *given)
         ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
-        ctx.mark_non_differentiable(*result.terms[1:], result.sums, result.dropped)
-        return (*result.terms, result.sums, result.dropped)
+        ctx.mark_non_differentiable(*result.outputs[1:])
+        return tuple(result.outputs)
 
     @staticmethod
     def backward(ctx, grad_loss, *_unused):
@@ -104,13 +104,13 @@ class LogitsCall:
             None if bias is None else bias.detach(),
             *self.head.transform,
             gain=1.0,
-            **launch_options(problem),
+            **launch_options(problem.objective, problem.num_groups, problem.num_target_tokens, problem.groups.shape[1]),
         )
         terms, grad_bias = problem.loss(sums), None
         if self.needs[1] and grad is not None and bias is not None:
             grad_bias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
         grads = (grad if self.needs[0] else None, None, grad_bias)
-        return LossResult(terms, sums, dropped_share(None, terms.loss), grads, 1.0, self.backend.scale_)
+        return LossResult((*terms, sums), grads, 1.0, self.backend.scale_)
 
     def grads_with_graph(self, logits: Tensor, bias: Tensor | None, grad_loss: Tensor) -> Grads:
         """Compute the gradients by autograd, so that they can be differentiated again."""
@@ -134,8 +134,8 @@ class FusedLogitsLoss(torch.autograd.Function):
             result = call.run(logits, bias)
         ctx.save_for_backward(logits, bias, *call.given)
         ctx.call, ctx.result = call, result
-        ctx.mark_non_differentiable(*result.terms[1:], result.sums)
-        return (*result.terms, result.sums)
+        ctx.mark_non_differentiable(*result.outputs[1:])
+        return result.outputs
 
     @staticmethod
     def backward(ctx, grad_loss, *_unused):

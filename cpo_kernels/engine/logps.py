@@ -41,9 +41,11 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     keep = any(call.needs) and len(blocks) == 1
     unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if call.scales_rows else None
     workspace, done = linear.workspace(call.plan.rows_held), None
-    logps = linear.hidden.new_zeros(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
+    logps = linear.hidden.new_empty(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
     for block in blocks:
         done = linear.forward(block, workspace, keep=keep or call.scales_rows)
+        if block is blocks[0]:  # once the device is busy
+            tokens.check()
         logps[block.order] = done.logps
         if unscaled is not None:
             dlogits = linear.unit_gradient_(block, done)

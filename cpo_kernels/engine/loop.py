@@ -50,6 +50,9 @@ class SequenceLoss(Protocol):
 
     filters: GradientFilter | None
 
+    def check(self) -> None:
+        """Raise ``ValueError`` for groups that the loss is not defined for; on a GPU a device assertion may say so."""
+
     def contrast(self, logps: Tensor, part: ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sums (s,) of a chunk's segments and, if ``wanted``, dloss / dlogp (n,) of each of its slots.
 
@@ -129,18 +132,23 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
     The coefficients of a chunk come with its contrast. Gradients that need them wait for it, unless they are known
     before; where only hidden states need a gradient, its rows are built without them, and multiplied at the end.
     """
-    tokens, plan, needs_any, filters = call.tokens, call.plan, any(call.needs), loss.filters
-    sums = linear.hidden.new_zeros(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
+    tokens, plan, needs_any, checked = call.tokens, call.plan, any(call.needs), False
+    sums = linear.hidden.new_empty(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
     workspace, coefs = linear.workspace(plan.rows_held), []
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
-        logps, forwards = sums.new_zeros(last - first), []
-        known = loss.coefficients(part)
+        logps, forwards, known = sums.new_empty(last - first), [], None
         for block in blocks:
             forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
+            if not checked:  # once the device is busy
+                tokens.check()
+                loss.check()
+                checked = True
+            if known is None:
+                known = loss.coefficients(part)
             logps[block.order] = forward.logps
             if call.scales_rows:
                 grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
@@ -157,8 +165,8 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
             for block, forward in zip(blocks, forwards, strict=True):
                 done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
                 kept: Kept | None = gradient(linear, block, done, coef[block.order])
-                if filters is not None and kept is not None:
-                    kept = filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
+                if loss.filters is not None and kept is not None:
+                    kept = loss.filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
                 if kept is not None:
                     grads.add(kept)
     if grads.hidden is not None and coefs:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.backend import Backend
-from cpo_kernels.kernels.device import is_host
 from cpo_kernels.kernels.numerics import accumulate_dtype
-from cpo_kernels.objective import CPOProblem, LossTerms, check_problem, make_groups, make_problem
+from cpo_kernels.objective import CPOOutput, CPOProblem, Groups, check_problem, make_groups, make_problem, summarize
 from cpo_kernels.options import Head, Objective
 
 from . import loop
 from .call import Call, Grads, Needs, resolve
 from .filters import GradientFilter
 from .inputs import Inputs, largest_group, merge_ranks, per_segment
-from .tokens import Tokens
 
 # The largest scaled coefficient of a float16 gradient: below 1, since products sum thousands of coefficients.
 FLOAT16_TARGET = 2.0**-4
@@ -29,24 +28,21 @@ class LossResult(NamedTuple):
     """A loss computed with its gradients.
 
     Attributes:
-        terms: the loss, and the terms that it is the sum of.
-        sums: (S,) sums of token log-probabilities.
-        dropped: share of the gradient's mass that filters left out, scalar.
+        outputs: the loss, and what else the caller returns, of which nothing is differentiable.
         grads: gradients of hidden, weight and bias, times the gain.
         gain: see :func:`float16_gain`.
         scale_: the backend's kernel that scales the gradients in place.
     """
 
-    terms: LossTerms
-    sums: Tensor
-    dropped: Tensor
+    outputs: tuple[Tensor, ...]
     grads: Grads
     gain: float | Tensor
     scale_: Callable[[Tensor, Tensor], None]
 
     def scaled_(self, factor: Tensor) -> Grads:
         """Scale the gradients by ``factor`` in place, and undo the gain they were built with."""
-        scale = factor / self.gain
+        exact = isinstance(self.gain, float) and self.gain == 1.0
+        scale = factor if exact else factor / self.gain
         for grad in self.grads:
             if grad is not None:
                 self.scale_(grad, scale)
@@ -95,59 +91,111 @@ def dropped_share(filters: GradientFilter | None, loss: Tensor) -> Tensor:
     return loss.new_zeros(()).detach() if filters is None else filters.share.to(loss)
 
 
-def bind_objective(objective: Objective, tokens: Tokens, ref_logps: Tensor | None, ranks: Tensor | None) -> CPOProblem:
-    """Bind the objective to the groups of a call and check them: on the host if the lengths are known there."""
-    groups = make_groups(tokens.segment_starts, tokens.lengths.device)
-    problem = make_problem(objective, groups, tokens.lengths, ref_logps, ranks)
-    if tokens.host_lengths is not None and not is_host(problem.lengths.device):
-        groups = make_groups(tokens.segment_starts, tokens.host_lengths.device)
-        check_problem(
-            make_problem(objective, groups, tokens.host_lengths, None, None if ranks is None else ranks.cpu())
-        )
-    else:
-        check_problem(problem)
-    return problem
-
-
 def coefficients_are_known(head: Head, objective: Objective, needs: Needs) -> bool:
     """Tell whether no coefficient depends on a log-probability: the loss is the likelihood of the truth alone."""
     return any(needs) and objective.contrast_weight == 0 and not head.filtered
 
 
-def resolve_cpo(
-    inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
-) -> tuple[Call, CPOProblem]:
-    """Check ``ref_logps`` and ``ranks``, resolve the call and bind the objective to its groups."""
-    objective.check_candidates(largest_group(inputs.cu_groups))
-    ref = per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
-    flat_ranks = merge_ranks(ranks, inputs.layout_ranks, inputs.shape, inputs.hidden)
-    ref = None if ref is None else ref.to(accumulate_dtype(inputs.logits_dtype))
-    call = resolve(inputs, needs, known_coefficients=coefficients_are_known(inputs.head, objective, needs))
-    return call, bind_objective(objective, call.tokens, ref, flat_ranks)
-
-
 class CPOLossOfCall:
-    """The CPO objective of one call, as a :class:`loop.SequenceLoss`."""
+    """The CPO objective of one call, as a :class:`loop.SequenceLoss`.
 
-    def __init__(self, call: Call, problem: CPOProblem, dtype: torch.dtype, hidden_size: int) -> None:
-        objective, needs = problem.objective, any(call.needs)
-        unit = unit_coefficient(objective, problem.num_groups, problem.num_target_tokens)
-        self.call, self.problem = call, problem
-        self.gain = float16_gain(dtype, unit) if needs else 1.0
-        candidate_unit = objective.beta / problem.num_groups
-        self.filters = make_filter(call.head, hidden_size, candidate_unit, unit, self.gain) if needs else None
+    What it needs of the groups is put together when the loop asks for it, after it has launched the first product.
+
+    Args:
+        objective: the objective.
+        shape: of results with one number a segment.
+        dtype: of hidden.
+        hidden_size: H.
+        call: the call.
+        ref_logps: (S,) in the dtype of the sums, or None.
+        ranks: (S,) or None.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        hidden_size: int,
+        call: Call,
+        ref_logps: Tensor | None,
+        ranks: Tensor | None,
+    ) -> None:
+        self.objective, self.shape, self.call = objective, shape, call
+        self.dtype, self.hidden_size = dtype, hidden_size
+        self.ref_logps, self.ranks = ref_logps, ranks
+        self.needs_any = any(call.needs)
         self.known_beforehand = coefficients_are_known(call.head, objective, call.needs)
-        # Candidates with a likelihood term, which a filter of the contrast must not drop.
-        self.always = problem.best if objective.mle_weight else None
-        fits = objective.has_kernel and problem.groups.shape[1] <= call.backend.contrast_candidates
-        self.one_launch = needs and fits and self.filters is None and not self.known_beforehand
+        self.num_groups = objective.num_groups or len(call.tokens.rows_per_group)
+        self.max_candidates = largest_group(call.tokens.segment_starts)
+        fits = objective.has_kernel and self.max_candidates <= call.backend.contrast_candidates
+        filtered = call.head.filtered and self.needs_any
+        self.contrast_in_one_launch = self.needs_any and fits and not filtered and not self.known_beforehand
+        self.summary_in_one_launch = fits and call.backend.summarize is not None
         self.group_losses: list[Tensor] = []
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The segments as padded groups."""
+        return make_groups(self.call.tokens.segment_starts, self.call.tokens.lengths.device)
+
+    @cached_property
+    def problem(self) -> CPOProblem:
+        """The objective bound to the groups on the device."""
+        objective = replace(self.objective, num_target_tokens=self.known_target_tokens)
+        return make_problem(objective, self.groups, self.call.tokens.lengths, self.ref_logps, self.ranks)
+
+    @cached_property
+    def host_problem(self) -> CPOProblem | None:
+        """The groups of the call on the host, without a reference; None where the host does not know them."""
+        tokens, ranks = self.call.tokens, self.call.tokens.host_ranks
+        if tokens.host_lengths is None or (ranks is None) != (self.ranks is None):
+            return None
+        groups = make_groups(tokens.segment_starts, tokens.host_lengths.device)
+        return make_problem(self.objective, groups, tokens.host_lengths, None, ranks)
+
+    @cached_property
+    def known_target_tokens(self) -> float | None:
+        """The denominator of the negative log-likelihood, if the host knows it."""
+        if self.objective.num_target_tokens is not None or self.host_problem is None:
+            return self.objective.num_target_tokens
+        return float(self.host_problem.num_target_tokens)
+
+    @cached_property
+    def num_target_tokens(self) -> float | Tensor:
+        """The denominator of the negative log-likelihood."""
+        known = self.known_target_tokens
+        return self.problem.num_target_tokens if known is None else known
+
+    @cached_property
+    def unit(self) -> float | Tensor:
+        """The largest coefficient that the objective gives a token's log-probability."""
+        return unit_coefficient(self.objective, self.num_groups, self.num_target_tokens)
+
+    @cached_property
+    def gain(self) -> float | Tensor:
+        """The gain of the gradients."""
+        return float16_gain(self.dtype, self.unit) if self.needs_any and self.dtype == torch.float16 else 1.0
+
+    @cached_property
+    def filters(self) -> GradientFilter | None:
+        """The filters of the gradients, or None."""
+        if not (self.call.head.filtered and self.needs_any):
+            return None
+        candidate_unit = self.objective.beta / self.num_groups
+        return make_filter(self.call.head, self.hidden_size, candidate_unit, self.unit, self.gain)
+
+    def check(self) -> None:
+        """Check the groups: on the host if it knows them."""
+        check_problem(self.problem if self.host_problem is None else self.host_problem)
 
     def contrast(self, logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sums of a chunk's segments and the coefficients of its slots."""
-        if self.one_launch:
-            return launch_contrast(self.call.backend, self.problem, self.gain, logps, part)
+        if self.contrast_in_one_launch:
+            return self.launch_contrast(logps, part)
         sums = loop.segment_sums(logps, part)
+        if self.summary_in_one_launch and not wanted:
+            return sums, None
         here = self.problem.chunk(part.groups, part.segments)
         contrast = here.contrast(sums)
         self.group_losses.append(contrast.loss)
@@ -157,8 +205,34 @@ class CPOLossOfCall:
         coef = here.sum_coefficients(of_contrast) * self.gain
         if self.filters is None:
             return sums, coef.repeat_interleave(part.slots, output_size=logps.numel())
-        also = None if self.always is None else self.always[part.segments]
-        return sums, self.filters.drop_candidates(of_contrast, coef, logps, part.slots, also)
+        # Candidates with a likelihood term, which a filter of the contrast must not drop.
+        always = here.best if self.objective.mle_weight else None
+        return sums, self.filters.drop_candidates(of_contrast, coef, logps, part.slots, always)
+
+    def launch_contrast(self, logps: Tensor, part: loop.ChunkTokens) -> tuple[Tensor, Tensor]:
+        """Run the contrast of a chunk in one launch of the backend."""
+        launch, gain, here = self.call.backend.contrast, self.gain, part.segments
+        assert launch is not None
+        sums, coef = launch(
+            logps,
+            part.starts,
+            self.segment_starts_of(part.groups),
+            self.call.tokens.lengths[here],
+            None if self.ref_logps is None else self.ref_logps[here],
+            None if self.ranks is None else self.ranks[here],
+            gain=1.0 if isinstance(gain, Tensor) else gain,
+            **self.launch_options(self.num_target_tokens if self.objective.mle_weight else 1.0),
+        )
+        return sums, coef * gain if isinstance(gain, Tensor) else coef
+
+    def segment_starts_of(self, groups: range) -> Tensor | None:
+        """Return the prefix count of the segments of some groups; None where every group has as many."""
+        starts = self.groups.starts
+        return None if starts is None else starts[groups.start : groups.stop + 1]
+
+    def launch_options(self, num_target_tokens: float | Tensor | None) -> dict[str, Any]:
+        """Return the objective's numbers as keyword arguments of a backend's launch."""
+        return launch_options(self.objective, self.num_groups, num_target_tokens, self.max_candidates)
 
     def coefficients(self, part: loop.ChunkTokens) -> Tensor | None:
         """Return the coefficients of a chunk's slots where the contrast has no weight, else None."""
@@ -171,22 +245,30 @@ class CPOLossOfCall:
 
     def finish(self, sums: Tensor, grads: Grads) -> LossResult:
         """Put the result together once all chunks have run."""
-        per_group = torch.cat(self.group_losses) if self.group_losses else self.problem.contrast(sums).loss
-        terms = self.problem.terms(sums, per_group)
-        dropped = dropped_share(self.filters, terms.loss)
-        return LossResult(terms, sums, dropped, grads, self.gain, self.call.backend.scale_)
+        return LossResult(self.output(sums), grads, self.gain, self.call.backend.scale_)
+
+    def output(self, sums: Tensor) -> CPOOutput:
+        """Return the loss and its metrics from the sums (S,) of all segments."""
+        if not self.summary_in_one_launch:
+            per_group = torch.cat(self.group_losses) if self.group_losses else self.problem.contrast(sums).loss
+            terms = self.problem.terms(sums, per_group)
+            dropped = dropped_share(self.filters, terms.loss)
+            return summarize(self.problem, terms, sums, self.shape, dropped)
+        launch, tokens = self.call.backend.summarize, self.call.tokens
+        assert launch is not None
+        starts, num_target_tokens = self.groups.starts, self.known_target_tokens
+        options = self.launch_options(num_target_tokens)
+        numbers, logps, rewards = launch(sums, starts, tokens.lengths, self.ref_logps, self.ranks, **options)
+        loss, contrastive, nll, accuracy, margin, nothing = numbers.unbind()
+        dropped = nothing if self.filters is None else self.filters.share.to(loss)
+        per_segment = logps.view(self.shape), rewards.view(self.shape)
+        return CPOOutput(loss, contrastive, nll, *per_segment, accuracy, margin, dropped)
 
 
-def make_cpo_loss(
-    problem: CPOProblem, dtype: torch.dtype, hidden_size: int, call: Call, *given: Tensor | None
-) -> CPOLossOfCall:
-    """Make the loss of a call from ``given``, the tensors of the problem that users gave."""
-    return CPOLossOfCall(call, problem.with_given(*given), dtype, hidden_size)
-
-
-def launch_options(problem: CPOProblem) -> dict[str, Any]:
-    """Return the objective's numbers as keyword arguments of a backend's launch."""
-    objective = problem.objective
+def launch_options(
+    objective: Objective, num_groups: float, num_target_tokens: float | Tensor | None, max_candidates: int
+) -> dict[str, Any]:
+    """Return an objective's numbers as keyword arguments of a backend's launch."""
     return {
         "beta": objective.beta,
         "margin": objective.margin,
@@ -195,29 +277,22 @@ def launch_options(problem: CPOProblem) -> dict[str, Any]:
         "length_normalized": objective.length_normalized,
         "contrast_weight": objective.contrast_weight,
         "mle_weight": objective.mle_weight,
-        "num_groups": problem.num_groups,
-        "num_target_tokens": problem.num_target_tokens,
-        "max_candidates": problem.groups.shape[1],
+        "num_groups": num_groups,
+        "num_target_tokens": num_target_tokens,
+        "max_candidates": max_candidates,
     }
 
 
-def launch_contrast(
-    backend: Backend, problem: CPOProblem, gain: float | Tensor, logps: Tensor, part: loop.ChunkTokens
-) -> tuple[Tensor, Tensor]:
-    """Run the contrast of a chunk in one launch of the backend."""
-    launch, here, starts = backend.contrast, part.segments, problem.groups.starts
-    assert launch is not None
-    sums, coef = launch(
-        logps,
-        part.starts,
-        None if starts is None else starts[part.groups.start : part.groups.stop + 1],
-        problem.lengths[here],
-        None if problem.ref_logps is None else problem.ref_logps[here],
-        None if problem.segment_ranks is None else problem.segment_ranks[here],
-        gain=1.0 if isinstance(gain, Tensor) else gain,
-        **launch_options(problem),
-    )
-    return sums, coef * gain if isinstance(gain, Tensor) else coef
+def resolve_cpo(
+    inputs: Inputs, ref_logps: Tensor | None, ranks: Tensor | None, objective: Objective, needs: Needs
+) -> tuple[Call, tuple[Tensor | None, Tensor | None]]:
+    """Check ``ref_logps`` and ``ranks``, resolve the call, and return it with both as the loss takes them."""
+    objective.check_candidates(largest_group(inputs.cu_groups))
+    ref = per_segment("ref_logps", ref_logps, inputs.shape, inputs.hidden)
+    flat_ranks = merge_ranks(ranks, inputs.layout_ranks, inputs.shape, inputs.hidden)
+    ref = None if ref is None else ref.to(accumulate_dtype(inputs.logits_dtype))
+    known = coefficients_are_known(inputs.head, objective, needs)
+    return resolve(inputs, needs, known_coefficients=known, ranks=flat_ranks), (ref, flat_ranks)
 
 
 class OwnLossOfCall:
@@ -271,13 +346,14 @@ class OwnLossOfCall:
         """Shape the sums of some groups as ``loss_fn`` takes them: (groups, candidates), or unchanged if packed."""
         return sums if self.candidates is None else sums.view(len(groups), self.candidates)
 
+    def check(self) -> None:
+        """Check nothing: any groups will do."""
+
     def finish(self, sums: Tensor, grads: Grads) -> LossResult:
         """Put the result together once all chunks have run."""
         loss = torch.stack(self.losses).sum()
-        nothing = loss.detach().new_zeros(())
         gain = 1.0 if self.gain is None else self.gain
-        dropped = dropped_share(self.filters, loss)
-        return LossResult(LossTerms(loss, nothing, nothing), sums, dropped, grads, gain, self.call.backend.scale_)
+        return LossResult((loss,), grads, gain, self.call.backend.scale_)
 
 
 def loss_fn_gain(coef: Tensor, dtype: torch.dtype, num_groups: int) -> float | Tensor:

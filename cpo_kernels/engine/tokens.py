@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import ops
-from cpo_kernels.kernels.device import is_host, to_device
+from cpo_kernels.kernels.device import is_host, to_host, upload
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
+
+
+def nothing_left() -> None:
+    """Check nothing, where all has been checked."""
 
 
 @dataclass
@@ -22,37 +28,41 @@ class Tokens:
     slots, those that do not count among them.
 
     Attributes:
-        rows: (n,) host integers, row of ``hidden`` that predicts each slot; None in a dense call: slot n is row n.
+        rows: (n,) int64 on the host, row of ``hidden`` that predicts each slot; None in a dense call: slot n is row n.
         device_rows: ``rows`` on the device of ``hidden``.
         targets: (n,) vocabulary entry of each slot, -100 for those of a dense call that do not count.
         positions: (n,) index of each slot among all N tokens; None in a dense call.
         lengths: (S,) tokens of each segment that count.
-        host_lengths: ``lengths`` on the host; None in a dense call.
+        host_lengths: ``lengths`` on the host; None in a dense call on a GPU.
+        host_ranks: (S,) the ranks of the call on the host; None without any, and in a dense call on a GPU.
         token_starts: (S + 1,) prefix count of the slots of each segment.
         slots_per_segment: slots of every segment, if all have the same number and the host knows it, or None.
         group_starts: (G + 1,) host integers, prefix count of the slots of each group.
         segment_starts: (G + 1,) host integers, prefix count of the segments of each group.
         one_per_row: whether every row predicts at most one token.
         rows_per_group: (G,) host integers, rows that each group needs.
+        check: raises for a target out of range, where the host has not done so; to be called once the device is busy.
     """
 
-    rows: Tensor | None
+    rows: np.ndarray | None
     device_rows: Tensor | None
     targets: Tensor
     positions: Tensor | None
     lengths: Tensor
     host_lengths: Tensor | None
+    host_ranks: Tensor | None
     token_starts: Tensor
     slots_per_segment: int | None
     group_starts: list[int]
     segment_starts: Sequence[int]
     one_per_row: bool
     rows_per_group: list[int]
+    check: Callable[[], None] = nothing_left
 
     def as_one_group(self) -> Tokens:
         """Remove the boundaries between groups, for calls that may cut chunks anywhere."""
         shared = not self.one_per_row and self.rows is not None
-        rows = self.rows.unique().numel() if shared and self.rows is not None else self.targets.numel()
+        rows = np.unique(self.rows).size if shared and self.rows is not None else self.targets.numel()
         return replace(self, rows_per_group=[rows])
 
     @property
@@ -62,13 +72,14 @@ class Tokens:
 
     def among_all(self, values: Tensor, num_tokens: int) -> Tensor:
         """Return values (n, ...) of the slots as values (N, ...) of all tokens, 0 for tokens that do not count."""
-        if self.positions is None:
+        if self.positions is None or self.targets.numel() == num_tokens:
             return values
         return values.new_zeros((num_tokens, *values.shape[1:])).index_copy_(0, self.positions, values)
 
     def of_slots(self, values: Tensor) -> Tensor:
         """Return the values (n, ...) of the slots from values (N, ...) of all tokens."""
-        return values if self.positions is None else values[self.positions]
+        everything = self.positions is None or self.targets.numel() == values.shape[0]
+        return values if everything else values[self.positions]
 
     @property
     def num_rows(self) -> int:
@@ -77,41 +88,50 @@ class Tokens:
 
 
 def find_tokens(
-    targets: Tensor, num_rows: int, vocab: int, rows: Tensor | None, cu_tokens: Sequence[int], cu_groups: Sequence[int]
+    targets: Tensor,
+    num_rows: int,
+    vocab: int,
+    rows: Tensor | None,
+    cu_tokens: Sequence[int],
+    cu_groups: Sequence[int],
+    ranks: Tensor | None = None,
 ) -> Tokens:
     """Find the tokens that count from targets (N,); :class:`CandidateLayout` describes the other arguments.
 
-    Indices are computed on the host: a GPU makes one copy to the host, which waits for the device, and a few back.
+    Everything is computed on the host: a GPU makes one copy to the host, which waits for the device, and one back.
+    ``ranks`` (S,) only share that copy.
 
     Raises:
         ValueError: a target outside [0, V) other than -100, or a row outside [0, R); the message names the first.
     """
     device = targets.device
-    if rows is None:
-        targets = targets.cpu()
-    else:
-        targets, rows = torch.stack([targets, rows]).cpu()
-    present = targets != IGNORE_INDEX
-    check_targets_in(targets, vocab)
-    positions = present.nonzero().squeeze(1)
-    if rows is not None:
-        check_range("row", rows, present, num_rows, f"[0, {num_rows})")
-    token_rows = positions if rows is None else rows[positions]
-    counted = torch.cat([present.new_zeros(1, dtype=torch.int64), present.cumsum(0)])
-    token_starts = counted[torch.tensor(cu_tokens, device="cpu")]
-    group_starts = token_starts[torch.tensor(cu_groups, device="cpu")]
-    one_per_row = rows is None or token_rows.unique().numel() == token_rows.numel()
-    sizes = group_starts.diff() if one_per_row else distinct_rows(token_rows, group_starts.diff(), num_rows)
-    lengths = token_starts.diff()
-    device_positions = to_device(positions, device)
+    host_targets, host_rows, host_ranks = to_host(targets, rows, ranks)
+    assert host_targets is not None
+    present = host_targets != IGNORE_INDEX
+    check_range("target", host_targets, present, vocab, f"expected [0, {vocab}) or {IGNORE_INDEX}")
+    if host_rows is not None:
+        check_range("row", host_rows, present, num_rows, f"expected [0, {num_rows})")
+    positions = np.flatnonzero(present)
+    token_rows = positions if host_rows is None else host_rows[positions]
+    token_starts = prefix_counts(present)[np.asarray(cu_tokens)]
+    group_starts = token_starts[np.asarray(cu_groups)]
+    one_per_row = host_rows is None or token_rows.size == 0 or np.bincount(token_rows).max() == 1
+    sizes = np.diff(group_starts)
+    sizes = sizes if one_per_row else distinct_rows(token_rows, sizes, num_rows)
+    lengths = np.diff(token_starts)
+    arrays = [host_targets[positions], positions, lengths, token_starts]
+    if host_rows is not None:
+        arrays.append(token_rows)
+    on_device = upload(arrays, device)
     return Tokens(
         rows=token_rows,
-        device_rows=device_positions if rows is None else to_device(token_rows, device),
-        targets=to_device(targets[positions], device),
-        positions=device_positions,
-        lengths=to_device(lengths, device),
-        host_lengths=lengths,
-        token_starts=to_device(token_starts, device),
+        device_rows=on_device[1] if host_rows is None else on_device[4],
+        targets=on_device[0],
+        positions=on_device[1],
+        lengths=on_device[2],
+        host_lengths=torch.from_numpy(lengths),
+        host_ranks=None if host_ranks is None else torch.from_numpy(host_ranks),
+        token_starts=on_device[3],
         slots_per_segment=None,
         group_starts=group_starts.tolist(),
         segment_starts=cu_groups,
@@ -120,59 +140,70 @@ def find_tokens(
     )
 
 
-def dense_tokens(targets: Tensor, vocab: int, cu_tokens: Sequence[int], cu_groups: Sequence[int]) -> Tokens:
+def dense_tokens(
+    targets: Tensor, vocab: int, cu_tokens: Sequence[int], cu_groups: Sequence[int], ranks: Tensor | None = None
+) -> Tokens:
     """Make the tokens of a dense call, where row n predicts token n, without reading any value on the host.
 
-    Every segment must have the same number of slots. Raises for a target out of range as :func:`check_targets_in` does.
+    Every segment must have the same number of slots.
     """
-    slots, segments = cu_tokens[1] - cu_tokens[0], len(cu_tokens) - 1
-    present = targets != IGNORE_INDEX
-    check_targets_in(targets, vocab)
+    slots, segments, host = cu_tokens[1] - cu_tokens[0], len(cu_tokens) - 1, is_host(targets.device)
     group_starts = [cu_tokens[s] for s in cu_groups]
+    check = partial(check_targets_in, targets, vocab)
+    if host:
+        check()
+    lengths = (targets != IGNORE_INDEX).view(segments, slots).sum(-1)
     return Tokens(
         rows=None,
         device_rows=None,
         targets=targets,
         positions=None,
-        lengths=present.view(segments, slots).sum(-1),
-        host_lengths=None,
-        token_starts=torch.arange(segments + 1, device=targets.device) * slots,
+        lengths=lengths,
+        host_lengths=lengths if host else None,
+        host_ranks=ranks if host else None,
+        token_starts=torch.arange(0, segments * slots + 1, slots, device=targets.device),
         slots_per_segment=slots,
         group_starts=group_starts,
         segment_starts=cu_groups,
         one_per_row=True,
         rows_per_group=[end - start for start, end in pairwise(group_starts)],
+        check=nothing_left if host else check,
     )
 
 
-def distinct_rows(rows: Tensor, sizes: Tensor, num_rows: int) -> Tensor:
+def prefix_counts(flags: np.ndarray) -> np.ndarray:
+    """Return how many of flags (n,) are set before each place and in all, (n + 1,)."""
+    return np.concatenate([[0], np.cumsum(flags)])
+
+
+def distinct_rows(rows: np.ndarray, sizes: np.ndarray, num_rows: int) -> np.ndarray:
     """Count the different rows of the tokens of each group; rows (n,), sizes (G,) tokens of each group."""
-    groups = torch.repeat_interleave(torch.arange(sizes.numel(), device="cpu"), sizes)
-    pairs = torch.unique(groups * num_rows + rows)
-    return torch.bincount(pairs // num_rows, minlength=sizes.numel())
+    groups = np.repeat(np.arange(sizes.size), sizes)
+    return np.bincount(np.unique(groups * num_rows + rows) // num_rows, minlength=sizes.size)
 
 
 def check_targets_in(targets: Tensor, vocab: int) -> None:
     """Raise ``ValueError`` naming the first target (N,) outside [0, V) other than -100.
 
-    A GPU is checked as by :func:`check_range`; the compiled CUDA kernels also print the target to standard output.
+    A check on a GPU is not waited for: it is a device assertion, which stops the kernels that follow. The compiled CUDA
+    kernels also print the target to standard output.
     """
+    expected = f"expected [0, {vocab}) or {IGNORE_INDEX}"
+    if is_host(targets.device):
+        numbers = targets.numpy()
+        check_range("target", numbers, numbers != IGNORE_INDEX, vocab, expected)
+        return
     named = ops.TARGET_CHECKS.get(targets.device.type)
     if named is None or not named(targets, vocab):
-        check_range("target", targets, targets != IGNORE_INDEX, vocab, f"[0, {vocab}) or {IGNORE_INDEX}")
+        bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab))
+        torch._assert_async(~bad.any(), f"a target is out of range, {expected}")
 
 
-def check_range(name: str, values: Tensor, present: Tensor, end: int, expected: str) -> None:
-    """Raise ``ValueError`` naming the first of ``values`` that is present and outside [0, end).
-
-    A check on a GPU is not waited for: it is a device assertion, which stops the kernels that follow.
-    """
-    bad = present & ((values < 0) | (values >= end))
-    if not is_host(values.device):
-        torch._assert_async(~bad.any(), f"a {name} is out of range, expected {expected}")
-    elif bad.any():
-        token = int(bad.nonzero()[0])
-        raise ValueError(f"{name} of token {token} is {int(values[token])}, expected {expected}")
+def check_range(name: str, values: np.ndarray, present: np.ndarray, end: int, expected: str) -> None:
+    """Raise ``ValueError`` naming the first of ``values`` (N,) that is present and outside [0, end)."""
+    wrong = np.flatnonzero(present & ((values < 0) | (values >= end)))
+    if wrong.size:
+        raise ValueError(f"{name} of token {wrong[0]} is {values[wrong[0]]}, {expected}")
 
 
 @dataclass
@@ -184,7 +215,7 @@ class Block:
         num_rows: r.
         order: (n,) index, among the chunk's slots, of each of the block's slots, or the slice that they fill.
         row_starts: (r + 1,) prefix count of the slots of each row; None: one a row.
-        host_row_starts: ``row_starts`` on the host.
+        host_row_starts: ``row_starts`` on the host, or None.
         targets: (n,) vocabulary entries of the block's slots.
         absent: (r,) bool, rows of a dense call that predict nothing; None: there are none.
     """
@@ -193,7 +224,7 @@ class Block:
     num_rows: int
     order: Tensor | slice
     row_starts: Tensor | None
-    host_row_starts: Tensor | None
+    host_row_starts: np.ndarray | None
     targets: Tensor
     absent: Tensor | None = None
 
@@ -224,18 +255,17 @@ def split_blocks(tokens: Tokens, start: int, end: int, rows_per_block: int) -> l
         ]
     assert tokens.rows is not None  # a dense call has one token a row
     device = targets.device
-    rows, inverse = torch.unique(tokens.rows[start:end], return_inverse=True)
-    order = torch.argsort(inverse, stable=True)
-    row_starts = torch.cat([inverse.new_zeros(1), torch.bincount(inverse, minlength=rows.numel()).cumsum(0)])
+    rows, inverse, counts = np.unique(tokens.rows[start:end], return_inverse=True, return_counts=True)
+    order = np.argsort(inverse, kind="stable")
+    row_starts = np.concatenate([[0], np.cumsum(counts)])
     blocks = []
-    for a in range(0, rows.numel(), rows_per_block):
+    for a in range(0, rows.size, rows_per_block):
         starts = row_starts[a : a + rows_per_block + 1]
-        here = to_device(order[int(starts[0]) : int(starts[-1])], device)
-        block_rows = rows[a : a + rows_per_block]
-        filled = as_slice(block_rows)
-        indices = to_device(block_rows, device) if filled is None else filled
-        starts = starts - starts[0]
-        blocks.append(Block(indices, block_rows.numel(), here, to_device(starts, device), starts, targets[here]))
+        block_rows, filled = rows[a : a + rows_per_block], as_slice(rows[a : a + rows_per_block])
+        arrays = [order[starts[0] : starts[-1]], starts - starts[0]]
+        here, on_device, *indices = upload(arrays if filled is not None else [*arrays, block_rows], device)
+        place = indices[0] if filled is None else filled
+        blocks.append(Block(place, block_rows.size, here, on_device, starts - starts[0], targets[here]))
     return blocks
 
 
@@ -247,11 +277,11 @@ def row_slots(tokens: Tokens, start: int, end: int) -> Tensor | slice:
     return tokens.device_rows[start:end] if filled is None else filled
 
 
-def as_slice(rows: Tensor) -> slice | None:
-    """Return the slice that increasing ``rows``, host integers, fill; None if they leave a gap."""
-    if rows.numel() == 0:
+def as_slice(rows: np.ndarray) -> slice | None:
+    """Return the slice that increasing ``rows`` (n,) fill; None if they leave a gap."""
+    if rows.size == 0:
         return slice(0, 0)
     first, last = int(rows[0]), int(rows[-1])
-    if last - first + 1 != rows.numel() or not bool((rows.diff() == 1).all()):
+    if last - first + 1 != rows.size or not (np.diff(rows) == 1).all():
         return None
     return slice(first, last + 1)

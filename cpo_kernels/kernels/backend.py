@@ -81,7 +81,9 @@ class Backend:
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         unit_gradient: row kernels that read and write the logits once, or None.
         contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
-        contrast_candidates: largest group that ``contrast`` takes.
+        summarize: loss and metrics from the sums of all segments; where None, :mod:`cpo_kernels.objective` computes
+            them.
+        contrast_candidates: largest group that ``contrast`` and ``summarize`` take.
         logits_loss: loss and gradient of stored logits in one launch, for groups as for ``contrast``, or None.
         linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
         too_old: a device to the reason why it is too old for the kernels, or to None.
@@ -101,6 +103,7 @@ class Backend:
     scale_: Callable[[Tensor, Tensor], None] = plain.scale_
     unit_gradient: UnitGradient | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
+    summarize: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
     linear_statistics: Callable[..., Any] | None = None

@@ -6,9 +6,11 @@ A new kind of GPU is described in this module. AMD's GPUs are devices of type "c
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,6 +132,24 @@ def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to ``device`` without waiting for it."""
     return tensor if is_host(device) else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(*tensors: Tensor | None) -> list[np.ndarray | None]:
+    """Return int64 values of integer tensors (n,), on one device, in one copy that waits for it; None for None."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if is_host(given[0].device):
+        return [None if tensor is None else tensor.long().numpy() for tensor in tensors]
+    together = given[0] if len(given) == 1 else torch.cat(given)
+    parts = iter(together.cpu().split([tensor.numel() for tensor in given]))
+    return [None if tensor is None else next(parts).long().numpy() for tensor in tensors]
+
+
+def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, ...]:
+    """Copy int64 arrays (n,) to ``device`` together, without waiting for it."""
+    sizes = [array.size for array in arrays]
+    together = torch.empty(sum(sizes), dtype=torch.int64, device="cpu", pin_memory=not is_host(device))
+    np.concatenate(arrays, out=together.numpy())
+    return together.to(device, non_blocking=True).split(sizes)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -41,6 +41,7 @@ def triton_backend() -> Backend:
     rows = import_module("cpo_kernels.kernels.triton.rows")
     unit = import_module("cpo_kernels.kernels.triton.unit")
     contrast = import_module("cpo_kernels.kernels.triton.contrast")
+    summary = import_module("cpo_kernels.kernels.triton.summary")
     gradients = import_module("cpo_kernels.kernels.triton.gradients")
     linear = import_module("cpo_kernels.kernels.triton.linear")
     return Backend(
@@ -55,6 +56,7 @@ def triton_backend() -> Backend:
         scale_=gradients.scale_,
         unit_gradient=UnitGradient(takes_all, unit.unit_forward_, unit.unit_finish_),
         contrast=contrast.contrast,
+        summarize=summary.summarize,
         contrast_candidates=contrast.MAX_CANDIDATES,
         linear_statistics=linear.linear_forward,
         too_old=partial(why_too_old, "triton"),

@@ -116,16 +116,68 @@ def slope(d, beta, label_smoothing, LOSS: tl.constexpr):
 
 
 @triton.jit
-def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: tl.constexpr):
-    """Add to ``coef`` (BLOCK_C,) the slopes of one winner against the candidates in ``lower``, at least one."""
+def softplus(x):
+    """Return ``log(1 + exp(x))`` for any x, to a relative error of 1e-10."""
+    small = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + tl.where(small < 1e-5, small - 0.5 * small * small, tl.log(1.0 + small))
+
+
+@triton.jit
+def preference_loss(d, beta, label_smoothing, LOSS: tl.constexpr):
+    """Return the loss of one preference, whose derivative is :func:`slope`; a term of weight 0 is left out."""
+    if LOSS == "hinge":
+        result = tl.maximum(1.0 - d, 0.0)
+    elif LOSS == "ipo":
+        residual = (d - 0.5) * reciprocal(tl.cast(beta, tl.float64))
+        result = residual * residual
+    else:
+        tl.static_assert(LOSS == "plackett_luce")
+        flipped = tl.where(label_smoothing > 0.0, label_smoothing * softplus(d), 0.0)
+        result = flipped + (1.0 - label_smoothing) * softplus(-d)
+    return result
+
+
+@triton.jit
+def compare(score, lower, is_winner):
+    """Compare one winner with the candidates in ``lower``, at least one.
+
+    Returns the difference of its score and their log-sum-exp, and their softmax as weights (BLOCK_C,) and their total.
+    """
     winner = tl.sum(tl.where(is_winner, score, 0.0))
     top = tl.max(tl.where(lower, score, float("-inf")))
     top = tl.where(top == float("-inf"), 0.0, top)  # all lower ones are impossible: -inf - -inf would be NaN
     weight = tl.where(lower, tl.exp(tl.where(lower, score - top, 0.0)), 0.0)
     total = tl.sum(weight)
     d = tl.where(winner == float("-inf"), winner, winner - top - tl.log(total))
+    return d, weight, total
+
+
+@triton.jit
+def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: tl.constexpr):
+    """Add to ``coef`` (BLOCK_C,) the slopes of one winner against the candidates in ``lower``, at least one."""
+    d, weight, total = compare(score, lower, is_winner)
     f = slope(d, beta, label_smoothing, LOSS)
     return coef + tl.where(is_winner, f, 0.0) - weight * (f * reciprocal(tl.where(total == 0.0, 1.0, total)))
+
+
+@triton.jit
+def load_rewards(total, length, segment, possible, ref_logps, LENGTH_NORMALIZED: tl.constexpr):
+    """Return log-likelihoods (BLOCK_C,) float64 of segments, and how much they exceed those of the reference."""
+    logp = total * inverse_length(length, LENGTH_NORMALIZED)
+    reward = logp
+    if ref_logps is not None:
+        possible &= logp != float("-inf")
+        reward -= tl.load(ref_logps + segment, mask=possible, other=0.0).to(tl.float64)
+    return logp, reward
+
+
+@triton.jit
+def load_ranks(ranks, segment, candidate, exists):
+    """Return the rank (BLOCK_C,) of each candidate; without ``ranks`` the first one is better than the others."""
+    rank = (candidate > 0).to(tl.int64)
+    if ranks is not None:
+        rank = tl.load(ranks + segment, mask=exists, other=0).to(tl.int64)
+    return rank
 
 
 @triton.jit
@@ -196,13 +248,8 @@ def contrast_kernel(
     tl.store(sums + segment, total.to(tl.float32), mask=exists)
 
     length = tl.load(lengths + segment, mask=exists, other=0)
-    rank = (candidate > 0).to(tl.int64)
-    if ranks is not None:
-        rank = tl.load(ranks + segment, mask=exists, other=0).to(tl.int64)
-    reward = total * inverse_length(length, LENGTH_NORMALIZED)  # (BLOCK_C,) as everything from here to the stores
-    if ref_logps is not None:
-        possible = exists & (reward != float("-inf"))
-        reward -= tl.load(ref_logps + segment, mask=possible, other=0.0).to(tl.float64)
+    rank = load_ranks(ranks, segment, candidate, exists)
+    _, reward = load_rewards(total, length, segment, exists, ref_logps, LENGTH_NORMALIZED)
     score = reward * beta + tl.where(rank > 0, margin, 0.0)
     defined = score < float("inf")
     # One score that is NaN or +inf makes every coefficient of its group NaN, unless the contrast has no weight.
