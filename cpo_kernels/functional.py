@@ -198,7 +198,7 @@ def flatten_logits(
 
 def sum_tokens(logps: Tensor) -> Tensor:
     """Sum token log-probabilities over the last dimension in float64: (..., T) -> (...)."""
-    return logps.double().sum(-1).to(logps.dtype)
+    return logps.sum(-1, dtype=torch.float64).to(logps.dtype)
 
 
 def cpo_loss(

@@ -36,6 +36,7 @@ class FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, *call.given, *given)
         ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
         ctx.mark_non_differentiable(*result.outputs[1:])
+        ctx.set_materialize_grads(False)  # what is not differentiable needs no zeros
         return tuple(result.outputs)
 
     @staticmethod
@@ -135,6 +136,7 @@ class FusedLogitsLoss(torch.autograd.Function):
         ctx.save_for_backward(logits, bias, *call.given)
         ctx.call, ctx.result = call, result
         ctx.mark_non_differentiable(*result.outputs[1:])
+        ctx.set_materialize_grads(False)
         return result.outputs
 
     @staticmethod

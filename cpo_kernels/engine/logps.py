@@ -14,7 +14,7 @@ from . import products
 from .call import Call, Grads
 from .derivatives import first_order_only
 from .head import Forward, LinearHead
-from .loop import Gradients, gradient, scale_rows_
+from .loop import Gradients, gradient
 
 
 class TokenLogps(NamedTuple):
@@ -89,7 +89,9 @@ class LinearTokenLogps(torch.autograd.Function):
         with torch.no_grad(), without_autocast(hidden.device):
             grads: Grads = (None, None, None)
             if unscaled is not None:
-                grads = scale_rows_(unscaled.clone(), call.tokens, call.tokens.of_slots(grad_logps)), None, None
+                grad, coef = unscaled.clone(), call.tokens.of_slots(grad_logps)
+                call.backend.scale_rows_(grad, call.tokens.device_rows, call.tokens.targets, coef)
+                grads = grad, None, None
             else:
                 grads = token_logps_grads(call, call.bind(hidden, weight, bias), done, grad_logps)
         return (*first_order_only(grads, grad_logps, hidden, weight, bias), None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
+from cpo_kernels.kernels.numerics import accumulate_dtype
 
 from . import products
 from .filters import GradientFilter, Kept, mean_row
@@ -170,7 +170,8 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
                 if kept is not None:
                     grads.add(kept)
     if grads.hidden is not None and coefs:
-        scale_rows_(grads.hidden, tokens, torch.cat(coefs))
+        together = coefs[0] if len(coefs) == 1 else torch.cat(coefs)
+        linear.backend.scale_rows_(grads.hidden, tokens.device_rows, tokens.targets, together)
     return sums, grads
 
 
@@ -178,19 +179,6 @@ def gradient(linear: LinearHead, block: Block, done: Forward, coef: Tensor) -> K
     """Return the gradient of a block for the coefficients (n,) of its slots."""
     dlogits, scale = linear.gradient_(block, done, coef)
     return Kept(dlogits, block.rows, absent=block.absent, scale=scale)
-
-
-def scale_rows_(grad: Tensor, tokens: Tokens, coef: Tensor) -> Tensor:
-    """Multiply each row of ``grad`` (R, H) by the coefficient (n,) of the one slot that it has; return ``grad``.
-
-    A row without a slot, or with a coefficient of 0, becomes exactly 0, whatever it holds.
-    """
-    if tokens.device_rows is None:
-        per_row = coef.where(tokens.targets != IGNORE_INDEX, 0)
-    else:
-        per_row = coef.new_zeros(grad.shape[0]).index_copy_(0, tokens.device_rows, coef)
-    per_row = per_row[:, None]
-    return grad.mul_(per_row).masked_fill_(per_row == 0, 0.0)
 
 
 def chunk_tokens(tokens: Tokens, groups: range) -> ChunkTokens:

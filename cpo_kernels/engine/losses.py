@@ -129,8 +129,7 @@ class CPOLossOfCall:
         self.num_groups = objective.num_groups or len(call.tokens.rows_per_group)
         self.max_candidates = largest_group(call.tokens.segment_starts)
         fits = objective.has_kernel and self.max_candidates <= call.backend.contrast_candidates
-        filtered = call.head.filtered and self.needs_any
-        self.contrast_in_one_launch = self.needs_any and fits and not filtered and not self.known_beforehand
+        self.contrast_in_one_launch = fits and not (call.head.filtered and self.needs_any)
         self.summary_in_one_launch = fits and call.backend.summarize is not None
         self.group_losses: list[Tensor] = []
 
@@ -159,7 +158,8 @@ class CPOLossOfCall:
         """The denominator of the negative log-likelihood, if the host knows it."""
         if self.objective.num_target_tokens is not None or self.host_problem is None:
             return self.objective.num_target_tokens
-        return float(self.host_problem.num_target_tokens)
+        counted = self.host_problem.num_target_tokens
+        return float(counted.numpy() if isinstance(counted, Tensor) else counted)
 
     @cached_property
     def num_target_tokens(self) -> float | Tensor:
@@ -191,11 +191,10 @@ class CPOLossOfCall:
 
     def contrast(self, logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sums of a chunk's segments and the coefficients of its slots."""
-        if self.contrast_in_one_launch:
-            return self.launch_contrast(logps, part)
+        if self.contrast_in_one_launch and (wanted or self.summary_in_one_launch):
+            sums, coef = self.launch_contrast(logps, part)
+            return sums, coef if wanted else None
         sums = loop.segment_sums(logps, part)
-        if self.summary_in_one_launch and not wanted:
-            return sums, None
         here = self.problem.chunk(part.groups, part.segments)
         contrast = here.contrast(sums)
         self.group_losses.append(contrast.loss)

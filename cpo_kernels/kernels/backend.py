@@ -78,6 +78,7 @@ class Backend:
         gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
         take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and each row's sum of the rest.
+        scale_rows_: ``(grad, rows, targets, coef)``, rows of (R, H) times the coefficients of their slots, in place.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         unit_gradient: row kernels that read and write the logits once, or None.
         contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
@@ -100,6 +101,7 @@ class Backend:
     gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
     column_stats: Callable[[Tensor], Tensor] = plain.column_stats
     take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = plain.take_columns
+    scale_rows_: Callable[[Tensor, Tensor | None, Tensor, Tensor], None] = plain.scale_rows_
     scale_: Callable[[Tensor, Tensor], None] = plain.scale_
     unit_gradient: UnitGradient | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None

@@ -125,6 +125,17 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
+def scale_rows_(grad: Tensor, rows: Tensor | None, targets: Tensor, coef: Tensor) -> None:
+    """Multiply the row of ``grad`` (R, H) that each slot has to itself by the slot's coefficient (n,), in place.
+
+    The row becomes exactly 0, whatever it holds, where the coefficient is 0 or the target (n,) is -100. ``rows`` (n,)
+    are those of the slots, None if slot n has row n; other rows must be 0.
+    """
+    coef = coef.masked_fill(targets == IGNORE_INDEX, 0.0)
+    per_row = coef if rows is None else coef.new_zeros(grad.shape[0]).index_copy_(0, rows, coef)
+    grad.mul_(per_row[:, None]).masked_fill_(per_row[:, None] == 0, 0.0)
+
+
 def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
     """Write or add ``a @ b`` to ``out``; (m, k), (k, n), (m, n), multiplied in the widest of their dtypes."""
     if a.dtype == b.dtype == out.dtype:

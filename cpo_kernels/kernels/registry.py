@@ -53,6 +53,7 @@ def triton_backend() -> Backend:
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=cpu_gemm.gemm_workspace if triton_support.interpreted() else no_workspace,
         column_stats=gradients.column_stats,
+        scale_rows_=gradients.scale_rows_,
         scale_=gradients.scale_,
         unit_gradient=UnitGradient(takes_all, unit.unit_forward_, unit.unit_finish_),
         contrast=contrast.contrast,

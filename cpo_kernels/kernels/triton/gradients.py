@@ -10,6 +10,9 @@ from torch import Tensor
 from cpo_kernels.kernels.device import made_current
 
 from . import tuning
+from .blocks import IGNORE, contiguous
+
+ROW_BLOCK = 2048  # columns of a hidden vector at a time
 
 
 @triton.jit
@@ -88,6 +91,48 @@ def column_stats(grad: Tensor, *, config: Mapping[str, int] | None = None) -> Te
         stats = torch.empty((2, V), dtype=torch.float32, device=grad.device)
         merge_column_stats_kernel[(blocks,)](parts, stats, splits, V, BLOCK=sizes["BLOCK"], **tuning.LAUNCH)
     return stats
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "targets", "coef"])
+def scale_rows_kernel(grad, rows, targets, coef, stride, H, BLOCK: tl.constexpr):
+    """Multiply the row of a slot by its coefficient; where that is 0, write zeros. Grid: (slots,)."""
+    slot = tl.program_id(0).to(tl.int64)
+    row = slot
+    if rows is not None:
+        row = tl.load(rows + slot)
+    c = tl.load(coef + slot).to(tl.float32)
+    c = tl.where(tl.load(targets + slot) == IGNORE, 0.0, c)
+    for start in range(0, H, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(grad + row * stride + column, mask=column < H, other=0.0).to(tl.float32)
+        y = tl.where(c == 0.0, 0.0, x * c)
+        tl.store(grad + row * stride + column, y.to(grad.dtype.element_ty), mask=column < H)
+
+
+def scale_rows_(grad: Tensor, rows: Tensor | None, targets: Tensor, coef: Tensor) -> None:
+    """Run :func:`cpo_kernels.kernels.plain.scale_rows_` in one launch.
+
+    Args:
+        grad: (R, H) of a floating-point dtype up to float32 and unit column stride.
+        rows: (n,) int64, different from each other, or None.
+        targets: (n,) int64.
+        coef: (n,) of any floating-point dtype.
+    """
+    H = grad.shape[1]
+    if targets.numel() == 0:
+        return
+    with made_current(grad.device):
+        scale_rows_kernel[(targets.numel(),)](
+            grad,
+            contiguous(rows),
+            targets.contiguous(),
+            coef.contiguous(),
+            grad.stride(0),
+            H,
+            BLOCK=min(triton.next_power_of_2(H), ROW_BLOCK),
+            num_warps=4,
+            **tuning.LAUNCH,
+        )
 
 
 @triton.jit
