@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops, plain, selection
-from .backend import Backend, FusedForward, KeptLinear, RowGradient, no_workspace
+from .backend import Backend, FusedForward, KeptLinear, no_workspace
 from .cpu import extension as cpu_extension
 from .cpu import gemm as cpu_gemm
 from .cpu import rows as cpu_rows
@@ -76,7 +76,6 @@ def cuda_backend() -> Backend:
         contrast_candidates=cuda_groups.MAX_CANDIDATES,
         too_old=partial(why_too_old, "cuda"),
         optional={
-            "row_gradient_": RowGradient(cuda_rows.row_gradient_takes, cuda_rows.row_gradient_),
             "linear_forward": FusedForward(cuda_hopper.takes, lambda *args: cuda_hopper.linear_forward(*args)[1]),
             "linear_kept": KeptLinear(
                 cuda_hopper.takes,

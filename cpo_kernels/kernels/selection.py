@@ -22,7 +22,7 @@ import torch
 
 AUTO = "auto"
 EXCHANGED = ("row_forward", "row_backward", "contrast")
-OPTIONAL = ("row_gradient_", "linear_forward", "linear_kept")
+OPTIONAL = ("linear_forward", "linear_kept")
 OPERATIONS = (*EXCHANGED, "logits_loss", *OPTIONAL)
 
 
