@@ -233,6 +233,31 @@ def test_the_longest_rows(dtype):
     assert not cuda_rows.unit_takes(torch.empty(1, 5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.randn(2, 5).double()}, "logits has dtype torch.float64"),
+        ({"logits": torch.randn(1, 5).expand(2, 5)}, "rows overlap and cannot be overwritten"),
+        ({"targets": torch.tensor([1, 2, 3])}, r"targets has shape \(3,\); expected \(2\)"),
+        ({"grad_dtype": torch.float64}, "grad_dtype is torch.float64"),
+    ],
+)
+def test_arguments_that_do_not_fit(changes, message):
+    given = {"logits": torch.randn(2, 5), "targets": torch.tensor([1, -100]), "row_starts": None, "grad_dtype": None}
+    given |= dict(zip(("bias", "logit_scale", "softcap", "temperature"), PLAIN, strict=True)) | changes
+    with pytest.raises(ValueError, match=message):
+        cuda_rows.unit_forward_(**given)
+    with pytest.raises(ValueError, match=message):
+        cuda_rows.unit_finish_(**given, stats=torch.zeros(2, 2), coef=torch.ones(2))
+
+
+@pytest.mark.parametrize("name", ["stats", "coef"])
+def test_numbers_of_another_size_do_not_fit(name):
+    numbers = {"stats": torch.zeros(2, 2), "coef": torch.ones(2)} | {name: torch.zeros(3)}
+    with pytest.raises(ValueError, match=rf"{name} has shape \(3,?\)"):
+        cuda_rows.unit_finish_(torch.randn(2, 5), torch.tensor([1, 2]), None, *numbers.values(), *PLAIN)
+
+
 def test_rows_that_no_cluster_holds():
     with pytest.raises(
         EmulatorError, match="a row of 2000000 bytes; expected what the shared memory of 8 blocks holds"
