@@ -4,8 +4,7 @@
 writes the new table elsewhere. Operation by operation and size by size it times every backend that has the operation,
 holds each result against float64 first, and writes a choice for this architecture where another than the default is
 faster by more than 2 %, in place of the choices it had for that operation and dtype; other architectures keep theirs.
-What is timed is a call as users make it, of given logits or of hidden states, with what was chosen before; only the
-kernel for known coefficients is timed beside the two in its place.
+What is timed is a call as users make it, of given logits or of hidden states, with what was chosen before.
 """
 
 from __future__ import annotations
@@ -28,19 +27,16 @@ from benchmarks.kernels.problems import (
     LOGITS_BYTES,
     TRITON,
     LogitsProblem,
-    RowProblem,
     missing,
     missing_hopper,
     under_choices,
 )
 from benchmarks.measure import Case, Contestant, dtype_name, measure, ready
-from benchmarks.meters import Call
 from benchmarks.peers import ours
 from benchmarks.problem import draw
 from benchmarks.setting import Setting
 from benchmarks.shapes import BAR_8K, NO_GRAD, TRAINED
 from cpo_kernels.kernels import registry, selection
-from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.device import architecture
 from cpo_kernels.kernels.selection import AUTO, Choice
 
@@ -50,7 +46,6 @@ FASTER = 1.02  # what another than the default must be more than
 BUILT_UPON = ("row_forward", "row_backward", "contrast")  # by the whole calls that are measured after them
 NAMES_OF_NONE = {
     "logits_loss": "the plain way",
-    "row_gradient_": "two kernels",
     "linear_forward": "product and row kernel",
     "linear_kept": "logits",
 }
@@ -129,17 +124,6 @@ def medians(setting: Setting, contestants: Mapping[str | None, Contestant]) -> T
     return {name: record.values["seconds"] for name, record in zip(contestants, found, strict=True)}
 
 
-def row_gradient(task: Task, setting: Setting, _names: Sequence[str | None], _chosen: Sequence[Choice]) -> Places:
-    """Time one kernel for known coefficients against the two in its place."""
-    assert task.dtype is not None
-    rows = 8 if setting.quick else LOGITS_BYTES // (task.vocab * task.dtype.itemsize)
-    problem = RowProblem(rows, task.vocab, task.dtype, setting.device)
-    if cuda_rows.row_gradient_takes(problem.logits):
-        two = problem.forward(TRITON), problem.backward_(TRITON)
-        calls: dict[str | None, Call] = {None: lambda: [call() for call in two], CUDA: problem.gradient_()}
-        yield str(task), medians(setting, {name: ready(str(name), call) for name, call in calls.items()})
-
-
 def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
     """Time the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
     for size in ((0, 2),) if setting.quick else ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
@@ -184,7 +168,6 @@ TASKS = [
     *over_rows("row_backward", of_logits),
     Task("contrast", linear),
     *over_rows("logits_loss", of_logits, VOCABULARIES),
-    *over_rows("row_gradient_", row_gradient),
     *(Task("linear_forward", linear, *size) for size in HEADS),
     *(Task("linear_kept", linear, *size) for size in HEADS),
 ]

@@ -68,7 +68,7 @@ def sized(shape: Shape, setting: Setting) -> Shape:
 def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
     """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's.
 
-    Forward; backward in place; bf16 gradients over fp32 logits; both in one read and write where rows fit.
+    Forward; backward in place; bf16 gradients over fp32 logits; forward with unit gradients where rows fit.
     """
     backends = [TRITON] if missing(setting.device) else [CUDA, TRITON]
     for vocab in (SMALL_VOCABULARY,) if setting.quick else VOCABULARIES:
@@ -82,8 +82,8 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
         calls: dict[str, Call] = {COPY: partial(problem.buffer.copy_, problem.logits)}
         for (kernel, (make, own)), backend in itertools.product(kernels.items(), backends):
             calls[f"{kernel}, {backend}"], passes[f"{kernel}, {backend}"] = make(backend), own
-        if CUDA in backends and cuda_rows.row_gradient_takes(problem.logits):
-            calls[f"row_gradient_, {CUDA}"], passes[f"row_gradient_, {CUDA}"] = problem.gradient_(), 2.0
+        if CUDA in backends and cuda_rows.unit_takes(problem.logits):
+            calls[f"unit forward, {CUDA}"], passes[f"unit forward, {CUDA}"] = problem.unit_forward_(CUDA), 2.0
         conditions = {"V": vocab, "rows": rows, "dtype": dtype_name(dtype)}
         contestants = [ready(who, call) for who, call in calls.items()]
         name, rounds = f"row kernels, {dtype_name(dtype)}, V={vocab}", setting.rounds(ROUNDS, ROUNDS)

@@ -124,14 +124,16 @@ class RowProblem:
             compare(f"{backend} row_backward_", numerics.narrow_view(over, dtype), grad, gradient_error(dtype))
         return partial(kernel, self.buffer, self.targets, None, self.stats, self.coef, *HEAD, grad_dtype)
 
-    def gradient_(self) -> Call:
-        """Make that of both in one read and one write, which the compiled CUDA kernels alone have."""
+    def unit_forward_(self, backend: str) -> Call:
+        """Make that of the forward with unit gradients, one read and one write, over the buffer."""
+        kernel = row_launchers(backend).unit_forward_
         for logits, targets, coef, _, logps, grad in self.ends:
             over = logits.clone()
-            found = cuda_rows.row_gradient_(over, targets, None, coef, *HEAD, None)[1]
-            compare("row_gradient_, log-probabilities", found, logps, FORWARD_ERROR)
-            compare("row_gradient_", over, grad, gradient_error(logits.dtype))
-        return partial(cuda_rows.row_gradient_, self.buffer, self.targets, None, self.coef, *HEAD, None)
+            found = kernel(over, targets, None, *HEAD)[1]
+            compare(f"{backend} unit_forward_, log-probabilities", found, logps, FORWARD_ERROR)
+            unit = grad / coef.double().unsqueeze(1)
+            compare(f"{backend} unit_forward_", over, unit, gradient_error(logits.dtype))
+        return partial(kernel, self.buffer, self.targets, None, *HEAD)
 
 
 class LogitsProblem:

@@ -70,23 +70,24 @@ void row_forward(int device, Address stream, int threads, int dtype, Address log
 
 void row_backward(int device, Address stream, int threads, int dtype, int out_dtype, Address logits, Size rows, int vocab,
                   Size row_stride, Address targets, Address row_starts, Size, Address bias, float mult, float cap, float slope,
-                  Address stats, Address coef, Address token_grad, Address out, Size out_stride) {
+                  Address stats, Address coef, Address token_grad, Address out, Size out_stride, Address scale) {
   const cpo::RowBatch batch = rows_of(logits, rows, vocab, row_stride, targets, row_starts, bias, mult, cap, slope);
-  const cpo::BackwardArgs args{batch, stats_of(stats, rows), at<float>(coef), at<float>(token_grad), at<void>(out), out_stride};
+  const cpo::BackwardArgs args{batch, stats_of(stats, rows), at<float>(coef), at<float>(token_grad), at<void>(out), out_stride,
+                               at<float>(scale)};
   const cpo::DType type = parse_dtype(dtype), out_type = parse_dtype(out_dtype);
   py::gil_scoped_release release;
   cpo::row_backward(queue(device, stream, threads), type, out_type, args);
 }
 
-void row_gradient(int device, Address stream, int threads, int dtype, int out_dtype, Address logits, Size rows, int vocab,
+void unit_forward(int device, Address stream, int threads, int dtype, int out_dtype, Address logits, Size rows, int vocab,
                   Size row_stride, Address targets, Address row_starts, Size, Address bias, float mult, float cap, float slope,
-                  Address stats, Address logps, Address coef, Address out, Size out_stride, Size slice_bytes) {
+                  Address stats, Address logps, Address out, Size out_stride, Size slice_bytes) {
   const cpo::RowBatch batch = rows_of(logits, rows, vocab, row_stride, targets, row_starts, bias, mult, cap, slope);
   const cpo::ForwardArgs forward{batch, stats_of(stats, rows), at<float>(logps)};
-  const cpo::GradientArgs args{forward, at<float>(coef), at<void>(out), out_stride, slice_bytes};
+  const cpo::UnitArgs args{forward, at<void>(out), out_stride, slice_bytes};
   const cpo::DType type = parse_dtype(dtype), out_type = parse_dtype(out_dtype);
   py::gil_scoped_release release;
-  cpo::row_gradient(queue(device, stream, threads), type, out_type, args);
+  cpo::unit_forward(queue(device, stream, threads), type, out_type, args);
 }
 
 void contrast(int device, Address stream, int threads, Address logps, Address token_starts, Address segment_starts, Address lengths,
@@ -137,11 +138,11 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
         "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a);
   m.def("row_backward", &row_backward, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
-        "stats"_a, "coef"_a, "token_grad"_a, "out"_a, "out_stride"_a);
-  m.def("row_gradient_bytes", &cpo::row_gradient_bytes, py::kw_only(), "device"_a, "Bytes of the longest row that row_gradient takes.");
-  m.def("row_gradient", &row_gradient, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
+        "stats"_a, "coef"_a, "token_grad"_a, "out"_a, "out_stride"_a, "scale"_a);
+  m.def("unit_forward_bytes", &cpo::unit_forward_bytes, py::kw_only(), "device"_a, "Bytes of the longest row that unit_forward takes.");
+  m.def("unit_forward", &unit_forward, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "dtype"_a, "out_dtype"_a, "logits"_a,
         "rows"_a, "vocab"_a, "row_stride"_a, "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a,
-        "stats"_a, "logps"_a, "coef"_a, "out"_a, "out_stride"_a, "slice_bytes"_a);
+        "stats"_a, "logps"_a, "out"_a, "out_stride"_a, "slice_bytes"_a);
   m.def("scale", &scale, py::kw_only(), "device"_a, "stream"_a, "dtype"_a, "numbers"_a, "count"_a, "factor"_a);
   m.def("check_targets", &check_targets, py::kw_only(), "device"_a, "stream"_a, "targets"_a, "count"_a, "vocab"_a);
   m.def("contrast", &contrast, py::kw_only(), "device"_a, "stream"_a, "threads"_a, "logps"_a, "token_starts"_a, "segment_starts"_a,

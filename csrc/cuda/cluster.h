@@ -67,24 +67,23 @@ struct ClusterLimits {
   std::size_t shared_bytes;
 };
 
-inline ClusterLimits cluster_limits(int device) {
+// Of a kernel on the current device: code that was compiled for an older GPU has no clusters on a new one either.
+template <class... Parameters>
+ClusterLimits cluster_limits(int device, void (*kernel)(Parameters...)) {
   int clusters = 0, shared = 0;
   check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device), "cudaDeviceGetAttribute");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return {clusters ? 8 : 1, static_cast<std::size_t>(shared)};
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, kernel), "cudaFuncGetAttributes");
+  return {clusters && code.ptxVersion >= 90 ? 8 : 1, static_cast<std::size_t>(shared)};
 }
 
 // The kernel may use as much shared memory as a block can have: a limit of its own launch would be another thread's too.
 template <class... Parameters, class... Arguments>
-void launch_cluster(const Grid& grid, int cluster, int device, const char* name, void (*kernel)(Parameters...),
+void launch_cluster(const Grid& grid, int cluster, const ClusterLimits& limits, const char* name, void (*kernel)(Parameters...),
                     const Arguments&... arguments) {
-  const auto shared = static_cast<int>(cluster_limits(device).shared_bytes);
+  const auto shared = static_cast<int>(limits.shared_bytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
-  if (cluster > 1) {
-    cudaFuncAttributes code{};
-    check(cudaFuncGetAttributes(&code, kernel), name);
-    if (code.ptxVersion < 90) throw std::runtime_error(std::string(name) + ": compiled for a GPU without clusters; compile for 90a");
-  }
   cudaLaunchConfig_t config = launch_config(grid, name);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;

@@ -26,7 +26,7 @@ CPO_KERNEL(Head::kThreads, Head::kBlocks) cpo_loss_kernel(LossArgs args, Head he
   if (!args.grad) return;
   simt::grid_barrier();
 
-  const BackwardArgs backward{batch, args.forward.stats, args.contrast.coef, nullptr, args.grad, args.grad_stride};
+  const BackwardArgs backward{batch, args.forward.stats, args.contrast.coef, nullptr, args.grad, args.grad_stride, nullptr};
   for (std::int64_t row = batch.rows - 1 - first; row >= 0; row -= step) backward_row<T, T>(backward, head, row, partials);
 }
 

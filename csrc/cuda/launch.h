@@ -59,13 +59,14 @@ struct BackwardArgs {
   float* token_grad;        // (N,), to work in; null for one token a row
   void* out;                // (R, V) of the logits' dtype, or of a narrower one; may be the logits themselves
   std::int64_t out_stride;  // elements
+  // (R,) to write what each row of out is to be multiplied by, where unit_forward left the unit gradients; or null
+  float* scale;
 };
 
-// Both in one, where the coefs do not depend on the log-probabilities.
-struct GradientArgs {
+// Forward, and the unit gradient of the rows whose tokens have one target.
+struct UnitArgs {
   ForwardArgs forward;
-  const float* coef;         // (N,)
-  void* out;                 // as in BackwardArgs
+  void* out;                 // over the logits, of their dtype or of a narrower one
   std::int64_t out_stride;   // elements
   std::int64_t slice_bytes;  // of a row, in the shared memory of a block at most; 0: the kernel's choice
 };
@@ -116,9 +117,9 @@ inline std::size_t contrast_shared_bytes(int max_candidates) { return static_cas
 
 void row_forward(const Queue& queue, DType dtype, const ForwardArgs& args);
 void row_backward(const Queue& queue, DType dtype, DType out_dtype, const BackwardArgs& args);
-void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const GradientArgs& args);
-// Bytes of the longest row that row_gradient takes.
-std::int64_t row_gradient_bytes(int device);
+void unit_forward(const Queue& queue, DType dtype, DType out_dtype, const UnitArgs& args);
+// Bytes of the longest row that unit_forward takes.
+std::int64_t unit_forward_bytes(int device);
 void contrast(const Queue& queue, const ContrastArgs& args);
 void check_targets(const Queue& queue, const TargetArgs& args);
 void scale(const Queue& queue, DType dtype, const ScaleArgs& args);

@@ -162,6 +162,15 @@ CPO_DEVICE void backward_row(const BackwardArgs& args, const Head& head, std::in
   const float max = simt::load(args.stats.max + row), log_sum = simt::load(args.stats.log_sum + row);
   const TokenRange tokens = token_range(batch, row);
   const RowCoef coef = sum_coefs(batch, args.coef, tokens, partials);
+  if (args.scale) {
+    const std::int64_t target = first_target(batch, tokens);
+    const bool unit = have_one_target(batch, tokens, target);
+    if (simt::thread_index() == 0) {
+      const float several = coef.active ? 1.0f : 0.0f;
+      simt::store(args.scale + row, unit ? sum_target_coefs(batch.targets, args.coef, tokens, target).own : several);
+    }
+    if (unit && coef.active) return;
+  }
   if (!coef.active) {
     store_zeros(out_row, batch.vocab);
     return;

@@ -140,7 +140,7 @@ CPO_DEVICE void forward_row(const ForwardArgs& args, const Head& head, std::int6
   if (mine < tokens.end) target = TargetLogit<T>::load(batch, x, head, mine);
 
   float row_max = 0.0f, log_sum = 0.0f;
-  if (any_present(batch, tokens)) {
+  if (first_target(batch, tokens) != kNoToken) {
     const OnlineSoftmax softmax = row_softmax(x, head, batch.vocab, partials);
     row_max = softmax.max;
     log_sum = logf(softmax.sum);

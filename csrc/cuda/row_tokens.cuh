@@ -22,14 +22,22 @@ CPO_DEVICE float token_coef(const std::int64_t* targets, const float* coef, std:
   return simt::load(targets + n) == kNoToken ? 0.0f : simt::load(coef + n);
 }
 
-// Whether a row predicts a token at all.
-CPO_DEVICE bool any_present(const RowBatch& batch, TokenRange tokens) {
-  if (!batch.row_starts) return simt::load(batch.targets + tokens.begin) != kNoToken;
-  bool found = false;
+// The target of the first token of a row that counts; kNoToken where the row predicts nothing.
+CPO_DEVICE std::int64_t first_target(const RowBatch& batch, TokenRange tokens) {
+  std::int64_t target = kNoToken;
+  for (std::int64_t n = tokens.begin; n < tokens.end && target == kNoToken; ++n) target = simt::load(batch.targets + n);
+  return target;
+}
+
+// Whether all tokens of a row that count have the target of the first one.
+CPO_DEVICE bool have_one_target(const RowBatch& batch, TokenRange tokens, std::int64_t first) {
+  if (!batch.row_starts) return true;
+  bool another = false;
   for (std::int64_t n = tokens.begin + simt::thread_index(); n < tokens.end; n += simt::thread_count()) {
-    found |= simt::load(batch.targets + n) != kNoToken;
+    const std::int64_t target = simt::load(batch.targets + n);
+    another |= target != kNoToken && target != first;
   }
-  return simt::block_any(found);
+  return !simt::block_any(another);
 }
 
 struct RowCoef {

@@ -166,7 +166,7 @@ def test_the_table_is_written_so_that_it_can_be_read(tmp_path, measured):
 
 # Runs
 
-LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "linear_forward", "linear_backward")
+LAUNCHES = ("row_forward", "row_backward", "contrast", "cpo_loss", "linear_forward", "linear_backward")
 
 
 def run(tmp_path, *arguments: str) -> tuple[int, dict]:
@@ -233,11 +233,10 @@ def test_a_measurement_knows_what_was_chosen_for_its_rows(gpu, tmp_path):
     tasks = [
         task(0.5, seen, vocab_at_most=100),
         task(2.0, seen, name="contrast"),
-        task(0.5, seen, name="row_gradient_"),
         task(0.5, seen, name="linear_kept"),
     ]
     choose.CHOICES.run(tasks, Setting(CPU, quick=True), tmp_path / "out.json", float("inf"))
-    assert seen == [[], *[[("row_forward", "cuda", 100)]] * 3]
+    assert seen == [[], *[[("row_forward", "cuda", 100)]] * 2]
 
 
 @pytest.mark.triton

@@ -50,7 +50,7 @@ def test_row_kernels_are_held_against_a_copy_and_triton(emulated, dtype):
         found = {r.contestant: r for r in gpu_cases.row_kernels(dtype, QUICK)}
     kernels = ["forward", "backward in place", *["backward, bf16 over fp32"] * (dtype == torch.float32)]
     names = {f"{kernel}, {backend}" for kernel in kernels for backend in ("cuda", "triton")}
-    assert found.keys() == {gpu_cases.COPY, "row_gradient_, cuda", *names}
+    assert found.keys() == {gpu_cases.COPY, "unit forward, cuda", *names}
     copy, forward = found[gpu_cases.COPY].values, found["forward, cuda"].values
     assert forward["of_gbs"] == pytest.approx(copy["seconds"] / forward["seconds"] / 2)  # it reads and does not write
     of_triton = found["forward, triton"].values["seconds"] / forward["seconds"]
@@ -61,8 +61,8 @@ def test_row_kernels_are_held_against_a_copy_and_triton(emulated, dtype):
 
 @dry_run
 def test_rows_that_do_not_fit_are_left_out(emulated, monkeypatch):
-    monkeypatch.setattr(emulated, "row_gradient_bytes", lambda device: 512)
-    assert not any(r.contestant.startswith("row_g") for r in gpu_cases.row_kernels(torch.bfloat16, QUICK))
+    monkeypatch.setattr(emulated, "unit_forward_bytes", lambda device: 512)
+    assert not any(r.contestant.startswith("unit") for r in gpu_cases.row_kernels(torch.bfloat16, QUICK))
 
 
 @dry_run
@@ -101,7 +101,7 @@ def make(launcher: str):
         problem = draw(replace(SHAPE, vocab=257, hidden=16, tokens=2))
         return gpu_cases.linear_problem(problem).hopper()
     rows = problems.RowProblem(8, 257, torch.float32, CPU)
-    made = {"row_forward": rows.forward, "row_backward_": rows.backward_, "row_gradient_": lambda _: rows.gradient_()}
+    made = {"row_forward": rows.forward, "row_backward_": rows.backward_, "unit_forward_": rows.unit_forward_}
     return made[launcher]("cuda")
 
 
@@ -109,7 +109,7 @@ def make(launcher: str):
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 @pytest.mark.parametrize(
     ("module", "launcher"),
-    [(cuda_rows, "row_forward"), (cuda_rows, "row_gradient_"), (cuda_hopper, "linear_forward")],
+    [(cuda_rows, "row_forward"), (cuda_rows, "unit_forward_"), (cuda_hopper, "linear_forward")],
 )
 def test_a_wrong_launch_is_not_timed(emulated, monkeypatch, module, launcher, factor):
     make(launcher)
@@ -119,7 +119,7 @@ def test_a_wrong_launch_is_not_timed(emulated, monkeypatch, module, launcher, fa
 
 
 @dry_run
-@pytest.mark.parametrize("launcher", ["row_backward_", "row_gradient_"])
+@pytest.mark.parametrize("launcher", ["row_backward_", "unit_forward_"])
 def test_a_wrong_gradient_of_one_row_is_not_timed(emulated, monkeypatch, launcher):
     right = getattr(cuda_rows, launcher)
 

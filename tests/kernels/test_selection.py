@@ -99,15 +99,15 @@ def test_choices_of_another_architecture_change_nothing_here(name):
 
 def test_a_call_gets_kernels_of_several_backends(emulated_cuda):
     base = registry.select("auto", CPU, torch.float32, SIZES)
-    choices = [Choice(operation, HERE, "cuda") for operation in ("row_forward", "contrast", "row_gradient_")]
-    with overridden(*choices, Choice("linear_kept", HERE, None)):
+    choices = [Choice(operation, HERE, "cuda") for operation in ("row_forward", "contrast", "linear_kept")]
+    with overridden(*choices, Choice("linear_forward", HERE, None)):
         mixed = registry.select("auto", CPU, torch.float32, SIZES)
         assert registry.select("auto", CPU, torch.float32) is base  # of unknown sizes
     assert mixed.name == base.name == ("cpu" if "cpu" in registry.AVAILABLE else "torch")
     assert mixed.rows.forward is emulated_cuda.rows.forward
     assert mixed.rows.backward_ is base.rows.backward_
     assert mixed.contrast is emulated_cuda.contrast
-    assert mixed.ways == {"row_gradient_": emulated_cuda.optional["row_gradient_"]}
+    assert mixed.ways == {"linear_kept": emulated_cuda.optional["linear_kept"]}
     assert registry.select("auto", CPU, torch.float32, SIZES) is base
 
 

@@ -4,8 +4,8 @@
 #include "cuda/cpo_loss.cu"
 #include "cuda/row_backward.cu"
 #include "cuda/row_forward.cu"
-#include "cuda/row_gradient.cu"
 #include "cuda/scale.cu"
+#include "cuda/unit_forward.cu"
 
 using cpo::simt::machine;
 
@@ -51,11 +51,11 @@ int simt_row_backward(int dtype, int out_dtype, const cpo::BackwardArgs* args, i
   });
 }
 
-std::int64_t simt_row_gradient_bytes() { return cpo::row_gradient_bytes(0); }
+std::int64_t simt_unit_forward_bytes() { return cpo::unit_forward_bytes(0); }
 
-int simt_row_gradient(int dtype, int out_dtype, const cpo::GradientArgs* args, int threads) {
+int simt_unit_forward(int dtype, int out_dtype, const cpo::UnitArgs* args, int threads) {
   return guarded([&] {
-    cpo::row_gradient(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
+    cpo::unit_forward(queue(threads), static_cast<cpo::DType>(dtype), static_cast<cpo::DType>(out_dtype), *args);
   });
 }
 

@@ -33,10 +33,14 @@ struct ClusterLimits {
 };
 
 // A Hopper's.
-inline ClusterLimits cluster_limits(int) { return {8, 227 * 1024}; }
+template <class... Parameters>
+ClusterLimits cluster_limits(int, void (*)(Parameters...)) {
+  return {8, 227 * 1024};
+}
 
 template <class... Parameters, class... Arguments>
-void launch_cluster(const Grid& grid, int cluster, int, const char*, void (*kernel)(Parameters...), const Arguments&... arguments) {
+void launch_cluster(const Grid& grid, int cluster, const ClusterLimits&, const char*, void (*kernel)(Parameters...),
+                    const Arguments&... arguments) {
   cluster_blocks = cluster;
   machine.run(grid.blocks, grid.threads, grid.shared_bytes, cluster, [&] { kernel(Parameters(arguments)...); });
 }

@@ -77,7 +77,7 @@ def kernels(module: Path, arch: str) -> dict[str, Kernel]:
 
 
 # The element type of the logits and, of a gradient, of what is stored, in a mangled name.
-GRADIENT = re.compile(r"row_gradient_kernelI(f|NS_4bf16E|NS_3f16E)(f|NS_4bf16E|NS_3f16E|S\d_)")
+UNIT = re.compile(r"unit_forward_kernelI(f|NS_4bf16E|NS_3f16E)(f|NS_4bf16E|NS_3f16E|S\d_)")
 LOSS = re.compile(r"cpo_loss_kernelI(f|NS_4bf16E|NS_3f16E)")
 FORWARD = re.compile(r"row_forward_kernelI(f|NS_4bf16E|NS_3f16E)")
 BACKWARD = re.compile(r"row_backward_kernelI(f|NS_4bf16E|NS_3f16E)(f|NS_4bf16E|NS_3f16E|S\d_)")
@@ -101,7 +101,7 @@ def complaints(kernel: Kernel) -> list[str]:
         found.append(f"{kernel.count('LDL', 'STL')} accesses to local memory")
     # The barrier of a cooperative grid counts the blocks that have come, at an address that the driver gives; what a
     # block reads of another's shared memory has a generic address.
-    generic = kernel.count("ST.") + (0 if GRADIENT.search(kernel.name) else kernel.count("LD."))
+    generic = kernel.count("ST.") + (0 if UNIT.search(kernel.name) else kernel.count("LD."))
     if generic > (2 if LOSS.search(kernel.name) else 0):
         found.append(f"{generic} generic accesses")
     if kernel.count("ATOM", "RED.") and not LOSS.search(kernel.name):
@@ -110,7 +110,7 @@ def complaints(kernel: Kernel) -> list[str]:
 
 
 def is_row_kernel(kernel: Kernel) -> bool:
-    return any(pattern.search(kernel.name) for pattern in (FORWARD, BACKWARD, GRADIENT, LOSS))
+    return any(pattern.search(kernel.name) for pattern in (FORWARD, BACKWARD, UNIT, LOSS))
 
 
 def vector_complaints(kernel: Kernel) -> list[str]:
@@ -118,7 +118,7 @@ def vector_complaints(kernel: Kernel) -> list[str]:
     found, in_flight = [], 3 if is_capped(kernel) else 4
     if kernel.loads_in_flight() < in_flight:
         found.append(f"{kernel.loads_in_flight()} loads of 16 bytes in flight, not {in_flight}")
-    backward = BACKWARD.search(kernel.name) or GRADIENT.search(kernel.name)
+    backward = BACKWARD.search(kernel.name) or UNIT.search(kernel.name)
     if backward or LOSS.search(kernel.name):
         narrow = backward is not None and backward[1] == "f" and backward[2] != "f"
         store = "STG.E.64" if narrow else "STG.E.128"

@@ -73,13 +73,13 @@ class BackwardArgs(ctypes.Structure):
         ("token_grad", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
+        ("scale", ctypes.c_void_p),
     )
 
 
-class GradientArgs(ctypes.Structure):
+class UnitArgs(ctypes.Structure):
     _fields_ = (
         ("forward", ForwardArgs),
-        ("coef", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
         ("slice_bytes", ctypes.c_int64),
@@ -223,7 +223,8 @@ class HostModule:
         self.allow(arguments["coef"], 4 * arguments["tokens"])
         self.allow(arguments["token_grad"], 4 * arguments["tokens"], write=True)
         self._allow_rows(arguments["out"], batch, arguments["out_stride"], ELEMENT_SIZE[arguments["out_dtype"]])
-        names = ("coef", "token_grad", "out", "out_stride")
+        self.allow(arguments["scale"], 4 * batch.rows, write=True)
+        names = ("coef", "token_grad", "out", "out_stride", "scale")
         args = BackwardArgs(batch, stats, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]
         self.finish(self.library.simt_row_backward(*dtypes, ctypes.byref(args), arguments["threads"]))
@@ -241,19 +242,18 @@ class HostModule:
         args = ScaleArgs(*(arguments[name] for name, _ in ScaleArgs._fields_))
         self.finish(self.library.simt_scale(arguments["dtype"], ctypes.byref(args)))
 
-    def row_gradient_bytes(self, *, device: int) -> int:
-        count = self.library.simt_row_gradient_bytes
+    def unit_forward_bytes(self, *, device: int) -> int:
+        count = self.library.simt_unit_forward_bytes
         count.restype = ctypes.c_int64
         return count()
 
-    def row_gradient(self, **arguments: Any) -> None:
+    def unit_forward(self, **arguments: Any) -> None:
         batch, stats = self._batch(arguments)
         self.allow(stats.max, 8 * batch.rows, write=True)
         self.allow(arguments["logps"], 4 * arguments["tokens"], write=True)
-        self.allow(arguments["coef"], 4 * arguments["tokens"])
         self._allow_rows(arguments["out"], batch, arguments["out_stride"], ELEMENT_SIZE[arguments["out_dtype"]])
-        names = ("coef", "out", "out_stride", "slice_bytes")
+        names = ("out", "out_stride", "slice_bytes")
         forward = ForwardArgs(batch, stats, arguments["logps"])
-        args = GradientArgs(forward, *(arguments[name] for name in names))
+        args = UnitArgs(forward, *(arguments[name] for name in names))
         dtypes = arguments["dtype"], arguments["out_dtype"]
-        self.finish(self.library.simt_row_gradient(*dtypes, ctypes.byref(args), arguments["threads"]))
+        self.finish(self.library.simt_unit_forward(*dtypes, ctypes.byref(args), arguments["threads"]))

@@ -80,15 +80,17 @@ def objective_of(groups: int, head: tuple[float, float, float], device: torch.de
 
 
 def one_read(device: torch.device, dtype: torch.dtype) -> None:
-    """Run forward and gradient of rows in shared memory: of a block, a cluster, one with room to spare; narrow too."""
+    """Run forward and unit gradient in shared memory: of a block, a cluster, one with room to spare; narrow too."""
     targets = torch.randint(0, V, (7,), device=device)
+    targets[5] = targets[4] = targets[3]  # one target, beside rows of several and of none
     starts = torch.tensor([0, 3, 3, 6, 7], device=device)
     slices = (0, 2048, 512) if device.type == "cpu" or torch.cuda.get_device_capability(device)[0] >= 9 else (0,)
     for slice_bytes in slices:
         for grad_dtype in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
             logits, coef = torch.randn(4, V, device=device).to(dtype), torch.randn(7, device=device)
             head = (None, 1.0, 0.0, 1.0, grad_dtype)
-            cuda_rows.row_gradient_(logits, targets, starts, coef, *head, slice_bytes=slice_bytes)
+            stats, _ = cuda_rows.unit_forward_(logits, targets, starts, *head, slice_bytes=slice_bytes)
+            cuda_rows.unit_finish_(logits, targets, starts, stats, coef, *head)
 
 
 # (R, H) of the fused linear path: less than a tile; two blocks a cluster, and more steps along H than stages.

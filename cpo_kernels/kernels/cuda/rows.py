@@ -122,17 +122,23 @@ def row_backward_(
     _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
 
 
-def row_gradient_takes(logits: Tensor) -> bool:
-    """Tell whether :func:`row_gradient_` takes rows of this length: the shared memory of a cluster must hold one."""
+def unit_takes(logits: Tensor) -> bool:
+    """Tell whether :func:`unit_forward_` takes rows of this length: the shared memory of a cluster must hold one.
+
+    A cluster is up to 8 thread blocks from sm_90 on, and one block on older GPUs.
+
+    Args:
+        logits: (R, V) on a GPU.
+    """
     row_bytes = logits.shape[1] * logits.element_size()
-    return row_bytes <= extension.load().row_gradient_bytes(device=extension.queue(logits.device)["device"])
+    longest = extension.load().unit_forward_bytes(device=extension.queue(logits.device)["device"])
+    return logits.dtype in DTYPE_CODES and row_bytes <= longest
 
 
-def row_gradient_(
+def unit_forward_(
     logits: Tensor,
     targets: Tensor,
     row_starts: Tensor | None,
-    coef: Tensor,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float,
@@ -142,13 +148,14 @@ def row_gradient_(
     threads: int = 0,
     slice_bytes: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run :func:`row_forward` and :func:`row_backward_` in one read and one write, for a ``coef`` known beforehand.
+    """Run :func:`row_forward` and write the unit gradients of rows over their logits, in one read and one write.
 
-    Between forward and backward a row lies in the shared memory of up to 8 thread blocks (from sm_90 on) or of one.
+    The unit gradient of a row is ``(onehot - softmax) * slope``, with the slope of the head's transform, if all its
+    tokens that count have one target (one outside [0, V) is no column of ``onehot``); exact zeros without a read, if
+    none counts. Rows of several different targets keep their logits.
 
     Args:
-        logits: as in :func:`row_forward`, like all arguments that are not listed here; overwritten by the gradient.
-        coef: (N,) float32.
+        logits: as in :func:`row_forward`, like all arguments that are not listed here.
         grad_dtype: as in :func:`row_backward_`.
         slice_bytes: most bytes of a row in a block, while the cluster can have more blocks; 0: the kernel's choice.
 
@@ -156,16 +163,14 @@ def row_gradient_(
         stats (2, R) and logps (N,), as :func:`row_forward`.
 
     Raises:
-        ValueError: as :func:`row_backward_`, and for rows that do not fit the shared memory of a cluster.
+        ValueError: as :func:`row_backward_`, and for rows that :func:`unit_takes` refuses.
         RuntimeError: as :func:`row_forward`.
     """
     rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
     out = _overwritten(logits, grad_dtype)
-    check("coef", coef, (targets.shape[0],), (torch.float32,), logits.device)
-    coef = coef.contiguous()
     stats = torch.empty((2, logits.shape[0]), dtype=torch.float32, device=logits.device)
     logps = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    extension.load().row_gradient(
+    extension.load().unit_forward(
         **extension.queue(logits.device),
         **rows.arguments,
         threads=threads,
@@ -173,11 +178,48 @@ def row_gradient_(
         out_dtype=DTYPE_CODES[out.dtype],
         stats=stats.data_ptr(),
         logps=logps.data_ptr(),
-        coef=coef.data_ptr(),
         out=out.data_ptr(),
         out_stride=out.stride(0),
     )
     return stats, logps
+
+
+def unit_finish_(
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    threads: int = 0,
+) -> Tensor:
+    """Finish what :func:`unit_forward_` left of rows (R, V), and return by what each row is to be multiplied.
+
+    Rows whose tokens all have a coef of 0 become exact zeros, whatever they hold, and have scale 0. Rows that hold
+    their unit gradient are neither read nor written; their scale is the sum of their coefs, in the order of the tokens.
+    The others get the gradient that :func:`row_backward_` writes, and scale 1.
+
+    Args:
+        logits: as :func:`unit_forward_` left them, like all arguments that are not listed here.
+        stats: (2, R) float32, from :func:`unit_forward_`.
+        coef: (N,) float32, as in :func:`row_backward`.
+
+    Returns:
+        scale (R,) float32.
+
+    Raises:
+        ValueError: as :func:`row_backward_`.
+        RuntimeError: as :func:`row_forward`.
+    """
+    rows = Rows(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
+    scale = torch.empty((logits.shape[0],), dtype=torch.float32, device=logits.device)
+    _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads, scale)
+    return scale
 
 
 def check_targets(targets: Tensor, vocab: int) -> None:
@@ -231,7 +273,10 @@ def _overwritten(logits: Tensor, grad_dtype: torch.dtype | None) -> Tensor:
     return logits if grad_dtype is None or grad_dtype == logits.dtype else front_halves(logits, grad_dtype)
 
 
-def _backward_into(out: Tensor, logits: Tensor, rows: Rows, stats: Tensor, coef: Tensor, threads: int) -> None:
+def _backward_into(
+    out: Tensor, logits: Tensor, rows: Rows, stats: Tensor, coef: Tensor, threads: int, scale: Tensor | None = None
+) -> None:
+    """Write gradients, and where a ``scale`` (R,) is given, what unit gradients are to be multiplied by instead."""
     R, device = logits.shape[0], logits.device
     check("stats", stats, (2, R), (torch.float32,), device)
     check("coef", coef, (rows.arguments["tokens"],), (torch.float32,), device)
@@ -248,6 +293,7 @@ def _backward_into(out: Tensor, logits: Tensor, rows: Rows, stats: Tensor, coef:
         token_grad=0 if token_grad is None else token_grad.data_ptr(),
         out=out.data_ptr(),
         out_stride=out.stride(0),
+        scale=0 if scale is None else scale.data_ptr(),
     )
 
 

@@ -20,7 +20,7 @@ from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.device import why_too_old
 
 pytestmark = pytest.mark.cpu
-LAUNCHES = ("row_forward", "row_backward", "row_gradient", "contrast", "cpo_loss", "scale", "check_targets")
+LAUNCHES = ("row_forward", "row_backward", "unit_forward", "contrast", "cpo_loss", "scale", "check_targets")
 
 
 def module(driver: int, runtime: int = 13000) -> SimpleNamespace:

@@ -38,20 +38,14 @@ pytestmark = [
 ]
 REPEATS = 1000
 V, H = 1009, 64
-LIKELIHOOD = {"contrast_weight": 0.0, "mle_weight": 1.0}  # coefficients are known
-# Backend, the optional operation that is chosen, and options of the loss that lead there.
-PATHS = {
-    "auto": ("auto", None, {}),
-    "cuda": ("cuda", None, {}),
-    "kept exponentials": ("cuda", "linear_kept", {}),
-    "one read": ("cuda", "row_gradient_", LIKELIHOOD),
-}
+# Backend, and the optional operation that is chosen.
+PATHS = {"auto": ("auto", None), "cuda": ("cuda", None), "kept exponentials": ("cuda", "linear_kept")}
 
 
 @pytest.fixture(params=PATHS)
 def path(request):
-    """Options of the loss for one way through the engine."""
-    backend, operation, options = PATHS[request.param]
+    """The backend of the loss for one way through the engine, as an option."""
+    backend, operation = PATHS[request.param]
     if backend == "cuda" and cuda_extension.unavailable_reason() is not None:
         pytest.skip(str(cuda_extension.unavailable_reason()))
     if operation == "linear_kept" and cuda_extension.capability(DEVICE) != cuda_hopper.CAPABILITY:
@@ -59,7 +53,7 @@ def path(request):
     chosen = [] if operation is None else [Choice(operation, architecture(DEVICE), backend)]
     assert {choice.operation for choice in chosen} <= set(OPTIONAL)
     with nullcontext() if backend == "auto" else overridden(*chosen):  # auto has the committed choices
-        yield {"backend": backend, **options}
+        yield {"backend": backend}
 
 
 def moved(problem: Problem, device: torch.device | str) -> Problem:
@@ -234,8 +228,7 @@ def test_loss_and_gradients(path, dtype, rows):
     problem = moved(random_problem(G=12, C=3, T=40, H=520, V=5003), DEVICE)
     head = path | {"max_logits_bytes": None if rows is None else rows * 5100 * dtype.itemsize}
     problem = replace(problem, weight=problem.weight / 8)
-    options = {name: head.pop(name) for name in LIKELIHOOD if name in head}
-    assert_problem_accurate(problem.with_options(**options), dtype, **head)
+    assert_problem_accurate(problem, dtype, **head)
 
 
 # Races would show as other bits

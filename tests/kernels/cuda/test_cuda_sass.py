@@ -38,7 +38,7 @@ def test_every_kernel_is_there():
         names = [kernel.name for a, kernel in kernels() if a == arch]
         assert sum(sass.FORWARD.search(name) is not None for name in names) == 15, arch
         assert sum(sass.BACKWARD.search(name) is not None for name in names) == 25, arch
-        assert sum(sass.GRADIENT.search(name) is not None for name in names) == 25, arch
+        assert sum(sass.UNIT.search(name) is not None for name in names) == 25, arch
         assert sum(sass.LOSS.search(name) is not None for name in names) == 15, arch
         assert sum("contrast_kernel" in name for name in names) == 1, arch
 

@@ -1,5 +1,5 @@
-// Forward and backward of each row in one launch, one read and one write.
-#include "cuda/row_gradient.cuh"
+// Forward and unit gradient of each row in one launch, one read and one write.
+#include "cuda/unit_forward.cuh"
 
 #include "cuda/row_launch.h"
 
@@ -11,8 +11,8 @@ constexpr std::int64_t kSliceBytes = 96 * 1024;
 
 // Grid: a cluster per row.
 template <class T, class Out, class Head>
-CPO_KERNEL(Head::kThreads, Head::kBlocks) row_gradient_kernel(GradientArgs args, Head head) {
-  row_in_one_read<T, Out>(args, head);
+CPO_KERNEL(Head::kThreads, Head::kBlocks) unit_forward_kernel(UnitArgs args, Head head) {
+  unit_row<T, Out>(args, head);
 }
 
 struct ClusterShape {
@@ -33,29 +33,32 @@ ClusterShape cluster_shape(std::int64_t row_bytes, std::int64_t slice_bytes, con
 }
 
 template <class T, class Out>
-void launch_gradient(const Queue& queue, const GradientArgs& args) {
+void launch_unit(const Queue& queue, const UnitArgs& args) {
   const RowBatch& batch = args.forward.batch;
   const auto row_bytes = static_cast<std::int64_t>(batch.vocab) * static_cast<std::int64_t>(sizeof(T));
   const std::int64_t slice_bytes = args.slice_bytes ? args.slice_bytes : kSliceBytes;
-  const ClusterShape shape = cluster_shape(row_bytes, slice_bytes, simt::cluster_limits(queue.device));
   with_head(batch.bias, batch.mult, batch.cap, [&](auto head) {
     using H = decltype(head);
+    const auto kernel = unit_forward_kernel<T, Out, H>;
+    const simt::ClusterLimits limits = simt::cluster_limits(queue.device, kernel);
+    const ClusterShape shape = cluster_shape(row_bytes, slice_bytes, limits);
     // Shared memory limits the blocks of a multiprocessor, not their threads.
     const int threads = row_threads<T, H>(queue, batch.vocab / shape.blocks, 1);
     const simt::Grid grid{batch.rows * shape.blocks, threads, shape.shared_bytes, queue.stream};
-    simt::launch_cluster(grid, shape.blocks, queue.device, "row_gradient", row_gradient_kernel<T, Out, H>, args, head);
+    simt::launch_cluster(grid, shape.blocks, limits, "unit_forward", kernel, args, head);
   });
 }
 
 }  // namespace
 
-std::int64_t row_gradient_bytes(int device) {
-  const simt::ClusterLimits limits = simt::cluster_limits(device);
+std::int64_t unit_forward_bytes(int device) {
+  const DeviceGuard guard(device);
+  const simt::ClusterLimits limits = simt::cluster_limits(device, unit_forward_kernel<float, float, Head<false, false, false>>);
   const auto vectors = static_cast<std::int64_t>((limits.shared_bytes - sizeof(SliceHeader)) / kVectorBytes);
   return limits.blocks * vectors * kVectorBytes;
 }
 
-void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const GradientArgs& args) {
+void unit_forward(const Queue& queue, DType dtype, DType out_dtype, const UnitArgs& args) {
   if (args.forward.batch.rows == 0) return;
   if (dtype != DType::kF32 && out_dtype != dtype) {
     throw std::invalid_argument("the gradient of half-precision logits has their dtype");
@@ -64,9 +67,9 @@ void row_gradient(const Queue& queue, DType dtype, DType out_dtype, const Gradie
   with_type(out_dtype, [&](auto out) {
     using Out = decltype(out);
     if (dtype == DType::kF32) {
-      launch_gradient<float, Out>(queue, args);
+      launch_unit<float, Out>(queue, args);
     } else {
-      launch_gradient<Out, Out>(queue, args);
+      launch_unit<Out, Out>(queue, args);
     }
   });
 }

@@ -1,4 +1,7 @@
-// Statistics, log-probabilities and gradient of a row in one read and one write, where the coefs are known beforehand.
+// Statistics, log-probabilities and unit gradient of a row in one read and one write.
+//
+// Where all tokens of a row that count have one target, the gradient by its logits is (onehot - softmax) * slope times the sum of
+// their coefs. This unit gradient is written before any coef is known; row_backward finishes the other rows.
 //
 // A cluster takes a row. Each of its blocks keeps a slice of it in shared memory while the softmax is summed, and the first one the
 // columns off the vectors as well. After the barrier in the middle nothing of the row is read any more, so that the gradient may lie
@@ -116,33 +119,18 @@ CPO_DEVICE void store_slice(const Slice<T>& slice, Out* out_row, const LogitGrad
   if (column < vocab) store_rounded(out_row + column, gradient(slice.at(column), gradient.head.bias_of(column)));
 }
 
-// Over what store_slice left at the columns of the tokens.
 template <class T, class Out, class Head>
-CPO_DEVICE void store_targets(const GradientArgs& args, const Slice<T>& slice, Out* out_row, const LogitGradient<Head>& gradient,
-                              TokenRange tokens) {
-  const RowBatch& batch = args.forward.batch;
-  for (std::int64_t n = tokens.begin + simt::thread_index(); n < tokens.end; n += simt::thread_count()) {
-    const std::int64_t target = simt::load(batch.targets + n);
-    if (!is_word(target, batch.vocab) || !slice.holds(static_cast<int>(target))) continue;
-    const int column = static_cast<int>(target);
-    const TargetCoefs sums = sum_target_coefs(batch.targets, args.coef, tokens, target);
-    store_rounded(out_row + column, gradient.of_target(slice.at(column), gradient.head.bias_of(column), sums.own, sums.others));
-  }
-}
-
-template <class T, class Out, class Head>
-CPO_DEVICE void row_in_one_read(const GradientArgs& args, const Head& head) {
+CPO_DEVICE void unit_row(const UnitArgs& args, const Head& head) {
   const RowBatch& batch = args.forward.batch;
   const std::int64_t row = simt::block_index() / simt::cluster_size();
   const T* x = static_cast<const T*>(batch.logits) + row * batch.row_stride;
   Out* out_row = static_cast<Out*>(args.out) + row * args.out_stride;
   const TokenRange tokens = token_range(batch, row);
-  const RowCoef coef = sum_coefs(batch, args.coef, tokens, Slice<T>::header().partials);
+  const std::int64_t target = first_target(batch, tokens);
   const Slice<T> slice(x, batch.vocab);
-  const bool present = any_present(batch, tokens);
 
   float max = 0.0f, log_sum = 0.0f;
-  if (present) {
+  if (target != kNoToken) {
     const OnlineSoftmax softmax = read_row(slice, x, head, batch.vocab);
     max = softmax.max;
     log_sum = logf(softmax.sum);
@@ -152,16 +140,21 @@ CPO_DEVICE void row_in_one_read(const GradientArgs& args, const Head& head) {
     simt::store(args.forward.stats.log_sum + row, log_sum);
   }
   store_logps(args.forward, slice, head, tokens, max, log_sum);
-  if (coef.active) {
-    const float inverse_sum = exp_approx(-log_sum);
-    const LogitGradient<Head> gradient{head, max, inverse_sum, batch.slope, -coef.sum * batch.slope * inverse_sum};
-    store_slice(slice, out_row, gradient, batch.vocab);
-    simt::block_barrier();  // what other threads wrote to the columns of the targets comes first
-    store_targets(args, slice, out_row, gradient, tokens);
-  } else {
+  if (target == kNoToken) {
     store_zeros(out_row, batch.vocab, slice.rank, simt::cluster_size());
+    return;
   }
-  if (present) simt::cluster_meet();  // the other blocks have read this one's part of the sum
+  if (have_one_target(batch, tokens, target)) {
+    const float inverse_sum = exp_approx(-log_sum);
+    const LogitGradient<Head> gradient{head, max, inverse_sum, batch.slope, -batch.slope * inverse_sum};
+    store_slice(slice, out_row, gradient, batch.vocab);
+    simt::block_barrier();  // what another thread wrote to the column of the target comes first
+    if (simt::thread_index() == 0 && is_word(target, batch.vocab) && slice.holds(static_cast<int>(target))) {
+      const int column = static_cast<int>(target);
+      store_rounded(out_row + column, gradient.of_target(slice.at(column), gradient.head.bias_of(column), 1.0f, 0.0f));
+    }
+  }
+  simt::cluster_meet();  // the other blocks have read this one's part of the sum
 }
 
 }  // namespace cpo
