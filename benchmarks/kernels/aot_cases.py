@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.triton import contrast, gradients, linear, rows
+from cpo_kernels.kernels.triton import contrast, gradients, linear, rows, summary, unit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
@@ -72,6 +72,39 @@ def row_backward(
     return rows.row_backward_(empty(R, V, dtype=dtype), *given, grad_dtype)
 
 
+def unit_forward(
+    dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False, grad_dtype: torch.dtype | None = None
+) -> object:
+    """Launch the one read and one write of the logits."""
+    given = (*row_tokens(shared=shared), *head(dtype, V, capped=capped))
+    return unit.unit_forward_(empty(R, V, dtype=dtype), *given, grad_dtype)
+
+
+def unit_finish(dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False) -> object:
+    """Launch what the coefficients add to it."""
+    targets, starts = row_tokens(shared=shared)
+    given = (targets, starts, empty(2, R), empty(targets.numel()), *head(dtype, V, capped=capped))
+    return unit.unit_finish_(empty(R, V, dtype=dtype), *given)
+
+
+def summarize(candidates: int, *, ranked: bool) -> object:
+    """Launch loss and metrics of two groups, with a reference and the tokens of the likelihood on the device."""
+    segments = 2 * candidates
+    starts = torch.arange(0, segments + 1, candidates) if ranked else None
+    lengths = torch.ones(segments, dtype=torch.int64)
+    options = {"beta": 0.1, "margin": 0.0, "label_smoothing": 0.0, "loss_type": "plackett_luce"}
+    options |= {"length_normalized": ranked, "contrast_weight": 1.0, "mle_weight": 0.1, "num_groups": 2.0}
+    options |= {"num_target_tokens": None, "max_candidates": candidates}
+    ranks = torch.zeros_like(lengths) if ranked else None
+    return summary.summarize(empty(segments), starts, lengths, empty(segments), ranks, **options)
+
+
+def scale_rows(dtype: torch.dtype) -> object:
+    """Launch the coefficients of a frozen head's rows."""
+    indices = torch.zeros(R, dtype=torch.int64)
+    return gradients.scale_rows_(empty(R, H, dtype=dtype), indices, indices, empty(R))
+
+
 def contrast_groups(
     candidates: int, *, ranked: bool, loss_type: str = "plackett_luce", config: Mapping[str, int] | None = None
 ) -> object:
@@ -109,6 +142,7 @@ def row_cases() -> list[Case]:
     for name, call, kernel, wide in (
         ("row_forward", row_forward, "row_forward_kernel", (WIDE_LOAD,)),
         ("row_backward_", row_backward, "row_backward_kernel", (WIDE_LOAD, WIDE_STORE)),
+        ("unit_forward_", unit_forward, "unit_forward_kernel", (WIDE_LOAD, WIDE_STORE)),
     ):
         for dtype in (BF16, FP16, FP32):
             ways = {"": (LLAMA, {}), ", odd V": (GPT2, {}), ", small V": (SMALL, {}), LABEL: (LLAMA, EVERYTHING)}
@@ -117,6 +151,10 @@ def row_cases() -> list[Case]:
     for label, options in (("", {}), (LABEL, EVERYTHING)):
         launch = partial(row_backward, FP32, LLAMA, grad_dtype=BF16, **options)
         cases.append(Case(f"row_backward_ bf16 over fp32{label}", launch, "row_backward_kernel", (WIDE_LOAD,)))
+        launch = partial(unit_forward, FP32, LLAMA, grad_dtype=BF16, **options)
+        cases.append(Case(f"unit_forward_ bf16 over fp32{label}", launch, "unit_forward_kernel", (WIDE_LOAD,)))
+        launch = partial(unit_finish, BF16, LLAMA, **options)
+        cases.append(Case(f"unit_finish_ bf16{label}", launch, "row_backward_kernel"))
     return cases
 
 
@@ -127,6 +165,7 @@ def gradient_cases() -> list[Case]:
         Case("column_stats bf16", lambda: gradients.column_stats(empty(R, LLAMA, dtype=BF16)), one),
         Case("column_stats fp32", lambda: gradients.column_stats(empty(R, LLAMA)), one),
         Case("column_stats bf16, many rows", lambda: gradients.column_stats(empty(1024, LLAMA, dtype=BF16)), two),
+        Case("scale_rows_ bf16", lambda: scale_rows(BF16), "scale_rows_kernel"),
         Case("scale_ bf16", lambda: gradients.scale_(empty(R, H, dtype=BF16), empty(1)), scale),
         Case("scale_ fp32", lambda: gradients.scale_(empty(R, H), empty(1)), scale),
     ]
@@ -139,6 +178,9 @@ def contrast_cases() -> list[Case]:
         for ranked, label in ((False, "default ranks"), (True, "ranked")):
             launch = partial(contrast_groups, candidates, ranked=ranked)
             cases.append(Case(f"contrast of {candidates}, {label}", launch, "contrast_kernel"))
+            launch = partial(summarize, candidates, ranked=ranked)
+            cases.append(Case(f"loss of {candidates}, {label}", launch, "group_summary_kernel"))
+    cases.append(Case("loss of all groups", partial(summarize, 5, ranked=True), "summary_kernel"))
     ipo = partial(contrast_groups, 2, ranked=False, loss_type="ipo")
     return [*cases, Case("contrast of 2, ipo", ipo, "contrast_kernel")]
 

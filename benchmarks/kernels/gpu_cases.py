@@ -35,7 +35,6 @@ from benchmarks.records import Record
 from benchmarks.setting import Setting
 from benchmarks.shapes import BAR_8K, BAR_LOSSES, BAR_NARROW, BAR_PEERS, BAR_QWEN, STILL, Shape, tiny
 from cpo_kernels.kernels import registry, selection
-from cpo_kernels.kernels.cuda import rows as cuda_rows
 from cpo_kernels.kernels.device import architecture
 
 ACCURACY = replace(shapes.ACCURACY, vocab=BAR_8K.vocab, hidden=BAR_8K.hidden, candidates=4)
@@ -82,8 +81,13 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
         calls: dict[str, Call] = {COPY: partial(problem.buffer.copy_, problem.logits)}
         for (kernel, (make, own)), backend in itertools.product(kernels.items(), backends):
             calls[f"{kernel}, {backend}"], passes[f"{kernel}, {backend}"] = make(backend), own
-        if CUDA in backends and cuda_rows.unit_takes(problem.logits):
-            calls[f"unit forward, {CUDA}"], passes[f"unit forward, {CUDA}"] = problem.unit_forward_(CUDA), 2.0
+        for backend in backends:
+            unit = registry.BACKENDS[backend].unit_gradient
+            if unit is not None and unit.takes(vocab, dtype, setting.device):
+                calls[f"unit forward, {backend}"], passes[f"unit forward, {backend}"] = (
+                    problem.unit_forward_(backend),
+                    2.0,
+                )
         conditions = {"V": vocab, "rows": rows, "dtype": dtype_name(dtype)}
         contestants = [ready(who, call) for who, call in calls.items()]
         name, rounds = f"row kernels, {dtype_name(dtype)}, V={vocab}", setting.rounds(ROUNDS, ROUNDS)
@@ -102,7 +106,8 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
 
 def is_picked(kernel: str, vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the table picks the CUDA kernel."""
-    operation, sizes = "row_forward" if kernel == "forward" else "row_backward", selection.Sizes(vocab, dtype)
+    named = {"forward": "row_forward", "unit forward": "unit_gradient"}
+    operation, sizes = named.get(kernel, "row_backward"), selection.Sizes(vocab, dtype)
     choices = selection.choices_for(selection.AUTO, architecture(device), sizes, registry.AVAILABLE)
     return choices.get(operation) == CUDA
 

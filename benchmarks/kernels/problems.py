@@ -124,15 +124,17 @@ class RowProblem:
             compare(f"{backend} row_backward_", numerics.narrow_view(over, dtype), grad, gradient_error(dtype))
         return partial(kernel, self.buffer, self.targets, None, self.stats, self.coef, *HEAD, grad_dtype)
 
-    def unit_forward_(self, backend: str) -> Call:
+    def unit_forward_(self, backend: str, **config: Any) -> Call:
         """Make that of the forward with unit gradients, one read and one write, over the buffer."""
-        kernel = row_launchers(backend).unit_forward_
+        unit = registry.BACKENDS[backend].unit_gradient
+        assert unit is not None
+        kernel = partial(unit.forward_, **config)
         for logits, targets, coef, _, logps, grad in self.ends:
             over = logits.clone()
             found = kernel(over, targets, None, *HEAD)[1]
             compare(f"{backend} unit_forward_, log-probabilities", found, logps, FORWARD_ERROR)
-            unit = grad / coef.double().unsqueeze(1)
-            compare(f"{backend} unit_forward_", over, unit, gradient_error(logits.dtype))
+            expected = grad / coef.double().unsqueeze(1)
+            compare(f"{backend} unit_forward_", over, expected, gradient_error(logits.dtype))
         return partial(kernel, self.buffer, self.targets, None, *HEAD)
 
 

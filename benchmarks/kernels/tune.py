@@ -73,11 +73,12 @@ def rows(vocab: int, dtype: torch.dtype, setting: Setting) -> int:
     return 9 if setting.quick else LOGITS_BYTES // (vocab * dtype.itemsize)
 
 
-def row_job(vocab: int, dtype: torch.dtype, setting: Setting, *, forward: bool) -> Job:
+def row_job(vocab: int, dtype: torch.dtype, setting: Setting, *, name: str) -> Job:
     """Make the job of one read of the logits, or of one read and one write over a buffer."""
     problem = RowProblem(rows(vocab, dtype, setting), vocab, dtype, setting.device)
-    call = problem.forward if forward else problem.backward_
-    return Job(lambda config: call(TRITON, config=config), problem.logits.nbytes * (1 if forward else 2))
+    makers = {"row_forward": problem.forward, "row_backward": problem.backward_, "unit_forward": problem.unit_forward_}
+    work = problem.logits.nbytes * (1 if name == "row_forward" else 2)
+    return Job(lambda config: makers[name](TRITON, config=config), work)
 
 
 def gradient_job(vocab: int, dtype: torch.dtype, setting: Setting, *, scaled: bool) -> Job:
@@ -111,7 +112,7 @@ def linear_job(vocab: int, dtype: torch.dtype, setting: Setting, *, everything: 
     return Job(lambda config: problem.fused(config=config, **extras), 2 * count * width * vocab, "GFLOP/s")
 
 
-ROW_GRID = grid(BLOCK=(4096, 8192, 16384), TOKENS=(32,), num_warps=(4, 8, 16), num_stages=(1,))
+ROW_GRID = grid(BLOCK=(4096, 8192, 16384), TOKENS=(32,), num_warps=(4, 8, 16, 32), num_stages=(1,))
 SMALL_ROW_GRID = grid(BLOCK=(1024, 2048), TOKENS=(32,), num_warps=(2, 4, 8), num_stages=(1,))
 COLUMN_GRID = grid(BLOCK=(512, 1024), ROWS=(4, 8, 16), ROWS_PER_PROGRAM=(256,), num_warps=(4, 8), num_stages=(1,))
 SCALE_GRID = grid(BLOCK=(4096, 8192), PROGRAMS=(528, 1056, 2112), num_warps=(4, 8), num_stages=(1,))
@@ -128,7 +129,7 @@ LINEAR_GRID_FP32 = grid(
 )
 BF16, FP32 = torch.bfloat16, torch.float32
 LARGE = ((65536, 32000), (None, 128256))  # vocab_at_most, V
-ROWS = {name: partial(row_job, forward=name == "row_forward") for name in ("row_forward", "row_backward")}
+ROWS = {name: partial(row_job, name=name) for name in ("unit_forward", "row_forward", "row_backward")}
 LINEAR = {name: partial(linear_job, everything=name == "linear_sample") for name in ("linear_forward", "linear_sample")}
 GRADIENTS = {
     "column_stats": (COLUMN_GRID, partial(gradient_job, scaled=False)),

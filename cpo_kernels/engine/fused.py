@@ -42,6 +42,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_unused):
         """Return the stored gradients without a copy; build them anew when a retained graph runs backward again."""
+        if grad_loss is None:
+            return (None,) * 6
         result, ctx.result = ctx.result, None
         with torch.no_grad():
             if result is None:
@@ -142,6 +144,8 @@ class FusedLogitsLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_unused):
         """Return the stored gradients without a copy; build them anew when a retained graph runs backward again."""
+        if grad_loss is None:
+            return None, None, None
         result, ctx.result = ctx.result, None
         if torch.is_grad_enabled():
             logits, bias, *given = ctx.saved_tensors

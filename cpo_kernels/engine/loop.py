@@ -133,14 +133,15 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
     before; where only hidden states need a gradient, its rows are built without them, and multiplied at the end.
     """
     tokens, plan, needs_any, checked = call.tokens, call.plan, any(call.needs), False
-    sums = linear.hidden.new_empty(tokens.lengths.shape, dtype=accumulate_dtype(linear.logits_dtype))
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    workspace, coefs = linear.workspace(plan.rows_held), []
+    workspace, dtype = linear.workspace(plan.rows_held), accumulate_dtype(linear.logits_dtype)
+    sums = list[Tensor]()
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
-        logps, forwards, known = sums.new_empty(last - first), [], None
+        logps, known = linear.hidden.new_empty(last - first, dtype=dtype), None
+        waiting = list[tuple[Block, Forward]]()
         for block in blocks:
             forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
             if not checked:  # once the device is busy
@@ -154,25 +155,22 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
                 grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
             elif known is not None:
                 grads.add(gradient(linear, block, forward, known[block.order]))
-            else:
-                forwards.append(forward)
-        sums[part.segments], coef = loss.contrast(logps, part, needs_any and known is None)
+            elif needs_any:
+                waiting.append((block, forward))
+        of_segments, coef = loss.contrast(logps, part, needs_any and known is None)
+        sums.append(of_segments)
         if coef is None:
             continue
-        if call.scales_rows:
-            coefs.append(coef)
-        else:
-            for block, forward in zip(blocks, forwards, strict=True):
-                done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
-                kept: Kept | None = gradient(linear, block, done, coef[block.order])
-                if loss.filters is not None and kept is not None:
-                    kept = loss.filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
-                if kept is not None:
-                    grads.add(kept)
-    if grads.hidden is not None and coefs:
-        together = coefs[0] if len(coefs) == 1 else torch.cat(coefs)
-        linear.backend.scale_rows_(grads.hidden, tokens.device_rows, tokens.targets, together)
-    return sums, grads
+        if call.scales_rows and grads.hidden is not None:  # in the one chunk of the call
+            linear.backend.scale_rows_(grads.hidden, tokens.device_rows, tokens.targets, coef)
+        for block, forward in waiting:
+            done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
+            kept: Kept | None = gradient(linear, block, done, coef[block.order])
+            if loss.filters is not None and kept is not None:
+                kept = loss.filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
+            if kept is not None:
+                grads.add(kept)
+    return sums[0] if len(sums) == 1 else torch.cat(sums), grads
 
 
 def gradient(linear: LinearHead, block: Block, done: Forward, coef: Tensor) -> Kept:

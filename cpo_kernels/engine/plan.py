@@ -97,12 +97,14 @@ def make_plan(
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
         workspace_bytes: memory of the backend's products beyond their operands, and of filters beyond the logits.
         whole_groups: whether the rows of a group must be held together to be computed only once.
-        waits: whether gradients wait for the coefficients of a whole chunk, so that logits may be recomputed.
+        waits: whether gradients wait for the coefficients of a whole chunk, so that logits may be recomputed; if none
+            does, all groups are one chunk.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
     """
-    total, waits = tokens.num_rows, waits and any(needs)
+    waits = waits and any(needs)
+    total = (tokens if waits else tokens.as_one_group()).num_rows
     accumulator = accumulator_bytes if needs[1] else 0
     default = max(default_bytes, row_bytes)
     overhead = workspace_bytes + default * gathered_row_bytes // row_bytes
@@ -122,9 +124,10 @@ def make_plan(
     budget = left_for_logits(overhead + accumulator)
     notes = []
     rows_per_chunk = budget // row_bytes
+    all_groups = [(range(len(tokens.rows_per_group)), total)]
     chunks = tuple(
         Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=waits and rows > rows_per_chunk)
-        for groups, rows in fill_chunks(tokens.rows_per_group, rows_per_chunk)
+        for groups, rows in (fill_chunks(tokens.rows_per_group, rows_per_chunk) if waits else all_groups)
     )
     recomputed = sum(chunk.num_rows for chunk in chunks if chunk.recomputed)
     if recomputed:

@@ -76,6 +76,7 @@ def cuda_backend() -> Backend:
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         scale_=cuda_rows.scale_,
+        unit_gradient=UnitGradient(cuda_rows.unit_takes, cuda_rows.unit_forward_, cuda_rows.unit_finish_),
         contrast=cuda_groups.contrast,
         logits_loss=cuda_groups.cpo_loss,
         contrast_candidates=cuda_groups.MAX_CANDIDATES,

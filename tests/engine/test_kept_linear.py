@@ -43,7 +43,7 @@ PROBLEMS = {
 @pytest.fixture
 def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the launches, in order, under the choice."""
-    names = ("linear_forward", "linear_backward", "row_forward", "row_backward")
+    names = ("linear_forward", "linear_backward", "unit_forward", "row_backward")
     made = simt_host.record(emulator, monkeypatch, names)
     with overridden(Choice("linear_kept", architecture(torch.device("cpu")), "cuda")):
         yield made
@@ -146,7 +146,7 @@ def test_the_plan_counts_what_is_kept(launches):
 )
 def test_matrices_that_it_does_not_take_go_the_plain_way(launches, problem):
     fused_loss(problem, backend="cuda").backward()
-    assert set(launches) == {"row_forward", "row_backward"}
+    assert set(launches) == {"unit_forward", "row_backward"}
 
 
 def test_a_matrix_in_a_wider_buffer(launches):
@@ -154,7 +154,7 @@ def test_a_matrix_in_a_wider_buffer(launches):
     problem = PROBLEMS["padded"]().to(torch.bfloat16)
     grads = loss_and_grads(fused_loss(problem, backend="cuda"), problem)
     wide = torch.full((301, H + 9), torch.nan, dtype=torch.bfloat16)
-    for first, path in ((8, "linear_forward"), (1, "row_forward")):
+    for first, path in ((8, "linear_forward"), (1, "unit_forward")):
         width = H + 8 if first == 8 else H + 9
         weight = wide.view(-1)[: 301 * width].view(301, width)[:, first : first + H].copy_(problem.weight.detach())
         launches.clear()

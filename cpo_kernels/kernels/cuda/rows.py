@@ -122,17 +122,13 @@ def row_backward_(
     _backward_into(_overwritten(logits, grad_dtype), logits, rows, stats, coef, threads)
 
 
-def unit_takes(logits: Tensor) -> bool:
-    """Tell whether :func:`unit_forward_` takes rows of this length: the shared memory of a cluster must hold one.
+def unit_takes(vocab: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tell whether :func:`unit_forward_` takes logits of V columns: the shared memory of a cluster must hold a row.
 
     A cluster is up to 8 thread blocks from sm_90 on, and one block on older GPUs.
-
-    Args:
-        logits: (R, V) on a GPU.
     """
-    row_bytes = logits.shape[1] * logits.element_size()
-    longest = extension.load().unit_forward_bytes(device=extension.queue(logits.device)["device"])
-    return logits.dtype in DTYPE_CODES and row_bytes <= longest
+    longest = extension.load().unit_forward_bytes(device=extension.queue(device)["device"])
+    return dtype in DTYPE_CODES and vocab * dtype.itemsize <= longest
 
 
 def unit_forward_(

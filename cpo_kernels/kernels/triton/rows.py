@@ -364,7 +364,7 @@ def row_backward_kernel(
         if SHARED_ROWS:
             least, greatest = target_bounds(targets, begin, end, TOKENS)
             held = least >= greatest
-        tl.store(scale + row, tl.where(held, row_coef, 1.0))
+        tl.store(scale + row, tl.where(held, row_coef, active.to(tl.float32)))
         missing = active & (not held)
 
     if missing:
