@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -16,6 +17,15 @@ from .files import Needs, own_files, write_record
 from .resuming import find_checkpoint, nothing_found, on_main_process
 
 logger = logging.get_logger(__name__)
+
+
+def restore_to_host(storage: Any, location: str) -> Any:
+    """Return a storage that was loaded for a CPU with a number, or None for another device."""
+    return storage if location.startswith("cpu:") else None
+
+
+# Of several processes on CPUs, early releases of transformers load the optimizer to "cpu:0", which torch does not know.
+torch.serialization.register_package(100, lambda storage: None, restore_to_host)
 
 
 class ResumableTrainer(Trainer):
