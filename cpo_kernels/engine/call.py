@@ -170,6 +170,8 @@ def plan_chunks(
         workspace_bytes=workspace if shard is None else 0,
         whole_groups=whole_groups,
         waits=waits,
+        buffers=way.buffers,
+        block_rows=way.block_rows,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
     plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.backend import Backend
-from cpo_kernels.kernels.device import without_autocast
+from cpo_kernels.kernels.device import own_arithmetic
 from cpo_kernels.objective import CPOProblem
 from cpo_kernels.options import Head
 
@@ -29,7 +29,7 @@ class FusedLoss(torch.autograd.Function):
 
         ``make_loss(call, *given)`` makes the loss from ``given``, the user's tensors that it reads.
         """
-        with without_autocast(hidden.device):  # what run_loss does, with one stack frame less
+        with own_arithmetic(hidden.device):  # what run_loss does, with one stack frame less
             loss = make_loss(call, *given)
             sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
             result = loss.finish(sums, call.summed(grads.result()))
@@ -57,7 +57,7 @@ class FusedLoss(torch.autograd.Function):
 
 def run_loss(call: Call, tensors: tuple[Tensor, Tensor, Tensor | None], loss: Any) -> LossResult:
     """Run a loss with its gradients, without autograd."""
-    with without_autocast(tensors[0].device):
+    with own_arithmetic(tensors[0].device):
         sums, grads = loop.run(call, call.bind(*tensors), loss)
         return loss.finish(sums, call.summed(grads.result()))
 
@@ -133,7 +133,7 @@ class FusedLogitsLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, bias, call: LogitsCall):
         """Return the terms of the loss and the sums (S,); only the loss is differentiable."""
-        with without_autocast(logits.device):
+        with own_arithmetic(logits.device):
             result = call.run(logits, bias)
         ctx.save_for_backward(logits, bias, *call.given)
         ctx.call, ctx.result = call, result
@@ -153,7 +153,7 @@ class FusedLogitsLoss(torch.autograd.Function):
             return grad, grad_bias, None
         if result is None:
             logits, bias, *given = ctx.saved_tensors
-            with without_autocast(logits.device):
+            with own_arithmetic(logits.device):
                 result = ctx.call.with_given(*given).run(logits, bias)
         grad, _, grad_bias = result.scaled_(grad_loss)
         return grad, grad_bias, None

@@ -48,7 +48,8 @@ class LinearHead:
 
     This class runs a matrix product into a workspace, which the row kernels read once. Subclasses do it in other ways,
     see :mod:`cpo_kernels.engine.ways`; the loop passes on what they keep between forward and gradient without reading
-    it. ``holds_logits`` says whether there is a workspace at all, ``scales_hidden`` whether GEMM 3 takes a scaled copy.
+    it. ``holds_logits`` says whether there is a workspace at all, ``scales_hidden`` whether GEMM 3 takes a scaled copy;
+    ``buffers`` is the number of blocks that the workspace holds, ``block_rows`` the number of rows of a block, at most.
     """
 
     hidden: Tensor
@@ -60,6 +61,8 @@ class LinearHead:
 
     holds_logits: ClassVar[bool] = True
     scales_hidden: ClassVar[bool] = False
+    buffers: ClassVar[int] = 1
+    block_rows: ClassVar[int | None] = None
 
     @classmethod
     def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
@@ -83,6 +86,11 @@ class LinearHead:
         self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
         stats, logps = self.backend.rows.forward(logits, block.targets, block.row_starts, *self.transform)
         return Forward(stats, logps, logits)
+
+    def log_probabilities(self, blocks: list[Block], workspace: Any, out: Tensor) -> None:
+        """Write the log-probabilities of all slots of some blocks to ``out`` (n,), where no gradient follows."""
+        for block in blocks:
+            out[block.order] = self.forward(block, workspace, keep=False).logps
 
     def recompute(self, block: Block, workspace: Any, before: Forward) -> Forward:
         """Compute the source of the gradient again, after later blocks have overwritten it."""

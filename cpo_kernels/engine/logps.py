@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.device import without_autocast
+from cpo_kernels.kernels.device import own_arithmetic
 from cpo_kernels.kernels.numerics import accumulate_dtype
 
 from . import products
@@ -42,14 +42,15 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if call.scales_rows else None
     workspace, done = linear.workspace(call.plan.rows_held), None
     logps = linear.hidden.new_empty(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
-    for block in blocks:
+    if not any(call.needs):
+        linear.log_probabilities(blocks, workspace, logps)
+    for block in blocks if any(call.needs) else ():
         done = linear.forward(block, workspace, keep=keep or call.scales_rows)
-        if block is blocks[0]:  # once the device is busy
-            tokens.check()
         logps[block.order] = done.logps
         if unscaled is not None:
             dlogits = linear.unit_gradient_(block, done)
             products.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
+    tokens.check()
     everywhere = tokens.among_all(logps, call.targets.numel())
     unscaled = call.summed((unscaled, None, None))[0]
     return TokenLogps(everywhere, done if keep and unscaled is None else None, unscaled)
@@ -73,7 +74,7 @@ class LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call: Call):
         """Return the log-probabilities (N,)."""
-        with without_autocast(hidden.device):
+        with own_arithmetic(hidden.device):
             result = run_token_logps(call, call.bind(hidden, weight, bias))
         ctx.save_for_backward(hidden, weight, bias, result.unscaled, *call.given)
         ctx.call, ctx.done = call, result.done
@@ -86,7 +87,7 @@ class LinearTokenLogps(torch.autograd.Function):
         call = ctx.call.with_given(*given)
         # The kept logits are overwritten, so a retained graph recomputes them the second time.
         done, ctx.done = ctx.done, None
-        with torch.no_grad(), without_autocast(hidden.device):
+        with torch.no_grad(), own_arithmetic(hidden.device):
             grads: Grads = (None, None, None)
             if unscaled is not None:
                 grad, coef = unscaled.clone(), call.tokens.of_slots(grad_logps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -132,31 +133,30 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
     The coefficients of a chunk come with its contrast. Gradients that need them wait for it, unless they are known
     before; where only hidden states need a gradient, its rows are built without them, and multiplied at the end.
     """
-    tokens, plan, needs_any, checked = call.tokens, call.plan, any(call.needs), False
+    tokens, plan, needs_any = call.tokens, call.plan, any(call.needs)
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
     grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
     workspace, dtype = linear.workspace(plan.rows_held), accumulate_dtype(linear.logits_dtype)
-    sums = list[Tensor]()
+    sums, checks = list[Tensor](), [tokens.check, loss.check]  # to be run once the device is busy
     for chunk in plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
         logps, known = linear.hidden.new_empty(last - first, dtype=dtype), None
         waiting = list[tuple[Block, Forward]]()
-        for block in blocks:
-            forward = linear.forward(block, workspace, keep=needs_any and not chunk.recomputed)
-            if not checked:  # once the device is busy
-                tokens.check()
-                loss.check()
-                checked = True
-            if known is None:
-                known = loss.coefficients(part)
+        if not needs_any:
+            linear.log_probabilities(blocks, workspace, logps)
+        for block in blocks if needs_any else ():
+            forward = linear.forward(block, workspace, keep=not chunk.recomputed)
+            run_all(checks)
             logps[block.order] = forward.logps
+            known = loss.coefficients(part) if known is None else known
             if call.scales_rows:
                 grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
             elif known is not None:
                 grads.add(gradient(linear, block, forward, known[block.order]))
-            elif needs_any:
+            else:
                 waiting.append((block, forward))
+        run_all(checks)  # without gradients there was no earlier moment
         of_segments, coef = loss.contrast(logps, part, needs_any and known is None)
         sums.append(of_segments)
         if coef is None:
@@ -171,6 +171,12 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
             if kept is not None:
                 grads.add(kept)
     return sums[0] if len(sums) == 1 else torch.cat(sums), grads
+
+
+def run_all(checks: list[Callable[[], None]]) -> None:
+    """Run checks, each of which raises ``ValueError`` for what is wrong, and remove them from the list."""
+    while checks:
+        checks.pop(0)()
 
 
 def gradient(linear: LinearHead, block: Block, done: Forward, coef: Tensor) -> Kept:

@@ -45,6 +45,7 @@ class Plan:
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
             gradients, up to one more for the share of rows whose logits are recomputed.
         note: why logits are recomputed or the budget is exceeded, or "".
+        buffers: blocks of rows whose logits are held at once.
     """
 
     chunks: tuple[Chunk, ...]
@@ -57,11 +58,12 @@ class Plan:
     budget_bytes: int
     gemms: float
     note: str = ""
+    buffers: int = 1
 
     @property
     def rows_held(self) -> int:
         """Rows of logits held at once."""
-        return max(min(chunk.num_rows, chunk.rows_per_block) for chunk in self.chunks)
+        return max(min(chunk.num_rows, self.buffers * chunk.rows_per_block) for chunk in self.chunks)
 
     @property
     def bytes(self) -> int:
@@ -81,6 +83,8 @@ def make_plan(
     workspace_bytes: int = 0,
     whole_groups: bool = True,
     waits: bool = True,
+    buffers: int = 1,
+    block_rows: int | None = None,
 ) -> Plan:
     """Plan whole groups into chunks of at most ``max_logits_bytes`` of logits.
 
@@ -99,6 +103,8 @@ def make_plan(
         whole_groups: whether the rows of a group must be held together to be computed only once.
         waits: whether gradients wait for the coefficients of a whole chunk, so that logits may be recomputed; if none
             does, all groups are one chunk.
+        buffers: blocks of rows whose logits are held at once, if they fit.
+        block_rows: the most rows of a block; None for what fits.
 
     Raises:
         ValueError: a budget that does not hold the logits of one row.
@@ -124,15 +130,17 @@ def make_plan(
     budget = left_for_logits(overhead + accumulator)
     notes = []
     rows_per_chunk = budget // row_bytes
+    buffers = buffers if rows_per_chunk >= buffers else 1
+    at_once = min(rows_per_chunk // buffers, block_rows or rows_per_chunk)
     all_groups = [(range(len(tokens.rows_per_group)), total)]
     chunks = tuple(
-        Chunk(groups, rows, even_share(rows, rows_per_chunk), recomputed=waits and rows > rows_per_chunk)
+        Chunk(groups, rows, even_share(rows, at_once), recomputed=waits and rows > rows_per_chunk)
         for groups, rows in (fill_chunks(tokens.rows_per_group, rows_per_chunk) if waits else all_groups)
     )
     recomputed = sum(chunk.num_rows for chunk in chunks if chunk.recomputed)
     if recomputed:
         notes.append(f"a group of {largest} rows does not fit the budget of {rows_per_chunk}: logits are recomputed")
-    held = max(min(chunk.num_rows, chunk.rows_per_block) for chunk in chunks)
+    held = max(min(chunk.num_rows, buffers * chunk.rows_per_block) for chunk in chunks)
     gathered = held * gathered_row_bytes
     on_top = held * row_bytes + accumulator + workspace_bytes + gathered - asked
     if on_top > 0:
@@ -151,6 +159,7 @@ def make_plan(
         budget_bytes=asked,
         gemms=1 + needs[0] + needs[1] + (recomputed / total if recomputed else 0.0),
         note="; ".join(notes),
+        buffers=buffers,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, numerics, sampling
-from cpo_kernels.kernels.device import without_autocast
+from cpo_kernels.kernels.device import own_arithmetic
 from cpo_kernels.options import Head, refuse_unknown
 
 from .call import Call, resolve
@@ -98,7 +98,7 @@ def linear_token_statistics(
     inputs = prepare(hidden, weight, targets, None, bias, head, grouped=False)
     head.check_exact("a call without gradients")
     seeds = None if seed is None else Seeds.of(seed, targets)
-    with without_autocast(hidden.device):
+    with own_arithmetic(hidden.device):
         out = statistics(inputs, seeds, num_samples or 1, entropy, targets.shape)
     if num_samples is None and out.samples is not None:
         out = out._replace(samples=out.samples.squeeze(-1))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.backend import Backend, UnitGradient
+from cpo_kernels.kernels.device import SideStream, is_gpu
 from cpo_kernels.kernels.numerics import narrow_view
 from cpo_kernels.options import Head
 
@@ -64,6 +65,32 @@ class KeptInPlaceOfLogits(LinearHead):
         tokens = block.targets, block.row_starts
         run_ = self.backend.ways["linear_kept"].backward_
         return LogitGradients(run_(done.source, *tokens, done.stats, done.logps, coef, *self.head.transform))
+
+
+class BesideTheNextProduct(LinearHead):
+    """The row kernel of a block runs beside the product of the next one, where no gradient is to follow.
+
+    Blocks are as large as the matrix product needs to run at its full rate, so that only the last row kernel shows.
+    """
+
+    buffers = 2
+    block_rows = 2048
+
+    def log_probabilities(self, blocks: list[Block], workspace: Any, out: Tensor) -> None:
+        """Run products on the current stream and row kernels on another, in two parts of the workspace."""
+        side, rows = SideStream(self.hidden.device), max((block.num_rows for block in blocks), default=1)
+        parts, marks = -(-workspace.shape[0] // rows), list[Any]()
+        for index, block in enumerate(blocks):
+            if index >= parts:
+                side.wait(marks[index - parts])
+            first = index % parts * rows
+            logits = workspace[first : first + block.num_rows]
+            self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
+            with side.beside():
+                tokens = block.targets, block.row_starts
+                out[block.order] = self.backend.rows.forward(logits, *tokens, *self.transform)[1]
+            marks.append(side.mark())
+        side.join()
 
 
 class UnitGradients(LinearHead):
@@ -118,4 +145,7 @@ def choose_way(
         takes = unit is not None and unit.takes(weight.shape[0], head.logits_dtype or hidden.dtype, hidden.device)
         return UnitGradients if takes and not head.filtered else LinearHead
     fused = backend.ways.get("linear_forward")
-    return ForwardWithoutLogits if fused is not None and fused.takes(hidden, weight) else LinearHead
+    if fused is not None and fused.takes(hidden, weight):
+        return ForwardWithoutLogits
+    # The processes of a vocabulary-parallel head exchange numbers between product and log-probabilities.
+    return BesideTheNextProduct if is_gpu(hidden.device) and head.vocab_shard is None else LinearHead

@@ -6,7 +6,7 @@ A new kind of GPU is described in this module. AMD's GPUs are devices of type "c
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -129,6 +129,38 @@ def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]
     return torch.cuda.device(device) if is_gpu(device) else contextlib.nullcontext()
 
 
+@cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of a GPU for work beside that of the current one."""
+    return torch.cuda.Stream(device)
+
+
+class SideStream:
+    """Work on a GPU beside that of the current stream, which joins it at the end; capturable in a CUDA graph."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.main, self.side = torch.cuda.current_stream(device), second_stream(device)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Launch beside what the current stream launches from now on, after what it has launched before."""
+        self.side.wait_stream(self.main)
+        with torch.cuda.stream(self.side):
+            yield
+
+    def mark(self) -> torch.cuda.Event:
+        """Mark what has been launched beside the current stream."""
+        return self.side.record_event()
+
+    def wait(self, mark: torch.cuda.Event) -> None:
+        """Let the current stream wait for what a mark stands for."""
+        self.main.wait_event(mark)
+
+    def join(self) -> None:
+        """Let the current stream wait for all that was launched beside it."""
+        self.main.wait_stream(self.side)
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to ``device`` without waiting for it."""
     return tensor if is_host(device) else tensor.pin_memory().to(device, non_blocking=True)
@@ -152,7 +184,44 @@ def upload(arrays: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, 
     return together.to(device, non_blocking=True).split(sizes)
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switch autocast off within the context, for tensors that have already been cast."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+# Settings of torch by which products of half precision are summed in less than float32.
+REDUCED_SUMS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+    "allow_fp16_accumulation",
+)
+
+
+@contextlib.contextmanager
+def float32_accumulation() -> Iterator[None]:
+    """Sum products of half precision in float32 on a GPU within the context: torch lets cuBLAS round partial sums.
+
+    The settings are those of the process, and are put back.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)) for name in REDUCED_SUMS}
+
+    def put(name: str, allowed: bool, split_k: bool | None) -> None:
+        setattr(matmul, name, allowed if split_k is None else (allowed, split_k))
+
+    for name, (_, split_k) in before.items():
+        put(name, False, split_k)
+    try:
+        yield
+    finally:
+        for name, values in before.items():
+            put(name, *values)
+
+
+@contextlib.contextmanager
+def own_arithmetic(device: torch.device) -> Iterator[None]:
+    """Compute within the context as the arguments say, whatever the caller's settings: without autocast, in float32.
+
+    Tensors have been cast for autocast before, where the caller asks for it.
+    """
+    with contextlib.ExitStack() as stack:
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if is_gpu(device):
+            stack.enter_context(float32_accumulation())
+        yield

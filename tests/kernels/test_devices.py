@@ -13,6 +13,7 @@ from pairwise import pairwise
 from problems import BACKENDS, Problem, fused_loss, loss_and_grads, packed_problem, random_problem
 
 from cpo_kernels import cpo_loss, linear_sequence_logps, linear_sequence_loss, linear_token_logps, plan, token_logps
+from cpo_kernels.kernels import device
 
 PROBLEMS = {
     "padded": lambda: random_problem(bias=True, mle_weight=0.2, softcap=3.0),
@@ -77,3 +78,29 @@ def test_functions_of_logits_say_where_their_tensors_go(backend):
     with torch.device("meta"):
         again = found()
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_products_are_summed_in_float32_and_the_settings_put_back(allowed):
+    """Also when an error leaves the context, with the part of a setting that is about splits."""
+    matmul = torch.backends.cuda.matmul
+    of_splits = hasattr(matmul, f"{device.REDUCED_SUMS[0]}_split_k")
+    before = {name: getattr(matmul, name) for name in device.REDUCED_SUMS}
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = (allowed, allowed) if of_splits else allowed
+        matmul.allow_fp16_accumulation = True
+        with pytest.raises(RuntimeError, match="an error"), device.own_arithmetic(torch.device("cuda")):
+            assert not any(getattr(matmul, name) for name in device.REDUCED_SUMS)
+            raise RuntimeError("an error")
+        assert matmul.allow_bf16_reduced_precision_reduction == allowed
+        assert matmul.allow_fp16_accumulation
+        assert not of_splits or matmul.allow_bf16_reduced_precision_reduction_split_k == allowed
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+def test_a_cpu_keeps_its_settings(monkeypatch):
+    monkeypatch.setattr(device, "float32_accumulation", lambda: pytest.fail("a CPU has no such settings"))
+    with torch.autocast("cpu"), device.own_arithmetic(torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
