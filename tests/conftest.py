@@ -18,7 +18,7 @@ else:
     torch.set_default_device(DEVICE)  # from here on, so that what test modules make at import lies there too
     torch.zeros(0)  # lets torch list the factories that this concerns before the fixture below replaces some
 
-from interpreter import interpreter, patching_once_a_launch, rounding
+from interpreter import interpreter, rounding, sparing
 
 from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.triton import support as triton_support
@@ -78,11 +78,11 @@ def host_tensors_by_default(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch):
-    """Triton's interpreter rounds to bfloat16 as a GPU does, and patches Triton's language once a launch."""
+    """Triton's interpreter rounds to bfloat16 as a GPU does, and spares itself what changes nothing."""
     if "triton" in registry.AVAILABLE and triton_support.interpreted():
         monkeypatch.setattr(interpreter(), "_convert_float", rounding(interpreter()._convert_float))
-        for (owner, name), replacement in patching_once_a_launch(interpreter()).items():
-            monkeypatch.setattr(owner, name, replacement)
+        for owner, name, value in sparing(interpreter()):
+            monkeypatch.setattr(owner, name, value)
 
 
 @pytest.fixture(autouse=True)
