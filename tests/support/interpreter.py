@@ -1,4 +1,4 @@
-"""Corrections of Triton's interpreter: rounding as on a GPU, so that one set of tests serves both, and less of the same."""
+"""Corrections of Triton's interpreter: it rounds as a GPU does, so that one set of tests serves both, and wastes less."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 def sparing(module: ModuleType) -> list[tuple[Any, str, Any]]:
-    """Return (owner, attribute, value) for the interpreter's ``module``: what makes it leave out work that changes nothing.
+    """Return (owner, attribute, value) for the interpreter's ``module``: it then leaves out work that changes nothing.
 
     It puts its own functions into Triton's language in every call of a device function, where once a launch does, and
     computes for every integer operation whether it overflows without looking at the outcome unless it debugs. Together
