@@ -23,6 +23,8 @@ PARTIAL_BYTES = 16
 # The part of the shorter of products and traffic that the longer one does not hide. It decides between grids that
 # differ in the shorter one, and bounds the longer one: it is at most as much above the least that there is.
 EXPOSED = 0.05
+# Splits are no more than multiprocessors, or than make so many rounds: the last one is then full enough.
+MOST_ROUNDS = 32
 
 
 class Grid(NamedTuple):
@@ -67,7 +69,8 @@ def plan_grid(
 @lru_cache(4096)  # R varies from call to call
 def fastest_grid(row_tiles: int, vocab_tiles: int, splits: int, tiling: Tiling) -> Grid:
     """Search splits and groups; fewest products first, so that the search ends where products alone take longer."""
-    wanted = [splits] if splits else range(1, min(vocab_tiles, tiling.multiprocessors) + 1)
+    most = max(tiling.multiprocessors, MOST_ROUNDS * tiling.multiprocessors // row_tiles)
+    wanted = [splits] if splits else range(1, min(vocab_tiles, most) + 1)
     shares = {triton.cdiv(vocab_tiles, s) for s in wanted}  # tiles of a split
     sizes = sorted({triton.cdiv(row_tiles, groups) for groups in range(1, row_tiles + 1)}, reverse=True)
     best, least = None, math.inf

@@ -109,7 +109,7 @@ class Launch:
         return max(self.products(walk.rounds), walk.vectors * per_vector)
 
     def least_time(self) -> float:
-        """That of the best grid, of all numbers of splits and of row tiles in a group.
+        """That of the best grid, of all groups and of splits up to the number of multiprocessors.
 
         Of numbers of splits that leave the busiest program the same tiles, the smallest is tried, which reads least. Of
         group sizes that make as many groups, the most even one. What would take longer for its products alone is left
