@@ -27,11 +27,13 @@ from benchmarks.kernels.problems import (
     LOGITS_BYTES,
     TRITON,
     LogitsProblem,
+    RowProblem,
     missing,
     missing_hopper,
     under_choices,
 )
 from benchmarks.measure import Case, Contestant, dtype_name, measure, ready
+from benchmarks.meters import Call
 from benchmarks.peers import ours
 from benchmarks.problem import draw
 from benchmarks.setting import Setting
@@ -45,6 +47,7 @@ ROUNDS = 20
 FASTER = 1.02  # what another than the default must be more than
 BUILT_UPON = ("row_forward", "row_backward", "contrast")  # by the whole calls that are measured after them
 NAMES_OF_NONE = {
+    "unit_gradient": "two kernels",
     "logits_loss": "the plain way",
     "linear_forward": "product and row kernel",
     "linear_kept": "logits",
@@ -113,7 +116,7 @@ def contestants_of(task: Task, device: torch.device) -> tuple[list[str | None], 
     """Return the default and the other backends that have an operation here, and why one of them cannot take part."""
     reason = (missing_hopper if task.name.startswith("linear_") else missing)(device)
     others = [CUDA] if not reason else []
-    if task.name == "linear_forward" and TRITON in registry.AVAILABLE:
+    if task.name in ("linear_forward", "unit_gradient") and TRITON in registry.AVAILABLE:
         others.append(TRITON)
     return [task.default, *others], reason
 
@@ -122,6 +125,20 @@ def medians(setting: Setting, contestants: Mapping[str | None, Contestant]) -> T
     """Time everyone in turns with the others."""
     found = measure(Case("", list(contestants.values()), rounds=setting.rounds(ROUNDS, ROUNDS)), setting.device)
     return {name: record.values["seconds"] for name, record in zip(contestants, found, strict=True)}
+
+
+def unit_gradient(task: Task, setting: Setting, names: Sequence[str | None], _chosen: Sequence[Choice]) -> Places:
+    """Time the kernels that read and write rows once against forward and backward in their place."""
+    assert task.dtype is not None
+    rows = 8 if setting.quick else LOGITS_BYTES // (task.vocab * task.dtype.itemsize)
+    problem = RowProblem(rows, task.vocab, task.dtype, setting.device)
+    two = problem.forward(TRITON), problem.backward_(TRITON)
+    calls: dict[str | None, Call] = {None: lambda: [call() for call in two]}
+    for name in names:
+        unit = None if name is None else registry.BACKENDS[name].unit_gradient
+        if name is not None and unit is not None and unit.takes(task.vocab, task.dtype, setting.device):
+            calls[name] = problem.unit_forward_(name)
+    yield str(task), medians(setting, {name: ready(str(name), call) for name, call in calls.items()})
 
 
 def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
@@ -166,6 +183,7 @@ def over_rows(name: str, run: Any, vocabularies: Sequence[tuple[int, int | None]
 TASKS = [
     *over_rows("row_forward", of_logits),
     *over_rows("row_backward", of_logits),
+    *over_rows("unit_gradient", unit_gradient),
     Task("contrast", linear),
     *over_rows("logits_loss", of_logits, VOCABULARIES),
     *(Task("linear_forward", linear, *size) for size in HEADS),

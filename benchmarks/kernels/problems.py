@@ -126,9 +126,8 @@ class RowProblem:
 
     def unit_forward_(self, backend: str, **config: Any) -> Call:
         """Make that of the forward with unit gradients, one read and one write, over the buffer."""
-        unit = registry.BACKENDS[backend].unit_gradient
-        assert unit is not None
-        kernel = partial(unit.forward_, **config)
+        module = cuda_rows if backend == CUDA else triton_kernels("unit")
+        kernel = partial(module.unit_forward_, **config)
         for logits, targets, coef, _, logps, grad in self.ends:
             over = logits.clone()
             found = kernel(over, targets, None, *HEAD)[1]

@@ -22,9 +22,8 @@ import torch
 
 AUTO = "auto"
 EXCHANGED = ("row_forward", "row_backward", "contrast")
-UNLESS_SLOWER = ("unit_gradient", "logits_loss")
 OPTIONAL = ("linear_forward", "linear_kept")
-OPERATIONS = (*EXCHANGED, *UNLESS_SLOWER, *OPTIONAL)
+OPERATIONS = (*EXCHANGED, "unit_gradient", "logits_loss", *OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def test_the_table_is_written_so_that_it_can_be_read(tmp_path, measured):
 
 # Runs
 
-LAUNCHES = ("row_forward", "row_backward", "contrast", "cpo_loss", "linear_forward", "linear_backward")
+LAUNCHES = ("unit_forward", "row_forward", "row_backward", "contrast", "cpo_loss", "linear_forward", "linear_backward")
 
 
 def run(tmp_path, *arguments: str) -> tuple[int, dict]:
