@@ -80,17 +80,19 @@ class BesideTheNextProduct(LinearHead):
         """Run products on the current stream and row kernels on another, in two parts of the workspace."""
         side, rows = SideStream(self.hidden.device), max((block.num_rows for block in blocks), default=1)
         parts, marks = -(-workspace.shape[0] // rows), list[Any]()
-        for index, block in enumerate(blocks):
-            if index >= parts:
-                side.wait(marks[index - parts])
-            first = index % parts * rows
-            logits = workspace[first : first + block.num_rows]
-            self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
-            with side.beside():
-                tokens = block.targets, block.row_starts
-                out[block.order] = self.backend.rows.forward(logits, *tokens, *self.transform)[1]
-            marks.append(side.mark())
-        side.join()
+        try:
+            for index, block in enumerate(blocks):
+                if index >= parts:
+                    side.wait(marks[index - parts])
+                first = index % parts * rows
+                logits = workspace[first : first + block.num_rows]
+                self.backend.gemm_(self.hidden[block.rows], self.weight.t(), logits, False)
+                with side.beside():
+                    tokens = block.targets, block.row_starts
+                    out[block.order] = self.backend.rows.forward(logits, *tokens, *self.transform)[1]
+                marks.append(side.mark())
+        finally:  # before anyone frees what the second stream reads
+            side.join()
 
 
 class UnitGradients(LinearHead):
