@@ -167,3 +167,4 @@ def test_what_a_gpu_has_measured_appears_beside_its_prediction(tmp_path, monkeyp
 
     assert column("NVIDIA H200") == ["34.6" if head == "Llama 3 8B" else "" for head in HEADS]
     assert set(column("NVIDIA GH200 480GB")) == {""}
+    assert "34.6" not in gpu_page.predicted(cpu_results(1.0), "H200", TRAINED, "8192", "4")
