@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ else:
     torch.set_default_device(DEVICE)  # from here on, so that what test modules make at import lies there too
     torch.zeros(0)  # lets torch list the factories that this concerns before the fixture below replaces some
 
-from interpreter import interpreter, rounding
+from interpreter import interpreter, rounding, sparing
 
 from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.triton import support as triton_support
@@ -66,6 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: it is no garbage that each collection has to look through."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # libraries look for leaks when the interpreter ends
+
+
 @pytest.fixture(autouse=True)
 def host_tensors_by_default(request: pytest.FixtureRequest):
     """In tests of what runs on the CPU alone; the others get the device under test."""
@@ -78,9 +88,11 @@ def host_tensors_by_default(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def rounding_interpreter(monkeypatch):
-    """Triton's interpreter rounds to bfloat16 as a GPU does."""
+    """Triton's interpreter rounds to bfloat16 as a GPU does, and spares itself what changes nothing."""
     if "triton" in registry.AVAILABLE and triton_support.interpreted():
         monkeypatch.setattr(interpreter(), "_convert_float", rounding(interpreter()._convert_float))
+        for owner, name, value in sparing(interpreter()):
+            monkeypatch.setattr(owner, name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -130,10 +130,11 @@ def linear_forward(
     sample: bool = False,
     transposed: bool = False,
 ) -> object:
-    """Launch log-likelihoods without logits, and on request samples and entropies."""
+    """Launch log-likelihoods without logits, and on request some of four samples, and entropies."""
     weight = empty(width, V, dtype=dtype).T if transposed else empty(V, width, dtype=dtype)
     given = (empty(R, width, dtype=dtype), weight, *row_tokens(shared=shared), *head(dtype, V, capped=capped))
-    return linear.linear_forward(*given, seed=torch.zeros(1, dtype=torch.int64) if sample else None, entropy=sample)
+    extras = {"seed": torch.zeros(R, 4, dtype=torch.int64), "wanted": torch.ones(R, 4, dtype=torch.bool)}
+    return linear.linear_forward(*given, entropy=sample, **(extras if sample else {}))
 
 
 def row_cases() -> list[Case]:

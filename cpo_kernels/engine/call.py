@@ -89,11 +89,13 @@ def resolve(
     whole_groups: bool = True,
     known_coefficients: bool = False,
     ranks: Tensor | None = None,
+    way: type[LinearHead] | None = None,
 ) -> Call:
     """Decide which backend, way, tokens and plan a call has.
 
     ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
     depend on all its log-probabilities; ``ranks`` (S,) are read on the host together with the targets.
+    ``way`` is the one that a caller needs; None for the fastest.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -105,7 +107,7 @@ def resolve(
     backend = registry.select(head.backend, hidden.device, logits_dtype, sizes)
     if head.vocab_shard is not None:
         backend = backend.with_rows(head.vocab_shard.rows(backend.rows))
-    way = choose_way(backend, head, hidden, weight, needs)
+    way = way or choose_way(backend, head, hidden, weight, needs)
     tokens = tokens_of(inputs, ranks)
     only_hidden = needs == (True, False, False) and tokens.one_per_row
     scales_rows = only_hidden and not head.filtered and not known_coefficients

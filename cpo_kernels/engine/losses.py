@@ -257,11 +257,10 @@ class CPOLossOfCall:
         assert launch is not None
         starts, num_target_tokens = self.groups.starts, self.known_target_tokens
         options = self.launch_options(num_target_tokens)
-        numbers, logps, rewards = launch(sums, starts, tokens.lengths, self.ref_logps, self.ranks, **options)
-        loss, contrastive, nll, accuracy, margin, nothing = numbers.unbind()
-        dropped = nothing if self.filters is None else self.filters.share.to(loss)
-        per_segment = logps.view(self.shape), rewards.view(self.shape)
-        return CPOOutput(loss, contrastive, nll, *per_segment, accuracy, margin, dropped)
+        given = sums, starts, tokens.lengths, self.ref_logps, self.ranks
+        loss, contrastive, nll, accuracy, margin, nothing, logps, rewards = launch(*given, **options, shape=self.shape)
+        dropped = nothing if self.filters is None else dropped_share(self.filters, loss)
+        return CPOOutput(loss, contrastive, nll, logps, rewards, accuracy, margin, dropped)
 
 
 def launch_options(

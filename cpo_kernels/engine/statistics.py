@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,8 +29,8 @@ class TokenStatistics(NamedTuple):
     Attributes:
         logps: log-probabilities (...) of the targets in nats, 0 where the target is -100.
         entropy: entropies (...) of the next-token distributions in nats, 0 where the target is -100; None if not asked.
-        samples: words (...), or (..., num_samples), drawn from these distributions, int64, -100 where the target is;
-            None if not asked.
+        samples: words (...), or (..., num_samples), drawn from these distributions, int64, -100 where the target is and
+            where ``sample_mask`` is false; None if not asked.
     """
 
     logps: Tensor
@@ -46,6 +47,7 @@ def linear_token_statistics(
     entropy: bool = False,
     seed: int | Tensor | None = None,
     num_samples: int | None = None,
+    sample_mask: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -63,8 +65,8 @@ def linear_token_statistics(
     """Compute log-probabilities under ``hidden @ weight.T`` and, on request, entropies and samples of each token.
 
     Every sample is drawn independently of the others and of the target: a whole sequence of them is a mean-field
-    negative (Feng et al. 2025). Triton's fused kernel writes no logits, and is launched once for each of
-    ``num_samples``; elsewhere the logits fill one buffer at a time, and all samples come from one product.
+    negative (Feng et al. 2025). All samples come from one product: Triton's fused kernel writes no logits, elsewhere
+    they fill one buffer at a time.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 (or float64 on the torch backend).
@@ -77,14 +79,16 @@ def linear_token_statistics(
             whose samples then depend on its seed, its hidden state and the head alone, whichever other tokens share
             the call, except for the rounding of the product, which may depend on its number of rows.
         num_samples: None for one sample (...), or how many (..., num_samples).
+        sample_mask: bool of the shape of the samples, which of them to draw, each as without a mask; None: all. The
+            others are -100, and cost little.
         bias: (V,) or None.
         logit_scale, ..., frozen_columns: options of the head, see :class:`cpo_kernels.options.Head`; samples and
             entropies are of the distribution at ``temperature``.
         **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Raises:
-        ValueError: bad shapes, dtypes, devices or target values, or ``num_samples`` below 1 or without a seed, or a
-            seed that is no integer; the message names the offending value.
+        ValueError: bad shapes, dtypes, devices or target values, ``num_samples`` below 1, a seed that is no integer, or
+            ``num_samples`` or ``sample_mask`` without a seed; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
     refuse_unknown("linear_token_statistics", unknown)
@@ -92,14 +96,14 @@ def linear_token_statistics(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
     )
-    check_num_samples(num_samples, seed)
+    check_num_samples(num_samples, sample_mask, seed)
     if seed is not None:
         head.check_whole("a sample of words")
     inputs = prepare(hidden, weight, targets, None, bias, head, grouped=False)
     head.check_exact("a call without gradients")
-    seeds = None if seed is None else Seeds.of(seed, targets)
+    draws = None if seed is None else Draws.of(seed, num_samples, sample_mask, targets)
     with own_arithmetic(hidden.device):
-        out = statistics(inputs, seeds, num_samples or 1, entropy, targets.shape)
+        out = statistics(inputs, draws, entropy, targets.shape)
     if num_samples is None and out.samples is not None:
         out = out._replace(samples=out.samples.squeeze(-1))
     return out
@@ -110,110 +114,135 @@ def is_integer(value: object) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, Tensor)
 
 
-def check_num_samples(num_samples: int | None, seed: int | Tensor | None) -> None:
-    """Raise ``ValueError`` for a number of samples that cannot be drawn."""
-    if num_samples is None:
-        return
-    if not is_integer(num_samples) or num_samples < 1:
+def check_num_samples(num_samples: int | None, sample_mask: Tensor | None, seed: int | Tensor | None) -> None:
+    """Raise ``ValueError`` for a number of samples that cannot be drawn, and for samples without a seed."""
+    if num_samples is not None and (not is_integer(num_samples) or num_samples < 1):
         raise ValueError(f"num_samples must be at least 1 or None, got {num_samples}")
-    if seed is None:
+    if seed is None and num_samples is not None:
         raise ValueError(f"num_samples={num_samples} needs a seed, got None")
+    if seed is None and sample_mask is not None:
+        raise ValueError("sample_mask needs a seed, got None")
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """The seed of a call, a scalar, or those of its tokens, (N,); int64 on the device."""
+class Draws:
+    """The samples of a call.
 
-    values: Tensor
+    Attributes:
+        seeds: the seed of the call, a scalar, or those of its tokens, (N,); int64 on the device.
+        count: how many samples each token has.
+        wanted: (N, count) bool, which of them to draw; None: all.
+    """
+
+    seeds: Tensor
+    count: int
+    wanted: Tensor | None
 
     @classmethod
-    def of(cls, seed: int | Tensor, targets: Tensor) -> Seeds:
-        """Make seeds of what users pass; an integer comes to the device without a copy that waits."""
-        if not isinstance(seed, Tensor):
-            if not (is_integer(seed) and -(2**63) <= seed < 2**63):
-                raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
-            return cls(torch.full((), seed, dtype=torch.int64, device=targets.device))
-        per_token = seed.shape == targets.shape
-        if seed.is_floating_point() or seed.is_complex() or not (per_token or seed.numel() == 1):
+    def of(cls, seed: int | Tensor, num_samples: int | None, sample_mask: Tensor | None, targets: Tensor) -> Draws:
+        """Make draws of what users pass."""
+        shape, count = targets.shape, num_samples or 1
+        if sample_mask is None:
+            return cls(device_seeds(seed, targets), count, None)
+        expected = shape if num_samples is None else (*shape, count)
+        found = sample_mask.dtype, tuple(sample_mask.shape), sample_mask.device
+        if found != (torch.bool, tuple(expected), targets.device):
             raise ValueError(
-                f"seed must be an integer, or int64 of one element or of the shape of targets, {tuple(targets.shape)}, "
-                f"got {seed.dtype} {tuple(seed.shape)}"
+                f"sample_mask must be torch.bool of shape {tuple(expected)} on {targets.device}, "
+                f"got {found[0]} {found[1]} on {found[2]}"
             )
-        return cls(seed.to(device=targets.device, dtype=torch.int64).reshape(-1 if per_token else ()))
+        return cls(device_seeds(seed, targets), count, sample_mask.reshape(-1, count))
 
-    def of_slots(self, tokens: Tokens) -> Seeds:
-        """Return the seeds of the tokens that count, (n,), or the scalar."""
-        return self if self.values.dim() == 0 else Seeds(tokens.of_slots(self.values))
+    def of_slots(self, tokens: Tokens) -> Draws:
+        """Return those of the tokens that count."""
+        return self.at(tokens.of_slots)
 
-    def of_block(self, index: int, block: Block) -> Seeds:
-        """Return the seeds of a block's rows, (r,), or the block's own scalar."""
-        return Seeds(self.values * SEED_STRIDE + index if self.values.dim() == 0 else self.values[block.order])
+    def of_block(self, index: int, block: Block) -> Draws:
+        """Return those of a block's rows; a seed of the call becomes the block's own."""
+        draws = self.at(lambda values: values[block.order])
+        return draws if self.seeds.dim() else replace(draws, seeds=self.seeds * SEED_STRIDE + index)
 
-    def of_sample(self, index: int) -> Tensor:
-        """Return the seeds of a launch that draws the sample number ``index`` of each row."""
-        return counter_random.counted(self.values, self.values.new_tensor(index)) if index else self.values
+    def at(self, choose: Callable[[Tensor], Tensor]) -> Draws:
+        """Return those of some tokens, which ``choose`` takes from what all of them have."""
+        seeds = choose(self.seeds) if self.seeds.dim() else self.seeds
+        return replace(self, seeds=seeds, wanted=None if self.wanted is None else choose(self.wanted))
 
-    def uniforms(self, rows: int, count: int) -> Tensor:
+    def sample_seeds(self) -> Tensor:
+        """Return the seeds (r, count) of the samples of each row, or (1, count) of one seed for all rows.
+
+        The first sample has the seed itself, so that it is also the only one of ``num_samples=None``.
+        """
+        first = self.seeds.reshape(-1, 1)
+        others = torch.arange(1, self.count, device=first.device)
+        return torch.cat([first, counter_random.counted(first, others)], 1)
+
+    def uniforms(self, rows: int) -> Tensor:
         """Draw uniforms (rows, count) in [0, 1), float64."""
-        device = self.values.device
-        if self.values.dim():
-            return counter_random.uniforms(self.values[:, None], torch.arange(count, device=device))
-        generator = torch.Generator(device=device).manual_seed(int(self.values))
-        return torch.rand((rows, count), dtype=torch.float64, generator=generator, device=device)
+        device = self.seeds.device
+        if self.seeds.dim():
+            return counter_random.uniforms(self.seeds[:, None], torch.arange(self.count, device=device))
+        generator = torch.Generator(device=device).manual_seed(int(self.seeds))
+        return torch.rand((rows, self.count), dtype=torch.float64, generator=generator, device=device)
 
 
-def statistics(
-    inputs: Inputs, seeds: Seeds | None, num_samples: int, entropy: bool, shape: torch.Size
-) -> TokenStatistics:
+def device_seeds(seed: int | Tensor, targets: Tensor) -> Tensor:
+    """Make a scalar or (N,) seeds of what users pass; an integer comes to the device without a copy that waits."""
+    if not isinstance(seed, Tensor):
+        if not (is_integer(seed) and -(2**63) <= seed < 2**63):
+            raise ValueError(f"seed must be an integer of 64 bits, got {seed}")
+        return torch.full((), seed, dtype=torch.int64, device=targets.device)
+    per_token = seed.shape == targets.shape
+    if seed.is_floating_point() or seed.is_complex() or not (per_token or seed.numel() == 1):
+        raise ValueError(
+            f"seed must be an integer, or int64 of one element or of the shape of targets, {tuple(targets.shape)}, "
+            f"got {seed.dtype} {tuple(seed.shape)}"
+        )
+    return seed.to(device=targets.device, dtype=torch.int64).reshape(-1 if per_token else ())
+
+
+def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, shape: torch.Size) -> TokenStatistics:
     """Run :func:`linear_token_statistics` on checked inputs; samples come as (..., num_samples)."""
-    call = resolve(inputs, (False, False, False), whole_groups=False)
-    plain = seeds is None and not entropy
-    if not plain:
-        call = replace(call, way=LinearHead)  # entropies and samples are computed from logits
+    plain = draws is None and not entropy
+    # Entropies and samples are computed from logits.
+    call = resolve(inputs, (False, False, False), whole_groups=False, way=None if plain else LinearHead)
     linear, blocks = call.bind(*inputs.tensors), call.blocks()
     fused = not plain and call.backend.linear_statistics is not None
     buffer = None if fused else linear.workspace(call.plan.rows_held)
-    seeds = None if seeds is None else seeds.of_slots(call.tokens)
-    parts = [] if blocks else [no_tokens(linear, num_samples if seeds else 0, entropy)]
+    draws = None if draws is None else draws.of_slots(call.tokens)
+    parts = [] if blocks else [no_tokens(linear, draws, entropy)]
     for index, block in enumerate(blocks):
-        mine = None if seeds is None else seeds.of_block(index, block)
+        mine = None if draws is None else draws.of_block(index, block)
         if fused:
-            parts.append(fused_block(linear, block, mine, num_samples, entropy))
+            parts.append(fused_block(linear, block, mine, entropy))
         else:
-            parts.append(block_of(linear, block, buffer, mine, num_samples, entropy))
+            parts.append(block_of(linear, block, buffer, mine, entropy))
+    call.tokens.check()
     return gather(call, parts, tuple(shape))
 
 
-def no_tokens(linear: LinearHead, num_samples: int, entropy: bool) -> TokenStatistics:
-    """Return the statistics of no rows; no samples for ``num_samples`` of 0."""
+def no_tokens(linear: LinearHead, draws: Draws | None, entropy: bool) -> TokenStatistics:
+    """Return the statistics of no rows."""
     nothing = linear.hidden.new_zeros(0, dtype=numerics.accumulate_dtype(linear.logits_dtype))
-    samples = nothing.new_zeros((0, num_samples), dtype=torch.int64) if num_samples else None
+    samples = None if draws is None else nothing.new_zeros((0, draws.count), dtype=torch.int64)
     return TokenStatistics(nothing, nothing if entropy else None, samples)
 
 
-def fused_block(
-    linear: LinearHead, block: Block, seeds: Seeds | None, num_samples: int, entropy: bool
-) -> TokenStatistics:
+def fused_block(linear: LinearHead, block: Block, draws: Draws | None, entropy: bool) -> TokenStatistics:
     """Compute the statistics of a block's rows by the backend's fused linear path."""
     launch = linear.backend.linear_statistics
     assert launch is not None
+    asked: dict[str, Any] = {} if draws is None else {"seed": draws.sample_seeds(), "wanted": draws.wanted}
     arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, *linear.transform)
-    result = launch(*arguments, seed=None if seeds is None else seeds.of_sample(0), entropy=entropy)
-    samples = None
-    if seeds is not None:
-        others = [launch(*arguments, seed=seeds.of_sample(index)).samples for index in range(1, num_samples)]
-        samples = torch.stack([result.samples, *others], dim=1)
-    return TokenStatistics(result.logps, result.entropy, samples)
+    result = launch(*arguments, entropy=entropy, **asked)
+    return TokenStatistics(result.logps, result.entropy, result.samples)
 
 
-def block_of(
-    linear: LinearHead, block: Block, buffer: Any, seeds: Seeds | None, num_samples: int, entropy: bool
-) -> TokenStatistics:
+def block_of(linear: LinearHead, block: Block, buffer: Any, draws: Draws | None, entropy: bool) -> TokenStatistics:
     """Compute the statistics of a block's rows by the way of the call; entropies and samples need logits."""
     stats, logps, logits = linear.forward(block, buffer, keep=False)
     head, samples = linear.transform, None
-    if seeds is not None:
-        samples = sampling.row_samples(logits, stats, seeds.uniforms(block.num_rows, num_samples), *head)
+    if draws is not None:
+        samples = sampling.row_samples(logits, stats, draws.uniforms(block.num_rows), draws.wanted, *head)
     entropies = sampling.row_entropy(logits, stats, *head) if entropy else None
     shard = linear.head.vocab_shard
     if entropies is not None and shard is not None:

@@ -105,7 +105,7 @@ class Backend:
     scale_: Callable[[Tensor, Tensor], None] = plain.scale_
     unit_gradient: UnitGradient | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
-    summarize: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    summarize: Callable[..., tuple[Tensor, ...]] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
     linear_statistics: Callable[..., Any] | None = None

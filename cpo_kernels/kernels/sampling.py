@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from cpo_kernels.kernels.numerics import (
     long_slices,
 )
 
+from .device import is_host
 from .transform import transform_logits
 
 
@@ -25,17 +28,27 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
     return torch.cat(parts) if parts else stats[0]
 
 
-def row_samples(logits: Tensor, stats: Tensor, uniforms: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
+def row_samples(
+    logits: Tensor, stats: Tensor, uniforms: Tensor, wanted: Tensor | None, bias: Tensor | None, *transform: float
+) -> Tensor:
     """Draw K words (R, K) of each row from its softmax, by inverse distribution function at ``uniforms`` (R, K).
 
     ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
-    distribution (NaN, or nothing but -inf).
+    distribution (NaN, or nothing but -inf), and for a sample that ``wanted`` (R, K) bool, where given, leaves out.
     """
-    parts = []
-    for tile in long_slices(*logits.shape):
+    samples = torch.full_like(uniforms, IGNORE_INDEX, dtype=torch.int64)
+    for tile in row_tiles(logits, wanted):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
-        parts.append(words_at((y - stats[0, tile, None]).exp_(), uniforms[tile]))
-    return torch.cat(parts) if parts else uniforms.long()
+        samples[tile] = words_at((y - stats[0, tile, None]).exp_(), uniforms[tile])
+    return samples if wanted is None else samples.masked_fill_(~wanted, IGNORE_INDEX)
+
+
+def row_tiles(logits: Tensor, wanted: Tensor | None) -> list[Any]:
+    """Return the rows to draw from, some at a time; on a host, which waits for nothing, those that want a sample."""
+    if wanted is None or not is_host(logits.device):
+        return list(long_slices(*logits.shape))
+    rows = wanted.any(1).nonzero().squeeze(1)
+    return [rows[tile] for tile in long_slices(len(rows), logits.shape[1])]
 
 
 def words_at(masses: Tensor, uniforms: Tensor) -> Tensor:

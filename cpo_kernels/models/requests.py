@@ -171,6 +171,7 @@ class StatisticsRequest:
         rows: (N,) int64, the row of the flattened (B * L, H) hidden states that predicts each token.
         seed: of the samples, see ``linear_token_statistics``; None for no samples.
         num_samples: None for samples (N,), a number for samples (N, num_samples).
+        sample_mask: bool of the shape of the samples, which of them to draw; None: all.
         entropy: whether to compute entropies (N,).
         options: head keywords of ``linear_token_statistics``.
     """
@@ -182,13 +183,13 @@ class StatisticsRequest:
         *,
         seed: int | Tensor | None = None,
         num_samples: int | None = None,
+        sample_mask: Tensor | None = None,
         entropy: bool = False,
         **options: Any,
     ) -> None:
         self.targets, self.rows = targets, rows
-        self.options = options | {"seed": seed, "entropy": entropy}
-        if num_samples is not None:
-            self.options["num_samples"] = num_samples
+        own = {"seed": seed, "num_samples": num_samples, "sample_mask": sample_mask, "entropy": entropy}
+        self.options = options | own
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """Compute the statistics (N,); arguments as for :meth:`CPORequest.compute`."""

@@ -26,7 +26,8 @@ class MeanField(NamedTuple):
 
     Attributes:
         logps: (N,) log-probabilities of the ground truth's tokens in nats, not differentiable.
-        samples: (count, N) int64, the tokens drawn in place of the targets; -100 where the target is -100.
+        samples: (count, N) int64, the tokens drawn in place of the targets; -100 where the target is -100, and where
+            the mask of the call is false.
     """
 
     logps: Tensor
@@ -34,7 +35,14 @@ class MeanField(NamedTuple):
 
 
 def mean_field_negatives(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, seeds: int | Tensor, count: int = 1, **head: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    seeds: int | Tensor,
+    count: int = 1,
+    mask: Tensor | None = None,
+    **head: Any,
 ) -> MeanField:
     """Draw ``count`` mean-field negatives along ground truths.
 
@@ -45,12 +53,18 @@ def mean_field_negatives(
         seeds: one for the call, or (N,) int64 of :func:`~.seeds.token_seeds`, one for each token, so that the draws for
             an example do not depend on the other examples of the call.
         count: how many negatives of each ground truth.
+        mask: (count, N) bool, the tokens that each negative draws, the same as without a mask; None: all.
         **head: bias and options as for :func:`cpo_kernels.linear_token_statistics`.
 
     Raises:
-        ValueError: a count below 1, and what :func:`cpo_kernels.linear_token_statistics` raises.
+        ValueError: a mask of another shape, and what :func:`cpo_kernels.linear_token_statistics` raises.
     """
-    out = linear_token_statistics(hidden, weight, targets, seed=seeds, num_samples=count, **head)
+    if mask is not None and mask.shape != (count, *targets.shape):
+        raise ValueError(f"mask must have shape {(count, *targets.shape)}, got {tuple(mask.shape)}")
+    sample_mask = None if mask is None else mask.T
+    out = linear_token_statistics(
+        hidden, weight, targets, seed=seeds, num_samples=count, sample_mask=sample_mask, **head
+    )
     assert out.samples is not None
     return MeanField(out.logps, out.samples.T)
 

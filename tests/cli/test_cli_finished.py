@@ -15,6 +15,8 @@ import tiny_models
 import torch
 import yaml
 from cli_models import save_model, write_config, write_examples
+from processes import run_script
+from project import SUPPORT
 from transformers import AutoModelForCausalLM
 
 from cpo_kernels.__main__ import main
@@ -322,25 +324,17 @@ def test_two_runs_share_a_cache_of_reference_scores(shared, tmp_path):
 def test_two_processes_go_on_where_they_were(shared, tmp_path):
     """To the weights of two processes that were not interrupted; one process is another run."""
     values = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "dataloader_num_workers": 0}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cpo_kernels"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def train(config: str) -> subprocess.CompletedProcess:
-        command = [*launch, "train", config]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
     config = write_config(tmp_path / "run.yaml", **shared, **values)
     run = tmp_path / "run"
-    first = train(config)
-    assert first.returncode == 0, first.stderr
+    command = SUPPORT / "command_worker.py", "train", config
+    run_script(*command, processes=2)
     whole = weights(run)
     record = json.loads((run / "checkpoint-2" / RECORD).read_text())
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= record["files"].keys()
     (run / "model.safetensors").unlink()
     (run / "checkpoint-4" / "rng_state_1.pth").unlink()
-    resumed = train(config)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stderr.count("checkpoint-4 is passed over: it has no random generators") == 1
-    assert resumed.stdout.count(f"going on from {run / 'checkpoint-2'}") == 1
+    said = run_script(*command, processes=2)
+    assert said.count("checkpoint-4 is passed over: it has no random generators") == 1
+    assert said.count(f"going on from {run / 'checkpoint-2'}") == 1
     assert all(torch.equal(value, weights(run)[name]) for name, value in whole.items())
     assert main(["train", config, "--resume", str(run / "checkpoint-2"), "--allow_partial_resume"]) == 2

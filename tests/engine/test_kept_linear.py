@@ -43,7 +43,7 @@ PROBLEMS = {
 @pytest.fixture
 def launches(emulated_cuda, emulator, monkeypatch):
     """Names of the launches, in order, under the choice."""
-    names = ("linear_forward", "linear_backward", "unit_forward", "row_backward")
+    names = ("linear_forward", "linear_backward", "unit_forward", "row_forward", "row_backward")
     made = simt_host.record(emulator, monkeypatch, names)
     with overridden(Choice("linear_kept", architecture(torch.device("cpu")), "cuda")):
         yield made

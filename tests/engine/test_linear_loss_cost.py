@@ -16,7 +16,7 @@ from problems import (
     random_problem,
 )
 
-from cpo_kernels import plan
+from cpo_kernels import linear_cpo_loss, plan
 
 
 def gemm_problem(layout):
@@ -24,6 +24,24 @@ def gemm_problem(layout):
     if layout == "packed":
         return packed_problem(H=64, V=131).to(torch.float32)
     return random_problem(G=4, C=3, T=6, H=64, V=131).to(torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_may_be_changed_in_place(backend):
+    """As by accumulation, ``loss /= steps``; none of them is a view of another."""
+    problem = random_problem().to(torch.float32)
+    out = linear_cpo_loss(**problem.arguments(), backend=backend)
+    before = [value.clone() for value in out]
+    loss = out.loss
+    loss /= 2
+    for place, value in enumerate(out):
+        assert torch.equal(value, before[place] / 2 if place == 0 else before[place])
+    for value in out[1:]:
+        value.zero_()
+    assert torch.equal(loss, before[0] / 2)
+    halved = torch.autograd.grad(loss, problem.hidden)[0]
+    whole = torch.autograd.grad(linear_cpo_loss(**problem.arguments(), backend=backend).loss, problem.hidden)[0]
+    torch.testing.assert_close(halved, whole / 2)
 
 
 PRODUCTS = {"trainable": 3, "frozen": 2, "head_only": 2, "no_grad": 1, "recomputed": 4, "recomputed_frozen": 3}

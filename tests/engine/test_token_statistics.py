@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from problems import BACKEND_DTYPE_IDS, BACKEND_DTYPES, BACKENDS, GemmCounter, b
 from tolerance import assert_accurate
 
 from cpo_kernels import linear_token_logps, linear_token_statistics
-from cpo_kernels.kernels import counter_random, sampling
+from cpo_kernels.kernels import counter_random, registry, sampling
 from cpo_kernels.kernels.transform import transform_logits
 
 # A correct sampler fails a chi-square test as rarely as this.
@@ -155,6 +156,54 @@ def test_first_of_several_samples_is_the_only_one(backend):
         assert torch.equal(several.samples[..., 0], one) == isinstance(seed, int)
 
 
+@pytest.mark.parametrize("dense", [False, True], ids=["rows that count", "all rows"])
+@pytest.mark.parametrize("per_token", [False, True], ids=["one seed", "a seed per token"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_of_a_mask_are_as_without_it(backend, per_token, dense):
+    """Over absent tokens and several blocks, in whose rows all, some or no samples are wanted; the rest is the same."""
+    hidden, weight, targets = torch.randn(2, 20, 8), torch.randn(101, 8) * 0.3, torch.randint(0, 101, (2, 20))
+    targets[:, 5::7] = -100
+    seed = torch.randint(-(2**62), 2**62, (2, 20)) if per_token else 3
+    head = {"backend": backend, "max_logits_bytes": 101 * 4 * 9, "skip_absent_rows": not dense, "entropy": True}
+    whole = linear_token_statistics(hidden, weight, targets, seed=seed, num_samples=3, **head)
+    mask = torch.rand(2, 20, 3) < 0.4
+    mask[0, :3], mask[0, 3:9] = True, False
+    for chosen in (mask, torch.zeros_like(mask), mask.flip(0).transpose(0, 1).contiguous().transpose(0, 1)):
+        some = linear_token_statistics(hidden, weight, targets, seed=seed, num_samples=3, sample_mask=chosen, **head)
+        assert torch.equal(some.samples, whole.samples.where(chosen, -100))
+        assert torch.equal(some.logps, whole.logps) and torch.equal(some.entropy, whole.entropy)
+    one = linear_token_statistics(hidden, weight, targets, seed=seed, sample_mask=mask[..., 0], **head)
+    assert torch.equal(one.samples.where(mask[..., 0], -100), one.samples)
+    if per_token:
+        assert torch.equal(one.samples, whole.samples[..., 0].where(mask[..., 0], -100))
+
+
+@pytest.mark.cpu
+def test_rows_that_want_no_sample_are_not_drawn_from(monkeypatch):
+    """Their exponentials, most of the work of a sample, are not made."""
+    drawn, words_at = [], sampling.words_at
+    monkeypatch.setattr(
+        sampling, "words_at", lambda masses, shares: drawn.append(len(masses)) or words_at(masses, shares)
+    )
+    mask = torch.zeros(40, 3, dtype=torch.bool)
+    mask[[3, 3, 9, 30], [0, 2, 1, 1]] = True
+    arguments = (torch.randn(40, 8), torch.randn(101, 8), torch.zeros(40, dtype=torch.int64))
+    linear_token_statistics(*arguments, seed=1, num_samples=3, sample_mask=mask, backend="torch")
+    assert sum(drawn) == 3
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if registry.BACKENDS[name].linear_statistics])
+def test_several_samples_take_one_launch_of_a_fused_kernel(backend, monkeypatch):
+    launch, launches = registry.BACKENDS[backend].linear_statistics, []
+    counted = replace(
+        registry.BACKENDS[backend], linear_statistics=lambda *a, **k: launches.append(1) or launch(*a, **k)
+    )
+    monkeypatch.setitem(registry.BACKENDS, backend, counted)
+    arguments = (torch.randn(5, 8), torch.randn(31, 8), torch.zeros(5, dtype=torch.int64))
+    linear_token_statistics(*arguments, seed=1, num_samples=7, backend=backend)
+    assert len(launches) == 1
+
+
 @pytest.mark.cpu
 def test_several_samples_take_one_product():
     problem = random_problem(H=16, V=101).to(torch.float32)
@@ -174,8 +223,20 @@ def test_several_samples_take_one_product():
         ({"seed": 1.5}, "seed must be an integer of 64 bits, got 1.5"),
         ({"seed": 2**63}, f"seed must be an integer of 64 bits, got {2**63}"),
         ({"seed": 1, "num_samples": 1.5}, "num_samples must be at least 1 or None, got 1.5"),
+        ({"sample_mask": torch.ones(3) > 0}, "sample_mask needs a seed"),
+        (
+            {"seed": 1, "sample_mask": torch.ones(3)},
+            r"must be torch.bool of shape \(3,\) on .* got torch.float32 \(3,\)",
+        ),
+        (
+            {"seed": 1, "num_samples": 2, "sample_mask": torch.ones(3) > 0},
+            r"sample_mask must be torch.bool of shape \(3, 2\) on .* got torch.bool \(3,\)",
+        ),
     ],
-    ids=["no samples", "no seed", "shape", "dtype", "fraction", "large", "fraction of a sample"],
+    ids=[
+        *("no samples", "no seed", "shape", "dtype", "fraction", "large", "fraction of a sample"),
+        *("mask without a seed", "dtype of the mask", "shape of the mask"),
+    ],
 )
 def test_seeds_and_numbers_of_samples_are_checked(options, message):
     with pytest.raises(ValueError, match=message):

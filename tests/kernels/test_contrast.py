@@ -278,9 +278,7 @@ def test_a_value_that_is_not_finite_stays_in_its_group(kernel, segment, value, m
         assert torch.equal(coef[other], before[other])
 
 
-@pytest.mark.parametrize("reference", [False, True])
-@pytest.mark.parametrize("ranks", [None, "ranked", "ties", "several_positives"])
-@pytest.mark.parametrize("name", IMPOSSIBLE)
+@pairwise({"name": [*IMPOSSIBLE], "ranks": [None, "ranked", "ties", "several_positives"], "reference": [False, True]})
 def test_impossible_candidates(kernel, name, ranks, reference):
     """A forbidden word in the truth or in a negative: the coefficients are the finite ones of objective.py."""
     chunk = impossible_chunk(name, ranks, reference=reference)

@@ -99,6 +99,9 @@ def test_samples_of_a_token_with_a_seed_of_its_own():
     everything = samples(slice(None))
     assert everything.shape == (len(targets), 5)
     assert torch.equal(samples(slice(3, 6)), everything[3:6])
+    mask = torch.rand(everything.shape) < 0.5
+    request = StatisticsRequest(targets, layout.rows, seed=seeds, num_samples=5, sample_mask=mask)
+    assert torch.equal(model(ids, linear_loss=request).samples, everything.where(mask, -100))
 
 
 def test_without_the_keyword_the_model_is_as_before(model):

@@ -47,6 +47,17 @@ def test_an_example_draws_the_same_whatever_shares_its_call():
     assert torch.equal(together[:2, 5:9], alone.samples)
 
 
+def test_negatives_draw_the_tokens_of_a_mask_alone():
+    """Each its own, and those that it draws are the same as without a mask."""
+    arguments = torch.randn(6, 8), torch.randn(31, 8), torch.tensor([3, 4, -100, 5, 6, 2])
+    whole = mean_field_negatives(*arguments, seeds=1, count=4)
+    mask = torch.rand(4, 6) < 0.5
+    some = mean_field_negatives(*arguments, seeds=1, count=4, mask=mask)
+    assert torch.equal(some.samples, whole.samples.where(mask, -100)) and torch.equal(some.logps, whole.logps)
+    with pytest.raises(ValueError, match=r"mask must have shape \(4, 6\), got \(6, 4\)"):
+        mean_field_negatives(*arguments, seeds=1, count=4, mask=mask.T)
+
+
 @pytest.mark.cpu
 def test_seeds_of_tokens():
     """A function of all that is given, prefixes of one another, and as many different ones as there can be."""

@@ -64,8 +64,8 @@ class Unit(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int) for name in ("row_group", "split", "first_tile", "last_tile"))
 
 
-def build(folder: Path, include: Path = simt_host.ROOT / "csrc") -> ctypes.CDLL:
-    library = simt_host.build(folder, SOURCE, include)
+def build(folder: Path, faults: simt_host.Faults | None = None) -> ctypes.CDLL:
+    library = simt_host.build(folder, SOURCE, faults)
     library.simt_set_device.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
     library.simt_linear_workspace.argtypes = [*[ctypes.c_int64] * 3, ctypes.POINTER(ctypes.c_int64)]
     library.simt_linear_tiles.argtypes = [ctypes.c_int64]

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 # Negatives of every kind, windows of three steps, accumulation: all that a resumed run has to find as it was.
 SURVIVOR = {
-    "max_steps": 10,
+    "max_steps": 6,
     "save_strategy": "steps",
     "save_steps": 2,
     "per_device_train_batch_size": 2,
@@ -20,7 +20,7 @@ SURVIVOR = {
 }
 
 
-def slow_down(seconds: float = 0.3) -> TrainerCallback:
+def slow_down(seconds: float = 0.8) -> TrainerCallback:
     """Make a callback that leaves time to be killed between two steps."""
 
     class Slow(TrainerCallback):

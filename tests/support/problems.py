@@ -32,7 +32,7 @@ COMPILED_BACKENDS = [name for name in BACKENDS if name != "triton" or DEVICE.typ
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     """Return the dtypes of the shared grids for a backend; only the reference backend takes float64.
 
-    Triton's interpreter takes 20 ms a row, and the dtypes differ in loads and stores only, all of which
+    Triton's interpreter takes 10 ms a row, and the dtypes differ in loads and stores only, all of which
     test_triton_*.py cover: so it takes only the dtype whose gradients are narrower than the sums.
     """
     if backend == "triton" and DEVICE.type == "cpu":

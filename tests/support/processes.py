@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ def run_here(script: str, arguments: list[str], environment: dict[str, str], out
     runpy.run_path(script, run_name="__main__")
 
 
+def start_script(script: Path, *arguments: str, output: Path, **environment: str) -> BaseProcess:
+    """Start a script in a process of its own, whose output goes to a file."""
+    process = SERVER.Process(target=run_here, args=(str(script), list(arguments), environment, str(output)))
+    process.start()
+    return process
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -53,10 +61,7 @@ def run_script(script: Path, *arguments: str, processes: int = 1) -> str:
         running = []
         for rank, output in enumerate(outputs):
             environment = shared | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {})
-            running.append(
-                SERVER.Process(target=run_here, args=(str(script), list(arguments), environment, str(output)))
-            )
-            running[-1].start()
+            running.append(start_script(script, *arguments, output=output, **environment))
         try:
             waiting = {process.sentinel: process for process in running}
             while waiting and not any(process.exitcode for process in running):

@@ -17,7 +17,9 @@ def reply(body: Any, status: str = "200 OK", headers: str = "Content-Type: appli
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     def script(send: Callable[[bytes], Any], closing: threading.Event) -> None:
-        send(f"HTTP/1.1 {status}\r\n{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        # The server ends each connection, and says so: a client that keeps one would race with its end.
+        headers_after = f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+        send(f"HTTP/1.1 {status}\r\n{headers}{headers_after}".encode() + data)
 
     return script
 

@@ -7,7 +7,8 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-def build(folder: Path, source: Path = SOURCE, include: Path = ROOT / "csrc", optimize: str = "-O1") -> ctypes.CDLL:
-    """Compile the kernels, in seconds, unless another worker of the tests has done so in the same folder."""
-    library = folder / f"lib{source.stem}.so"
+# By what is wrong: the file in csrc/cuda, a text that it has once, and that text with FAULT where the fault decides.
+Faults = Mapping[str, tuple[str, str, str]]
+
+
+def build(folder: Path, source: Path = SOURCE, faults: Faults | None = None, optimize: str = "-O1") -> ctypes.CDLL:
+    """Compile the kernels, in seconds, unless another worker of the tests has done so in the same folder.
+
+    With faults, all of them are in the library, and :func:`in_effect` says which one it has.
+    """
+    library = folder / f"lib{source.stem}{'_faults' if faults else ''}.so"
+    simt = ROOT / "tests" / "simt"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
-            command = [compiler() or "g++", optimize, *FLAGS, f"-I{include}", f"-I{ROOT / 'tests' / 'simt'}"]
-            command += [str(source), "-o", str(library)]
+            include = with_faults(faults, folder / f"{source.stem}_faults") if faults else ROOT / "csrc"
+            command = [compiler() or "g++", optimize, *FLAGS, f"-I{include}", f"-I{simt}"]
+            command += [*(["-include", str(simt / "fault.h")] if faults else []), str(source), "-o", str(library)]
             run = subprocess.run(command, capture_output=True, text=True, check=False)
             assert run.returncode == 0, run.stderr
     loaded = ctypes.CDLL(str(library))
@@ -38,6 +48,29 @@ def build(folder: Path, source: Path = SOURCE, include: Path = ROOT / "csrc", op
     loaded.simt_begin.argtypes = [ctypes.c_uint64]
     loaded.simt_region.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     return loaded
+
+
+def with_faults(faults: Faults, folder: Path) -> Path:
+    """Copy the sources into ``folder`` and put every fault into them, the first of which is FAULT(0)."""
+    shutil.copytree(ROOT / "csrc", folder)
+    for index, (name, right, faulty) in enumerate(faults.values()):
+        file = folder / "cuda" / name
+        text = file.read_text()
+        assert text.count(right) == 1, right
+        file.write_text(text.replace(right, faulty.replace("FAULT", f"FAULT({index})")))
+    return folder
+
+
+@contextmanager
+def in_effect(library: ctypes.CDLL, faults: Faults, name: str) -> Iterator[None]:
+    """Give a library that was built with ``faults`` the one of this name; it has none before and after."""
+    current = ctypes.c_int.in_dll(library, "fault_in_effect")
+    before = current.value
+    current.value = list(faults).index(name)
+    try:
+        yield
+    finally:
+        current.value = before
 
 
 class RowBatch(ctypes.Structure):

@@ -11,15 +11,13 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from killed_runs import SURVIVOR
+from killed_runs import SURVIVOR as RUN
 from trainer_runs import config, parameters, steps, trainer
 
 from cpo_kernels.trainer.files import RECORD, condition, last_complete_checkpoint, whole_file
 from cpo_kernels.trainer.run_record import differences, settings_of
 
 pytestmark = pytest.mark.cpu
-
-RUN = SURVIVOR | {"max_steps": 6}
 
 
 @pytest.fixture(scope="module")

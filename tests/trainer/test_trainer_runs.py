@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from killed_runs import SURVIVOR
+from processes import start_script
 from project import SUPPORT
 from safetensors.torch import load_file
 from trainer_runs import parameters, steps, trainer
@@ -31,16 +29,15 @@ def test_a_run_killed_in_the_middle_ends_as_if_nothing_had_happened(tmp_path):
     torch.set_num_threads(1)
     whole = trainer(tmp_path / "whole", **SURVIVOR)
     whole.train()
-    worker = SUPPORT / "killed_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     killed = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, str(worker), str(killed)], env=environment)
+    process = start_script(SUPPORT / "killed_worker.py", str(killed), output=tmp_path / "output.txt")
     deadline = time.monotonic() + 120
-    while last_complete_checkpoint(killed) is None and process.poll() is None and time.monotonic() < deadline:
+    while last_complete_checkpoint(killed) is None and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
     resumed = trainer(killed, **SURVIVOR)
     resumed.train(resume_from_checkpoint=True)
     torch.set_num_threads(threads)
@@ -55,11 +52,11 @@ def test_half_a_checkpoint_is_passed_over(tmp_path):
     with pytest.raises(ValueError, match="no complete checkpoint in"):
         run.train(resume_from_checkpoint=True)
     run.train()
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    state = tmp_path / "checkpoint-10" / "trainer_state.json"
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
     state.write_text(state.read_text()[:40])
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-    (tmp_path / "checkpoint-8" / "trainer_state.json").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
     resumed = trainer(tmp_path, **SURVIVOR)
     resumed.train(resume_from_checkpoint=True)
     assert steps(resumed) == steps(run)

@@ -2,7 +2,7 @@
 
 A program keeps BLOCK_R rows and walks its share of the vocabulary, BLOCK_V columns at a time: a product over H in
 float32 on the tensor cores, then an epilogue in registers: the head's transform, the logits of the row's targets, a
-running max and sum, and on request the entropy and one sample a row. A second kernel combines the shares (splits) of
+running max and sum, and on request the entropy and samples of each row. A second kernel combines the shares (splits) of
 each row in a fixed order. There are no atomics.
 
 Predicted cost on Hopper, in clocks of a multiprocessor per logit: H / 2048 for the product in 16 bits, and an epilogue
@@ -14,6 +14,7 @@ smaller H, the further.
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import triton
@@ -22,11 +23,23 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cpo_kernels.kernels.device import is_host, made_current, multiprocessors_and_cache
-from cpo_kernels.kernels.transform import fold_transform
+from cpo_kernels.kernels.transform import Transform, fold_transform
 
 from . import tuning
 from .blocks import contiguous
-from .sampling import descend, exponential_variable, find_seed, halves, uniforms
+from .products import has_descriptor, product_of_blocks, product_of_pointers
+from .sampling import (
+    HELD_TOGETHER,
+    any_wins,
+    begin_samples,
+    check_wanted,
+    descend,
+    exponential_variable,
+    find_seed,
+    halves,
+    row_seeds,
+    uniforms,
+)
 from .splits import (
     LinearForward,
     combine_splits,
@@ -41,53 +54,6 @@ from .splits import (
 from .transform import transform
 
 LOWEST = tl.constexpr(-3.0e38)
-# Columns that 4 threads of a tensor core's accumulator hold next to each other.
-PICKED_TOGETHER = tl.constexpr(8)
-
-
-@triton.jit
-def product_of_blocks(
-    hidden, weight, first_row, first_column, H, BLOCK_R: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """Return hidden @ weight.T (BLOCK_R, BLOCK_V), read through descriptors, which give 0 outside the matrices."""
-    acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        x = hidden.load([first_row, start])  # (BLOCK_R, BLOCK_H)
-        w = weight.load([first_column, start])  # (BLOCK_V, BLOCK_H)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def product_of_pointers(
-    hidden,
-    weight,
-    row,
-    column,
-    H,
-    hidden_strides,
-    weight_strides,
-    BLOCK_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    EVEN_H: tl.constexpr,
-):
-    """Return hidden @ weight.T (BLOCK_R, BLOCK_V) for any strides; ``row`` and ``column`` are inside the matrices."""
-    unit = tl.arange(0, BLOCK_H)
-    x_at = hidden + row[:, None].to(tl.int64) * hidden_strides[0] + unit[None, :] * hidden_strides[1]
-    w_at = weight + column[None, :].to(tl.int64) * weight_strides[0] + unit[:, None] * weight_strides[1]
-    acc = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
-    for start in range(0, H, BLOCK_H):
-        if EVEN_H:
-            x = tl.load(x_at)  # (BLOCK_R, BLOCK_H)
-            w = tl.load(w_at)  # (BLOCK_H, BLOCK_V)
-        else:
-            x = tl.load(x_at, mask=start + unit[None, :] < H, other=0.0)
-            w = tl.load(w_at, mask=start + unit[:, None] < H, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_at += BLOCK_H * hidden_strides[1]
-        w_at += BLOCK_H * weight_strides[1]
-    return acc
 
 
 @triton.jit
@@ -110,7 +76,7 @@ def pick(x, column, PICK: tl.constexpr):
 
     ``PICK`` is this function, as for :func:`~cpo_kernels.kernels.triton.sampling.descend`.
     """
-    if x.shape[1] <= PICKED_TOGETHER:
+    if x.shape[1] <= HELD_TOGETHER:
         at = tl.arange(0, x.shape[1])[None, :] == column[:, None]
         picked = tl.sum(tl.where(at, x, 0.0), axis=1)
     else:
@@ -144,19 +110,14 @@ def exponentials(y, centre, ENTROPY: tl.constexpr):
     return e, tl.sum(e, axis=1), tilt
 
 
-@triton.jit
-def any_wins(won, ASK: tl.constexpr):
-    """Tell whether the tile wins any row; without ASK, return true."""
-    return tl.max(won.to(tl.int32), axis=0) > 0 if ASK else True
-
-
 # What varies from call to call (lengths, and where slices and partial results begin) must not select a kernel.
 @triton.jit(
-    do_not_specialize=["R", "row_tiles", "splits", "group_tiles", "split_tiles"],
+    do_not_specialize=["R", "num_samples", "seed_row", "row_tiles", "splits", "group_tiles", "split_tiles"],
     do_not_specialize_on_alignment=[
         "targets",
         "row_starts",
         "seed",
+        "wanted",
         "target_logits",
         "maxima",
         "sums",
@@ -171,16 +132,19 @@ def linear_forward_kernel(
     bias,  # (V,) or None
     targets,  # (N,)
     row_starts,  # (R + 1,) or None
-    seed,  # (1,), or (R,) with ROW_SEEDS, or None
+    seed,  # (R, num_samples), rows seed_row apart, or None
+    wanted,  # (R, num_samples), or None for all samples
     target_logits,  # (N,) out
     maxima,  # (splits, R) out
     sums,  # (splits, R) out
     tilts,  # (splits, R) out, or None without entropy
-    keys,  # (splits, R) out, or None without a seed
-    samples,  # (splits, R) out, or None without a seed
+    keys,  # (splits, num_samples, R) out, or None without a seed
+    samples,  # (splits, num_samples, R) out, -100 for none, or None without a seed
     R,
+    num_samples,
     V,
     H,
+    seed_row,
     hidden_row,
     hidden_unit,
     weight_row,
@@ -197,7 +161,6 @@ def linear_forward_kernel(
     TMA: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
-    ROW_SEEDS: tl.constexpr,
     ASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SCALED: tl.constexpr,
@@ -209,8 +172,10 @@ def linear_forward_kernel(
     top = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_R,), tl.float32)
     tilt = tl.zeros((BLOCK_R,), tl.float32)
-    key = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-    sample = tl.zeros((BLOCK_R,), tl.int32)
+    if seed is not None:
+        keys += split.to(tl.int64) * num_samples * R
+        samples += split.to(tl.int64) * num_samples * R
+        begin_samples(keys, samples, wanted, row, R, num_samples)
 
     last_tile = tl.minimum((split + 1) * split_tiles, tl.cdiv(V, BLOCK_V))
     for tile in range(split * split_tiles, last_tile):
@@ -243,15 +208,18 @@ def linear_forward_kernel(
         right, right_mass, right_tilt = exponentials(right, centre, tilts is not None)
         tile_mass = left_mass + right_mass
         if seed is not None:
-            # Read again for each tile: registers are scarce.
-            row_seed, counter = find_seed(seed, row, R, ROW_SEEDS)
-            u, threshold = uniforms(row_seed, counter, tile)
-            tile_key = tile_top + tl.log(tile_mass) - tl.log(exponential_variable(u))
-            won = tile_key > key
-            key = tl.where(won, tile_key, key)
-            if any_wins(won, ASK):
-                chosen = descend(left, right, left_mass, right_mass, threshold * tile_mass, descend)
-                sample = tl.where(won, first_column + chosen, sample)
+            tl.debug_barrier()  # the keys of the tile before are written
+            for k in range(0, num_samples):
+                row_seed, counter = find_seed(seed, seed_row, row, R, k)
+                u, place = uniforms(row_seed, counter, tile)
+                tile_key = tile_top + tl.log(tile_mass) - tl.log(exponential_variable(u))
+                key = tl.load(keys + (k * R + row), mask=row < R, other=float("inf"))
+                won = tile_key > key
+                tl.debug_barrier()  # every thread has read the key
+                tl.store(keys + (k * R + row), tile_key, mask=won)
+                if any_wins(won, key, ASK):
+                    chosen = descend(left, right, left_mass, right_mass, place * tile_mass, descend)
+                    tl.store(samples + (k * R + row), first_column + chosen, mask=won)
 
         new_top = tl.maximum(top, tile_top)
         shift, tile_shift = top - finite_centre(new_top), tile_top - finite_centre(new_top)
@@ -261,15 +229,11 @@ def linear_forward_kernel(
         mass = tl.exp(shift) * mass + tl.exp(tile_shift) * tile_mass
         top = new_top
 
-    out = split.to(tl.int64) * R + row
-    exists = row < R
+    out, exists = split.to(tl.int64) * R + row, row < R
     tl.store(maxima + out, top, mask=exists)
     tl.store(sums + out, mass, mask=exists)
     if tilts is not None:
         tl.store(tilts + out, tilt, mask=exists)
-    if seed is not None:
-        tl.store(keys + out, key, mask=exists)
-        tl.store(samples + out, sample, mask=exists)
 
 
 def linear_forward(
@@ -283,6 +247,7 @@ def linear_forward(
     temperature: float,
     *,
     seed: Tensor | None = None,
+    wanted: Tensor | None = None,
     entropy: bool = False,
     config: Mapping[str, int] | None = None,
 ) -> LinearForward:
@@ -304,42 +269,67 @@ def linear_forward(
         temperature: divides the result.
         seed: one int64 on the device; draws one sample a row, whatever its targets. The samples are a function of
             (seed, row, block sizes) and of the logits: another seed for every call, or rows repeat each other. Or (R,)
-            int64, a seed for each row: its sample is a function of (its seed, ``BLOCK_V``) and of its logits.
+            int64, a seed for each row: its sample is a function of (its seed, ``BLOCK_V``) and of its logits. Or
+            (1, K) or (R, K) int64: K samples a row from one product, each as from a call with its column of seeds.
+        wanted: (R, K) bool, which samples to draw; None: all. The others are -100, and a tile of rows none of which
+            wants the sample with a number does not look for it.
         entropy: whether to return the entropy of each row.
         config: ``{"BLOCK_R", "BLOCK_V", "BLOCK_H", "TMA", "num_warps", "num_stages"}`` and optionally ``"SPLITS"``;
             None: the table's entry for ``"linear_forward"``, or ``"linear_sample"`` with a seed or the entropy, among
             those without ``"TMA"`` if the strides rule descriptors out.
 
     Returns:
-        :class:`LinearForward`. A row without a distribution (NaN, or nothing but -inf) has the sample -100.
+        :class:`LinearForward`. A row without a distribution (NaN, or nothing but -inf) has samples of -100.
 
     Raises:
-        ValueError: a logit_scale, softcap or temperature out of its domain, or seeds that are not one or R.
+        ValueError: a logit_scale, softcap or temperature out of its domain, or seeds or ``wanted`` of a wrong shape.
     """
-    if seed is not None and seed.numel() != 1 and seed.shape != hidden.shape[:1]:
-        raise ValueError(f"seed must have one element or shape ({hidden.shape[0]},), got {tuple(seed.shape)}")
     if is_host(hidden.device) and hidden.dtype == torch.bfloat16:
         hidden, weight = hidden.float(), weight.float()  # the interpreter would multiply the bits as integers
-    targets, row_starts, bias, seed = targets.contiguous(), contiguous(row_starts), contiguous(bias), contiguous(seed)
+    arguments = (hidden, weight, targets.contiguous(), contiguous(row_starts), contiguous(bias))
+    launch = partial(one_product, *arguments, fold_transform(logit_scale, softcap, temperature), config)
+    if seed is None:
+        return launch(None, None, entropy)
+    seeds = row_seeds(seed, hidden.shape[0])
+    check_wanted(wanted, seeds)
+    result = launch(seeds, wanted, entropy)
+    if seed.dim() < 2 and result.samples is not None:
+        result = result._replace(samples=result.samples.squeeze(1))
+    return result
+
+
+def one_product(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    bias: Tensor | None,
+    head: Transform,
+    config: Mapping[str, int] | None,
+    seeds: Tensor | None,
+    wanted: Tensor | None,
+    entropy: bool,
+) -> LinearForward:
+    """Run :func:`linear_forward` with seeds (R, K) or None, on contiguous vectors."""
     (R, H), V = hidden.shape, weight.shape[0]
+    num_samples = 0 if seeds is None else seeds.shape[1]
     new = hidden.new_empty
     result = LinearForward(
         stats=new((2, R), dtype=torch.float32),
         logps=new(targets.shape, dtype=torch.float32),
-        samples=None if seed is None else new((R,), dtype=torch.int64),
+        samples=new((R, num_samples), dtype=torch.int64) if num_samples else None,
         entropy=new((R,), dtype=torch.float32) if entropy else None,
     )
-    head = fold_transform(logit_scale, softcap, temperature)
     if R == 0:
         return result
-    kernel = "linear_forward" if seed is None and not entropy else "linear_sample"
+    kernel = "linear_sample" if num_samples or entropy else "linear_forward"
     descriptors = has_descriptor(hidden) and has_descriptor(weight)
     config = dict(config or tuning.config(kernel, hidden.device, V, hidden.dtype, H, descriptors=descriptors))
     blocks = config["BLOCK_R"], config["BLOCK_V"], config["BLOCK_H"]
     tma = bool(config.pop("TMA", 0)) and descriptors
-    facts = multiprocessors_and_cache(hidden.device)
-    grid = plan_grid(R, V, H * hidden.element_size(), *blocks[:2], config.pop("SPLITS", 0), *facts)
-    partials = new_partials(grid.splits, R, hidden.device, sample=seed is not None, entropy=entropy)
+    facts, size = multiprocessors_and_cache(hidden.device), hidden.element_size()
+    grid = plan_grid(R, V, H * size, *blocks[:2], config.pop("SPLITS", 0), *facts, size)
+    partials = new_partials(grid.splits, R, num_samples, hidden.device, entropy=entropy)
     with made_current(hidden.device):
         linear_forward_kernel[(grid.row_tiles * grid.splits,)](
             TensorDescriptor.from_tensor(hidden, [blocks[0], blocks[2]]) if tma else hidden,
@@ -347,12 +337,15 @@ def linear_forward(
             bias,
             targets,
             row_starts,
-            seed,
+            seeds,
+            None if wanted is None else wanted.contiguous().view(torch.uint8),
             result.logps,
             *partials,
             R,
+            num_samples,
             V,
             H,
+            0 if seeds is None else seeds.stride(0),
             *hidden.stride(),
             *weight.stride(),
             *grid,
@@ -361,7 +354,6 @@ def linear_forward(
             TMA=tma,
             EVEN_V=V % blocks[1] == 0,
             EVEN_H=H % blocks[2] == 0,
-            ROW_SEEDS=seed is not None and seed.numel() > 1,  # for one row, the two kinds of seed mean the same
             ASK=asks(hidden),
             **head.flags,
             **config,
@@ -372,17 +364,9 @@ def linear_forward(
 
 
 def asks(hidden: Tensor) -> bool:
-    """Tell whether a tile looks for its column only where a row needs it.
+    """Tell whether a tile looks for the column of a sample only where it wins a row.
 
     Products in half precision lie in tensor memory on sm_100, where triton 3.6 finds no layout for a condition that
     depends on them. To look for a column in every tile takes less than 1 % of the time of a product at H = 4096.
     """
     return hidden.dtype == torch.float32 or not tuning.architecture(hidden.device).startswith("sm_10")
-
-
-def has_descriptor(matrix: Tensor) -> bool:
-    """Tell whether Hopper's copy engine can address the matrix: unit columns, rows at multiples of 16 bytes."""
-    row_stride, column_stride = matrix.stride()
-    size = matrix.element_size()
-    aligned = matrix.storage_offset() * size % 16 == 0 and row_stride * size % 16 == 0
-    return column_stride == 1 and row_stride >= matrix.shape[1] > 0 and aligned

@@ -130,7 +130,12 @@ def add_groups(values, groups, BLOCK: tl.constexpr):
 def summary_kernel(
     group_sums,  # (GROUP_SUMS, G)
     num_target_tokens,  # () float64, or None
-    out,  # (6,)
+    loss_out,  # () like the other outputs
+    contrastive_out,
+    nll_out,
+    accuracy_out,
+    margin_out,
+    dropped_out,
     given_tokens,  # without num_target_tokens their number; 0: that of the best candidates
     groups,
     contrast_weight,
@@ -138,7 +143,7 @@ def summary_kernel(
     num_groups,
     BLOCK: tl.constexpr,
 ):
-    """Write loss, contrast, negative log-likelihood, accuracy, margin and 0. Grid: (1,)."""
+    """Write loss, contrast, negative log-likelihood, accuracy, margin, and 0 for what filters drop. Grid: (1,)."""
     contrastive = add_groups(group_sums, groups, BLOCK) * reciprocal(tl.cast(num_groups, tl.float64))
     wins = add_groups(group_sums + groups, groups, BLOCK)
     per_counted = reciprocal(add_groups(group_sums + 2 * groups, groups, BLOCK))  # NaN where no group is counted
@@ -153,12 +158,12 @@ def summary_kernel(
     # A term of weight 0 is left out: 0 * inf is NaN.
     loss = tl.where(contrast_weight != 0.0, contrast_weight * contrastive, 0.0)
     loss += tl.where(mle_weight != 0.0, mle_weight * nll, 0.0)
-    tl.store(out, loss.to(tl.float32))
-    tl.store(out + 1, contrastive.to(tl.float32))
-    tl.store(out + 2, nll.to(tl.float32))
-    tl.store(out + 3, (wins * per_counted).to(tl.float32))
-    tl.store(out + 4, (margin * per_counted).to(tl.float32))
-    tl.store(out + 5, 0.0)
+    tl.store(loss_out, loss.to(tl.float32))
+    tl.store(contrastive_out, contrastive.to(tl.float32))
+    tl.store(nll_out, nll.to(tl.float32))
+    tl.store(accuracy_out, (wins * per_counted).to(tl.float32))
+    tl.store(margin_out, (margin * per_counted).to(tl.float32))
+    tl.store(dropped_out, 0.0)
 
 
 def summarize(
@@ -178,7 +183,8 @@ def summarize(
     num_groups: float,
     num_target_tokens: float | Tensor | None,
     max_candidates: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    shape: tuple[int, ...] | None = None,
+) -> tuple[Tensor, ...]:
     """Compute the loss and its metrics, as :func:`cpo_kernels.objective.summarize` does; nothing waits for the device.
 
     Args:
@@ -192,15 +198,17 @@ def summarize(
         num_target_tokens: denominator of the negative log-likelihood, a number or a () float64 tensor; None: the tokens
             of the candidates of rank 0.
         max_candidates: segments of the largest group.
+        shape: of log-likelihoods and rewards, of S numbers; None: (S,).
 
     Returns:
-        (6,) loss, contrastive loss, negative log-likelihood, accuracy, margin and 0; log-likelihoods (S,) and rewards
-        (S,); all float32.
+        Loss, contrastive loss, negative log-likelihood, accuracy, margin and 0 (what is dropped without filters),
+        scalars; log-likelihoods and rewards. Each has memory of its own, so that users may change it in place; all are
+        float32.
     """
     device, (segments,) = sums.device, lengths.shape
     groups = segments // max_candidates if segment_starts is None else segment_starts.numel() - 1
-    numbers = torch.empty(6, dtype=torch.float32, device=device)
-    logps, rewards = torch.empty((2, segments), dtype=torch.float32, device=device)
+    numbers = [torch.empty((), dtype=torch.float32, device=device) for _ in range(6)]
+    logps, rewards = (torch.empty(shape or (segments,), dtype=torch.float32, device=device) for _ in range(2))
     group_sums = torch.empty((GROUP_SUMS, groups), dtype=torch.float64, device=device)
     on_device = isinstance(num_target_tokens, Tensor)
     block_c = triton.next_power_of_2(max_candidates)
@@ -229,7 +237,7 @@ def summarize(
         summary_kernel[(1,)](
             group_sums,
             num_target_tokens if on_device else None,
-            numbers,
+            *numbers,
             0.0 if on_device else float(num_target_tokens or 0.0),
             groups,
             float(contrast_weight),
@@ -239,4 +247,4 @@ def summarize(
             num_warps=4,
             **tuning.LAUNCH,
         )
-    return numbers, logps, rewards
+    return *numbers, logps, rewards

@@ -268,12 +268,13 @@ def test_row_kernels_give_the_same_bits_a_thousand_times(dtype, shared):
     assert not different
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "sample_and_entropy"])
-def test_fused_linear_gives_the_same_bits_again(everything):
+@pytest.mark.parametrize("num_samples", [0, 1, 6], ids=["plain", "sample_and_entropy", "some_of_six_samples"])
+def test_fused_linear_gives_the_same_bits_again(num_samples):
     linear_forward = registry.BACKENDS["triton"].linear_statistics
     hidden, weight = (torch.randn(n, 256, device=DEVICE).bfloat16() for n in (300, 50257))
     targets = torch.randint(0, 50257, (300,), device=DEVICE)
-    extras = {"seed": torch.tensor(3, device=DEVICE), "entropy": True} if everything else {}
+    seeds = torch.arange(300 * num_samples, device=DEVICE).view(300, num_samples)
+    extras = {"seed": seeds, "wanted": seeds % 3 != 1, "entropy": True} if num_samples else {}
     first = linear_forward(hidden, weight, targets, None, None, 1.0, 0.0, 1.0, **extras)
     different = torch.zeros((), dtype=torch.bool, device=DEVICE)
     for _ in range(100):

@@ -447,9 +447,140 @@ def test_a_row_with_its_own_seed_does_not_depend_on_its_place(tma):
     assert c.run(config, seed=other).samples[3] == expected[3]
 
 
-def test_a_wrong_number_of_seeds_is_named():
-    with pytest.raises(ValueError, match=r"one element or shape \(5,\), got \(4,\)"):
-        case(R=5).run(seed=torch.arange(4))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": torch.arange(4)}, r"seed must have one element or shape \(5,\), got \(4,\)"),
+        ({"seed": torch.zeros(4, 2)}, r"seed must have shape \(1, K\) or \(5, K\), got \(4, 2\)"),
+        ({"seed": torch.zeros(5, 2), "wanted": torch.ones(5) > 0}, r"of shape \(5, 2\), got torch.bool \(5,\)"),
+        ({"seed": torch.zeros(5, 2), "wanted": torch.ones(5, 2)}, r"wanted must be torch.bool .* got torch.float32"),
+    ],
+    ids=["rows", "rows of several", "shape of the choice", "dtype of the choice"],
+)
+def test_wrong_numbers_of_seeds_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        case(R=5).run(**options)
+
+
+# Several samples of a row
+
+
+def seeds_of(rows: int, samples: int) -> Tensor:
+    return torch.randint(-(2**62), 2**62, (rows, samples))
+
+
+@pairwise({"per_row": [True, False], "shared": SHARED, "tma": TMA, "count": [1, 3]})
+def test_several_samples_are_those_of_as_many_launches(per_row, shared, tma, count):
+    """From one product, which gives the rest of the results too."""
+    rows = BLOCK_R + 3
+    c = case(torch.float16, R=rows, V=101, counts=[1, 3, 0, 5] + [1] * (rows - 4) if shared else None)
+    config, seeds = {**CONFIG, "TMA": tma, "SPLITS": count}, seeds_of(rows if per_row else 1, 5)
+    out = c.run(config, seed=seeds, entropy=True)
+    assert out.samples.shape == (rows, 5)
+    for k in range(5):
+        alone = c.run(config, seed=seeds[:, k], entropy=True)
+        assert torch.equal(out.samples[:, k], alone.samples)
+    for name in ("stats", "logps", "entropy"):
+        assert torch.equal(getattr(out, name), getattr(alone, name))
+    spread_out = torch.stack([seeds, seeds], 2).flatten(1)[:, ::2]  # other strides
+    assert torch.equal(c.run(config, seed=spread_out).samples, out.samples)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_samples_that_are_wanted_are_as_without_a_choice(count, per_row):
+    rows = 2 * BLOCK_R + 3
+    c, seeds = case(R=rows, V=101), seeds_of(rows if per_row else 1, 3)
+    config = {**CONFIG, "SPLITS": count}
+    wanted = torch.rand(rows, 3) < 0.3
+    wanted[:, 1], wanted[BLOCK_R : 2 * BLOCK_R] = True, False
+    whole = c.run(config, seed=seeds).samples
+    expected = whole.where(wanted, -100)
+    assert torch.equal(c.run(config, seed=seeds, wanted=wanted).samples, expected)
+    assert torch.equal(c.run(config, seed=seeds, wanted=wanted.T.contiguous().T).samples, expected)
+
+
+def test_a_row_without_a_distribution_has_none_of_its_samples():
+    c, seeds = case(R=5, V=77), seeds_of(5, 3)
+    c.hidden[2] = math.nan
+    samples = c.run(seed=seeds, wanted=torch.tensor([[True, True, False]]).expand(5, 3)).samples
+    absent = torch.zeros(5, 3, dtype=torch.bool)
+    absent[2], absent[:, 2] = True, True
+    assert torch.equal(samples == -100, absent)
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="replaces a kernel, which counts its launches")
+def test_any_number_of_samples_takes_one_product(monkeypatch):
+    kernel, launches = linear.linear_forward_kernel, []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(linear, "linear_forward_kernel", Counted())
+    c = case(R=3, V=40)
+    assert c.run(seed=seeds_of(3, 40)).samples.shape == (3, 40)
+    assert len(launches) == 1
+
+
+@pytest.mark.cpu
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="replaces a device function, which the interpreter alone allows")
+def test_a_tile_looks_only_for_samples_that_one_of_its_rows_wants(monkeypatch):
+    """Every search is of one sample in one tile; the first tile of a split is won by every row that wants."""
+    search, searches = linear.descend, []
+
+    def counted(left, *arguments):
+        if left.shape[1] == BLOCK_V // 2:  # not the steps of a search, which pass it on
+            searches.append(1)
+        return search(left, *arguments)
+
+    monkeypatch.setattr(linear, "descend", counted)
+    c, seeds = case(R=2 * BLOCK_R, V=BLOCK_V), seeds_of(2 * BLOCK_R, 4)
+    wanted = torch.zeros(2 * BLOCK_R, 4, dtype=torch.bool)
+    for places, expected in (((), 0), ([(3, 1)], 1), ([(3, 1), (5, 1)], 1), ([(3, 1), (BLOCK_R, 1), (BLOCK_R, 2)], 3)):
+        for place in places:
+            wanted[place] = True
+        searches.clear()
+        c.run(seed=seeds, wanted=wanted)
+        assert len(searches) == expected
+
+
+def philox(seed: int, row: int, tile: int) -> tuple[float, float]:
+    """The first two of Philox4x32-10's numbers (Salmon et al. 2011) at (row, tile, 0, 0), as uniforms in [0, 1)."""
+    keys, c = [seed % 2**32, seed // 2**32 % 2**32], [row, tile, 0, 0]
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c[0], 2**32)
+        high2, low2 = divmod(0xCD9E8D57 * c[2], 2**32)
+        c = [high2 ^ c[1] ^ keys[0], low2, high0 ^ c[3] ^ keys[1], low0]
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    signed = [x - 2**32 if x >= 2**31 else x for x in c[:2]]
+    first, second = ((-x - 1 if x < 0 else x) * 4.6566127342e-10 for x in signed)
+    return first, second
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_samples_are_a_function_of_seed_and_logits(per_row):
+    """By the formulas of kernels/triton/sampling.py in float64: what a seed draws does not change with the kernel."""
+    c = case(R=BLOCK_R + 4, V=101)
+    rows, (V, tiles) = len(c.hidden), (101, 4)
+    seeds = seeds_of(rows if per_row else 1, 3)
+    masses = c.logits(torch.float64).exp().cpu()
+    expected = torch.empty(rows, 3, dtype=torch.int64, device="cpu")
+    for r in range(rows):
+        for k in range(3):
+            best = -math.inf
+            seed = int(seeds[r if per_row else 0, k])
+            for tile in range(tiles):
+                u, place = philox(seed % 2**64, 0 if per_row else r, tile)
+                words = masses[r, tile * BLOCK_V : (tile + 1) * BLOCK_V]
+                key = math.log(words.sum()) - math.log(-math.log1p(-(u + 2.0**-32)))
+                if key > best:
+                    best = key
+                    word = int(torch.searchsorted(words.cumsum(0), place * words.sum(), right=True))
+                    expected[r, k] = tile * BLOCK_V + min(word, V - 1)
+    assert torch.equal(c.run(seed=seeds).samples.cpu(), expected)
 
 
 @pytest.mark.cpu

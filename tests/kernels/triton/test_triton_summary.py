@@ -23,13 +23,13 @@ LOSSES = {
     "ipo": {"loss_type": "ipo"},
 }
 WEIGHTS = {"contrast": {}, "both": {"mle_weight": 0.3}, "likelihood": {"contrast_weight": 0.0, "mle_weight": 1.0}}
-FIELDS = ("loss", "contrastive_loss", "nll_loss", "accuracy", "margin")
+FIELDS = ("loss", "contrastive_loss", "nll_loss", "accuracy", "margin", "dropped")
 
 
 def launch(objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=None):
     """Run the kernels, and return their results by the names of ``CPOOutput``."""
     sizes = {end - start for start, end in neighbours(cu_groups)}
-    numbers, logps, rewards = summary.summarize(
+    *numbers, logps, rewards = summary.summarize(
         sums.float(),
         None if len(sizes) == 1 else torch.tensor(cu_groups),
         lengths,
@@ -46,8 +46,7 @@ def launch(objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=No
         num_target_tokens=objective.num_target_tokens if num_target_tokens is None else num_target_tokens,
         max_candidates=max(sizes),
     )
-    assert numbers[5] == 0
-    return dict(zip(FIELDS, numbers, strict=False)) | {"logps": logps, "rewards": rewards}
+    return dict(zip(FIELDS, numbers, strict=True)) | {"logps": logps, "rewards": rewards}
 
 
 def reference(objective, cu_groups, lengths, sums, ref, ranks):
