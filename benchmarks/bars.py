@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 from benchmarks import records
 from benchmarks.contestants import OURS, OURS_FP32_LOGITS
-from benchmarks.records import Part, Parts, Record
+from benchmarks.records import NOTHING, Part, Parts, Record, heads
 from benchmarks.shapes import BAR_4K, BAR_LOSSES, FROZEN, LOGPS
 from benchmarks.tables import markdown
 
 NOT_MEASURED = "not measured"
 GPU = "needs an H200"
-NOTHING = Part("", {})
 
 # Over three products; over one; over the budget; nats; separate rows over shared ones; over an MLE step; over ours.
 LOSS, NO_GRAD, PEAK_MEMORY, ACCURACY, SHARING, AUTOREGRESSIVE, FILTERS = 1.05, 1.03, 1.02, 2e-3, 1.6, 3.0, 0.6
@@ -97,16 +96,6 @@ def sizes(record: Record) -> str:
     return f", {record.case}" + (f" (V={given['V']}, H={given['H']}, N={given['N']})" if "V" in given else "")
 
 
-def heads(parts: Parts) -> Part:
-    """Return the head's timings, or a part without any."""
-    return records.heads(parts) or NOTHING
-
-
-def gpu(parts: Parts) -> Part:
-    """Return what was measured at a GPU's bars, or a part without any."""
-    return parts.get("gpu", NOTHING)
-
-
 def exact_loss(parts: Parts) -> Iterator[Bar]:
     """Check loss and gradients against three bare products; on a GPU milliseconds and memory too."""
     what, part = "exact loss and gradients against three bare products", heads(parts)
@@ -129,7 +118,7 @@ def exact_loss(parts: Parts) -> Iterator[Bar]:
 
 def peers(parts: Parts) -> Iterator[Bar]:
     """Check that ours is faster than each peer on the same work."""
-    what, measured = "faster than every peer", [part for part in (heads(parts), gpu(parts)) if part.records]
+    what, measured = "faster than every peer", [p for p in (heads(parts), parts.get("gpu", NOTHING)) if p.records]
     for part in measured or [NOTHING]:
         yield from against_all(what, part)
     if not any("gpu" in part.environment for part in measured):
@@ -159,7 +148,7 @@ def against_fastest(what: str, rivals: Sequence[Record]) -> Bar:
 
 def row_kernels(parts: Parts) -> Iterator[Bar]:
     """Check row kernels against a copy, and CUDA's that the table picks against Triton's."""
-    rows = [r for r in gpu(parts).records if r.case.startswith("row kernels") and ", " in r.contestant]
+    rows = [r for r in parts.get("gpu", NOTHING).records if r.case.startswith("row kernels") and ", " in r.contestant]
     if not rows:
         what = "row kernels against the copy bandwidth of an H200"
         yield missing(what, f">= {H200_ROWS:g}", f"{GPU}: `make gpu-check`")
@@ -174,7 +163,7 @@ def row_kernels(parts: Parts) -> Iterator[Bar]:
 def peak_memory(parts: Parts) -> Iterator[Bar]:
     """Check peaks beyond inputs and gradients, at few and at many tokens."""
     what, found = "peak memory beyond inputs and gradients over the budget", heads(parts).select(OURS)
-    yield from held([*found, *gpu(parts).select(OURS)], "of_budget", PEAK_MEMORY, what, label=sizes)
+    yield from held([*found, *parts.get("gpu", NOTHING).select(OURS)], "of_budget", PEAK_MEMORY, what, label=sizes)
 
 
 def without_gradients(parts: Parts) -> Iterator[Bar]:
@@ -212,7 +201,7 @@ def filters(parts: Parts) -> Iterator[Bar]:
 def accuracy(parts: Parts) -> Iterator[Bar]:
     """Check the error of a sum of 1,024 tokens' log-probabilities."""
     what = "sequence log-likelihood against fp64, T = 1024, bf16 inputs, fp32 logits"
-    found = [*heads(parts).select(OURS_FP32_LOGITS), *gpu(parts).select(OURS_FP32_LOGITS)]
+    found = [*heads(parts).select(OURS_FP32_LOGITS), *parts.get("gpu", NOTHING).select(OURS_FP32_LOGITS)]
     yield from held([r for r in found if r.case == LOGPS], "nats_largest", ACCURACY, what, " nats")
 
 

@@ -56,7 +56,7 @@ def beside_peers(shape: Shape, setting: Setting, best: dict[str, float] | None =
 
 
 def ceilings(setting: Setting) -> list[Record]:
-    """Measure what the device does at best: products of each dtype, torch's and ours."""
+    """Measure what the device does at best: products of each dtype, torch's and ours, and a copy."""
     size, device, records = setting.choose(64, 4096, 8192), setting.device, []
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -69,7 +69,10 @@ def ceilings(setting: Setting) -> list[Record]:
             for who, call in calls.items()
         ]
         records += measure(Case(CEILINGS, products, {"dtype": name, "size": size}), device)
-    return records
+    source = torch.ones(setting.choose(2**20, 2**29, 2**31), dtype=torch.uint8, device=device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    copied = ready("copy", copy, values=lambda seconds: {"gbs": 2e-9 * source.nbytes / seconds})
+    return records + measure(Case(CEILINGS, [copied], {"bytes": source.nbytes}), device)
 
 
 def best_of(found: list[Record]) -> dict[str, float]:

@@ -19,16 +19,7 @@ from transformers import PreTrainedModel
 from benchmarks.measure import Case, Contestant, each, measure
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.training import (
-    GPT2_SMALL,
-    GPT2_TINY,
-    LLAMA_1B,
-    LLAMA_TINY,
-    Given,
-    OwnStep,
-    draw_tokens,
-    make_tokenizer,
-)
+from benchmarks.training import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, Given, OwnStep, draw_tokens, make_tokenizer
 from cpo_kernels import CPOConfig, CPOTrainer
 from cpo_kernels.trainer import TokenizedExamples
 

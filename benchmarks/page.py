@@ -18,7 +18,7 @@ the floor's own row is in seconds. Below 1 is possible because the products are 
 def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
     """Return the whole page; `plots` are file names by part."""
     lines = [f"# Benchmarks: {name}", "## Bars", bars.table(bars.verdicts(parts))]
-    if part := records.heads(parts):
+    if (part := records.heads(parts)).records:
         lines += ["## Times over the floor", MATRIX, matrix(part)]
     for part in (parts[name] for name in PARTS if name in parts):
         lines.append(f"## {part.name}: {PARTS[part.name]}")

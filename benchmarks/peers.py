@@ -145,11 +145,6 @@ def _quack() -> Peer:
     return Peer("QuACK", nll, None, nll, work=NLL, compiles=True)
 
 
-def _pairs_in_order(*tensors: Tensor) -> list[Tensor]:
-    """Put (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first."""
-    return [tensor.transpose(0, 1).flatten(0, 1) for tensor in tensors]
-
-
 def _liger() -> Peer:
     from liger_kernel.chunked_loss import LigerFusedLinearCPOLoss
 
@@ -157,7 +152,8 @@ def _liger() -> Peer:
     criterion = LigerFusedLinearCPOLoss(beta=BETA, alpha=0.0, compute_nll_loss=False, chunk_size=1)
 
     def call(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return criterion(weight, *_pairs_in_order(hidden, targets))
+        # (G, 2, ...) in the order that Liger wants: (2 G, ...), all chosen sequences first.
+        return criterion(weight, *(tensor.transpose(0, 1).flatten(0, 1) for tensor in (hidden, targets)))
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, ref_logps: Tensor | None) -> Tensor:
         if ref_logps is not None:
@@ -171,10 +167,7 @@ def _liger() -> Peer:
 
 
 def ours(
-    name: str,
-    max_logits_bytes: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    name: str, max_logits_bytes: int | None = None, logits_dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> Peer:
     """Make this project's peer, with `max_logits_bytes` of logits held in `logits_dtype` (None: the defaults)."""
     from cpo_kernels import linear_cpo_loss, linear_sequence_logps

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from benchmarks import bars, page, records, tables
 from benchmarks.environment import RESULTS, ROOT
+from benchmarks.kernels import gpu_page
 from benchmarks.records import Parts
 from benchmarks.suite import ON_REQUEST
 
-DOCUMENTS = ("README.md", "docs/results.md", "docs/plugging-in.md", "docs/training.md", "docs/design.md")
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "plugging-in", "training", "design", "gpu")))
 BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -61,6 +62,9 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "lives": lives,
     "minutes": lambda parts: f"{sum(p.seconds for p in parts.values() if p.name not in ON_REQUEST) / 60:.0f}",
     "value": one_value,
+    "band": gpu_page.band,
+    "predicted": gpu_page.predicted,
+    "everywhere": gpu_page.everywhere,
 }
 
 

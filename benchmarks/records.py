@@ -75,6 +75,7 @@ class Part:
 
 
 Parts = dict[str, Part]
+NOTHING = Part("", {})
 
 
 def by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -90,10 +91,10 @@ def value(records: Iterable[Record], name: str) -> list[float]:
     return [record.values[name] for record in records if name in record.values]
 
 
-def heads(parts: Parts) -> Part | None:
-    """Return the part `heads` with the records of `wide`, where either was run."""
-    given = [parts[name] for name in ("heads", "wide") if name in parts]
-    return replace(given[0], records=[record for part in given for record in part.records]) if given else None
+def heads(parts: Parts) -> Part:
+    """Return the part `heads` with the records of `wide`; a part without any where neither was run."""
+    given = [parts[name] for name in ("heads", "wide") if name in parts] or [NOTHING]
+    return replace(given[0], records=[record for part in given for record in part.records])
 
 
 def load(path: Path) -> Parts:

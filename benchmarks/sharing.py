@@ -17,16 +17,7 @@ from torch import Tensor
 from benchmarks.measure import Agreement, Case, Contestant, dtype_name, free_memory, measure
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.training import (
-    GPT2_SMALL,
-    GPT2_TINY,
-    LLAMA_1B,
-    LLAMA_SMALL,
-    LLAMA_TINY,
-    Given,
-    draw_tokens,
-    gradients,
-)
+from benchmarks.training import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_SMALL, LLAMA_TINY, Given, draw_tokens, gradients
 from cpo_kernels.models.prefix.probe import check_prefix_sharing, pack_groups, tree_inputs
 
 SHARED, SEPARATE = "shared", "separate"

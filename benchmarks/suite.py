@@ -36,10 +36,7 @@ PARTS = {
 }
 ON_REQUEST = ("wide", "adapters", "liger", "gpu")  # not in a run of all, which is long enough
 # Where a part is no module of its name with a function run(setting), which yields records.
-ELSEWHERE = {
-    "wide": ("benchmarks.heads", "run_wide"),
-    "gpu": ("benchmarks.kernels.gpu_cases", "run"),
-}
+ELSEWHERE = {"wide": ("benchmarks.heads", "run_wide"), "gpu": ("benchmarks.kernels.gpu_cases", "run")}
 
 
 def part_function(name: str) -> Callable[[Setting], Iterator[Record]]:

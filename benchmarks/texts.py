@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
@@ -15,16 +15,14 @@ TRAINED_VOCABULARY = 8192
 SHORTEST = 24  # words of a paragraph that can be cut into prompt and completion
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """Holds a paragraph as token ids, cut in two; `completion` ends with EOS."""
 
     prompt: list[int]
     completion: list[int]
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Corpus(NamedTuple):
     """Holds examples of natural lengths in a random but repeatable order, and their tokenizer."""
 
     examples: list[Example]

@@ -97,9 +97,7 @@ def compile_launches(launch: Callable[[], object], target: Target) -> list[Any]:
     # Triton asks its driver for the target, and keeps what it compiled by device.
     device = list(TARGETS).index(target.name)
     machine = SimpleNamespace(
-        get_current_target=lambda: target.gpu,
-        get_current_device=lambda: device,
-        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target.gpu, get_current_device=lambda: device, get_current_stream=lambda device: 0
     )
     facts = (target.multiprocessors, target.cache_bytes)
     with ExitStack() as stack:

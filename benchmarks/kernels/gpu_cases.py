@@ -82,12 +82,9 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
         for (kernel, (make, own)), backend in itertools.product(kernels.items(), backends):
             calls[f"{kernel}, {backend}"], passes[f"{kernel}, {backend}"] = make(backend), own
         for backend in backends:
-            unit = registry.BACKENDS[backend].unit_gradient
+            unit, name = registry.BACKENDS[backend].unit_gradient, f"unit forward, {backend}"
             if unit is not None and unit.takes(vocab, dtype, setting.device):
-                calls[f"unit forward, {backend}"], passes[f"unit forward, {backend}"] = (
-                    problem.unit_forward_(backend),
-                    2.0,
-                )
+                calls[name], passes[name] = problem.unit_forward_(backend), 2.0
         conditions = {"V": vocab, "rows": rows, "dtype": dtype_name(dtype)}
         contestants = [ready(who, call) for who, call in calls.items()]
         name, rounds = f"row kernels, {dtype_name(dtype)}, V={vocab}", setting.rounds(ROUNDS, ROUNDS)

@@ -50,9 +50,9 @@ def triton_kernels(module: str) -> ModuleType:
     return import_module(f"cpo_kernels.kernels.triton.{module}")
 
 
-def row_launchers(backend: str) -> ModuleType:
-    """Return the row kernels of a backend, without the dispatcher before them."""
-    return cuda_rows if backend == CUDA else triton_kernels("rows")
+def row_launchers(backend: str, module: str = "rows") -> ModuleType:
+    """Return the row kernels of a backend, without the dispatcher before them; Triton's are those of a module."""
+    return cuda_rows if backend == CUDA else triton_kernels(module)
 
 
 def missing(device: torch.device) -> str:
@@ -126,8 +126,7 @@ class RowProblem:
 
     def unit_forward_(self, backend: str, **config: Any) -> Call:
         """Make that of the forward with unit gradients, one read and one write, over the buffer."""
-        module = cuda_rows if backend == CUDA else triton_kernels("unit")
-        kernel = partial(module.unit_forward_, **config)
+        kernel = partial(row_launchers(backend, "unit").unit_forward_, **config)
         for logits, targets, coef, _, logps, grad in self.ends:
             over = logits.clone()
             found = kernel(over, targets, None, *HEAD)[1]

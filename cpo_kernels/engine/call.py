@@ -159,13 +159,14 @@ def plan_chunks(
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
     workspace += scratch_bytes(held, hidden.device) if filtered else 0
+    default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
     plan = make_plan(
         tokens,
         row_bytes=way.row_bytes(backend, held, hidden, head.logits_dtype or hidden.dtype),
         needs=needs,
         max_logits_bytes=head.max_logits_bytes,
-        default_bytes=default_logits_bytes(hidden.device) if shard is None else shard.logits_bytes,
+        default_bytes=default if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
         gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.

@@ -27,7 +27,8 @@ ROW_ALIGNMENT = 16
 SMALLEST_PADDED = 1024
 # Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
 DEFAULT_LOGITS_BYTES = 256 * 2**20
-# The default budget on a GPU, whose products need thousands of rows: this share of its memory, up to the limit.
+# The default budget on a GPU, whose products need thousands of rows: this share of its memory, up to the limit. Half of
+# it loses nothing where no gradient of a weight is summed over chunks and no row waits for its group.
 GPU_MEMORY_SHARE = 1 / 32
 GPU_LOGITS_BYTES = 2 * 2**30
 
@@ -84,12 +85,20 @@ def multiprocessors_and_cache(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-def default_logits_bytes(device: torch.device) -> int:
-    """Return the bytes of logits held at once on ``device`` where the user names no budget."""
+def default_logits_bytes(device: torch.device, *, of_weight: bool = True) -> int:
+    """Return the bytes of logits held at once on ``device`` where the user names no budget.
+
+    ``of_weight`` says that the gradient of the weight is computed, or that rows wait for the coefficients of a group.
+    """
     if not is_gpu(device) or not count_gpus():
         return DEFAULT_LOGITS_BYTES
-    share = int(torch.cuda.get_device_properties(device).total_memory * GPU_MEMORY_SHARE)
-    return min(max(DEFAULT_LOGITS_BYTES, share), GPU_LOGITS_BYTES)
+    return gpu_logits_bytes(torch.cuda.get_device_properties(device).total_memory, of_weight=of_weight)
+
+
+def gpu_logits_bytes(memory: int, *, of_weight: bool) -> int:
+    """Return the bytes of logits held at once on a GPU with so many bytes of memory."""
+    whole = min(max(DEFAULT_LOGITS_BYTES, int(memory * GPU_MEMORY_SHARE)), GPU_LOGITS_BYTES)
+    return whole if of_weight else max(DEFAULT_LOGITS_BYTES, whole // 2)
 
 
 def row_width(vocab: int, device: torch.device) -> int:
