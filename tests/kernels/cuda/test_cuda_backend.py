@@ -307,12 +307,17 @@ def test_the_first_of_a_warp_is_named(emulator):
 
 @pytest.mark.parametrize("serves", [True, False])
 def test_calls_ask_the_check_of_their_device(monkeypatch, serves):
-    """And fall back to PyTorch's assertion where it cannot serve; the meta device stands for a GPU."""
+    """And fall back to PyTorch's assertion where it cannot serve; the meta device stands for a GPU.
+
+    They ask once the device is busy.
+    """
     asked, asserted = [], []
     checks = {"meta": lambda targets, vocab: asked.append((targets.shape, vocab)) or serves}
     monkeypatch.setattr(ops, "TARGET_CHECKS", checks)
     monkeypatch.setattr(torch, "_assert_async", lambda condition, message: asserted.append(message))
-    dense_tokens(torch.empty(12, dtype=torch.int64, device="meta"), 31, [0, 3, 6, 9, 12], [0, 2, 4])
+    tokens = dense_tokens(torch.empty(12, dtype=torch.int64, device="meta"), 31, [0, 3, 6, 9, 12], [0, 2, 4])
+    assert asked == []
+    tokens.check()
     assert asked == [((12,), 31)]
     assert asserted == ([] if serves else ["a target is out of range, expected [0, 31) or -100"])
 
