@@ -163,14 +163,18 @@ def unit_forward_(
     # A shifted row's first columns are read last; a narrow gradient would have been written over them by then.
     shifted = source.shifted and not narrow
     programs = programs or rows_under_way(V * logits.element_size(), *multiprocessors_and_cache(device))
+    sizes = dict(config or tuning.config("unit_forward", device, V, logits.dtype))
+    if row_starts is not None:
+        sizes["BLOCK"] //= 2  # passes over the tokens of a row take registers from the passes over its logits
+    # So few rows are under way that their programs may have all registers.
+    launch = tuning.sharing_registers(device, sizes["num_warps"])
     with made_current(device):
         unit_forward_kernel[(min(R, programs),)](
             to.base if shifted and alike else out, source.base if shifted else logits,
             targets.contiguous(), contiguous(row_starts), contiguous(bias), stats[0], stats[1], logps,
             R, V, to.stride, source.stride, source.misaligned, folded.slope, folded.mult, folded.cap,
             HAS_BIAS=bias is not None, SHARED_ROWS=row_starts is not None, SHIFTED=shifted, ALIKE=alike, NARROW=narrow,
-            K=K, **folded.flags, **tuning.LAUNCH,
-            **(config or tuning.config("unit_forward", device, V, logits.dtype)),
+            K=K, **folded.flags, **launch, **sizes,
         )  # fmt: skip
     return stats, logps
 
