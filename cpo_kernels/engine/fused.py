@@ -34,7 +34,7 @@ class FusedLoss(torch.autograd.Function):
             sums, grads = loop.run(call, call.bind(hidden, weight, bias), loss)
             result = loss.finish(sums, call.summed(grads.result()))
         ctx.save_for_backward(hidden, weight, bias, *call.given, *given)
-        ctx.call, ctx.make_loss, ctx.result = call, make_loss, result
+        ctx.call, ctx.make_loss, ctx.result = call, make_loss, result.without_outputs()
         ctx.mark_non_differentiable(*result.outputs[1:])
         ctx.set_materialize_grads(False)  # what is not differentiable needs no zeros
         return tuple(result.outputs)
@@ -136,7 +136,7 @@ class FusedLogitsLoss(torch.autograd.Function):
         with own_arithmetic(logits.device):
             result = call.run(logits, bias)
         ctx.save_for_backward(logits, bias, *call.given)
-        ctx.call, ctx.result = call, result
+        ctx.call, ctx.result = call, result.without_outputs()
         ctx.mark_non_differentiable(*result.outputs[1:])
         ctx.set_materialize_grads(False)
         return result.outputs

@@ -39,6 +39,10 @@ class LossResult(NamedTuple):
     gain: float | Tensor
     scale_: Callable[[Tensor, Tensor], None]
 
+    def without_outputs(self) -> LossResult:
+        """Leave the outputs out: a graph that held its own output would not be freed when its last user is gone."""
+        return self._replace(outputs=())
+
     def scaled_(self, factor: Tensor) -> Grads:
         """Scale the gradients by ``factor`` in place, and undo the gain they were built with."""
         exact = isinstance(self.gain, float) and self.gain == 1.0

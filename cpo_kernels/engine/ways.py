@@ -145,7 +145,9 @@ def choose_way(
             return KeptInPlaceOfLogits
         # Filters compare gradients with their thresholds, which a gradient without its coefficient cannot be.
         takes = unit is not None and unit.takes(weight.shape[0], head.logits_dtype or hidden.dtype, hidden.device)
-        return UnitGradients if takes and not head.filtered else LinearHead
+        # A hidden state times a coefficient may be infinite in float16 where their gradient is tiny.
+        overflows = hidden.dtype == torch.float16 and any(needs[1:])
+        return UnitGradients if takes and not head.filtered and not overflows else LinearHead
     fused = backend.ways.get("linear_forward")
     if fused is not None and fused.takes(hidden, weight):
         return ForwardWithoutLogits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -286,3 +288,22 @@ def test_forward_mode_of_statistics_is_refused():
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(function, (batch.hidden,), (torch.ones_like(batch.hidden),))
+
+
+@pytest.mark.parametrize("name", ["logits", "linear"])
+def test_a_loss_that_nobody_uses_frees_its_gradients_at_once(name, emulated_cuda):
+    """Without a backward pass either, and without a collection of garbage."""
+    targets, weight = torch.randint(0, 5, (2, 2, 3)), torch.randn(5, 4, requires_grad=True)
+    hidden = torch.randn(2, 2, 3, 4, requires_grad=True)
+    gc.disable()
+    try:
+        if name == "linear":
+            loss = linear_cpo_loss(hidden, weight, targets, backend="torch").loss
+        else:
+            loss = cpo_loss(hidden @ weight.T, targets, backend="cuda").loss
+        gradient = weakref.ref(next(grad for grad in loss.grad_fn.result.grads if grad is not None))
+        assert gradient() is not None
+        del loss
+        assert gradient() is None
+    finally:
+        gc.enable()

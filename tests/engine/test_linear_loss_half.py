@@ -20,7 +20,7 @@ from problems import (
 )
 from tolerance import relative_error
 
-from cpo_kernels import linear_cpo_loss, linear_sequence_loss, plan
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_sequence_loss, plan
 
 
 @pytest.mark.parametrize("length_normalized", [False, True])
@@ -51,6 +51,27 @@ def test_float16_gradient_of_a_plain_sum_over_many_groups_does_not_overflow():
     linear_sequence_loss(hidden, weight, targets, lambda logps, groups: -logps.sum()).backward()
     expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3]).unsqueeze(1).expand(3, 4) * (G * T)
     torch.testing.assert_close(weight.grad.float(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("needs_bias", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_coefficients_and_hidden_states_whose_product_overflows(backend, needs_bias):
+    """Every word is nearly certain, so that a large coefficient times a large hidden state has a small gradient."""
+    targets = torch.arange(4).view(1, 1, 4)
+    hidden = (torch.eye(4, 8) * 32).view(1, 1, 4, 8).half().requires_grad_()
+    weight = (torch.eye(5, 8) / 4).half().requires_grad_()
+    bias = torch.zeros(5).half().requires_grad_() if needs_bias else None
+    leaves = [t for t in (hidden, weight, bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    logits = exact[0] @ exact[1].T + (exact[2] if needs_bias else 0.0)
+    logps = logits.log_softmax(-1).gather(-1, targets[..., None]).sum()
+    expected = torch.autograd.grad(logps * 8192, exact)
+    head = {"bias": bias, "backend": backend}
+    own = linear_sequence_loss(hidden, weight, targets, lambda logps, groups: logps.sum() * 8192, **head)
+    fused = linear_sequence_logps(hidden, weight, targets, **head).sum()
+    for loss in (fused * 8192, own):
+        for grad, wanted in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+            assert relative_error(grad, wanted) < 8 * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
