@@ -78,7 +78,9 @@ class BesideTheNextProduct(LinearHead):
 
     def log_probabilities(self, blocks: list[Block], workspace: Any, out: Tensor) -> None:
         """Run products on the current stream and row kernels on another, in two parts of the workspace."""
-        side, rows = SideStream(self.hidden.device), max((block.num_rows for block in blocks), default=1)
+        if not blocks:
+            return
+        side, rows = SideStream(self.hidden.device), max(block.num_rows for block in blocks)
         parts, marks = -(-workspace.shape[0] // rows), list[Any]()
         try:
             for index, block in enumerate(blocks):

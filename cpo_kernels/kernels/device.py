@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -139,8 +140,8 @@ def made_current(device: torch.device) -> contextlib.AbstractContextManager[Any]
 
 
 @cache
-def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of a GPU for work beside that of the current one."""
+def second_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """Return the stream of a GPU for work beside that of the current one; no other thread launches on it."""
     return torch.cuda.Stream(device)
 
 
@@ -148,7 +149,7 @@ class SideStream:
     """Work on a GPU beside that of the current stream, which joins it at the end; capturable in a CUDA graph."""
 
     def __init__(self, device: torch.device) -> None:
-        self.main, self.side = torch.cuda.current_stream(device), second_stream(device)
+        self.main, self.side = torch.cuda.current_stream(device), second_stream(device, get_ident())
 
     @contextlib.contextmanager
     def beside(self) -> Iterator[None]:
