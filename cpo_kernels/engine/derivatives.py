@@ -1,4 +1,4 @@
-"""Errors for the derivatives that the fused functions lack: second order and forward mode."""
+"""Errors for the derivatives that the fused functions lack: second order, forward mode, transforms of torch.func."""
 
 from __future__ import annotations
 
@@ -44,9 +44,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise ``NotImplementedError`` where forward-mode differentiation is asked of a fused head."""
+    """Raise ``NotImplementedError`` where forward mode or a transform of ``torch.func`` is asked of a fused head."""
     if has_tangent(*tensors):
         raise NotImplementedError(
             "a fused head has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); take "
             "token_logps, sequence_logps or cpo_loss of hidden @ weight.T, which have one"
+        )
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "transforms of torch.func do not reach inside a fused head: take torch.autograd for its gradient, or "
+            "token_logps, sequence_logps or cpo_loss of hidden @ weight.T"
         )

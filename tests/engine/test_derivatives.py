@@ -307,3 +307,16 @@ def test_a_loss_that_nobody_uses_frees_its_gradients_at_once(name, emulated_cuda
         assert gradient() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.vmap])
+@pytest.mark.parametrize("name", LINEAR)
+def test_transforms_of_torch_func_are_refused_in_a_sentence(name, transform):
+    batch = Batch()
+
+    def function(hidden: Tensor) -> Tensor:
+        batch.hidden = hidden
+        return LINEAR[name](batch)
+
+    with pytest.raises(NotImplementedError, match=r"transforms of torch\.func do not reach inside a fused head"):
+        transform(function)(batch.hidden.detach())
