@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from tiny_language import (
@@ -123,7 +125,7 @@ def test_a_step_begins_as_likelihood_times_alpha_beta_and_length():
         )
     by_token = -sum(text_logps(policy)[TEXTS.index(t)] for t in truths) / sum(map(len, truths))
     factor = alpha * BETA * 0.5 * length + 1 - alpha
-    torch.testing.assert_close(gradient(loss, policy), factor * gradient(by_token, policy), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient(loss, policy), factor * gradient(by_token, policy), rtol=1e-9, atol=1e-12)
 
 
 def bigram_policy(table: Tensor) -> Tensor:
@@ -181,10 +183,28 @@ def test_without_a_reference_a_converged_model_is_flattened():
     close(got, BETA * (K + 1) * gradient((chance * share) @ logps[groups[:, 0]], policy))
     entropy = gradient(-(logps.exp() @ logps), policy)
     assert (got * entropy).sum() < -0.01 * got.norm() * entropy.norm()
-    # With data of another distribution, not even the direction is that of likelihood.
+    # With data of another distribution and more than a little beta, not even the direction is that of likelihood.
     data = random_distribution()
     got = gradient(expected_contrast(logps, groups, chances(groups, data, own(policy)), beta=1.0), policy)
     assert torch.cosine_similarity(got.flatten(), gradient(nll(policy, data), policy).flatten(), dim=0) < 0.999
+    got = gradient(expected_contrast(logps, groups, chances(groups, data, own(policy)), beta=1e-7), policy)
+    torch.testing.assert_close(got / 1e-7, K / (K + 1) * gradient(nll(policy, data), policy), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "factor"),
+    [
+        ({"margin": 0.7}, lambda K: BETA * K * math.exp(0.7) / (K * math.exp(0.7) + 1)),
+        ({"loss_type": "hinge"}, lambda _: BETA),
+        ({"loss_type": "ipo"}, lambda _: 1 / BETA),
+        ({"label_smoothing": 0.1}, lambda _: BETA * (1 / 2 - 0.1)),
+    ],
+)
+def test_other_options_have_another_factor(options, factor):
+    """A weight w of the negatives is a margin of log w (docs/training.md)."""
+    policy, data = random_policy(), random_distribution()
+    for K in (1, 2) if "margin" in options else (1,):
+        close(start(policy, data, own(policy), K, **options), factor(K) * gradient(nll(policy, data), policy))
 
 
 # Ranks

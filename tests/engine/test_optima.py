@@ -128,7 +128,9 @@ def test_batch_negatives_of_one_pool_compare_the_data_under_the_prompt_alone():
 # For what the formula does not hold: it has a gradient where the formula says that it has none
 
 
-@pytest.mark.parametrize("what", ["ranks", "margin", "label smoothing", "two kinds", "length", "ipo"])
+@pytest.mark.parametrize(
+    "what", ["ranks", "margin", "label smoothing", "two kinds", "length", "hinge", "ipo", "made of the truth"]
+)
 def test_what_has_another_optimum(what):
     data, negatives, ref = random_distribution(), random_distribution(), random_distribution()
     K = 2 if what in ("ranks", "two kinds") else 1
@@ -137,12 +139,16 @@ def test_what_has_another_optimum(what):
         "ranks": {"ranks": torch.arange(K + 1).expand(len(TEXTS) ** (K + 1), -1)},
         "margin": {"margin": 1.0},
         "label smoothing": {"label_smoothing": 0.1},
+        "hinge": {"loss_type": "hinge"},
         "ipo": {"loss_type": "ipo"},
     }.get(what, {})
     chance = chances(groups, data, negatives)
     if what == "two kinds":
         chance = data[groups[:, 0]] * negatives[groups[:, 1]] * ref[groups[:, 2]]
         negatives = (negatives + ref) / 2
+    if what == "made of the truth":
+        given = torch.randn(len(TEXTS), len(TEXTS), dtype=torch.float64).softmax(1)
+        chance, negatives = data[groups[:, 0]] * given[groups[:, 0], groups[:, 1]], data @ given
     there = policy_of(tilted((ref, 1.0), (data, 1 / beta), (negatives, -1 / beta))).requires_grad_()
     lengths = LENGTHS if what == "length" else 1.0
     logps, ref_logps = text_logps(there) / lengths, ref.log() / lengths
