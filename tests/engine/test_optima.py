@@ -71,8 +71,7 @@ def test_without_a_reference_the_optimum_has_none_and_own_negatives_make_it_flat
     close(found, torch.full_like(data, 1 / len(TEXTS)))
 
 
-@pytest.mark.parametrize("K", [1, 2])
-@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize(("K", "with_reference"), [(1, True), (1, False), (2, True)])
 def test_with_negatives_of_the_policy_training_stops_between_reference_and_data(K, with_reference):
     """Negatives drawn anew at every step: no loss is minimised, but gradients vanish at one place and lead there."""
     data, ref, beta, groups = random_distribution(), random_distribution(), 0.5, groups_of(K)
