@@ -10,9 +10,11 @@ import torch
 from trainer_runs import parameters, steps, trainer
 from trainer_steps import GIVEN, NONE, candidates, micro_batch
 
-from cpo_kernels import contrastive_loss
-from cpo_kernels.negatives import Completion
+from cpo_kernels import contrastive_loss, linear_token_statistics
+from cpo_kernels.negatives import Completion, token_seeds
+from cpo_kernels.negatives.endings import until_end
 from cpo_kernels.trainer.along_truth import Reading
+from cpo_kernels.trainer.negatives import Drawn
 
 pytestmark = pytest.mark.cpu
 
@@ -23,10 +25,56 @@ def test_mean_field_negatives_come_from_who_was_asked(tmp_path, source):
     word = tiny_models.tokenizer()("river")["input_ids"][0]
     sure, other = tiny_models.sure_of(tiny_models.llama(), word), tiny_models.llama(seed=1)
     model, reference = (sure, other) if source == "model" else (other, sure)
-    options = {"num_mean_field_negatives": 2, "mean_field_source": source, **NONE}
+    options = {"num_mean_field_negatives": 2, "mean_field_source": source, "mean_field_fraction": 1.0, **NONE}
     run = trainer(tmp_path, model, ref_model=reference, **options)
     for truth, *drawn in candidates(run, micro_batch(run, [0, 1, 2])):
         assert drawn == [[word] * len(truth)] * 2
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("source", ["model", "reference"])
+def test_mean_field_negatives_replace_a_share_and_keep_the_rest(tmp_path, source, fraction):
+    """The model that draws is sure of a word that no ground truth has, so what it replaced can be counted."""
+    words = tiny_models.tokenizer()
+    word = words("river")["input_ids"][0]
+    texts = ["sat", "sat on", "sat on the mat", "ran over the mat and sat", "ran and sat on the mat and the tree"]
+    data = [{"prompt": "the cat", "completion": " " + text} for text in texts]
+    sure, other = tiny_models.sure_of(tiny_models.llama(), word), tiny_models.llama(seed=1)
+    model, reference = (sure, other) if source == "model" else (other, sure)
+    options = {"num_mean_field_negatives": 3, "mean_field_source": source, "mean_field_fraction": fraction, **NONE}
+    run = trainer(tmp_path, model, data, ref_model=reference, **options)
+    for truth, *drawn in candidates(run, micro_batch(run, range(len(texts)))):
+        assert len(drawn) == 3 and truth[-1] == words.eos_token_id
+        for negative in drawn:
+            assert len(negative) == len(truth) and negative[-1] == truth[-1]
+            changed = [new for new, old in zip(negative, truth, strict=True) if new != old]
+            assert changed == [word] * max(1, round(fraction * (len(truth) - 1)))
+
+
+def test_a_mean_field_fraction_of_one_draws_what_it_always_drew(tmp_path):
+    """Held against one sample of every token of the reference's own rows, cut behind the first EOS."""
+    reference = tiny_models.llama(seed=1)
+    options = {"num_mean_field_negatives": 3, "mean_field_fraction": 1.0, **NONE}
+    run = trainer(tmp_path, ref_model=reference, **options)
+    for index, (truth, *drawn) in zip([4, 9], candidates(run, micro_batch(run, [4, 9])), strict=True):
+        prompt = run.train_dataset.prompts[index]
+        with torch.no_grad():
+            hidden = reference.model(torch.tensor([[*prompt, *truth]])).last_hidden_state[0, len(prompt) - 1 : -1]
+        seeds = token_seeds(run.args.seed, 0, index, len(truth))
+        targets = torch.tensor(truth)
+        out = linear_token_statistics(hidden, reference.lm_head.weight, targets, seed=seeds, num_samples=3)
+        assert drawn == [until_end(own, 2) for own in out.samples.T.tolist() if own != truth]
+
+
+def test_only_what_is_replaced_is_drawn(tmp_path):
+    run = trainer(tmp_path, num_mean_field_negatives=5, mean_field_fraction=0.5, num_truncation_negatives=2)
+    indices = [0, 3, 7]
+    truncations = [Drawn(run._negatives.sampler(run.train_dataset).draw(index, 0)) for index in indices]
+    readings = run._negatives._read(run.train_dataset, indices, 0, truncations)
+    for index, reading in zip(indices, readings, strict=True):
+        length = len(run.train_dataset.completions[index])
+        assert ((reading.samples >= 0).sum(1) == max(1, round(0.5 * (length - 1)))).all()
+        assert (reading.samples[:, -1] == -100).all()
 
 
 def test_mean_field_negatives_are_a_function_of_step_and_example(tmp_path):
@@ -169,25 +217,71 @@ def test_a_server_writes_in_place_of_the_model(tmp_path, monkeypatch):
 # Ranking
 
 
+def drawn_kinds(*kinds: str) -> dict:
+    return NONE | {f"num_{kind}_negatives": 3 for kind in kinds}
+
+
 @pytest.mark.parametrize("sharing", ["off", "required"])
-def test_negatives_ranked_by_mean_hidden_states_of_the_reference(tmp_path, sharing):
+@pytest.mark.parametrize(
+    ("examples", "counts"),
+    [
+        pytest.param(GIVEN, NONE, id="given"),
+        pytest.param(None, drawn_kinds("batch"), id="BNR"),
+        pytest.param(None, drawn_kinds("truncation"), id="TNR"),
+        pytest.param(None, drawn_kinds("mean_field"), id="MNR"),
+        pytest.param(None, drawn_kinds("autoregressive"), id="ANR"),
+        pytest.param(None, drawn_kinds("batch", "truncation", "mean_field", "autoregressive"), id="all"),
+    ],
+)
+def test_every_kind_is_ranked_by_mean_hidden_states_of_the_reference(tmp_path, examples, counts, sharing):
     reference = tiny_models.llama(seed=1)
-    run = trainer(tmp_path, examples=GIVEN, ref_model=reference, ranking="similarity", prefix_sharing=sharing, **NONE)
+    options = {"ranking": "similarity", "prefix_sharing": sharing, **counts}
+    run = trainer(tmp_path, examples=examples, ref_model=reference, **options)
     inputs = micro_batch(run, [0, 1])
     out = run._forward(run.model, inputs)
-    ranks = []
+    ranks, losses = [], []
+    scores = iter((out.rewards / 0.1).split([len(group) for group in candidates(run, inputs)]))
     for index, group in enumerate(candidates(run, inputs)):
         prompt = run.train_dataset.prompts[index]
         embeddings = []
         for completion in group:
             hidden = reference.model(torch.tensor([[*prompt, *completion[:-1]]])).last_hidden_state[0]
             embeddings.append(hidden[len(prompt) - 1 :].mean(0))
-        similarity = torch.cosine_similarity(embeddings[0], torch.stack(embeddings[1:]), dim=-1)
-        ranks += [0, *(1 + similarity.argsort(descending=True).argsort()).tolist()]
+        similarity = torch.cosine_similarity(embeddings[0], torch.stack(embeddings[1:]), dim=-1).tolist()
+        places = {}
+        for _, text in sorted(zip(similarity, map(tuple, group[1:]), strict=True), key=lambda own: -own[0]):
+            places.setdefault(text, len(places) + 1)
+        own = [0, *(places[tuple(negative)] for negative in group[1:])]
+        assert max(own) > 1, "something is ranked"
+        ranks += own
+        losses.append(contrastive_loss(next(scores)[None], ranks=torch.tensor([own]), beta=0.1))
     assert inputs["ranks"] == ranks
-    scores = out.rewards.reshape(2, 4) / 0.1
-    want = contrastive_loss(scores, ranks=torch.tensor(ranks).reshape(2, 4), beta=0.1)
-    torch.testing.assert_close(out.contrastive_loss, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.contrastive_loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-6)
+
+
+class WordEmbedder:
+    """In place of a sentence encoder: how often a text has each word of the tests' vocabulary, and one more for all."""
+
+    def __init__(self, name, device=None):
+        self.words = tiny_models.WORDS
+
+    def embed(self, texts):
+        return torch.tensor([[*(text.split().count(word) for word in self.words), 1.0] for text in texts])
+
+
+@pytest.mark.parametrize("kind", ["batch", "truncation", "mean_field", "autoregressive"])
+def test_every_kind_is_ranked_by_a_sentence_encoder(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("cpo_kernels.trainer.ranking.SentenceEmbedder", WordEmbedder)
+    run = trainer(tmp_path, ranking="similarity", embedding_model="words", **drawn_kinds(kind))
+    inputs = micro_batch(run, [0, 1, 2])
+    run._forward(run.model, inputs)
+    tokenizer, want = run.processing_class, []
+    for group in candidates(run, inputs):
+        vectors = WordEmbedder("words").embed(tokenizer.batch_decode(group, skip_special_tokens=True)).double()
+        likeness = [round(float(torch.cosine_similarity(vectors[0], own, dim=0)), 9) for own in vectors[1:]]
+        want += [0, *(1 + sorted(set(likeness), reverse=True).index(own) for own in likeness)]
+    assert inputs["ranks"] == want
+    assert max(want) > 1
 
 
 def test_similarity_orders_only_what_the_data_ranks_equal(tmp_path):
@@ -255,8 +349,9 @@ def test_models_stop_at_the_end_of_a_turn(tmp_path):
     model = tiny_models.sure_of(tiny_models.llama(vocab_size=len(tokenizer)), turn_end)
     kinds = {"num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "mean_field_source": "model", **NONE}
     run = trainer(tmp_path, model, TALKS, tokenizer=tokenizer, **kinds)
-    for _, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
-        assert mean_field == autoregressive == [turn_end]
+    for truth, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
+        assert autoregressive == [turn_end]
+        assert mean_field == [*truth[: len(mean_field) - 1], turn_end] and len(mean_field) < len(truth)
 
 
 def test_an_answer_of_nothing_is_contrasted_with_what_differs(tmp_path):
