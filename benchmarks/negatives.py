@@ -43,11 +43,14 @@ class Way:
         return self.name + OFF * (self.name != MLE and not self.shared)
 
 
-def contrasting(name: str, *, shared: bool = True, source: str = "reference", **counts: int) -> Way:
+def contrasting(
+    name: str, *, shared: bool = True, source: str = "reference", fraction: float = 0.25, **counts: int
+) -> Way:
     """Describe a step with so many negatives of each kind."""
     kinds = {f"num_{kind}_negatives": 0 for kind in ("batch", "truncation", "mean_field", "autoregressive")}
     options = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
-    options |= {"prefix_sharing": "required" if shared else "off", "mean_field_source": source}
+    options |= {"prefix_sharing": "required" if shared else "off"}
+    options |= {"mean_field_source": source, "mean_field_fraction": fraction}
     return Way(name, sum(counts.values()), options, shared)
 
 
@@ -65,6 +68,7 @@ WAYS = {
             contrasting(f"mean-field 1, by the {source}", mean_field=1, source=source)
             for source in ("reference", "model")
         ),
+        *(contrasting(f"mean-field 1, c = {c}", mean_field=1, fraction=c) for c in (0.1, 0.5, 1.0)),
         contrasting("autoregressive 1", autoregressive=1),
     ],
 }

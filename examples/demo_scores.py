@@ -62,16 +62,18 @@ def every_negative(model: nn.Module, examples: TokenizedExamples, eos: int) -> l
 
 def draw(model: nn.Module, examples: TokenizedExamples, start: int, count: int, eos: int) -> list[list[list[int]]]:
     """Mean-field negatives of ``count`` examples from ``start`` on, from one forward pass along their ground truths."""
-    batch, seeds = ContrastBatch(eos, eos), []
-    for index in range(len(examples))[start : start + count]:
+    batch, indices = ContrastBatch(eos, eos), range(len(examples))[start : start + count]
+    for index in indices:
         batch.add_group(examples.prompts[index], examples.completions[index])
-        seeds.append(token_seeds(SEED, 0, index, len(examples.completions[index])))
+    truths = [examples.completions[index] for index in indices]
+    lengths = [len(truth) for truth in truths]
     inputs = batch.tensors()
     model.eval()
     hidden = model.base_model(**body_inputs(inputs)).last_hidden_state.flatten(0, 1)[inputs["rows"]]
-    options = {"seeds": torch.cat(seeds), "count": HELD_OUT_NEGATIVES}
+    options = {"seeds": token_seeds(SEED, 0, indices, lengths), "count": HELD_OUT_NEGATIVES}
+    options |= {"eos_token_id": eos, "cu_tokens": inputs["cu_tokens"]}
     samples = mean_field_negatives(hidden, model.lm_head.weight, inputs["targets"], **options).samples
-    return [finish(own, eos) for own in samples.split([len(own) for own in seeds], dim=1)]
+    return [finish(own, truth, eos) for own, truth in zip(samples.split(lengths, dim=1), truths, strict=True)]
 
 
 def write(model: nn.Module, prompts: list[list[int]], count: int, eos: int) -> list[list[list[int]]]:

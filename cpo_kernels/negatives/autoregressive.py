@@ -104,9 +104,7 @@ def autoregressive_negatives(
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty; the first token of a completion needs a row that predicts it")
     _check_positions(model, max(map(len, prompts), default=0), sampling.max_new_tokens)
-    seeds = [
-        token_seeds(sampling.seed, 0, index if keys is None else keys[index], count) for index in range(len(prompts))
-    ]
+    seeds = token_seeds(sampling.seed, 0, range(len(prompts)) if keys is None else keys, count).tolist()
     # By length, so that a batch has little padding; the longest first, so that running out of memory happens early.
     jobs = [(index, sample) for index in range(len(prompts)) for sample in range(count)]
     jobs.sort(key=lambda job: -len(prompts[job[0]]))
@@ -120,7 +118,7 @@ def autoregressive_negatives(
         for batch in batches:
             # A process without prompts generates for any prompt, in step with the other processes' batches.
             texts = [prompts[index] for index, _ in batch] or [ends[:1]]
-            keyed = torch.tensor([seeds[index][sample] for index, sample in batch] or [0], device="cpu")
+            keyed = torch.tensor([seeds[index * count + sample] for index, sample in batch] or [0], device="cpu")
             drawn = _generate(model, texts, keyed, sampling, **options)
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 completions[index][sample] = completion

@@ -124,7 +124,7 @@ KINDS = {
         ),
         Kind(
             "mean_field",
-            "every token drawn independently, along the ground truth",
+            "the ground truth with a random share of its tokens drawn anew, each given the true ones before it",
             "one more sequence, and for all of them one forward pass over the ground truths",
             by_model=True,
         ),

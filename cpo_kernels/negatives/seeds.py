@@ -13,6 +13,7 @@ They hash their keys in different ways only because recorded runs have to stay r
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -34,18 +35,28 @@ def chosen(seed: int, total: int, count: int) -> list[int]:
     return list(range(total)) if count >= total else sorted(Random(seed).sample(range(total), count))
 
 
-def token_seeds(seed: int, step: int, example: int, length: int) -> Tensor:
-    """Derive seeds (length,), int64 on the CPU, for the tokens of an example; all bits of them are mixed.
+def token_seeds(seed: int, step: int, example: int | Sequence[int], length: int | Sequence[int]) -> Tensor:
+    """Derive seeds (N,), int64 on the CPU, for the N tokens of one or more examples; all bits of them are mixed.
 
     Args:
         seed: any integer.
         step: step of training, any integer; -1, say, for an evaluation.
-        example: index of the example, any integer.
-        length: tokens of the ground truth; the seeds of a longer one begin with those of a shorter one.
+        example: index of the example, any integer, or those of several, whose seeds come one after the other.
+        length: tokens of a ground truth, or of each; the seeds of a longer one begin with those of a shorter one.
+
+    Raises:
+        ValueError: another number of lengths than of examples.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{example}".encode(), digest_size=8).digest()
-    key = torch.tensor(int.from_bytes(digest, "little", signed=True), device="cpu")
-    return counter_random.counted(key, torch.arange(length, device="cpu"))
+    examples = example if isinstance(example, Sequence) else [example]
+    lengths = length if isinstance(length, Sequence) else [length] * len(examples)
+    if len(lengths) != len(examples):
+        raise ValueError(f"expected one length for each of {len(examples)} examples, got {len(lengths)}")
+    digests = [hashlib.blake2b(f"{seed}/{step}/{index}".encode(), digest_size=8).digest() for index in examples]
+    keys = [int.from_bytes(digest, "little", signed=True) for digest in digests]
+    repeats = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    firsts = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    key = torch.tensor(keys, dtype=torch.int64, device="cpu").repeat_interleave(repeats)
+    return counter_random.counted(key, torch.arange(len(key), device="cpu") - firsts)
 
 
 def pass_seed(seed: int, number: int) -> int:

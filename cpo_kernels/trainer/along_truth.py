@@ -24,6 +24,7 @@ class Passage:
     Args:
         prompt, completion: token ids.
         seeds: (T,) int64, one for each token of the completion.
+        drawn: (count, T) bool, the tokens to draw; None, in all passages of a pass, for all tokens.
         conditioned_on: (T,) token ids that the model sees in place of the completion's.
         cuts: truncations of the completion, whose log-likelihoods are computed too.
     """
@@ -31,6 +32,7 @@ class Passage:
     prompt: Sequence[int]
     completion: Sequence[int]
     seeds: Tensor
+    drawn: Tensor | None = None
     conditioned_on: Sequence[int] | None = None
     cuts: Sequence[int] = ()
 
@@ -40,7 +42,8 @@ class Reading:
     """The results of one forward pass over a passage.
 
     Attributes:
-        samples: (count, T) int64 on the CPU, each token drawn from the next-token distribution at its place.
+        samples: (count, T) int64 on the CPU, each token drawn from the next-token distribution at its place; -100 where
+            none is to be drawn, or none can be.
         logp: log-likelihood of the completion, nats.
         cut_logps: log-likelihoods of its truncations, nats.
     """
@@ -79,11 +82,14 @@ def read(
     places = torch.tensor(ends, dtype=torch.int64, device=device)
     last_tokens = [end_of(passage.completion, eos_token_id) for passage in passages for _ in passage.cuts]
     seeds = torch.cat([passage.seeds for passage in passages]).to(device)
+    masks = [passage.drawn.T for passage in passages if passage.drawn is not None]
+    nothing = torch.zeros((len(ends), count), dtype=torch.bool, device="cpu")
     request = StatisticsRequest(
         torch.cat([inputs["targets"], places.new_tensor(last_tokens)]),
         torch.cat([inputs["rows"], inputs["rows"][places]]),
         seed=torch.cat([seeds, torch.zeros_like(places)]),
         num_samples=count,
+        sample_mask=torch.cat([*masks, nothing]).to(device) if masks else None,
         **head,
     )
     out = model(**body_inputs(inputs), linear_loss=request)
@@ -102,7 +108,9 @@ def read(
 def scheduled_conditions(
     model: nn.Module,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-    keys: Sequence[tuple[int, int, int]],
+    seed: int,
+    step: int,
+    indices: Sequence[int],
     probability: float,
     passes: int,
     eos_token_id: int | Sequence[int],
@@ -117,7 +125,7 @@ def scheduled_conditions(
     Args:
         model: a model with :func:`~cpo_kernels.attach_linear_loss`, in evaluation mode.
         texts: prompt and completion of each example.
-        keys: (seed, step, example) of each example, on which alone the draws depend.
+        seed, step, indices: of each example the draws depend on these two and on its index alone.
         probability: probability that a token is replaced.
         passes: number of sampling passes.
         eos_token_id: the token that ends a completion, or every one that may.
@@ -125,17 +133,21 @@ def scheduled_conditions(
         device: device of the model.
     """
     conditions = [list(completion) for _, completion in texts]
+    lengths = [len(completion) for _, completion in texts]
     for number in range(passes):
+        seeds = token_seeds(pass_seed(seed, number), step, indices, lengths).split(lengths)
+        generators = [generator((seed, step, index), number) for index in indices]
+        chosen = [
+            torch.tensor([[rng.random() < probability for _ in range(length)]], device="cpu")
+            for rng, length in zip(generators, lengths, strict=True)
+        ]
         passages = [
-            Passage(prompt, completion, token_seeds(pass_seed(seed, number), step, index, len(completion)), condition)
-            for (prompt, completion), (seed, step, index), condition in zip(texts, keys, conditions, strict=True)
+            Passage(prompt, completion, own, drawn, conditioned_on=condition)
+            for (prompt, completion), own, drawn, condition in zip(texts, seeds, chosen, conditions, strict=True)
         ]
         readings = read(model, passages, 1, eos_token_id, head, device)
-        for i, ((_, completion), key) in enumerate(zip(texts, keys, strict=True)):
-            rng = generator(key, number)
-            conditions[i] = [
-                # -100: a model whose logits are NaN draws nothing
-                new if rng.random() < probability and new >= 0 else old
-                for new, old in zip(readings[i].samples[0].tolist(), completion, strict=True)
-            ]
+        conditions = [
+            [old if new < 0 else new for new, old in zip(reading.samples[0].tolist(), completion, strict=True)]
+            for reading, (_, completion) in zip(readings, texts, strict=True)
+        ]
     return conditions

@@ -79,7 +79,9 @@ class BatchBuilder:
             return scheduled_conditions(
                 model,
                 [(examples.prompts[index], examples.completions[index]) for index in indices],
-                [(self.negatives.seed, step, index) for index in indices],
+                self.negatives.seed,
+                step,
+                indices,
                 self.config.scheduled_sampling_probability,
                 self.config.scheduled_sampling_passes,
                 self.negatives.ends,

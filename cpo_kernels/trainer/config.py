@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.kinds import counted_kinds
+from cpo_kernels.negatives.mean_field import DEFAULT_FRACTION, check_fraction
 from cpo_kernels.negatives.redaction import is_secret, without_secrets
 from cpo_kernels.options import Objective
 
@@ -130,6 +131,11 @@ class CPOConfig(TrainingArguments):
     mean_field_source: str | None = _option(
         None,
         "Who draws mean-field negatives: reference, or model, the trained one. None: reference where it is frozen.",
+    )
+    mean_field_fraction: float = _option(
+        DEFAULT_FRACTION,
+        "The share of the ground truth's tokens, in (0, 1], that a mean-field negative replaces: at least one, and "
+        "never the token that ends it. 1: every token, that end too.",
     )
     autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
@@ -355,6 +361,7 @@ class CPOConfig(TrainingArguments):
         for kind, weight in self.negative_weights.items():
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(f"{kind}_weight must be a positive number, got {weight}")
+        check_fraction(self.mean_field_fraction)
         self._check_pairs({kind.name: counts[name] or 0 for name, kind in counted_kinds().items()})
         self._check_autoregressive()
         self._check_reference()

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from cpo_kernels.negatives import Negative, finish, is_wrong
 from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.kinds import Task, counted_kinds
+from cpo_kernels.negatives.mean_field import replaced_positions
 from cpo_kernels.negatives.seeds import generator, token_seeds
 
 from .along_truth import Passage, Reading, read
@@ -171,7 +172,8 @@ class Negatives:
             readings = self._read(examples, indices, step, drawn)
             if self._reads_with_reference:
                 drawn = [with_reference(own, reading) for own, reading in zip(drawn, readings, strict=True)]
-            texts = [finish(reading.samples, self.ends) for reading in readings]
+            truths = [examples.completions[index] for index in indices]
+            texts = [finish(own.samples, truth, self.ends) for own, truth in zip(readings, truths, strict=True)]
             self._add(drawn, "mean_field", texts, examples, indices, sampler)
         if self.config.num_autoregressive_negatives:
             texts = self._autoregressive(examples, indices, step)
@@ -223,13 +225,24 @@ class Negatives:
         self, examples: TokenizedExamples, indices: Sequence[int], step: int, drawn: Sequence[Drawn]
     ) -> list[Reading]:
         """Read the ground truths and, in the same rows, their truncations, in one forward pass."""
-        passages = []
-        for index, own in zip(indices, drawn, strict=True):
-            completion = examples.completions[index]
-            seeds = token_seeds(self.seed, step, index, len(completion))
-            cuts = [negative.cut for negative in own.negatives if negative.cut is not None]
-            passages.append(Passage(examples.prompts[index], completion, seeds, cuts=cuts))
         count, sources = self.config.num_mean_field_negatives, self.sources
+        completions = [examples.completions[index] for index in indices]
+        lengths = [len(completion) for completion in completions]
+        seeds = token_seeds(self.seed, step, indices, lengths)
+        chosen = replaced_positions(seeds, completions, self.ends, count, self.config.mean_field_fraction)
+        masks = [None] * len(indices) if chosen is None else chosen.split(lengths, dim=1)
+        passages = [
+            Passage(
+                examples.prompts[index],
+                completion,
+                own_seeds,
+                mask,
+                cuts=[negative.cut for negative in own.negatives if negative.cut is not None],
+            )
+            for index, completion, own_seeds, mask, own in zip(
+                indices, completions, seeds.split(lengths), masks, drawn, strict=True
+            )
+        ]
         with sources.asking(str(self.config.mean_field_source)) as model:
             return read(model, passages, count, self.ends, sources.head, sources.device)
 

@@ -47,6 +47,8 @@ class Ranking:
             return
         tokens = [list(segment.tokens) for segment in batch.segments]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        # A candidate that ends at once is embedded by its end: the embedding of no text may have no direction.
+        texts = [text if text.strip() else self.tokenizer.decode(ids) for text, ids in zip(texts, tokens, strict=True)]
         inputs["ranks"] = ranks_by_similarity(self._embedder.embed(texts), inputs)
 
     def rank_written(

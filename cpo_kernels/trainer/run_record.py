@@ -39,6 +39,8 @@ READS_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")
 EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 # The length of a run may be changed on purpose; a change is reported, because the learning rate depends on it.
 STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
+# What a run did whose record lacks a setting of ours, and the setting without which that has no meaning.
+ADDED = {"settings.mean_field_fraction": (1.0, "settings.num_mean_field_negatives")}
 MODELS = {
     "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct "
     "CPOTrainer with the model that the run began with, or pass it as ref_model",
@@ -141,6 +143,9 @@ def differences(
         if before.get(name) is not None and now.get(name) is not None and before[name] != now[name]:
             changed.append(text.format(checkpoint=checkpoint))
     old, new = _entries(before), _entries(now)
+    for name, (value, condition) in ADDED.items():
+        if old.get(condition):
+            old.setdefault(name, value)
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name] or (name == EPOCHS and old[STEPS] > 0 and new[STEPS] > 0):
             continue

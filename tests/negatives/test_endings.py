@@ -80,7 +80,7 @@ def test_a_truncation_is_never_the_whole_answer_and_ends_as_it_does(end):
 
 def test_drawn_sequences_stop_at_any_end():
     samples = torch.tensor([[3, OTHER, 5], [TURN_END, 4, 5], [3, 4, 5], [3, -100, EOS]])
-    assert finish(samples, ENDS) == [[3, OTHER], [TURN_END], [3, 4, 5], [3]]
+    assert finish(samples, [6, 7, EOS], ENDS) == [[3, OTHER], [TURN_END], [3, 4, 5], [3, 7, EOS]]
 
 
 def test_generation_stops_at_any_end():

@@ -136,7 +136,9 @@ def test_a_weighted_mixture_in_a_plain_loop():
     with torch.no_grad():
         hidden = model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0, last:-1]
     seeds = token_seeds(0, 0, 0, len(completion))
-    drawn = mean_field_negatives(hidden, model.lm_head.weight, torch.tensor(completion), seeds=seeds, count=2)
+    drawn = mean_field_negatives(
+        hidden, model.lm_head.weight, torch.tensor(completion), seeds=seeds, count=2, eos_token_id=EOS
+    )
     own = autoregressive_negatives(
         model, [prompt], 3, eos_token_id=EOS, pad_token_id=0, sampling=Sampling(max_new_tokens=6)
     )[0]
@@ -146,7 +148,9 @@ def test_a_weighted_mixture_in_a_plain_loop():
         "truncation": [
             truncate(completion, completion, cut, EOS)[0] for cut in truncation_negatives(completion, EOS, 2, Random(0))
         ],
-        "mean_field": [negative for negative in finish(drawn.samples, EOS) if is_wrong(negative, completion)],
+        "mean_field": [
+            negative for negative in finish(drawn.samples, completion, EOS) if is_wrong(negative, completion)
+        ],
         "autoregressive": [negative for negative in own if is_wrong(negative, completion)],
     }
     assert all(negatives.values())

@@ -324,6 +324,15 @@ def test_only_what_both_records_say_is_compared():
     assert differences(before, now | {"processes": 1}) == (["processes: 2 before, 1 now"], [])
 
 
+def test_a_run_older_than_the_mean_field_fraction_replaced_every_token():
+    before, now = ({"settings": {"num_mean_field_negatives": 2} | own} for own in ({}, {"mean_field_fraction": 0.25}))
+    assert differences(before, now) == (["mean_field_fraction: 1.0 before, 0.25 now"], [])
+    now["settings"]["mean_field_fraction"] = 1
+    assert differences(before, now) == ([], [])
+    without = {"num_mean_field_negatives": 0}
+    assert differences({"settings": without}, {"settings": without | {"mean_field_fraction": 0.25}}) == ([], [])
+
+
 # Files
 
 

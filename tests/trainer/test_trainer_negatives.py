@@ -1,4 +1,4 @@
-"""Negatives in training: who draws, writes and ranks them, and when."""
+"""Negatives in training: who writes them, and when, and where they end."""
 
 from __future__ import annotations
 
@@ -8,33 +8,11 @@ import pytest
 import tiny_models
 import torch
 from trainer_runs import parameters, steps, trainer
-from trainer_steps import GIVEN, NONE, candidates, micro_batch
+from trainer_steps import NONE, candidates, micro_batch
 
-from cpo_kernels import contrastive_loss
 from cpo_kernels.negatives import Completion
-from cpo_kernels.trainer.along_truth import Reading
 
 pytestmark = pytest.mark.cpu
-
-
-@pytest.mark.parametrize("source", ["model", "reference"])
-def test_mean_field_negatives_come_from_who_was_asked(tmp_path, source):
-    """One of the two is sure of a single word after anything: its negatives are that word over and over."""
-    word = tiny_models.tokenizer()("river")["input_ids"][0]
-    sure, other = tiny_models.sure_of(tiny_models.llama(), word), tiny_models.llama(seed=1)
-    model, reference = (sure, other) if source == "model" else (other, sure)
-    options = {"num_mean_field_negatives": 2, "mean_field_source": source, **NONE}
-    run = trainer(tmp_path, model, ref_model=reference, **options)
-    for truth, *drawn in candidates(run, micro_batch(run, [0, 1, 2])):
-        assert drawn == [[word] * len(truth)] * 2
-
-
-def test_mean_field_negatives_are_a_function_of_step_and_example(tmp_path):
-    run = trainer(tmp_path, num_mean_field_negatives=2, **NONE)
-    alone = candidates(run, micro_batch(run, [5]))[0]
-    assert candidates(run, micro_batch(run, [1, 5, 2]))[1] == alone
-    run.state.global_step = 1
-    assert candidates(run, micro_batch(run, [5]))[0] != alone
 
 
 def test_drawing_leaves_generators_and_modes_alone(tmp_path):
@@ -49,38 +27,6 @@ def test_drawing_leaves_generators_and_modes_alone(tmp_path):
     assert all(module.training for module in run.model.modules())
     run._negatives.store.negatives.clear()
     assert candidates(run, micro_batch(run, [0, 1])) == first, "dropout takes no part"
-
-
-def test_a_draw_equal_to_the_truth_alone_has_no_gradient(tmp_path, monkeypatch):
-    run = trainer(tmp_path, num_mean_field_negatives=2, alpha=1.0, **NONE)
-    truth = run.train_dataset.completions[0]
-    reading = Reading(torch.tensor([truth, truth]), logp=0.0, cut_logps=[])
-    monkeypatch.setattr(run._negatives, "_read", lambda *_: [reading])
-    monkeypatch.setattr(type(run._negatives), "_reads_with_reference", False)
-    inputs = micro_batch(run, [0])
-    assert candidates(run, inputs) == [[truth, truth]]
-    run._forward(run.model, inputs).loss.backward()
-    assert max(p.grad.abs().max() for p in run.model.parameters()) < 1e-6
-
-
-@pytest.mark.parametrize("sharing", ["off", "required"])
-def test_the_reference_reads_no_ground_truth_twice(tmp_path, sharing):
-    """The pass that draws gives the log-likelihoods of ground truths and truncations, which are those of a full one."""
-    options = {"num_mean_field_negatives": 2, "num_batch_negatives": 1, "num_truncation_negatives": 2}
-    options |= {"prefix_sharing": sharing, "ref_model": tiny_models.llama(seed=1)}
-    run = trainer(tmp_path, mean_field_source="reference", **options)
-    rows = []
-    run.ref_model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(kwargs["input_ids"]), with_kwargs=True
-    )
-    inputs = micro_batch(run, [0, 3, 5])
-    got = run._reference_logps(inputs)
-    drawn, rest = rows
-    assert drawn.shape[0] == 3
-    assert rest.shape[0] == 3 * 3 or sharing == "required"
-    without = {name: value for name, value in inputs.items() if name not in ("ref_logps", "unknown", "unread")}
-    torch.testing.assert_close(got, run._reference_logps(without), rtol=1e-5, atol=1e-5)
-    assert rows[-1].numel() > rest.numel()
 
 
 # Autoregressive
@@ -166,38 +112,6 @@ def test_a_server_writes_in_place_of_the_model(tmp_path, monkeypatch):
     assert asked[1] == [example["prompt"] for example in tiny_models.examples(2)]
 
 
-# Ranking
-
-
-@pytest.mark.parametrize("sharing", ["off", "required"])
-def test_negatives_ranked_by_mean_hidden_states_of_the_reference(tmp_path, sharing):
-    reference = tiny_models.llama(seed=1)
-    run = trainer(tmp_path, examples=GIVEN, ref_model=reference, ranking="similarity", prefix_sharing=sharing, **NONE)
-    inputs = micro_batch(run, [0, 1])
-    out = run._forward(run.model, inputs)
-    ranks = []
-    for index, group in enumerate(candidates(run, inputs)):
-        prompt = run.train_dataset.prompts[index]
-        embeddings = []
-        for completion in group:
-            hidden = reference.model(torch.tensor([[*prompt, *completion[:-1]]])).last_hidden_state[0]
-            embeddings.append(hidden[len(prompt) - 1 :].mean(0))
-        similarity = torch.cosine_similarity(embeddings[0], torch.stack(embeddings[1:]), dim=-1)
-        ranks += [0, *(1 + similarity.argsort(descending=True).argsort()).tolist()]
-    assert inputs["ranks"] == ranks
-    scores = out.rewards.reshape(2, 4) / 0.1
-    want = contrastive_loss(scores, ranks=torch.tensor(ranks).reshape(2, 4), beta=0.1)
-    torch.testing.assert_close(out.contrastive_loss, want, rtol=1e-5, atol=1e-6)
-
-
-def test_similarity_orders_only_what_the_data_ranks_equal(tmp_path):
-    examples = [example | {"ranks": [0, 2, 1]} for example in GIVEN]
-    run = trainer(tmp_path, examples=examples, ranking="similarity", **NONE)
-    inputs = micro_batch(run, [0, 1])
-    run._forward(run.model, inputs)
-    assert inputs["ranks"] == [0, 0, 2, 1] * 2
-
-
 # Logs
 
 
@@ -255,8 +169,9 @@ def test_models_stop_at_the_end_of_a_turn(tmp_path):
     model = tiny_models.sure_of(tiny_models.llama(vocab_size=len(tokenizer)), turn_end)
     kinds = {"num_mean_field_negatives": 1, "num_autoregressive_negatives": 1, "mean_field_source": "model", **NONE}
     run = trainer(tmp_path, model, TALKS, tokenizer=tokenizer, **kinds)
-    for _, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
-        assert mean_field == autoregressive == [turn_end]
+    for truth, mean_field, autoregressive in candidates(run, micro_batch(run, [0, 2])):
+        assert autoregressive == [turn_end]
+        assert mean_field == [*truth[: len(mean_field) - 1], turn_end] and len(mean_field) < len(truth)
 
 
 def test_an_answer_of_nothing_is_contrasted_with_what_differs(tmp_path):

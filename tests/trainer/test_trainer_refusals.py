@@ -23,6 +23,8 @@ pytestmark = pytest.mark.cpu
             {"mean_field_source": "reference", "reference": "none", "num_mean_field_negatives": 1},
             "needs reference='froz",
         ),
+        ({"mean_field_fraction": 0.0}, r"mean_field_fraction must be in \(0, 1\], got 0.0"),
+        ({"mean_field_fraction": 1.25}, r"mean_field_fraction must be in \(0, 1\], got 1.25"),
         ({"reference": "precomputed", "num_mean_field_negatives": 1}, "num_mean_field_negatives=1 makes new ones"),
         ({"autoregressive_top_p": 0.0}, r"autoregressive_top_p must be in \(0, 1\], got 0.0"),
         ({"autoregressive_every": 0}, "autoregressive_every must be at least 1, got 0"),
