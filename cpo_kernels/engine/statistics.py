@@ -64,9 +64,9 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """Compute log-probabilities under ``hidden @ weight.T`` and, on request, entropies and samples of each token.
 
-    Every sample is drawn independently of the others and of the target: a whole sequence of them is a mean-field
-    negative (Feng et al. 2025). All samples come from one product: Triton's fused kernel writes no logits, elsewhere
-    they fill one buffer at a time.
+    Every sample is drawn independently of the others and of the target; put in place of some of the targets, they make
+    a mean-field negative (Feng et al. 2025). All samples come from one product: Triton's fused kernel writes no logits,
+    elsewhere they fill one buffer at a time.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 (or float64 on the torch backend).
