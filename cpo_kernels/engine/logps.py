@@ -44,7 +44,8 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     logps = linear.hidden.new_empty(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
     if not any(call.needs):
         linear.log_probabilities(blocks, workspace, logps)
-    for block in blocks if any(call.needs) else ():
+        blocks = []
+    for block in blocks:
         done = linear.forward(block, workspace, keep=keep or call.scales_rows)
         logps[block.order] = done.logps
         if unscaled is not None:

@@ -145,7 +145,8 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
         waiting = list[tuple[Block, Forward]]()
         if not needs_any:
             linear.log_probabilities(blocks, workspace, logps)
-        for block in blocks if needs_any else ():
+            blocks = []
+        for block in blocks:
             forward = linear.forward(block, workspace, keep=not chunk.recomputed)
             run_all(checks)
             logps[block.order] = forward.logps
@@ -165,9 +166,10 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
             linear.backend.scale_rows_(grads.hidden, tokens.device_rows, tokens.targets, coef)
         for block, forward in waiting:
             done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
-            kept: Kept | None = gradient(linear, block, done, coef[block.order])
-            if loss.filters is not None and kept is not None:
-                kept = loss.filters.compact(linear.backend, block, kept.dlogits, coef[block.order])
+            kept: Kept | None
+            kept = whole = gradient(linear, block, done, coef[block.order])
+            if loss.filters is not None:
+                kept = loss.filters.compact(linear.backend, block, whole.dlogits, coef[block.order])
             if kept is not None:
                 grads.add(kept)
     return sums[0] if len(sums) == 1 else torch.cat(sums), grads

@@ -76,7 +76,9 @@ def test_number_of_products(backend, case, layout):
         rows = planned.num_rows  # a row shared by two groups is in both of their chunks
     assert counter.products(rows, problem.weight) == pytest.approx(expected)
     if case.startswith("recomputed"):
-        assert counter.largest_row_count(problem.weight) <= 2
+        assert counter.largest_row_count(problem.weight) == planned.rows_held
+        # A copy of hidden states may take the place of a row of logits where no group has to be held together.
+        assert planned.rows_held == 2 or (expected == 2 and planned.rows_held == 1)
 
 
 def test_rows_in_use_are_views_where_they_are_consecutive():
