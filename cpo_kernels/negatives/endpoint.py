@@ -120,16 +120,18 @@ class Endpoint:
             task = asyncio.current_task()
             assert task is not None
             running.append((asyncio.get_running_loop(), task))
+            async with self._client() as client:
+                await asyncio.gather(*(work(client) for _ in range(min(self.workers, len(jobs)))))
+
+        def run() -> None:
             try:
-                async with self._client() as client:
-                    await asyncio.gather(*(work(client) for _ in range(min(self.workers, len(jobs)))))
-            except BaseException as error:
+                asyncio.run(work_together())
+            except BaseException as error:  # a loop that cannot start, or that ends while the interpreter does
                 failures.append(error)
             finally:
                 answers.put(None)
 
-        thread = threading.Thread(target=lambda: asyncio.run(work_together()), daemon=True)
-        thread.start()
+        threading.Thread(target=run, daemon=True).start()
         try:
             while (answer := answers.get()) is not None:
                 yield answer

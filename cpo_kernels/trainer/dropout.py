@@ -41,7 +41,8 @@ def _is_random(model: nn.Module) -> bool:
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return False
     device, was_training = parameters[0].device, model.training
-    tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    tokens = torch.zeros(1, min(16, positions or 16), dtype=torch.int64, device=device)
     model.train()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -170,6 +170,12 @@ def test_the_first_loss_of_dpo_is_ln_2_whatever_the_dropout(tmp_path, model):
     assert all(abs(loss - math.log(2)) > 1e-4 for loss in kept)
 
 
+def test_dropout_of_a_model_with_few_positions():
+    model = tiny_models.gpt2(n_positions=4, resid_pdrop=0.25)
+    disable_dropout(model)
+    assert model.transformer.h[0].mlp.dropout.p == 0
+
+
 def test_dropout_is_switched_off_where_there_is_a_reference(tmp_path):
     def probability(**options) -> float:
         model = tiny_models.gpt2(resid_pdrop=0.25)
