@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
-from cpo_kernels.negatives.endings import end_token_ids, without_end
+from cpo_kernels.negatives import is_wrong
+from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
@@ -102,13 +103,16 @@ class Job:
         kept: Written = []
         forms: list[list[Any]] = []
         for index, own in enumerate(self._draw(prompts, part), start=part.start):
-            truth = self._form(index, self.data.completions[index])
-            drawn = [(ids, self._form(index, ids)) for ids in own]
-            wrong = [(ids, form) for ids, form in drawn if form is not None and form != truth]
-            kept.append([ids for ids, _ in wrong])
-            forms.append([form for _, form in wrong])
+            truth = self.data.completions[index]
+            wrong = [ids for ids in own if is_wrong(ids, truth, self.ends)]
+            written = [(ids, self._form(index, ids)) for ids in wrong]
+            if self.as_text:  # Different token ids may be the same text.
+                same = self._form(index, truth)
+                written = [(ids, text) for ids, text in written if text is not None and text != same]
+            kept.append([ids for ids, _ in written])
+            forms.append([form for _, form in written])
         ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
-        return {"negatives": forms if self.as_text else kept, "ranks": ranks}
+        return {"negatives": forms, "ranks": ranks}
 
     def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
         keys, count = range(part.start, part.stop), self.run.negatives_count
@@ -119,15 +123,15 @@ class Job:
             return self.writer(prompts, keys, count, sampling)
 
     def _form(self, index: int, ids: Sequence[int]) -> str | list[int] | None:
-        """Return the form in which a completion of an example is compared with its ground truth.
+        """Return the form in which a completion of an example is written.
 
         It is the text behind the prompt's where texts are written, None where no text can be it: a prompt such as
         "the cat " ends within the token " sat" of its completion, and no text behind it begins with a comma. Elsewhere
-        it is the token ids without what ends them.
+        it is the token ids.
         """
         prompt = self.examples[index].prompt
         if not self.as_text or not isinstance(prompt, str):
-            return without_end(ids, self.ends)
+            return list(ids)
         return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt)
 
     def rows(self) -> list[dict[str, Any]]:

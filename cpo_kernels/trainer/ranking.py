@@ -22,18 +22,21 @@ class Ranking:
 
     Args:
         config: says whether negatives are ranked, and by which sentence encoder; without one, by hidden states.
-        tokenizer: the tokenizer of the candidates.
+        tokenizer: the tokenizer of the candidates; None suffices without a sentence encoder.
         device: device of the sentence encoder.
         wanted: whether negatives are ranked; None for what the configuration says.
 
     Raises:
         RuntimeError: a sentence encoder that cannot be loaded.
+        ValueError: a sentence encoder and no tokenizer.
     """
 
     def __init__(self, config: CPOConfig, tokenizer: Any, device: Any, wanted: bool | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.wanted = config.ranking == "similarity" if wanted is None else wanted
         name = config.embedding_model if self.wanted else None
+        if name is not None and tokenizer is None:
+            raise ValueError(f"embedding_model={name!r} reads text; pass the tokenizer")
         self._embedder = None if name is None else SentenceEmbedder(name, device=str(device))
 
     @property

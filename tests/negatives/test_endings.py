@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
 import tiny_models
 import torch
 
-from cpo_kernels.negatives import Sampling, autoregressive_negatives, finish, truncate, truncation_negatives
+from cpo_kernels.negatives import Sampling, autoregressive_negatives, finish, truncation_negatives
 from cpo_kernels.negatives.endings import end_of, end_token_ids, turn_end, until_end, without_end
 
 pytestmark = pytest.mark.cpu
@@ -72,10 +70,8 @@ def test_a_completion_its_end_and_what_is_before_it(end):
 @pytest.mark.parametrize("end", [[EOS], [TURN_END], [TURN_END, EOS]])
 def test_a_truncation_is_never_the_whole_answer_and_ends_as_it_does(end):
     completion = [3, 4, 5, *end]
-    cuts = truncation_negatives(completion, ENDS, 10, Random(0))
-    assert sorted(cuts) == [1, 2]
-    negatives = [truncate(completion, range(len(completion)), cut, ENDS)[0] for cut in sorted(cuts)]
-    assert negatives == [[3, end[0]], [3, 4, end[0]]]
+    (negatives,) = truncation_negatives([completion], 10, eos_token_id=ENDS)
+    assert sorted(negatives, key=len) == [[3, end[0]], [3, 4, end[0]]]
 
 
 def test_drawn_sequences_stop_at_any_end():
