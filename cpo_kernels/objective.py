@@ -83,11 +83,6 @@ def preferences(ranks: Tensor, present: Tensor) -> Tensor:
     return better & present.unsqueeze(-1) & present.unsqueeze(-2)
 
 
-def contrasted(sums: Tensor, lengths: Tensor, objective: Objective) -> Tensor:
-    """Turn sums of token log-probabilities (S,) into what is contrasted: the same, or means if length_normalized."""
-    return sums / lengths.clamp(min=1) if objective.length_normalized else sums
-
-
 def log_ratios(logps: Tensor, ref_logps: Tensor | None) -> Tensor:
     """Subtract the reference; candidates impossible under the policy stay -inf, whatever the reference gives them."""
     return logps if ref_logps is None else logps - ref_logps.masked_fill(logps == -math.inf, 0.0)
@@ -248,7 +243,7 @@ class CPOProblem:
 
     def logps(self, sums: Tensor) -> Tensor:
         """Turn sums of token log-probabilities (S,) into the log-likelihoods (S,) that are contrasted."""
-        return contrasted(sums, self.lengths, self.objective)
+        return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
 
     @property
     def contrasted_refs(self) -> Tensor | None:

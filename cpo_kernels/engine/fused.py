@@ -102,7 +102,7 @@ class LogitsCall:
             torch.arange(segments + 1, device=logits.device) * (self.targets.numel() // segments),
             None,
             problem.lengths,
-            problem.contrasted_refs,
+            problem.ref_logps,
             problem.segment_ranks,
             None if bias is None else bias.detach(),
             *self.head.transform,

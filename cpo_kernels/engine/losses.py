@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.numerics import accumulate_dtype
-from cpo_kernels.objective import (
-    CPOOutput,
-    CPOProblem,
-    Groups,
-    check_problem,
-    contrasted,
-    make_groups,
-    make_problem,
-    summarize,
-)
+from cpo_kernels.objective import CPOOutput, CPOProblem, Groups, check_problem, make_groups, make_problem, summarize
 from cpo_kernels.options import Head, Objective
 
 from . import loop
@@ -158,12 +149,6 @@ class CPOLossOfCall:
         return make_problem(objective, self.groups, self.call.tokens.lengths, self.ref_logps, self.ranks)
 
     @cached_property
-    def contrasted_refs(self) -> Tensor | None:
-        """The log-likelihoods (S,) under the reference as the launches take them, or None."""
-        refs = self.ref_logps
-        return None if refs is None else contrasted(refs, self.call.tokens.lengths, self.objective)
-
-    @cached_property
     def host_problem(self) -> CPOProblem | None:
         """The groups of the call on the host, without a reference; None where the host does not know them."""
         tokens, ranks = self.call.tokens, self.call.tokens.host_ranks
@@ -230,14 +215,13 @@ class CPOLossOfCall:
     def launch_contrast(self, logps: Tensor, part: loop.ChunkTokens) -> tuple[Tensor, Tensor]:
         """Run the contrast of a chunk in one launch of the backend."""
         launch, gain, here = self.call.backend.contrast, self.gain, part.segments
-        refs = self.contrasted_refs
         assert launch is not None
         sums, coef = launch(
             logps,
             part.starts,
             self.segment_starts_of(part.groups),
             self.call.tokens.lengths[here],
-            None if refs is None else refs[here],
+            None if self.ref_logps is None else self.ref_logps[here],
             None if self.ranks is None else self.ranks[here],
             gain=1.0 if isinstance(gain, Tensor) else gain,
             **self.launch_options(self.num_target_tokens if self.objective.mle_weight else 1.0),
@@ -277,7 +261,7 @@ class CPOLossOfCall:
         assert launch is not None
         starts, num_target_tokens = self.groups.starts, self.known_target_tokens
         options = self.launch_options(num_target_tokens)
-        given = sums, starts, tokens.lengths, self.contrasted_refs, self.ranks
+        given = sums, starts, tokens.lengths, self.ref_logps, self.ranks
         loss, contrastive, nll, accuracy, margin, nothing, logps, rewards = launch(*given, **options, shape=self.shape)
         dropped = nothing if self.filters is None else dropped_share(self.filters, loss)
         return CPOOutput(loss, contrastive, nll, logps, rewards, accuracy, margin, dropped)

@@ -210,7 +210,8 @@ def test_strided_inputs(kernel, name):
     if name == "logps":
         out = kernel.launch(replace(chunk, logps=spread(chunk.logps)), objective)
     else:
-        out = kernel.launch(chunk, objective, **{name: spread(arguments(chunk, objective)[name])})
+        tensor = torch.tensor(chunk.cu_groups) if name == "segment_starts" else getattr(chunk, name)
+        out = kernel.launch(chunk, objective, **{name: spread(tensor)})
     assert out[1].abs().sum() > 0
     for given, wanted in zip(out, expected, strict=True):
         assert torch.equal(given, wanted)
@@ -221,8 +222,7 @@ def test_expanded_inputs(kernel):
     layout = full([3, 3], [3, 3])
     chunk = Chunk(layout, torch.full((12,), -2.5), torch.full((4,), -7.0), torch.zeros(4, dtype=torch.int64))
     objective = Objective(mle_weight=0.5, length_normalized=True)
-    given = arguments(chunk, objective)
-    one = {name: given[name][:1].expand(4) for name in ("ref_logps", "ranks", "lengths")}
+    one = {name: getattr(chunk, name)[:1].expand(4) for name in ("ref_logps", "ranks", "lengths")}
     out = kernel.launch(replace(chunk, logps=chunk.logps[:1].expand(12)), objective, **one)
     for given, wanted in zip(out, kernel.launch(chunk, objective), strict=True):
         assert torch.equal(given, wanted)

@@ -66,13 +66,6 @@ def expected(chunk: Chunk, objective: Objective, gain: float, dtype: torch.dtype
     return sums, (problem.coefficients(sums) * gain).repeat_interleave(chunk.slots)
 
 
-def contrasted_refs(chunk: Chunk, objective: Objective) -> Tensor | None:
-    """Return the reference as launches take it: divided by the numbers of tokens where the objective is of means."""
-    if chunk.ref_logps is None or not objective.length_normalized:
-        return chunk.ref_logps
-    return chunk.ref_logps / chunk.lengths.clamp(min=1)
-
-
 def arguments(chunk: Chunk, objective: Objective, gain: float = 1.0) -> dict[str, Any]:
     """Return the arguments of a backend's contrast besides ``logps``."""
     ranks = torch.arange(len(chunk.segments)) if chunk.ranks is None else chunk.ranks
@@ -82,7 +75,7 @@ def arguments(chunk: Chunk, objective: Objective, gain: float = 1.0) -> dict[str
         "token_starts": chunk.token_starts,
         "segment_starts": torch.tensor(chunk.cu_groups),
         "lengths": chunk.lengths,
-        "ref_logps": contrasted_refs(chunk, objective),
+        "ref_logps": chunk.ref_logps,
         "ranks": chunk.ranks,
         "beta": objective.beta,
         "margin": objective.margin,

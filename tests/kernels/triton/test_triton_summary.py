@@ -29,8 +29,6 @@ FIELDS = ("loss", "contrastive_loss", "nll_loss", "accuracy", "margin", "dropped
 def launch(objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=None):
     """Run the kernels, and return their results by the names of ``CPOOutput``."""
     sizes = {end - start for start, end in neighbours(cu_groups)}
-    if ref is not None and objective.length_normalized:  # launches take the reference as it is contrasted
-        ref = ref / lengths.clamp(min=1)
     *numbers, logps, rewards = summary.summarize(
         sums.float(),
         None if len(sizes) == 1 else torch.tensor(cu_groups),
