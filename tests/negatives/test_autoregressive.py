@@ -13,7 +13,7 @@ from processes import run_script
 from project import SUPPORT
 
 from cpo_kernels import CandidateLayout, attach_linear_loss, linear_cpo_loss
-from cpo_kernels.negatives import Sampling, autoregressive_negatives, write_negatives
+from cpo_kernels.negatives import Completion, Sampling, autoregressive_negatives, write_negatives
 
 pytestmark = pytest.mark.cpu
 
@@ -219,6 +219,12 @@ def read_back(path):
         return [json.loads(line) for line in path.read_text().splitlines()]
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / "cache")).to_list()
+
+
+def test_files_take_the_completions_of_a_server(tmp_path):
+    written = [[Completion("sat down", True), Completion("ran", False)], []]
+    write_negatives(tmp_path / "negatives.jsonl", EXAMPLES, written)
+    assert [row["negatives"] for row in read_back(tmp_path / "negatives.jsonl")] == [["sat down", "ran"], []]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
