@@ -10,7 +10,7 @@ from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives import is_wrong
-from cpo_kernels.negatives.endings import end_token_ids
+from cpo_kernels.negatives.endings import special_tokens
 from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
@@ -50,23 +50,25 @@ class Job:
         self.run, config = settings.run, settings.training
         inputs = Inputs(settings)
         self.tokenizer = inputs.tokenizer
-        lengths = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
+        lengths: dict[str, Any] = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
         with input_errors(TypeError):
             rows = inputs.train_examples()
             self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
         self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
-        self.ends = end_token_ids(self.tokenizer, model)
+        self.writer: ModelWriter | EndpointWriter
+        with input_errors(RuntimeError):
+            if model is None:
+                self.writer = EndpointWriter(config, self.tokenizer)
+            else:
+                self.writer = ModelWriter(lambda: model, self.tokenizer)
         with input_errors():
-            self.data = tokenize_examples(self.examples, self.tokenizer, eos_token_id=self.ends, **lengths)
+            special = special_tokens(self.tokenizer, model)
+            lengths |= {"eos_token_id": special.ends, "bos_token_id": special.bos}
+            self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
+        self.ends = special.ends
         # The same for all parts, so that negatives do not depend on where a part begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
-        self.writer: ModelWriter | EndpointWriter
-        if model is None:
-            with input_errors(RuntimeError):
-                self.writer = EndpointWriter(config, self.tokenizer)
-        else:
-            self.writer = ModelWriter(lambda: model, self.tokenizer)
         self.ranking: Ranking | None = None
         self.reference: Reference | None = None
         if self.run.negatives_ranking != "none":

@@ -73,10 +73,10 @@ class Ranking:
             For each example the ranks of its negatives, from 1; equally similar ones share a rank.
         """
         ranks: list[list[int]] = []
-        eos, size = self.tokenizer.eos_token_id, self.config.per_device_eval_batch_size
+        size = self.config.per_device_eval_batch_size
         for start in range(0, len(negatives), size):
             some = slice(start, start + size)
-            batch = ContrastBatch(eos, eos, self.config.max_length)
+            batch = ContrastBatch(eos_token_id=(), max_length=self.config.max_length)  # without truncations to end
             for prompt, truth, own in zip(prompts[some], truths[some], negatives[some], strict=True):
                 batch.add_group(prompt, truth, [Negative("autoregressive", ids) for ids in own])
             inputs = batch.tensors()
