@@ -235,7 +235,8 @@ def cpo_loss(
     Args:
         logits: (G, C, T, V).
         targets: (G, C, T) int64, -100 for no token; a candidate without tokens is absent.
-        ref_logps: (G, C) log-likelihoods under the reference model, or None.
+        ref_logps: (G, C) log-likelihoods under the reference model, as :func:`sequence_logps` returns them: sums, also
+            with ``length_normalized``, which the loss then divides by the numbers of tokens. None: no reference.
         ranks: (G, C) integers, 0 is best; default: candidate 0 against the others.
         bias: (V,) or None.
         beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.
@@ -466,7 +467,9 @@ def linear_cpo_loss(
         weight: (V, H), same dtype; may be frozen or tied.
         targets: (G, C, T) int64, or (N,) with a layout; -100 for no token. A candidate without tokens is absent.
         layout: the packed form, or None.
-        ref_logps: (G, C) or (S,) log-likelihoods under the reference model, or None.
+        ref_logps: (G, C) or (S,) log-likelihoods under the reference model, as :func:`linear_sequence_logps` returns
+            them: sums, also with ``length_normalized``, which the loss then divides by the numbers of tokens. None: no
+            reference.
         ranks: (G, C) or (S,) integers, 0 is best; default: the first candidate of a group against the others.
         bias: (V,) or None.
         beta, ..., num_target_tokens: see :class:`cpo_kernels.options.Objective`.

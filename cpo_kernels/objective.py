@@ -208,7 +208,7 @@ class CPOProblem:
         objective: the options of the objective.
         groups: the padded layout of the S segments.
         lengths: (S,) tokens of each segment.
-        ref_logps: (S,) or None.
+        ref_logps: (S,) sums under the reference as users gave them, or None.
         segment_ranks: (S,) ranks as users gave them, or None.
         ranks: (G, C).
         present: (G, C).
@@ -245,9 +245,15 @@ class CPOProblem:
         """Turn sums of token log-probabilities (S,) into the log-likelihoods (S,) that are contrasted."""
         return sums / self.lengths.clamp(min=1) if self.objective.length_normalized else sums
 
+    @property
+    def contrasted_refs(self) -> Tensor | None:
+        """The log-likelihoods (S,) under the reference that are contrasted, or None."""
+        return None if self.ref_logps is None else self.logps(self.ref_logps)
+
     def contrast(self, sums: Tensor) -> Contrast:
         """Compute the contrast's loss (G,) of each group and ``dL_g / dlogp_c`` (G, C)."""
-        ref = None if self.ref_logps is None else self.groups.pad(self.ref_logps)
+        refs = self.contrasted_refs
+        ref = None if refs is None else self.groups.pad(refs)
         return contrast(self.groups.pad(self.logps(sums)), ref, self.ranks, self.present, self.objective)
 
     def loss(self, sums: Tensor) -> LossTerms:
@@ -353,8 +359,11 @@ class CPOOutput(NamedTuple):
         loss: ``contrast_weight * contrastive_loss + mle_weight * nll_loss``, scalar.
         contrastive_loss: mean of the groups' contrast over ``num_groups``, scalar.
         nll_loss: negative log-likelihood of the rank-0 candidates per token, in nats, scalar.
-        logps: log-likelihood of every candidate (the mean per token if length_normalized), (G, C) or (S,).
-        rewards: ``beta * (logp - ref_logp)``, like logps; 0 for absent candidates.
+        logps: log-likelihood of every candidate, (G, C) or (S,): the sum of its token log-probabilities, or with
+            length_normalized their mean, which is no ``ref_logps``: those are sums, as ``linear_sequence_logps``
+            returns them.
+        rewards: ``beta * (logp - ref_logp)``, like logps and with the mean of the reference where logps are means; 0
+            for absent candidates.
         accuracy: fraction of groups whose rank-0 candidates all score above all others; NaN without others.
         margin: mean over groups of the mean reward of rank 0 minus the mean reward of the others; NaN without others.
         dropped: share of the gradient's mass left out by the filters; 0 when exact.
@@ -376,7 +385,7 @@ def summarize(
     """Make the output from log-likelihood sums (S,); logps and rewards come in ``shape``."""
     sums, loss = sums.detach(), terms.loss
     logps = problem.logps(sums)
-    rewards = problem.objective.beta * log_ratios(logps, problem.ref_logps)
+    rewards = problem.objective.beta * log_ratios(logps, problem.contrasted_refs)
     rewards = problem.groups.pad(rewards).masked_fill(~problem.present, 0.0)
     best = (problem.ranks == 0) & problem.present
     others = (problem.ranks > 0) & problem.present

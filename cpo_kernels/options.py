@@ -133,7 +133,8 @@ class Objective:
         label_smoothing: probability in [0, 0.5) that a pair is the wrong way round (K = 1 only); for ``"exo_pair"`` it
             has to be above 0, and most losses have no place for it.
         loss_type: a row of :data:`cpo_kernels.loss_table.LOSSES`: ``"plackett_luce"``, or for K = 1 any other.
-        length_normalized: contrast means of token log-probabilities instead of sums.
+        length_normalized: contrast means of token log-probabilities instead of sums. ``ref_logps`` are sums here too:
+            the loss divides them, like its own, by the numbers of tokens.
         contrast_weight: weight of the contrast.
         mle_weight: weight of the negative log-likelihood of the rank-0 candidates.
         num_groups: denominator of the contrast (groups of the whole accumulated batch); None: the groups given.

@@ -12,8 +12,6 @@ from cpo_kernels.models import LogpsRequest
 from cpo_kernels.negatives import (
     Sampling,
     autoregressive_negatives,
-    finish,
-    is_wrong,
     mean_field_negatives,
     token_seeds,
 )
@@ -53,10 +51,10 @@ def every_negative(model: nn.Module, examples: TokenizedExamples, eos: int) -> l
     negatives = cheap_negatives(examples, eos)
     with torch.no_grad():
         drawn = [texts for start in range(0, len(examples), 16) for texts in draw(model, examples, start, 16, eos)]
-    written = write(model, examples.prompts, HELD_OUT_NEGATIVES, eos)
+    written = write(model, examples.prompts, HELD_OUT_NEGATIVES, eos, examples.completions)
     for kind, groups in (("mean_field", drawn), ("autoregressive", written)):
-        for own, texts, truth in zip(negatives, groups, examples.completions, strict=True):
-            own += [Negative(kind, text) for text in texts if is_wrong(text, truth)]
+        for own, texts in zip(negatives, groups, strict=True):
+            own += [Negative(kind, text) for text in texts]
     return negatives
 
 
@@ -65,20 +63,21 @@ def draw(model: nn.Module, examples: TokenizedExamples, start: int, count: int, 
     batch, indices = ContrastBatch(eos, eos), range(len(examples))[start : start + count]
     for index in indices:
         batch.add_group(examples.prompts[index], examples.completions[index])
-    truths = [examples.completions[index] for index in indices]
-    lengths = [len(truth) for truth in truths]
+    lengths = [len(examples.completions[index]) for index in indices]
     inputs = batch.tensors()
     model.eval()
     hidden = model.base_model(**body_inputs(inputs)).last_hidden_state.flatten(0, 1)[inputs["rows"]]
     options = {"seeds": token_seeds(SEED, 0, indices, lengths), "count": HELD_OUT_NEGATIVES}
     options |= {"eos_token_id": eos, "cu_tokens": inputs["cu_tokens"]}
-    samples = mean_field_negatives(hidden, model.lm_head.weight, inputs["targets"], **options).samples
-    return [finish(own, truth, eos) for own, truth in zip(samples.split(lengths, dim=1), truths, strict=True)]
+    return mean_field_negatives(hidden, model.lm_head.weight, inputs["targets"], **options)
 
 
-def write(model: nn.Module, prompts: list[list[int]], count: int, eos: int) -> list[list[list[int]]]:
-    """What the model writes behind each prompt, ``count`` times."""
-    return autoregressive_negatives(model, prompts, count, eos_token_id=eos, pad_token_id=eos, sampling=SAMPLING)
+def write(
+    model: nn.Module, prompts: list[list[int]], count: int, eos: int, truths: list[list[int]] | None = None
+) -> list[list[list[int]]]:
+    """What the model writes behind each prompt, ``count`` times, without what equals its truth if those are given."""
+    options = {"eos_token_id": eos, "pad_token_id": eos, "sampling": SAMPLING, "completions": truths}
+    return autoregressive_negatives(model, prompts, count, **options)
 
 
 @torch.no_grad()

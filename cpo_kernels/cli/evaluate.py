@@ -12,7 +12,7 @@ from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
-from cpo_kernels.negatives.endings import end_token_ids
+from cpo_kernels.negatives.endings import special_tokens
 from cpo_kernels.trainer.data import TokenizedExamples, tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
@@ -21,7 +21,7 @@ from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 
 from .errors import InputError, input_errors
 from .finished import SETTINGS, trained_on
-from .inputs import ADAPTERS, Inputs, load_model, load_tokenizer
+from .inputs import ADAPTERS, NO_TOKENIZER, Inputs, load_model, load_tokenizer
 from .parsing import Settings, parse
 from .yaml12 import read_yaml
 
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
     if config.world_size > 1:
         raise InputError(f"evaluate runs in one process, got {config.world_size}; start it without torchrun")
     name = _checkpoint(settings)
-    tokenizer = load_tokenizer(name, options)
+    tokenizer = None if options.tokenizer == NO_TOKENIZER else load_tokenizer(name, options)
     inputs = Inputs(settings, tokenizer)
     examples = inputs.eval_examples()
     if examples is None:
@@ -48,12 +48,14 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors(RuntimeError):
         attach_linear_loss(model)  # This raises for a model that cannot be read.
     with input_errors():
+        special = special_tokens(tokenizer, model)
         data = tokenize_examples(
             examples,
             tokenizer,
             max_length=config.max_length,
             max_prompt_length=config.prompt_budget,
-            eos_token_id=end_token_ids(tokenizer, model),
+            eos_token_id=special.ends,
+            bos_token_id=special.bos,
         )
         seen = _trained_on(name, settings, data)
         report = evaluate_model(

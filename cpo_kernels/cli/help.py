@@ -37,7 +37,7 @@ Trains the model and leaves it, its tokenizer and its metrics in output_dir. Cal
 on from the newest checkpoint that is whole; called again at its end, it changes nothing.
 
     cpo-kernels train examples/recipes/gpt2-xl-dolly.yaml --tiny          # try it out in seconds, offline
-    cpo-kernels train my.yaml --learning_rate 5e-6 --num_mean_field_negatives 2
+    cpo-kernels train my.yaml --num_mean_field_negatives 2                # in place of the objective's negatives
     torchrun --nproc_per_node 8 -m cpo_kernels train my.yaml              # one process a GPU
 
 Examples are {"prompt", "completion"}, with "negatives": [...] where there are some, or {"prompt", "chosen",

@@ -27,6 +27,7 @@ TOKENIZER_ROWS = 64  # rows of which a dry run makes its tokenizer
 ADAPTERS = "adapter_config.json"
 NO_MODEL = "model is not given: a directory, or a name on the hub"
 NO_DATA = "data is not given: the training examples"
+NO_TOKENIZER = "none"
 HELD_OUT_SEED = 0  # Every command holds out the same examples.
 
 
@@ -49,7 +50,7 @@ class Inputs:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model to start from."""
+        """The tokenizer of the model to start from; None where the settings say that there is none."""
         return self._tokenizer() if self._given_tokenizer is None else self._given_tokenizer
 
     def _source(self, source: str | None) -> str | None:
@@ -71,6 +72,8 @@ class Inputs:
             with input_errors(RuntimeError):
                 rows, _ = read_rows(source, split=self.run.data_split)
             return tiny_tokenizer(islice(rows, TOKENIZER_ROWS))
+        if self.run.tokenizer == NO_TOKENIZER:
+            return None
         name = self.run.tokenizer or self.run.model
         if name is None:
             raise InputError(NO_MODEL)

@@ -22,7 +22,11 @@ class ModelOptions:
     _argument_group_name = "Model"
 
     model: str | None = _option(None, "Model to start from: a directory, or a name on the hub.")
-    tokenizer: str | None = _option(None, "Tokenizer, a directory or a name on the hub. None: the model's own.")
+    tokenizer: str | None = _option(
+        None,
+        "Tokenizer, a directory or a name on the hub. None: the model's own. The word none: there is none; the data "
+        "holds token ids alone.",
+    )
     revision: str | None = _option(None, "Revision of the model on the hub.")
     torch_dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
         "float32", "Type of the weights; auto takes them as they are stored."

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
-from cpo_kernels.negatives.endings import end_token_ids, without_end
+from cpo_kernels.negatives import is_wrong
+from cpo_kernels.negatives.endings import special_tokens
 from cpo_kernels.negatives.seeds import part_seed
 from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import tokenize_examples
@@ -49,23 +50,25 @@ class Job:
         self.run, config = settings.run, settings.training
         inputs = Inputs(settings)
         self.tokenizer = inputs.tokenizer
-        lengths = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
+        lengths: dict[str, Any] = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
         with input_errors(TypeError):
             rows = inputs.train_examples()
             self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
         self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
         model = None if config.autoregressive_url else inputs.model().to(config.device).eval()
-        self.ends = end_token_ids(self.tokenizer, model)
+        self.writer: ModelWriter | EndpointWriter
+        with input_errors(RuntimeError):
+            if model is None:
+                self.writer = EndpointWriter(config, self.tokenizer)
+            else:
+                self.writer = ModelWriter(lambda: model, self.tokenizer)
         with input_errors():
-            self.data = tokenize_examples(self.examples, self.tokenizer, eos_token_id=self.ends, **lengths)
+            special = special_tokens(self.tokenizer, model)
+            lengths |= {"eos_token_id": special.ends, "bos_token_id": special.bos}
+            self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
+        self.ends = special.ends
         # The same for all parts, so that negatives do not depend on where a part begins.
         self.sampling = replace(sampling_of(config, self.data), seed=config.seed)
-        self.writer: ModelWriter | EndpointWriter
-        if model is None:
-            with input_errors(RuntimeError):
-                self.writer = EndpointWriter(config, self.tokenizer)
-        else:
-            self.writer = ModelWriter(lambda: model, self.tokenizer)
         self.ranking: Ranking | None = None
         self.reference: Reference | None = None
         if self.run.negatives_ranking != "none":
@@ -102,13 +105,16 @@ class Job:
         kept: Written = []
         forms: list[list[Any]] = []
         for index, own in enumerate(self._draw(prompts, part), start=part.start):
-            truth = self._form(index, self.data.completions[index])
-            drawn = [(ids, self._form(index, ids)) for ids in own]
-            wrong = [(ids, form) for ids, form in drawn if form is not None and form != truth]
-            kept.append([ids for ids, _ in wrong])
-            forms.append([form for _, form in wrong])
+            truth = self.data.completions[index]
+            wrong = [ids for ids in own if is_wrong(ids, truth, self.ends)]
+            written = [(ids, self._form(index, ids)) for ids in wrong]
+            if self.as_text:  # Different token ids may be the same text.
+                same = self._form(index, truth)
+                written = [(ids, text) for ids, text in written if text is not None and text != same]
+            kept.append([ids for ids, _ in written])
+            forms.append([form for _, form in written])
         ranks = None if self.ranking is None else self.ranking.rank_written(self.reference, prompts, truths, kept)
-        return {"negatives": forms if self.as_text else kept, "ranks": ranks}
+        return {"negatives": forms, "ranks": ranks}
 
     def _draw(self, prompts: Sequence[Sequence[int]], part: Part) -> Written:
         keys, count = range(part.start, part.stop), self.run.negatives_count
@@ -119,15 +125,15 @@ class Job:
             return self.writer(prompts, keys, count, sampling)
 
     def _form(self, index: int, ids: Sequence[int]) -> str | list[int] | None:
-        """Return the form in which a completion of an example is compared with its ground truth.
+        """Return the form in which a completion of an example is written.
 
         It is the text behind the prompt's where texts are written, None where no text can be it: a prompt such as
         "the cat " ends within the token " sat" of its completion, and no text behind it begins with a comma. Elsewhere
-        it is the token ids without what ends them.
+        it is the token ids.
         """
         prompt = self.examples[index].prompt
         if not self.as_text or not isinstance(prompt, str):
-            return without_end(ids, self.ends)
+            return list(ids)
         return text_behind(self.tokenizer, self.data.prompts[index], ids, prompt)
 
     def rows(self) -> list[dict[str, Any]]:

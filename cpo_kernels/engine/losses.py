@@ -111,7 +111,7 @@ class CPOLossOfCall:
         dtype: of hidden.
         hidden_size: H.
         call: the call.
-        ref_logps: (S,) in the dtype of the sums, or None.
+        ref_logps: (S,) sums in the dtype of those of the call, or None.
         ranks: (S,) or None.
     """
 

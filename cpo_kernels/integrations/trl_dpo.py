@@ -129,7 +129,7 @@ class FusedDPOTrainer(DPOTrainer):
         chosen = torch.zeros_like(counts, dtype=torch.bool)
         chosen[list(layout.cu_groups[:-1])] = True
         of_chosen = chosen.repeat_interleave(counts)
-        request = CPORequest(targets, layout, ref_logps=ref / per_token, **self.objective)
+        request = CPORequest(targets, layout, ref_logps=ref, **self.objective)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         row_sets = [layout.rows[where] for where in (of_chosen, ~of_chosen)]  # type: ignore[index]
         out = model(**body_inputs(inputs), **router, linear_loss=MeanLogitsRequest(request, *row_sets))

@@ -57,11 +57,11 @@ def cpo_loss(
     present_tokens = targets != IGNORE_INDEX
     lengths = present_tokens.sum(-1)
     sums = token_logps(logits, targets, **transform).sum(-1)
-    logps = sums / lengths.clamp(min=1) if length_normalized else sums
+    divisors = lengths.clamp(min=1) if length_normalized else torch.ones_like(lengths)
     if ranks is None:
         ranks = torch.tensor([0] + [1] * (candidates - 1), device=targets.device).expand(groups, candidates)
-    rewards = beta * (logps if ref_logps is None else logps - ref_logps.to(logps.dtype))
-    scores = rewards + margin * (ranks > 0).to(logps.dtype)  # a bare bool would round the margin to float32
+    rewards = beta * (sums if ref_logps is None else sums - ref_logps.to(sums.dtype)) / divisors
+    scores = rewards + margin * (ranks > 0).to(sums.dtype)  # a bare bool would round the margin to float32
     contrast = sum(contrastive_loss(scores[g], ranks[g], lengths[g] > 0) for g in range(groups)) / groups
     best = (ranks == 0) & (lengths > 0)
     nll = -(sums * best).sum() / (lengths * best).sum()

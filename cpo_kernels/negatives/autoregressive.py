@@ -23,6 +23,7 @@ from cpo_kernels.kernels import counter_random, sampling
 
 from .endings import as_ids, until_end
 from .seeds import token_seeds
+from .wrong import is_wrong
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def autoregressive_negatives(
     pad_token_id: int,
     sampling: Sampling | None = None,
     keys: Sequence[int] | None = None,
+    completions: Sequence[Sequence[int]] | None = None,
     synced_gpus: bool = False,
 ) -> list[list[list[int]]]:
     """Sample ``count`` completions of each prompt.
@@ -83,23 +85,26 @@ def autoregressive_negatives(
         sampling: how to sample; default: :class:`Sampling`'s own.
         keys: for each prompt an integer, such as the index of its example, on which its completions depend besides the
             seed. Default: its position, 0, 1, ...
+        completions: token ids of each prompt's ground truth; a draw equal to it, by :func:`is_wrong`, is left out.
+            Default: all draws are returned.
         synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
             ZeRO 3) need it. All processes must call then, with any number of prompts, none included.
 
     Returns:
-        ``completions[prompt][sample]``, token ids: with EOS at the end where the model ended it, without where it was
-        cut off at ``max_new_tokens``. Some may be the ground truth: see :func:`is_wrong`.
+        ``negatives[prompt][number]``, token ids: with EOS at the end where the model ended it, without where it was cut
+        off at ``max_new_tokens``.
 
     Raises:
-        ValueError: a negative count, an empty prompt (it is named), another number of keys than of prompts, or a prompt
-            and a completion that may have more tokens than the model has positions.
+        ValueError: a negative count, an empty prompt (it is named), another number of keys or completions than of
+            prompts, or a prompt and a completion that may have more tokens than the model has positions.
         RuntimeError: logits that are not finite.
     """
     sampling = sampling or Sampling()
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
-    if keys is not None and len(keys) != len(prompts):
-        raise ValueError(f"expected one key per prompt, {len(prompts)}, got {len(keys)}")
+    for name, values in (("key", keys), ("completion", completions)):
+        if values is not None and len(values) != len(prompts):
+            raise ValueError(f"expected one {name} per prompt, {len(prompts)}, got {len(values)}")
     for index, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {index} is empty; the first token of a completion needs a row that predicts it")
@@ -111,7 +116,7 @@ def autoregressive_negatives(
     batches = [jobs[start : start + sampling.batch_size] for start in range(0, len(jobs), sampling.batch_size)]
     if synced_gpus:
         batches += [[]] * (_most_of_all(len(batches), model.device) - len(batches))
-    completions: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
+    negatives: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
     ends = list(as_ids(eos_token_id))
     options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
     with _ready_to_generate(model):
@@ -121,8 +126,13 @@ def autoregressive_negatives(
             keyed = torch.tensor([seeds[index * count + sample] for index, sample in batch] or [0], device="cpu")
             drawn = _generate(model, texts, keyed, sampling, **options)
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
-                completions[index][sample] = completion
-    return completions
+                negatives[index][sample] = completion
+    if completions is None:
+        return negatives
+    return [
+        [own for own in drawn if is_wrong(own, truth, ends)]
+        for drawn, truth in zip(negatives, completions, strict=True)
+    ]
 
 
 def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:

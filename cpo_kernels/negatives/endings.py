@@ -7,10 +7,64 @@ completion. A candidate that has to be ended gets the end of its ground truth, o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # An answer in a made-up conversation, which shows what a template puts behind an answer.
 ANSWER = "cpoanswer"
+
+
+class SpecialTokens(NamedTuple):
+    """The token ids with a meaning of their own.
+
+    Attributes:
+        ends: every token that ends a completion; the first is put behind one that has none.
+        pad: the token that fills rows up, which is masked.
+        bos: the token that stands for an empty prompt; None where there is none.
+    """
+
+    ends: tuple[int, ...]
+    pad: int
+    bos: int | None
+
+
+def special_tokens(tokenizer: Any, model: Any) -> SpecialTokens:
+    """Return the special tokens of a tokenizer and its model, or without a tokenizer those that the model names.
+
+    Without one, each is that of the model's generation configuration, or else that of its configuration; what a
+    configuration class has by default counts only where neither says anything else, and what is no token of the model
+    counts as absent. Where no token is for padding, it is the first that ends a completion.
+
+    Args:
+        tokenizer: a tokenizer of ``transformers``, or None.
+        model: a model of ``transformers``, bare or adapted.
+
+    Raises:
+        ValueError: a tokenizer without an EOS token, or no tokenizer and a model that names none.
+    """
+    if tokenizer is not None:
+        ends, pad, bos = end_token_ids(tokenizer, model), tokenizer.pad_token_id, tokenizer.bos_token_id
+        return SpecialTokens(ends, ends[0] if pad is None else pad, bos)
+    ends = _named_by(model, "eos_token_id")
+    if not ends:
+        raise ValueError(
+            "there is no tokenizer, and the model names no token of its own that ends a completion; set "
+            f"model.generation_config.eos_token_id, got {getattr(model.generation_config, 'eos_token_id', None)}, "
+            "or pass the tokenizer"
+        )
+    pad, bos = _named_by(model, "pad_token_id"), _named_by(model, "bos_token_id")
+    return SpecialTokens(ends, pad[0] if pad else ends[0], bos[0] if bos else None)
+
+
+def _named_by(model: Any, name: str) -> tuple[int, ...]:
+    """Return the tokens that the configurations of a model give for ``name``, as far as it has them."""
+    config, size = model.config.get_text_config(), getattr(model.get_input_embeddings(), "num_embeddings", None)
+    given = [getattr(own, name, None) for own in (getattr(model, "generation_config", None), config)]
+    chosen = [ids for ids in given if ids != _default(config, name)] + given
+    for ids in chosen:
+        named = tuple(i for i in as_ids(() if ids is None else ids) if i >= 0 and (size is None or i < size))
+        if named:
+            return named
+    return ()
 
 
 def end_token_ids(tokenizer: Any, model: Any = None) -> tuple[int, ...]:
@@ -57,14 +111,14 @@ def _of_generation(tokenizer: Any, model: Any) -> list[int]:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         return []
-    default, special = _default_end(model.config), _special_ids(tokenizer)
+    default, special = _default(model.config, "eos_token_id"), _special_ids(tokenizer)
     return [end for end in as_ids(ends) if end != default or end in special]
 
 
-def _default_end(config: Any) -> int | None:
-    """Return the EOS token that every model of a configuration class has unless it is told another."""
+def _default(config: Any, name: str) -> Any:
+    """Return the special token that every model of a configuration class has unless it is told another."""
     try:
-        return getattr(type(config)(), "eos_token_id", None)
+        return getattr(type(config)(), name, None)
     except Exception:  # Classes from outside transformers may need arguments, and have no default then.
         return None
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-Negatives = Sequence[Sequence[str]] | Sequence[Sequence[Sequence[int]]]
+from .completions import Completion
+
+Negatives = Sequence[Sequence[str | Completion]] | Sequence[Sequence[Sequence[int]]]
 
 
 @contextmanager
@@ -50,7 +52,8 @@ def write_negatives(
     Args:
         path: ends with ``.parquet`` or ``.jsonl``; a file there is replaced once the new one is whole.
         examples: a ``datasets.Dataset`` or a list of mappings.
-        negatives: for each example its new negatives, texts or token ids, as its old ones are.
+        negatives: for each example its new negatives, texts or token ids, as its old ones are: what the functions of
+            this package return. A :class:`Completion` counts as its text.
         kind: the kind of the new negatives, a name in :data:`~.kinds.KINDS`.
         ranks: for each example the ranks of its new negatives, 1 or more. If they are given and the old negatives have
             none, those get rank 1; if only the old ones have ranks, the new ones share the rank behind them.
@@ -66,8 +69,9 @@ def write_negatives(
     for name, values in (("lists of negatives", negatives), ("lists of ranks", ranks)):
         if values is not None and len(values) != len(examples):
             raise ValueError(f"expected {len(examples)} {name}, one per example, got {len(values)}")
+    plain = [[value.text if isinstance(value, Completion) else value for value in own] for own in negatives]
     rows = [
-        _extended(dict(example), index, list(negatives[index]), kind, None if ranks is None else list(ranks[index]))
+        _extended(dict(example), index, plain[index], kind, None if ranks is None else list(ranks[index]))
         for index, example in enumerate(examples)
     ]
     if any(row["ranks"] is not None for row in rows):

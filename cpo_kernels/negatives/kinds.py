@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from .batch import batch_negatives
-from .endings import without_end
-from .truncation import truncation_negatives
+from .batch import draw_others
+from .truncation import draw_cuts
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,12 @@ Draw = Callable[[Task, int, Random], list[Negative]]
 
 def _draw_batch(task: Task, count: int, rng: Random) -> list[Negative]:
     # Even the part of a completion that fits behind this prompt must differ from the ground truth.
-    others = batch_negatives(task.completions, task.index, count, rng, task.room)
+    others = draw_others(task.completions, task.index, count, rng, task.eos_token_id, task.room)
     return [Negative("batch", task.completions[other], rank=task.rank) for other in others]
 
 
 def _draw_truncation(task: Task, count: int, rng: Random) -> list[Negative]:
-    completion = task.completions[task.index]
-    if not without_end(completion, task.eos_token_id):  # An empty completion cannot be cut.
-        return []
-    cuts = truncation_negatives(completion, task.eos_token_id, count, rng)
+    cuts = draw_cuts(task.completions[task.index], task.eos_token_id, count, rng)
     return [Negative("truncation", cut=cut, rank=task.rank) for cut in cuts]
 
 

@@ -24,6 +24,7 @@ from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import check_boundaries
 
 from .endings import as_ids, without_end
+from .wrong import is_wrong
 
 DEFAULT_FRACTION = 0.25
 
@@ -47,6 +48,54 @@ def mean_field_negatives(
     targets: Tensor,
     *,
     seeds: int | Tensor,
+    eos_token_id: int | Sequence[int],
+    count: int = 1,
+    mean_field_fraction: float = DEFAULT_FRACTION,
+    cu_tokens: Sequence[int] | None = None,
+    **head: Any,
+) -> list[list[list[int]]]:
+    """Draw up to ``count`` mean-field negatives of each of some ground truths, whose rows are given.
+
+    Args:
+        hidden, weight, targets, seeds, count, mean_field_fraction, cu_tokens, **head: as for
+            :func:`mean_field_samples`; targets of -100 are in no negative.
+        eos_token_id: the token that ends a ground truth, or every one that may. A drawn one ends its negative.
+
+    Returns:
+        ``negatives[example][number]``, token ids, one list for each ground truth: fewer than ``count`` where what was
+        drawn is the ground truth, by :func:`is_wrong`.
+
+    Raises:
+        ValueError: as for :func:`mean_field_samples`.
+    """
+    drawn = mean_field_samples(
+        hidden,
+        weight,
+        targets,
+        seeds=seeds,
+        count=count,
+        mean_field_fraction=mean_field_fraction,
+        eos_token_id=eos_token_id,
+        cu_tokens=cu_tokens,
+        **head,
+    )
+    negatives = []
+    truths = _split(targets, cu_tokens)
+    for samples, truth in zip(drawn.samples.split([len(truth) for truth in truths], dim=1), truths, strict=True):
+        # Tokens that are not there are no part of any text.
+        there = [place for place, token in enumerate(truth) if token != IGNORE_INDEX]
+        own = [truth[place] for place in there]
+        texts = finish(samples[:, there], own, eos_token_id)
+        negatives.append([text for text in texts if is_wrong(text, own, eos_token_id)])
+    return negatives
+
+
+def mean_field_samples(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    seeds: int | Tensor,
     count: int = 1,
     mean_field_fraction: float = DEFAULT_FRACTION,
     eos_token_id: int | Sequence[int] | None = None,
@@ -55,6 +104,9 @@ def mean_field_negatives(
     **head: Any,
 ) -> MeanField:
     """Draw the tokens of ``count`` mean-field negatives along ground truths; :func:`finish` makes texts of them.
+
+    :func:`mean_field_negatives` does both; this one also returns the log-likelihoods of the ground truths' tokens, from
+    the same product.
 
     With a seed for each token, the positions that a negative replaces are a function of its ground truth's seeds and of
     its number, and so are the tokens drawn there, given the hidden states: neither depends on ``count`` or on the other
@@ -195,11 +247,3 @@ def finish(samples: Tensor, completion: Sequence[int], eos_token_id: int | Seque
         length = next((place + 1 for place, token in enumerate(sequence) if token in ends), len(sequence))
         texts.append([old if new < 0 else new for new, old in zip(sequence[:length], completion, strict=False)])
     return texts
-
-
-def is_wrong(negative: Sequence[int], completion: Sequence[int]) -> bool:
-    """Tell whether a drawn sequence can be a negative: it has tokens, and is not the ground truth itself.
-
-    A model that is sure of the ground truth draws just that; such a draw has to be left out.
-    """
-    return len(negative) > 0 and list(negative) != list(completion)

@@ -11,35 +11,60 @@ from random import Random
 from typing import TypeVar
 
 from .endings import end_of, without_end
+from .seeds import generator
 
 Row = TypeVar("Row")
 
 
 def truncation_negatives(
-    completion: Sequence[int], eos_token_id: int | Sequence[int], count: int, rng: Random
-) -> list[int]:
-    """Draw where to cut a completion.
+    completions: Sequence[Sequence[int]],
+    count: int,
+    *,
+    eos_token_id: int | Sequence[int],
+    keys: Sequence[int] | None = None,
+    seed: int = 0,
+    step: int = 0,
+) -> list[list[list[int]]]:
+    """Cut each completion early in up to ``count`` places, and end it there.
 
-    A cut c keeps the first c tokens and puts EOS in place of the next. Cuts are drawn uniformly without replacement
-    from 1 to the last one that removes a token other than EOS; a completion of a single token besides EOS is cut to EOS
-    alone.
+    Places are drawn uniformly without replacement, so that at least one token stays and one besides EOS is removed; a
+    completion of a single token besides EOS is cut to EOS alone. None is the ground truth, by :func:`is_wrong`.
 
     Args:
-        completion: token ids of the ground truth, with or without EOS at its end.
-        eos_token_id: the token that ends a completion, or every one that may.
-        count: how many cuts to draw.
-        rng: source of randomness; the result is a function of its state and of the completion alone.
+        completions: token ids of each ground truth, with or without EOS at its end.
+        count: how many negatives of each.
+        eos_token_id: the token that ends a completion, or every one that may; a negative is ended by the one that ends
+            its ground truth, or else by the first.
+        keys: for each completion an integer, such as the index of its example, on which its cuts depend besides
+            ``seed`` and ``step``. Default: its position, 0, 1, ...
+        seed, step: any integers.
 
     Returns:
-        At most ``count`` different cuts, fewer where the completion is too short to have as many.
+        ``negatives[example][number]``, token ids: fewer than ``count`` where a completion is too short to have as many,
+        none where it has nothing besides EOS. A negative of n tokens is predicted by the first n rows of its ground
+        truth.
 
     Raises:
-        ValueError: the completion holds nothing besides EOS.
+        ValueError: a negative count, or another number of keys than of completions.
     """
+    if keys is not None and len(keys) != len(completions):
+        raise ValueError(f"expected one key per completion, {len(completions)}, got {len(keys)}")
+    negatives = []
+    for key, completion in zip(range(len(completions)) if keys is None else keys, completions, strict=True):
+        cuts = draw_cuts(completion, eos_token_id, count, generator(seed, step, key))
+        negatives.append([truncate(completion, completion, cut, eos_token_id)[0] for cut in cuts])
+    return negatives
+
+
+def draw_cuts(completion: Sequence[int], eos_token_id: int | Sequence[int], count: int, rng: Random) -> list[int]:
+    """Draw how many tokens to keep in each of up to ``count`` truncations of one completion.
+
+    The result is a function of the completion and of the generator's state alone.
+    """
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
     content = len(without_end(completion, eos_token_id))
-    if content == 0:
-        raise ValueError("a completion without tokens besides EOS cannot be truncated")
-    cuts = range(1, content) if content > 1 else range(1)
+    cuts = range(1, content) if content > 1 else range(content)
     return rng.sample(cuts, min(count, len(cuts)))
 
 

@@ -22,22 +22,20 @@ class BatchBuilder:
 
     Args:
         config: the objective and its limits.
-        tokenizer: the tokenizer, for its padding token.
         negatives: the source that draws negatives.
         ranking: the ranking that orders negatives.
         share_prefixes: whether prompts may be shared by their candidates.
     """
 
     config: CPOConfig
-    tokenizer: Any
     negatives: Negatives
     ranking: Ranking
     share_prefixes: bool
 
     def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
         """Make the groups of some examples at ``step``, with negatives if ``contrast``."""
-        ends, pad = self.negatives.ends, self.tokenizer.pad_token_id
-        batch = ContrastBatch(ends, ends[0] if pad is None else pad, self.config.max_length, self.share_prefixes)
+        special = self.negatives.special
+        batch = ContrastBatch(special.ends, special.pad, self.config.max_length, self.share_prefixes)
         drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
         conditions = self._conditions(examples, indices, step)
         for index, own, condition in zip(indices, drawn, conditions, strict=True):

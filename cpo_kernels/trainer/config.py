@@ -65,8 +65,15 @@ def _option(default: Any, text: str) -> Any:
 
 def _count(kind: str) -> Any:
     own = KINDS[kind]
-    unset = " None: as the objective says; 0 where the data or a model brings others." if own.default is None else ""
-    return _option(own.default, f"Negatives of this kind for an example: {own.text}. One costs {own.cost}.{unset}")
+    text = f"Negatives of this kind for an example: {own.text}. One costs {own.cost}."
+    by_model = " or ".join(name for name, other in counted_kinds().items() if other.by_model)
+    by_objective = " and ".join(name for name, other in counted_kinds().items() if other.default is None)
+    if own.default is None:
+        defaults = ", ".join(f"{preset.negatives.get(kind, 0)} for {name}" for name, preset in PRESETS.items())
+        text += f" None: by the objective {defaults}; but 0 where the data brings negatives or {by_model} is above 0."
+    elif own.by_model:
+        text += f" Above 0, those of {by_objective} that are not given are 0, whatever the objective."
+    return _option(own.default, text)
 
 
 def _weight(kind: str) -> Any:

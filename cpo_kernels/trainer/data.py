@@ -16,7 +16,7 @@ from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import as_ids, end_token_ids
 
 from .encoding import encode_examples
-from .formats import Example, normalize_example
+from .formats import Example, check_no_text, normalize_example
 
 TOKENIZER_BATCH = 1000
 
@@ -126,6 +126,7 @@ def tokenize_examples(
     max_length: int,
     max_prompt_length: int,
     eos_token_id: int | Sequence[int] | None = None,
+    bos_token_id: int | None = None,
     vocab_size: int | None = None,
 ) -> TokenizedExamples:
     """Turn examples into token ids.
@@ -146,29 +147,36 @@ def tokenize_examples(
             ``{"prompt", "completion"}``, with ``"negatives"`` and ``"ranks"`` if they bring any, or TRL's
             ``{"prompt", "chosen", "rejected"}``; values are strings, lists of token ids, or conversations. Or what that
             function returns.
-        tokenizer: a tokenizer of ``transformers`` with an EOS token.
+        tokenizer: a tokenizer of ``transformers`` with an EOS token; or None for examples of token ids, which then need
+            ``eos_token_id`` and whose white space is not known.
         max_length: tokens of prompt and completion together, at most.
         max_prompt_length: tokens of the prompt, at most; smaller than ``max_length``.
         eos_token_id: every token that ends a completion; the first is put behind one that has none. Default: the
             tokenizer's EOS, and the token that its chat template ends an answer with.
+        bos_token_id: the token that stands for an empty prompt. Default: the tokenizer's BOS.
         vocab_size: how many embeddings the model has; None leaves token ids unchecked.
 
     Raises:
         TypeError: data without a length, such as a stream: batch negatives are drawn from all of it.
         ValueError: no examples, no EOS token, or an example without a key, with a value that is neither text nor token
-            ids, with text that has no encoding, with a token id beyond the embeddings, or with an empty prompt where
-            the tokenizer has no BOS token; the message names the example.
+            ids, with text but no tokenizer, with text that has no encoding, with a token id beyond the embeddings, or
+            with an empty prompt where there is no BOS token; the message names the example.
     """
     if not hasattr(examples, "__len__"):
         raise TypeError(f"expected examples with a length, got {type(examples).__name__}; streams are not supported")
+    if tokenizer is None and eos_token_id is None:
+        raise ValueError("without a tokenizer eos_token_id is needed, the token or tokens that end a completion")
     ends = end_token_ids(tokenizer) if eos_token_id is None else as_ids(eos_token_id)
-    finish = _Finish(tokenizer, ends)
+    finish = _Finish(tokenizer, ends, bos_token_id)
     prompts: list[Sequence[int]] = []
     completions: list[Sequence[int]] = []
     negatives: list[list[list[int]]] = []
     ranks: list[list[int] | None] = []
     kinds: list[list[str]] = []
     for start, chunk in _chunks(examples):
+        if tokenizer is None:
+            for offset, row in enumerate(chunk):
+                check_no_text(row, start + offset)
         normal = [
             row if isinstance(row, Example) else normalize_example(row, start + offset, tokenizer, vocab_size)
             for offset, row in enumerate(chunk)
@@ -214,21 +222,24 @@ class _Finish:
     """The rules by which prompts and completions are cut to their lengths, and completions ended.
 
     Args:
-        tokenizer: the tokenizer of the token ids.
+        tokenizer: the tokenizer of the token ids; without one no token is white space.
         ends: every token that ends a completion; the first is put behind one that has none.
+        bos: the token that stands for an empty prompt; None for the tokenizer's.
     """
 
-    def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
-        self.tokenizer, self.ends = tokenizer, ends
-        self._is_space = cache(lambda token: not tokenizer.decode([token]).strip())
+    def __init__(self, tokenizer: Any, ends: Sequence[int], bos: int | None = None) -> None:
+        self.ends = ends
+        self.bos = getattr(tokenizer, "bos_token_id", None) if bos is None else bos
+        self._who = "there is" if tokenizer is None else "the tokenizer has"
+        self._is_space = cache(lambda token: tokenizer is not None and not tokenizer.decode([token]).strip())
 
     def prompt(self, ids: list[int], limit: int, index: int) -> list[int]:
         """Return at most ``limit`` tokens of the prompt of example ``index``, at least one."""
-        bos = self.tokenizer.bos_token_id
+        bos = self.bos
         if not ids:
             if bos is None:
                 raise ValueError(
-                    f"the prompt of example {index} has no token of its own and the tokenizer has no BOS token to "
+                    f"the prompt of example {index} has no token of its own and {self._who} no BOS token to "
                     "stand for it; the first token of a completion needs a row that predicts it"
                 )
             return [bos]

@@ -26,10 +26,12 @@ def encode_examples(
 
     Args:
         examples: prompts and candidates, texts or token ids.
-        tokenizer: a tokenizer of ``transformers``.
+        tokenizer: a tokenizer of ``transformers``; None for examples of token ids alone.
         eos_token_id: every token that ends a completion. This function ends no completion, but leaves out white space
             behind an end, since nothing is ever generated there.
     """
+    if tokenizer is None:
+        return [(list(example.prompt), example.candidates) for example in examples]  # type: ignore[arg-type]
     # A generation configuration may name tokens that the tokenizer does not have.
     ends = tuple(token for token in tokenizer.convert_ids_to_tokens(list(eos_token_id)) if token)
     texts: dict[bool, list[str]] = {False: [], True: []}

@@ -22,7 +22,7 @@ from transformers import PrinterCallback
 from cpo_kernels.models.head import evaluating
 from cpo_kernels.negatives import seeds
 from cpo_kernels.negatives.autoregressive import Sampling
-from cpo_kernels.negatives.endings import as_ids, end_token_ids
+from cpo_kernels.negatives.endings import as_ids, special_tokens
 from cpo_kernels.negatives.kinds import counted_kinds
 
 from .config import CPOConfig
@@ -185,7 +185,7 @@ def evaluate(
     Args:
         model: a causal language model; :func:`cpo_kernels.attach_linear_loss` is applied to it, and it is moved to
             the configuration's device.
-        tokenizer: its tokenizer, with an EOS token.
+        tokenizer: its tokenizer, with an EOS token; or None, as for ``CPOTrainer``, but not with a judge.
         examples: examples as ``CPOTrainer`` takes them as ``eval_dataset``, but no dictionary.
         config: numbers of negatives, lengths, batch size and device. Its training options have no effect.
         ref_model: the reference of the log-likelihood ratios.
@@ -201,7 +201,7 @@ def evaluate(
         ValueError: examples or options that contradict each other; the message names them.
         RuntimeError: several processes. Errors of the model and the judge pass through.
     """
-    _check_options(config, judge, generate, num_generations, directory)
+    _check_options(config, tokenizer, judge, generate, num_generations, directory)
     trainer = CPOTrainer(
         model,
         _evaluation_config(config, ref_model is not None),
@@ -222,7 +222,8 @@ def evaluate(
         indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
         completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
-    generated, true = (generation_statistics(side, end_token_ids(tokenizer, model)) for side in (completions, truths))
+    ends = special_tokens(tokenizer, model).ends
+    generated, true = (generation_statistics(side, ends) for side in (completions, truths))
     report = replace(report, sampling=sampling, generated=generated, truths=true)
     if judge is None:
         return report
@@ -237,12 +238,19 @@ def evaluate(
 
 
 def _check_options(
-    config: CPOConfig, judge: Judge | None, generate: bool, num_generations: int | None, directory: str | Path | None
+    config: CPOConfig,
+    tokenizer: Any,
+    judge: Judge | None,
+    generate: bool,
+    num_generations: int | None,
+    directory: str | Path | None,
 ) -> None:
     if config.world_size > 1:
         raise RuntimeError(f"evaluate runs in one process, got world_size={config.world_size}")
     if judge is not None and not generate:
         raise ValueError("a judge compares generations; expected generate=True")
+    if judge is not None and tokenizer is None:
+        raise ValueError("a judge reads text; pass the tokenizer")
     if num_generations is not None and num_generations < 1:
         raise ValueError(f"num_generations must be at least 1, got {num_generations}")
     if judge is not None and directory is not None:

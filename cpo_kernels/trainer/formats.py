@@ -80,6 +80,26 @@ def check_example(example: Mapping[str, Any], index: int, vocab_size: int | None
     _kinds(fields, index, named, len(negatives))
 
 
+def check_no_text(example: Mapping[str, Any] | Example, index: int) -> None:
+    """Raise ``ValueError`` for an example with a text or a conversation, which only a tokenizer reads."""
+    if isinstance(example, Example):
+        fields = {"prompt": example.prompt, "completion": example.candidates[0], "negatives": example.candidates[1:]}
+    else:
+        fields = {name: example.get(name) for name in ("prompt", "completion", "negatives", "chosen", "rejected")}
+    for name, value in fields.items():
+        if _holds_text(value):
+            raise ValueError(
+                f"{name!r} of example {index} holds text, {_describe(value)}, and there is no tokenizer; pass one, or "
+                "give lists of token ids"
+            )
+
+
+def _holds_text(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return not (value and _is_token(value[0])) and any(map(_holds_text, value))
+    return isinstance(value, (str, Mapping))
+
+
 def _candidates(fields: Mapping[str, Any], index: int, vocab_size: int | None) -> tuple[Value, Value, list[Value], str]:
     """Return prompt, completion and negatives unchanged, and the name of the field of negatives."""
     preference = [name for name in ("chosen", "rejected") if name in fields]

@@ -152,7 +152,7 @@ class LikelihoodJudge:
         head: head keywords of :func:`cpo_kernels.linear_sequence_logps`, such as ``backend``.
 
     Raises:
-        ValueError: a tokenizer without EOS, a ``batch_size`` below 1, or a ``max_length`` below 2.
+        ValueError: no tokenizer, or one without EOS, a ``batch_size`` below 1, or a ``max_length`` below 2.
         RuntimeError: a model that :func:`cpo_kernels.attach_linear_loss` cannot read; on asking, a score that is NaN.
     """
 
@@ -161,6 +161,8 @@ class LikelihoodJudge:
     def __init__(
         self, model: Any, tokenizer: Any, *, batch_size: int = 16, max_length: int | None = None, **head: Any
     ) -> None:
+        if tokenizer is None:
+            raise ValueError("a judge reads text; pass the tokenizer of its model, got None")
         self._ends = end_token_ids(tokenizer, model)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from cpo_kernels.negatives import Negative, finish, is_wrong
-from cpo_kernels.negatives.endings import end_token_ids
+from cpo_kernels.negatives.endings import special_tokens, without_end
 from cpo_kernels.negatives.kinds import Task, counted_kinds
 from cpo_kernels.negatives.mean_field import replaced_positions
 from cpo_kernels.negatives.seeds import generator, token_seeds
@@ -104,7 +104,7 @@ class Negatives:
 
     Args:
         config: the numbers of negatives by kind, and how they are made.
-        tokenizer: the tokenizer, for the tokens that end a completion and for the text of a server.
+        tokenizer: the tokenizer, for the tokens that end a completion and for the text of a server; or None.
         sources: the models that draw negatives.
         store: autoregressive negatives that are written and not yet used.
     """
@@ -116,12 +116,17 @@ class Negatives:
 
     def __post_init__(self) -> None:
         # Read now: training writes the tokenizer's EOS into the model's generation configuration.
-        self.ends = end_token_ids(self.tokenizer, self.sources.policy())
+        self.special = special_tokens(self.tokenizer, self.sources.policy())
         self._writer: ModelWriter | EndpointWriter
         if self.config.autoregressive_url is None:
             self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
         else:
             self._writer = EndpointWriter(self.config, self.tokenizer)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a completion."""
+        return self.special.ends
 
     @property
     def seed(self) -> int:
@@ -139,13 +144,21 @@ class Negatives:
             **{name: counts[kind.name] for name, kind in counted_kinds().items()},
         )
 
+    def describe(self, examples: TokenizedExamples) -> str:
+        """Say how many negatives of every kind an example has in training."""
+        if not self.config.contrasts:
+            return "No negatives are drawn: alpha is 0"
+        counts = self.config.negative_counts(examples.brings_negatives)
+        drawn = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        return f"Negatives drawn for an example: {drawn}" + "; the data brings its own" * examples.brings_negatives
+
     def check(self, examples: TokenizedExamples) -> None:
         """Raise ``ValueError`` if an example would have no negative, or fewer than were asked for."""
         counts = self.config.negative_counts(examples.brings_negatives)
         if counts["batch"]:
             distinct: set[tuple[int, ...]] = set()
             for completion in examples.completions:
-                distinct.add(tuple(completion))
+                distinct.add(tuple(without_end(completion, self.ends)))
                 if len(distinct) > counts["batch"]:
                     break
             else:
@@ -185,8 +198,8 @@ class Negatives:
                 own.negatives = [Negative(kinds[0], examples.completions[index], rank=sampler.rank_of_drawn(index))]
         return drawn
 
-    @staticmethod
     def _add(
+        self,
         drawn: Sequence[Drawn],
         kind: str,
         texts: Sequence[Sequence[Sequence[int]]],
@@ -194,10 +207,12 @@ class Negatives:
         indices: Sequence[int],
         sampler: NegativeSampler,
     ) -> None:
-        """Add to each example those of its texts that differ from the ground truth as negatives."""
+        """Add to each example those of its texts that are wrong as far as they fit behind the prompt, as negatives."""
         for group, own, index in zip(drawn, texts, indices, strict=True):
             truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
-            group.negatives += [Negative(kind, text, rank=rank) for text in own if is_wrong(text, truth)]
+            room = self.config.max_length - len(examples.prompts[index])
+            wrong = [text for text in own if is_wrong(text[:room], truth, self.ends)]
+            group.negatives += [Negative(kind, text, rank=rank) for text in wrong]
 
     def write_ahead(self, examples: TokenizedExamples, steps: Sequence[tuple[int, Sequence[int]]]) -> None:
         """Write those autoregressive negatives of (step, indices of examples) that are not in the store."""

@@ -40,7 +40,7 @@ def own_loss(
     Args:
         model: a model with an attached loss.
         inputs: the tensors of a batch, with the sizes of the whole step.
-        ref_logps: (S,), means per token if ``length_normalized``, or None.
+        ref_logps: (S,) sums under the reference, or None.
         loss_fn: see :class:`~cpo_kernels.trainer.CPOTrainer`.
         config: the weights of the two parts, and the options of the head.
 
@@ -56,7 +56,7 @@ def own_loss(
 
     def loss_of(sums: Tensor, groups: range) -> Tensor:
         here = problem.chunk(groups, slice(starts[groups.start], starts[groups.stop]))
-        ratios = here.logps(sums) if here.ref_logps is None else here.logps(sums) - here.ref_logps
+        ratios = here.logps(sums if here.ref_logps is None else sums - here.ref_logps)
         loss = loss_fn(here.groups.pad(ratios, -torch.inf), groups)
         if sums.requires_grad:
             check_loss(loss)

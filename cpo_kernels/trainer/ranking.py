@@ -22,18 +22,21 @@ class Ranking:
 
     Args:
         config: says whether negatives are ranked, and by which sentence encoder; without one, by hidden states.
-        tokenizer: the tokenizer of the candidates.
+        tokenizer: the tokenizer of the candidates; None suffices without a sentence encoder.
         device: device of the sentence encoder.
         wanted: whether negatives are ranked; None for what the configuration says.
 
     Raises:
         RuntimeError: a sentence encoder that cannot be loaded.
+        ValueError: a sentence encoder and no tokenizer.
     """
 
     def __init__(self, config: CPOConfig, tokenizer: Any, device: Any, wanted: bool | None = None) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.wanted = config.ranking == "similarity" if wanted is None else wanted
         name = config.embedding_model if self.wanted else None
+        if name is not None and tokenizer is None:
+            raise ValueError(f"embedding_model={name!r} reads text; pass the tokenizer")
         self._embedder = None if name is None else SentenceEmbedder(name, device=str(device))
 
     @property
@@ -70,10 +73,10 @@ class Ranking:
             For each example the ranks of its negatives, from 1; equally similar ones share a rank.
         """
         ranks: list[list[int]] = []
-        eos, size = self.tokenizer.eos_token_id, self.config.per_device_eval_batch_size
+        size = self.config.per_device_eval_batch_size
         for start in range(0, len(negatives), size):
             some = slice(start, start + size)
-            batch = ContrastBatch(eos, eos, self.config.max_length)
+            batch = ContrastBatch(eos_token_id=(), max_length=self.config.max_length)  # without truncations to end
             for prompt, truth, own in zip(prompts[some], truths[some], negatives[some], strict=True):
                 batch.add_group(prompt, truth, [Negative("autoregressive", ids) for ids in own])
             inputs = batch.tensors()

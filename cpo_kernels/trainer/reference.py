@@ -174,11 +174,6 @@ def make_reference(
     return frozen, reference
 
 
-def per_token(logps: Tensor, cu_tokens: list[int]) -> Tensor:
-    """Divide log-likelihoods (S,) by their numbers of tokens."""
-    return logps / torch.tensor(cu_tokens, device=logps.device).diff()
-
-
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return the configuration and dtypes of a model, on which its outputs depend besides its parameters."""
     config: Any = model.config

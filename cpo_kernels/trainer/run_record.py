@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from torch import nn
 
+from cpo_kernels.negatives.endings import SpecialTokens
 from cpo_kernels.negatives.redaction import without_secrets
 
 from .config import CPOConfig
@@ -104,6 +105,13 @@ def frozen_fingerprints(model: nn.Module, reference: Any) -> dict[str, str]:
     if hasattr(model, "peft_config") and not (reference is not None and reference.adapters):
         prints["base"] = fingerprint(model, frozen_only=True)
     return prints
+
+
+def tokens_record(tokenizer: Any, special: SpecialTokens) -> dict[str, Any]:
+    """Return the special tokens of the tokenizer, or without one those that the model names."""
+    if tokenizer is None:
+        return {"bos": special.bos, "eos": list(special.ends), "pad": special.pad}
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
 def data_record(examples: TokenizedExamples) -> dict[str, Any]:

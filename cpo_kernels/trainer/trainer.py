@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 from cpo_kernels.negatives import KINDS
-from cpo_kernels.negatives.endings import end_token_ids
+from cpo_kernels.negatives.endings import special_tokens
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
@@ -29,9 +29,9 @@ from .negatives import EVALUATION_STEP, Negatives
 from .own_loss import LossFn, check_own_loss, own_loss
 from .precomputed import ReferenceScores, precompute
 from .ranking import Ranking, ranks_by_similarity
-from .reference import Sources, make_reference, not_saved_with_adapters, per_token
+from .reference import Sources, make_reference, not_saved_with_adapters
 from .resumable import ResumableTrainer
-from .run_record import data_record, frozen_fingerprints, model_record, settings_of
+from .run_record import data_record, frozen_fingerprints, model_record, settings_of, tokens_record
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,9 @@ class CPOTrainer(ResumableTrainer):
             ``{"prompt", "chosen", "rejected"}``: a list, a ``datasets.Dataset``, or what :func:`tokenize_examples`
             returns.
         eval_dataset: likewise, or a dictionary of them.
-        processing_class: the tokenizer.
+        processing_class: the tokenizer. None suffices for examples of token ids, where the model names the token that
+            ends a completion, as ``generation_config.eos_token_id`` or in its configuration, and there too, if it has
+            them, those for padding and for an empty prompt.
         ref_model: the frozen reference. Default: a copy of ``model`` as it is now; for a ``PeftModel``, the model
             itself with its adapters disabled. To resume a run, give the trainer the model that the run began with as
             ``model``, or its reference as ``ref_model``.
@@ -92,8 +94,6 @@ class CPOTrainer(ResumableTrainer):
         loss_fn: LossFn | None = None,
         **kwargs: Any,
     ) -> None:
-        if processing_class is None:
-            raise ValueError("CPOTrainer needs the tokenizer, as processing_class")
         for name in ("model_init", "data_collator", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"CPOTrainer makes its own batches and loss, without logits; {name} is not supported")
@@ -104,7 +104,9 @@ class CPOTrainer(ResumableTrainer):
         attach_linear_loss(model)
         if args.disable_dropout:
             disable_dropout(model)
-        self._ends = end_token_ids(processing_class, model)
+        self._special = special_tokens(processing_class, model)
+        if processing_class is None:
+            logger.info(f"There is no tokenizer; the special tokens are those that the model names: {self._special}")
         self._vocab_size = getattr(model.get_input_embeddings(), "num_embeddings", None)
         self._tokenizer, self._config = processing_class, args
         super().__init__(
@@ -140,7 +142,7 @@ class CPOTrainer(ResumableTrainer):
             self._negatives.check(examples)
         ranking = Ranking(self.args, processing_class, self.args.device)
         share = self._can_share_prefixes()
-        self._batches = BatchBuilder(self.args, processing_class, self._negatives, ranking, share)
+        self._batches = BatchBuilder(self.args, self._negatives, ranking, share)
         self._scores = self._precompute_reference()
 
     # Examples and batches
@@ -162,7 +164,8 @@ class CPOTrainer(ResumableTrainer):
             self._tokenizer,
             max_length=self._config.max_length,
             max_prompt_length=self._config.prompt_budget,
-            eos_token_id=self._ends,
+            eos_token_id=self._special.ends,
+            bos_token_id=self._special.bos,
             vocab_size=self._vocab_size,
         )
 
@@ -261,6 +264,8 @@ class CPOTrainer(ResumableTrainer):
         if counted is not None:
             # w e^s = e^(s + log w): a weight w shifts the score s = beta * (logp - ref_logp) by log w.
             shift = counted / self.args.objective_options["beta"]
+            if self.args.length_normalized:  # by which the loss divides the sums that it is given
+                shift = shift * torch.tensor(inputs["cu_tokens"], device=shift.device).diff()
             ref_logps = -shift if ref_logps is None else ref_logps - shift
         request = CPORequest(
             inputs["targets"],
@@ -291,7 +296,7 @@ class CPOTrainer(ResumableTrainer):
         return torch.tensor(weights, device=inputs["targets"].device).log()
 
     def _reference_logps(self, inputs: dict[str, Any]) -> Tensor | None:
-        """Return the log-likelihoods (S,) under the reference, means per token where contrasted; None without one.
+        """Return the log-likelihoods (S,) under the reference, sums over their tokens; None without one.
 
         It also sets the ranks of the candidates if they come from the reference's hidden states.
         """
@@ -304,7 +309,7 @@ class CPOTrainer(ResumableTrainer):
             logps = out.logps if logps is None else logps.index_copy(0, inputs["unknown"], out.logps)
             if out.embeddings is not None:
                 inputs["ranks"] = ranks_by_similarity(out.embeddings, inputs)
-        return per_token(logps, inputs["cu_tokens"]) if self.args.length_normalized and logps is not None else logps
+        return logps
 
     @staticmethod
     def _own_groups(inputs: Mapping[str, Any]) -> int:
@@ -424,6 +429,8 @@ class CPOTrainer(ResumableTrainer):
     # Checkpoints
 
     def _prepare_run(self) -> None:
+        if self.train_dataset is not None:
+            logger.info(self._negatives.describe(cast(TokenizedExamples, self.train_dataset)))
         self._epoch_iterator = None
         self._negatives.store.negatives.clear()
         model = self.accelerator.unwrap_model(self._policy)
@@ -454,7 +461,7 @@ class CPOTrainer(ResumableTrainer):
             "settings": settings_of(self.args),
             "model": model_record(self.accelerator.unwrap_model(self._policy)),
             "data": None if self.train_dataset is None else data_record(cast(TokenizedExamples, self.train_dataset)),
-            "tokens": {name: getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            "tokens": tokens_record(self._tokenizer, self._special),
             "loss_fn": None if loss is None else getattr(loss, "__qualname__", type(loss).__name__),
             "processes": self.args.world_size,
             **self._fingerprints,

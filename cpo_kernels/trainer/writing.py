@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from cpo_kernels.negatives import CompletionsEndpoint, Sampling, autoregressive_negatives
-from cpo_kernels.negatives.endings import end_token_ids, turn_end
+from cpo_kernels.negatives.endings import special_tokens, turn_end
 from cpo_kernels.negatives.files import write_whole
 from cpo_kernels.negatives.redaction import without_credentials
 from cpo_kernels.negatives.seeds import call_seed
@@ -89,28 +89,26 @@ class ModelWriter:
 
     Args:
         model: returns a causal language model.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, or None.
         synced_gpus: whether all processes have to run the same number of forward passes, as with sharded parameters.
     """
 
     def __init__(self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False) -> None:
-        self.model, self.tokenizer, self.synced_gpus = model, tokenizer, synced_gpus
-        self.ends = end_token_ids(tokenizer, model())
+        self.model, self.synced_gpus, self.special = model, synced_gpus, special_tokens(tokenizer, model())
 
     @property
     def identity(self) -> str:
         """The name that tells this writer's negatives from those of other writers."""
-        return f"{fingerprint(self.model())} {self.ends} {self.tokenizer.pad_token_id}"
+        return f"{fingerprint(self.model())} {self.special.ends} {self.special.pad}"
 
     def __call__(self, prompts: Sequence[Ids], keys: Sequence[int], count: int, sampling: Sampling) -> Written:
         """Write ``count`` completions of each prompt, whose draws depend on the prompt's key."""
-        pad = self.tokenizer.pad_token_id
         return autoregressive_negatives(
             self.model(),
             prompts,
             count,
-            eos_token_id=self.ends,
-            pad_token_id=self.ends[0] if pad is None else pad,
+            eos_token_id=self.special.ends,
+            pad_token_id=self.special.pad,
             sampling=sampling,
             keys=keys,
             synced_gpus=self.synced_gpus,
@@ -124,13 +122,15 @@ class EndpointWriter:
 
     Raises:
         RuntimeError: ``openai`` is not installed.
-        ValueError: a configuration that names no server.
+        ValueError: a configuration that names no server, or no tokenizer.
     """
 
     def __init__(self, config: CPOConfig, tokenizer: Any) -> None:
         url, model = config.autoregressive_url, config.autoregressive_model
         if url is None or model is None:
             raise ValueError(f"expected autoregressive_url and autoregressive_model, got {url!r} and {model!r}")
+        if tokenizer is None:
+            raise ValueError(f"the server at autoregressive_url={url!r} reads and writes text; pass the tokenizer")
         self.tokenizer, self._turn_end = tokenizer, turn_end(tokenizer)
         self.endpoint = CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
 

@@ -81,8 +81,9 @@ CPO_DEVICE bool find_scores(const ContrastArgs& args, const Group& group, const 
   for (int c = simt::thread_index(); c < group.count; c += simt::thread_count()) {
     const std::int64_t segment = group.first + c, length = simt::load(args.lengths + segment);
     const std::int64_t rank = args.ranks ? simt::load(args.ranks + segment) : (c > 0 ? 1 : 0);
-    double reward = shared.score[c] / divisor(args, length);
+    double reward = shared.score[c];
     if (args.ref_logps && reward != -kInfinite) reward -= simt::load(args.ref_logps + segment);
+    reward /= divisor(args, length);
     const double score = reward * args.preference.beta + (rank > 0 ? args.margin : 0.0);
     const bool defined = score < kInfinite;
     bad |= length > 0 && !defined;

@@ -79,7 +79,7 @@ struct ContrastArgs {
   const std::int64_t* token_starts;   // (S + 1,) prefix count of the slots of each segment
   const std::int64_t* segment_starts; // (G + 1,) prefix count of the segments of each group, or null: max_candidates each
   const std::int64_t* lengths;        // (S,) tokens of each segment; 0 makes the candidate absent
-  const float* ref_logps;             // (S,), or null
+  const float* ref_logps;             // (S,) sums, or null
   const std::int64_t* ranks;          // (S,), or null for (0, 1, ..., 1) in each group
   const double* num_target_tokens;    // (), or null where mle_scale is already divided by it
   float* sums;                        // (S,)

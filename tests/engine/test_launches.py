@@ -16,6 +16,7 @@ CASES = {
     "likelihood of the truth as well": {"ref_logps": torch.zeros(G, C), "mle_weight": 0.5},
     "ranks": {"ranks": torch.arange(C).expand(G, C).contiguous(), "mle_weight": 0.5},
     "means": {"length_normalized": True, "margin": 0.1},
+    "means with a reference": {"length_normalized": True, "ref_logps": torch.zeros(G, C)},
     "no value read on the host": {"skip_absent_rows": False, "mle_weight": 0.5},
     "likelihood alone": {"contrast_weight": 0.0, "mle_weight": 1.0},
     "several chunks": {"max_logits_bytes": 4 * V * 2 * C * T},

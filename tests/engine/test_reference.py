@@ -31,8 +31,8 @@ def loss_by_hand(logits, targets, ref, ranks, *, beta, margin, length_normalized
                 continue
             if ranks[g][c] == 0:
                 nll, best_tokens = nll - sum(logps), best_tokens + len(logps)
-            logp = sum(logps) / len(logps) if length_normalized else sum(logps)
-            scores[c] = beta * (logp - ref[g][c]) + margin * (ranks[g][c] > 0)
+            ratio = (sum(logps) - ref[g][c]) / (len(logps) if length_normalized else 1)
+            scores[c] = beta * ratio + margin * (ranks[g][c] > 0)
         for i, score in scores.items():
             lower = [scores[j] for j in scores if ranks[g][j] > ranks[g][i]]
             if lower:

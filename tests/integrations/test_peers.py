@@ -85,13 +85,13 @@ def test_linear_cpo_loss_is_trl_dpo_loss(loss_type):
     hidden, weight, targets = make_pairs(torch.float64)
     ref_logps = -3 * torch.rand(G, 2, dtype=torch.float64) * T
     expected = trl_dpo_loss(loss_type, hidden, weight, targets, ref_logps)
-    # For ipo and sigmoid_norm TRL divides logp - ref by the number of tokens; ours divides logp, so ref comes divided.
+    # For ipo and sigmoid_norm both divide logp - ref by the number of tokens.
     normalized = loss_type in ("ipo", "sigmoid_norm")
     out = linear_cpo_loss(
         hidden,
         weight,
         targets,
-        ref_logps=ref_logps / (targets != -100).sum(-1) if normalized else ref_logps,
+        ref_logps=ref_logps,
         beta=BETA,
         loss_type="plackett_luce" if loss_type.startswith("sigmoid") else loss_type,
         length_normalized=normalized,

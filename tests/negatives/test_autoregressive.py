@@ -13,16 +13,14 @@ from processes import run_script
 from project import SUPPORT
 
 from cpo_kernels import CandidateLayout, attach_linear_loss, linear_cpo_loss
-from cpo_kernels.negatives import Sampling, autoregressive_negatives, is_wrong, write_negatives
+from cpo_kernels.negatives import Completion, Sampling, autoregressive_negatives, write_negatives
 
 pytestmark = pytest.mark.cpu
 
 
-def draw(model, count=3, prompts=PROMPTS, keys=None, **sampling):
-    options = Sampling(**{"max_new_tokens": 12, **sampling})
-    return autoregressive_negatives(
-        model, prompts, count, eos_token_id=EOS, pad_token_id=PAD, sampling=options, keys=keys
-    )
+def draw(model, count=3, prompts=PROMPTS, keys=None, completions=None, **sampling):
+    options = {"sampling": Sampling(**{"max_new_tokens": 12, **sampling}), "keys": keys, "completions": completions}
+    return autoregressive_negatives(model, prompts, count, eos_token_id=EOS, pad_token_id=PAD, **options)
 
 
 def test_completions_end_with_eos_or_are_cut_off():
@@ -33,6 +31,20 @@ def test_completions_end_with_eos_or_are_cut_off():
     assert ended and cut
     assert all(c.count(EOS) == 1 and len(c) <= 12 for c in ended)
     assert all(EOS not in c and len(c) == 12 for c in cut)
+
+
+def test_draws_equal_to_a_given_truth_are_left_out():
+    """Whatever ended them: here the truth is a draw that was cut off, given with its end."""
+    whole = draw(tiny_models.llama(), 4)
+    truths = [[*own[1], EOS] if own[1][-1] != EOS else own[1] for own in whole]
+    contents = [[token for token in truth if token != EOS] for truth in truths]
+    kept = [
+        [own for own in drawn if [token for token in own if token != EOS] != content]
+        for drawn, content in zip(whole, contents, strict=True)
+    ]
+    assert draw(tiny_models.llama(), 4, completions=truths) == kept and kept != whole
+    with pytest.raises(ValueError, match="expected one completion per prompt, 5, got 1"):
+        draw(tiny_models.llama(), completions=truths[:1])
 
 
 @pytest.mark.parametrize(
@@ -177,8 +189,8 @@ def test_plain_loop():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = []
     for step in range(3):
-        drawn = draw(model, 3, [prompt], max_new_tokens=6, seed=step)[0]
-        candidates = [completion, *(c for c in drawn if is_wrong(c, completion))]
+        (drawn,) = draw(model, 3, [prompt], completions=[completion], max_new_tokens=6, seed=step)
+        candidates = [completion, *drawn]
         width = max(map(len, candidates))
         ids = torch.tensor([prompt + c + [PAD] * (width - len(c)) for c in candidates])
         rows = [s * ids.shape[1] + len(prompt) - 1 + t for s, c in enumerate(candidates) for t in range(len(c))]
@@ -207,6 +219,12 @@ def read_back(path):
         return [json.loads(line) for line in path.read_text().splitlines()]
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_parquet(str(path), cache_dir=str(path.parent / "cache")).to_list()
+
+
+def test_files_take_the_completions_of_a_server(tmp_path):
+    written = [[Completion("sat down", True), Completion("ran", False)], []]
+    write_negatives(tmp_path / "negatives.jsonl", EXAMPLES, written)
+    assert [row["negatives"] for row in read_back(tmp_path / "negatives.jsonl")] == [["sat down", "ran"], []]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

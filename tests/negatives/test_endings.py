@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
 import tiny_models
 import torch
 
-from cpo_kernels.negatives import Sampling, autoregressive_negatives, finish, truncate, truncation_negatives
-from cpo_kernels.negatives.endings import end_of, end_token_ids, turn_end, until_end, without_end
+from cpo_kernels.negatives import Sampling, autoregressive_negatives, finish, truncation_negatives
+from cpo_kernels.negatives.endings import end_of, end_token_ids, special_tokens, turn_end, until_end, without_end
 
 pytestmark = pytest.mark.cpu
 
@@ -62,6 +60,36 @@ def test_a_default_of_the_configuration_class_is_no_end():
     assert end_token_ids(words, model) == (0, OTHER)
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        (2, 2, (2,)),  # Llama's default, which nothing contradicts
+        (9, 2, (9,)),
+        (2, 9, (9,)),
+        ([9, 7], 2, (9, 7)),
+        ([7, 9], 9, (7, 9)),
+        (None, 9, (9,)),
+        (None, [9, 50000], (9,)),
+        (50000, 9, (9,)),
+        (-1, 2, (2,)),
+    ],
+)
+def test_without_a_tokenizer_the_model_names_the_ends(generation, config, ends):
+    model = tiny_models.llama()
+    model.generation_config.eos_token_id, model.config.eos_token_id = generation, config
+    model.generation_config.pad_token_id = model.config.bos_token_id = model.generation_config.bos_token_id = None
+    assert special_tokens(None, model) == (ends, ends[0], None)
+    assert special_tokens(None, tiny_models.adapted(model)) == (ends, ends[0], None)
+    model.generation_config.pad_token_id, model.config.bos_token_id = 0, 4
+    assert special_tokens(None, model) == (ends, 0, 4)
+
+
+def test_special_tokens_of_a_tokenizer():
+    model = tiny_models.gpt2()
+    assert special_tokens(tiny_models.tokenizer(), model) == ((EOS,), 0, 1)
+    assert special_tokens(tiny_models.tokenizer(pad_token=None, bos_token=None), model) == ((EOS,), EOS, None)
+
+
 @pytest.mark.parametrize("end", [[], [EOS], [TURN_END], [TURN_END, EOS]])
 def test_a_completion_its_end_and_what_is_before_it(end):
     assert without_end([3, EOS, 4, *end], ENDS) == [3, EOS, 4]
@@ -72,10 +100,8 @@ def test_a_completion_its_end_and_what_is_before_it(end):
 @pytest.mark.parametrize("end", [[EOS], [TURN_END], [TURN_END, EOS]])
 def test_a_truncation_is_never_the_whole_answer_and_ends_as_it_does(end):
     completion = [3, 4, 5, *end]
-    cuts = truncation_negatives(completion, ENDS, 10, Random(0))
-    assert sorted(cuts) == [1, 2]
-    negatives = [truncate(completion, range(len(completion)), cut, ENDS)[0] for cut in sorted(cuts)]
-    assert negatives == [[3, end[0]], [3, 4, end[0]]]
+    (negatives,) = truncation_negatives([completion], 10, eos_token_id=ENDS)
+    assert sorted(negatives, key=len) == [[3, end[0]], [3, 4, end[0]]]
 
 
 def test_drawn_sequences_stop_at_any_end():

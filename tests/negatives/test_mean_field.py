@@ -12,7 +12,7 @@ import torch
 from devices import DEVICE
 
 from cpo_kernels import CandidateLayout, linear_cpo_loss, linear_token_logps, linear_token_statistics
-from cpo_kernels.negatives import finish, is_wrong, mean_field_negatives, token_seeds
+from cpo_kernels.negatives import finish, mean_field_negatives, mean_field_samples, token_seeds
 from cpo_kernels.negatives.mean_field import replaced_positions
 
 EOS, TURN_END = 2, 30
@@ -22,11 +22,11 @@ ALL = {"mean_field_fraction": 1.0}
 def test_draws_and_log_likelihood_come_from_the_same_rows():
     hidden, weight = torch.randn(6, 8), torch.randn(31, 8)
     targets = torch.tensor([3, 4, -100, 5, 6, 2])
-    out = mean_field_negatives(hidden, weight, targets, seeds=1, count=4, temperature=0.7, **ALL)
+    out = mean_field_samples(hidden, weight, targets, seeds=1, count=4, temperature=0.7, **ALL)
     assert out.samples.shape == (4, 6)
     assert (out.samples[:, 2] == -100).all()
     torch.testing.assert_close(out.logps, linear_token_logps(hidden, weight, targets, temperature=0.7))
-    sharp = mean_field_negatives(hidden, weight, targets, seeds=1, temperature=1e-4, **ALL).samples[0]
+    sharp = mean_field_samples(hidden, weight, targets, seeds=1, temperature=1e-4, **ALL).samples[0]
     argmax = (hidden @ weight.T).argmax(-1).masked_fill(targets == -100, -100)
     assert torch.equal(sharp, argmax)
 
@@ -35,7 +35,7 @@ def test_every_token_follows_its_own_distribution():
     """4,000 draws of three tokens whose distributions differ, independent of one another."""
     hidden, weight = torch.randn(3, 8), torch.randn(4, 8) * 0.4
     targets = torch.zeros(3, dtype=torch.int64)
-    samples = mean_field_negatives(hidden, weight, targets, seeds=5, count=4000, **ALL).samples
+    samples = mean_field_samples(hidden, weight, targets, seeds=5, count=4000, **ALL).samples
     p = (hidden.double() @ weight.double().T).softmax(-1)
     for token in range(3):
         error = samples[:, token].bincount(minlength=4) / 4000 - p[token]
@@ -51,22 +51,22 @@ def test_an_example_draws_the_same_whatever_shares_its_call(fraction):
     lengths = [5, 4, 3]
     seeds, own = token_seeds(9, 7, range(3), lengths).to(DEVICE), token_seeds(9, 7, 1, 4).to(DEVICE)
     options = {"mean_field_fraction": fraction, "eos_token_id": EOS}
-    together = mean_field_negatives(
+    together = mean_field_samples(
         hidden, weight, targets, seeds=seeds, count=3, cu_tokens=[0, 5, 9, 12], **options
     ).samples
-    alone = mean_field_negatives(hidden[5:9], weight, targets[5:9], seeds=own, count=2, **options)
+    alone = mean_field_samples(hidden[5:9], weight, targets[5:9], seeds=own, count=2, **options)
     assert torch.equal(together[:2, 5:9], alone.samples)
 
 
 def test_negatives_draw_the_tokens_of_a_mask_alone():
     """Each its own, and those that it draws are the same as without a mask."""
     arguments = torch.randn(6, 8), torch.randn(31, 8), torch.tensor([3, 4, -100, 5, 6, 2])
-    whole = mean_field_negatives(*arguments, seeds=1, count=4, **ALL)
+    whole = mean_field_samples(*arguments, seeds=1, count=4, **ALL)
     mask = torch.rand(4, 6) < 0.5
-    some = mean_field_negatives(*arguments, seeds=1, count=4, mask=mask)
+    some = mean_field_samples(*arguments, seeds=1, count=4, mask=mask)
     assert torch.equal(some.samples, whole.samples.where(mask, -100)) and torch.equal(some.logps, whole.logps)
     with pytest.raises(ValueError, match=r"mask must have shape \(4, 6\), got \(6, 4\)"):
-        mean_field_negatives(*arguments, seeds=1, count=4, mask=mask.T)
+        mean_field_samples(*arguments, seeds=1, count=4, mask=mask.T)
 
 
 # Which positions are replaced
@@ -122,11 +122,11 @@ def test_replaced_tokens_follow_the_model_given_true_tokens():
         hidden = model.base_model(torch.tensor([prompt + truth])).last_hidden_state[0, 2:-1]
     options = {"seeds": token_seeds(1, 0, 0, 5).to(DEVICE), "count": count}
     arguments = hidden, model.lm_head.weight * 3, torch.tensor(truth)
-    samples = mean_field_negatives(*arguments, mean_field_fraction=0.5, eos_token_id=EOS, **options).samples
+    samples = mean_field_samples(*arguments, mean_field_fraction=0.5, eos_token_id=EOS, **options).samples
     drawn = samples >= 0
     assert torch.equal(drawn.sum(1), torch.full((count,), 2))
     assert not drawn[:, -1].any()
-    every = mean_field_negatives(*arguments, **ALL, **options).samples
+    every = mean_field_samples(*arguments, **ALL, **options).samples
     assert torch.equal(samples[drawn], every[drawn])
     for place in range(4):
         with torch.no_grad():
@@ -142,7 +142,7 @@ def test_a_fraction_of_one_draws_every_token_as_before():
     hidden, weight, targets = torch.randn(6, 8), torch.randn(31, 8), torch.tensor([3, 4, 7, 5, 6, EOS])
     seeds = token_seeds(2, 1, 0, 6).to(DEVICE)
     before = linear_token_statistics(hidden, weight, targets, seed=seeds, num_samples=9)
-    out = mean_field_negatives(hidden, weight, targets, seeds=seeds, count=9, mean_field_fraction=1)
+    out = mean_field_samples(hidden, weight, targets, seeds=seeds, count=9, mean_field_fraction=1)
     assert torch.equal(out.samples, before.samples.T) and torch.equal(out.logps, before.logps)
 
 
@@ -151,7 +151,7 @@ def test_one_seed_for_the_call_chooses_positions_of_every_ground_truth():
     targets = torch.tensor([3, 4, 5, 6, EOS] * 3)
     options = {"count": 50, "mean_field_fraction": 0.5, "eos_token_id": EOS, "cu_tokens": [0, 5, 10, 15]}
     first, again, other = (
-        mean_field_negatives(hidden, weight, targets, seeds=seed, **options).samples >= 0 for seed in (1, 1, 2)
+        mean_field_samples(hidden, weight, targets, seeds=seed, **options).samples >= 0 for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     own = [first[:, start:end] for start, end in pairwise(options["cu_tokens"])]
@@ -163,11 +163,11 @@ def test_a_fraction_that_cannot_be_is_refused():
     arguments = torch.randn(5, 8), torch.randn(31, 8), torch.tensor([3, 4, 5, 6, EOS])
     for fraction in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"mean_field_fraction must be in \(0, 1\], got {fraction}"):
-            mean_field_negatives(*arguments, seeds=1, mean_field_fraction=fraction)
+            mean_field_samples(*arguments, seeds=1, mean_field_fraction=fraction)
     with pytest.raises(ValueError, match=r"mean_field_fraction=0.25 .* needs eos_token_id"):
-        mean_field_negatives(*arguments, seeds=1)
+        mean_field_samples(*arguments, seeds=1)
     with pytest.raises(ValueError, match="cu_tokens must end with the number of targets, 5, got 4"):
-        mean_field_negatives(*arguments, seeds=1, eos_token_id=EOS, cu_tokens=[0, 4])
+        mean_field_samples(*arguments, seeds=1, eos_token_id=EOS, cu_tokens=[0, 4])
 
 
 # Seeds
@@ -228,11 +228,31 @@ def test_what_is_not_drawn_is_the_true_token_and_cuts_nothing():
         finish(samples[:, 1:], truth, ends)
 
 
-@pytest.mark.cpu
-def test_the_ground_truth_is_no_negative():
-    assert not is_wrong([4, 5, EOS], (4, 5, EOS))
-    assert not is_wrong([], [4, EOS])
-    assert is_wrong([4, 5], [4, 5, EOS])
+def test_negatives_are_the_finished_samples_that_are_wrong():
+    """Of several ground truths: one ended twice, one with tokens that are not there, one of its end alone."""
+    ends = [EOS, TURN_END]
+    truths = [[3, 4, 5, TURN_END, EOS], [6, 7, 8], [9, -100, 4, EOS, -100], [EOS]]
+    targets = torch.tensor([token for truth in truths for token in truth])
+    # Each row gives the truth a probability of 0.3, so that some draws change nothing.
+    hidden, weight = 2.5 * torch.nn.functional.one_hot(targets.clamp(min=0), 31).float(), torch.eye(31)
+    bounds = torch.tensor([0, *map(len, truths)]).cumsum(0).tolist()
+    options = {"seeds": 3, "count": 40, "mean_field_fraction": 0.5, "eos_token_id": ends, "cu_tokens": bounds}
+    negatives = mean_field_negatives(hidden, weight, targets, **options)
+    samples = mean_field_samples(hidden, weight, targets, **options).samples
+
+    def content(tokens):
+        return content(tokens[:-1]) if tokens and tokens[-1] in ends else tokens
+
+    for own, truth, drawn in zip(negatives, truths, samples.split([*map(len, truths)], dim=1), strict=True):
+        texts = []
+        for row in drawn.tolist():
+            length = next((place + 1 for place, new in enumerate(row) if new in ends), len(row))
+            texts.append([old if new < 0 else new for new, old in zip(row, truth, strict=True)][:length])
+        texts = [[token for token in text if token >= 0] for text in texts]
+        wrong = [text for text in texts if content(text) != content([token for token in truth if token >= 0])]
+        assert own == wrong
+        assert len(wrong) < 40
+        assert bool(wrong) == (truth != [EOS])
 
 
 @pytest.mark.cpu
@@ -247,10 +267,9 @@ def test_plain_loop():
             hidden = model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0]
         predicting = hidden[len(prompt) - 1 : -1]
         seeds = token_seeds(0, 0, 0, len(completion))
-        out = mean_field_negatives(
+        (negatives,) = mean_field_negatives(
             predicting, model.lm_head.weight, torch.tensor(completion), seeds=seeds, count=3, eos_token_id=EOS
         )
-        negatives = [negative for negative in finish(out.samples, completion, EOS) if is_wrong(negative, completion)]
         candidates = [completion, *negatives]
 
         width = max(map(len, candidates))

@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -19,7 +20,6 @@ from cpo_kernels.negatives import (
     Sampling,
     autoregressive_negatives,
     batch_negatives,
-    finish,
     is_wrong,
     mean_field_negatives,
     mean_pool,
@@ -27,6 +27,7 @@ from cpo_kernels.negatives import (
     token_seeds,
     truncate,
     truncation_negatives,
+    write_negatives,
 )
 from cpo_kernels.negatives.kinds import Task
 
@@ -45,23 +46,39 @@ def test_importing_negatives_imports_nothing_heavy():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_batch_negatives_are_wrong_and_differ_from_each_other(seed):
-    drawn = batch_negatives(POOL, 0, 3, Random(seed))
-    texts = [tuple(POOL[i]) for i in drawn]
-    assert len(set(texts)) == 3
-    assert tuple(POOL[0]) not in texts
+    drawn = batch_negatives(POOL, 3, seed=seed)
+    assert len(drawn) == len(POOL)
+    for own, truth in zip(drawn, POOL, strict=True):
+        assert len({*map(tuple, own)}) == 3
+        assert truth not in own and all(negative in POOL for negative in own)
 
 
 def test_batch_negatives_are_drawn_uniformly():
     pool = [[i, EOS] for i in range(10, 16)]
-    counts = Counter(i for seed in range(3000) for i in batch_negatives(pool, 2, 2, Random(seed)))
+    drawn = [batch_negatives(pool, 2, seed=seed, indices=[2])[0] for seed in range(3000)]
+    counts = Counter(negative[0] - 10 for own in drawn for negative in own)
     assert set(counts) == {0, 1, 3, 4, 5}
     # 3000 draws of 2 in 5: mean 1200, standard deviation 27
     assert all(abs(count - 1200) < 5 * 27 for count in counts.values())
 
 
-def test_batch_negatives_depend_on_the_generator_alone():
-    assert batch_negatives(POOL, 3, 3, Random(1)) == batch_negatives(POOL, 3, 3, Random(1))
-    assert len({tuple(batch_negatives(POOL, 3, 3, Random(seed))) for seed in range(20)}) > 1
+def test_batch_negatives_depend_on_seed_step_and_index_alone():
+    whole = batch_negatives(POOL, 2, seed=1, step=5)
+    assert batch_negatives(POOL, 2, seed=1, step=5, indices=[4, 1]) == [whole[4], whole[1]]
+    assert len({str(batch_negatives(POOL, 2, seed=seed)) for seed in range(20)}) > 1
+    assert len({str(batch_negatives(POOL, 2, step=step)) for step in range(20)}) > 1
+
+
+def test_batch_negatives_are_cut_and_compared_as_far_as_they_are_contrasted():
+    """Where three tokens fit, a pool of five holds two different completions, whatever ends them."""
+    pool = [[5, 6, 7, EOS], [5, 6, 7, 9, EOS], [8, 9, EOS], [8, 9], [5, 6, 7]]
+    options = {"max_tokens": 3, "eos_token_id": EOS}
+    for index, others in ((0, [[8, 9, EOS], [8, 9]]), (1, [[8, 9, EOS], [8, 9]]), (2, [[5, 6, 7]]), (3, [[5, 6, 7]])):
+        ((negative,),) = batch_negatives(pool, 1, indices=[index], **options)
+        assert negative in others
+        with pytest.raises(ValueError, match=f"example {index} needs 2 batch negatives"):
+            batch_negatives(pool, 2, indices=[index], **options)
+    assert sorted(batch_negatives(pool, 4, indices=[0])[0]) == sorted(pool[1:])
 
 
 def test_batch_negatives_touch_few_completions_of_a_large_pool():
@@ -76,27 +93,63 @@ def test_batch_negatives_touch_few_completions_of_a_large_pool():
             return [index, EOS]
 
     pool = Pool()
-    assert len(set(batch_negatives(pool, 0, 4, Random(0)))) == 4
-    assert pool.reads <= 6
+    assert len({*map(tuple, batch_negatives(pool, 4, indices=[0])[0])}) == 4
+    assert pool.reads <= 10
 
 
 def test_too_small_a_pool_names_the_example():
     with pytest.raises(ValueError, match=r"example 1 needs 4 batch negatives, .* 6 completions .* only 3"):
-        batch_negatives(POOL, 1, 4, Random(0))
-    assert batch_negatives(POOL, 1, 0, Random(0)) == []
+        batch_negatives(POOL, 4, indices=[1])
+    assert batch_negatives(POOL, 0) == [[]] * 6
 
 
 @pytest.mark.parametrize("completion", [[4, 5, 6, 7, EOS], [4, 5, 6, 7]], ids=["ended", "cut off by max_length"])
 def test_cuts_leave_something_out_and_keep_something(completion):
-    cuts = truncation_negatives(completion, EOS, 10, Random(0))
-    assert sorted(cuts) == [1, 2, 3]
-    assert len(truncation_negatives(completion, EOS, 2, Random(0))) == 2
+    (negatives,) = truncation_negatives([completion], 10, eos_token_id=EOS)
+    assert sorted(negatives) == [[4, EOS], [4, 5, EOS], [4, 5, 6, EOS]]
+    assert len(truncation_negatives([completion], 2, eos_token_id=EOS)[0]) == 2
 
 
 def test_a_single_token_is_cut_to_eos_alone():
-    assert truncation_negatives([4, EOS], EOS, 3, Random(0)) == [0]
-    with pytest.raises(ValueError, match="without tokens besides EOS"):
-        truncation_negatives([EOS], EOS, 1, Random(0))
+    assert truncation_negatives([[4, EOS], [EOS], [4]], 3, eos_token_id=EOS) == [[[EOS]], [], [[EOS]]]
+
+
+def test_truncations_depend_on_seed_step_and_key_alone():
+    completions = [[4, 5, 6, 7, 8, 9, EOS]] * 3
+    whole = truncation_negatives(completions, 2, eos_token_id=EOS, seed=1, step=2)
+    some = truncation_negatives(completions[:1], 2, eos_token_id=EOS, seed=1, step=2, keys=[2])
+    assert some == whole[2:]
+    assert len({str(truncation_negatives(completions, 1, eos_token_id=EOS, step=step)) for step in range(9)}) > 1
+    with pytest.raises(ValueError, match="expected one key per completion, 3, got 1"):
+        truncation_negatives(completions, 1, eos_token_id=EOS, keys=[0])
+
+
+@pytest.mark.parametrize("draw", [batch_negatives, partial(truncation_negatives, eos_token_id=EOS)])
+def test_a_negative_count_is_refused(draw):
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        draw(POOL, -1)
+
+
+# The rule for draws equal to the truth
+
+RIGHT = [
+    ([4, 5, EOS], (4, 5, EOS)),
+    ([4, 5], [4, 5, EOS]),  # cut off at the last token of the answer
+    ([4, 5, EOS], [4, 5]),
+    ([4, 5, 9, EOS], [4, 5, EOS]),
+    ([4, 5, 9], [4, 5, EOS]),
+    ([], [4, EOS]),
+    ([EOS], [9, EOS]),
+]
+WRONG = [([4], [4, 5, EOS]), ([4, EOS, 5], [4, EOS]), ([EOS], [4, EOS]), ([5, 4, EOS], [4, 5, EOS])]
+
+
+@pytest.mark.cpu
+def test_the_ground_truth_is_no_negative_whatever_ends_it():
+    assert not any(is_wrong(*own, [EOS, 9]) for own in RIGHT)
+    assert all(is_wrong(*own, [EOS, 9]) for own in WRONG)
+    # Where nothing is said to end a completion, every token counts.
+    assert is_wrong([4, 5], [4, 5, EOS]) and not is_wrong([4, 5], (4, 5)) and not is_wrong([], [4])
 
 
 def test_truncate_reuses_rows():
@@ -136,23 +189,15 @@ def test_a_weighted_mixture_in_a_plain_loop():
     with torch.no_grad():
         hidden = model.base_model(torch.tensor([prompt + completion])).last_hidden_state[0, last:-1]
     seeds = token_seeds(0, 0, 0, len(completion))
-    drawn = mean_field_negatives(
-        hidden, model.lm_head.weight, torch.tensor(completion), seeds=seeds, count=2, eos_token_id=EOS
-    )
-    own = autoregressive_negatives(
-        model, [prompt], 3, eos_token_id=EOS, pad_token_id=0, sampling=Sampling(max_new_tokens=6)
-    )[0]
-    pool = [completion, *POOL]
-    negatives = {
-        "batch": [pool[i] for i in batch_negatives(pool, 0, 2, Random(0))],
-        "truncation": [
-            truncate(completion, completion, cut, EOS)[0] for cut in truncation_negatives(completion, EOS, 2, Random(0))
-        ],
-        "mean_field": [
-            negative for negative in finish(drawn.samples, completion, EOS) if is_wrong(negative, completion)
-        ],
-        "autoregressive": [negative for negative in own if is_wrong(negative, completion)],
+    given = hidden, model.lm_head.weight, torch.tensor(completion)
+    options = {"pad_token_id": 0, "sampling": Sampling(max_new_tokens=6), "completions": [completion]}
+    drawn = {
+        "batch": batch_negatives([completion, *POOL], 2, indices=[0]),
+        "truncation": truncation_negatives([completion], 2, eos_token_id=EOS),
+        "mean_field": mean_field_negatives(*given, seeds=seeds, count=2, eos_token_id=EOS),
+        "autoregressive": autoregressive_negatives(model, [prompt], 3, eos_token_id=EOS, **options),
     }
+    negatives = {kind: own for kind, (own,) in drawn.items()}
     assert all(negatives.values())
 
     # One row of hidden states a candidate; the ground truth's serves all groups, and its truncations.
@@ -204,6 +249,44 @@ def test_a_weighted_mixture_in_a_plain_loop():
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(gradients, torch.autograd.grad(expected, list(model.parameters())), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cpu
+def test_every_kind_has_one_shape_that_a_file_takes(tmp_path):
+    """For a sure model too, whose draws are the truth: lists of token ids by example, none of them the truth."""
+    datasets = pytest.importorskip("datasets")
+    model = tiny_models.sure_of(tiny_models.llama(), 7).eval()
+    truths = [[7, 7, EOS], [5, 7, 7, 7, 6, EOS], [7, 7, 7]]
+    examples = [{"prompt": [3, 4 + number], "completion": truth} for number, truth in enumerate(truths)]
+    rows = []
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.tensor([example["prompt"] + example["completion"]])
+            rows.append(model.base_model(ids).last_hidden_state[0, 1:-1])
+    targets, bounds = torch.tensor([token for truth in truths for token in truth]), [0, 3, 9, 12]
+    given = torch.cat(rows), model.lm_head.weight, targets
+    options = {"pad_token_id": 0, "sampling": Sampling(max_new_tokens=3), "completions": truths}
+    drawn = {
+        "batch": batch_negatives(truths, 1, eos_token_id=EOS),
+        "truncation": truncation_negatives(truths, 2, eos_token_id=EOS),
+        "mean_field": mean_field_negatives(*given, seeds=0, count=4, eos_token_id=EOS, cu_tokens=bounds),
+        "autoregressive": autoregressive_negatives(
+            model, [example["prompt"] for example in examples], 2, eos_token_id=EOS, **options
+        ),
+    }
+    assert drawn["mean_field"][0] == drawn["mean_field"][2] == drawn["autoregressive"][2] == []
+    assert drawn["autoregressive"][1] == [[7, 7, 7]] * 2
+    for kind, negatives in drawn.items():
+        assert isinstance(negatives, list) and len(negatives) == 3
+        for own, truth in zip(negatives, truths, strict=True):
+            assert all(type(token) is int for negative in own for token in negative)
+            assert all(negative and negative != truth for negative in own)
+        write_negatives(tmp_path / f"{kind}.parquet", examples, negatives, kind=kind)
+        rows = datasets.Dataset.from_parquet(
+            str(tmp_path / f"{kind}.parquet"), cache_dir=str(tmp_path / kind)
+        ).to_list()
+        assert [row["negatives"] for row in rows] == negatives
+        assert [row["kinds"] for row in rows] == [[kind] * len(own) for own in negatives]
 
 
 # The table of kinds

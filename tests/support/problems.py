@@ -142,9 +142,7 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     "huge_logits": huge_logits,
     "whole_head": lambda: random_problem(bias=True, logit_scale=0.7, softcap=3.0, temperature=1.3, beta=0.4),
     "bias_alone": lambda: random_problem(bias=True),
-    "length_normalized_with_margin": lambda: random_problem(
-        C=2, beta=2.0, margin=1.4, length_normalized=True, ref=False
-    ),
+    "length_normalized_with_margin": lambda: random_problem(C=2, beta=2.0, margin=1.4, length_normalized=True),
     "ranked": ranked,
     "several_positives": several_positives,
     "mle_alone": lambda: random_problem(contrast_weight=0.0, mle_weight=1.0),

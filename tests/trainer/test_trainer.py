@@ -338,7 +338,5 @@ def test_arguments_that_have_no_place(tmp_path):
             processing_class=tiny_models.tokenizer(),
             compute_metrics=len,
         )
-    with pytest.raises(ValueError, match="needs the tokenizer"):
-        CPOTrainer(tiny_models.llama(), config(tmp_path), tiny_models.examples(2))
     with pytest.raises(ValueError, match="ref_model was given together with reference='none'"):
         trainer(tmp_path, ref_model=tiny_models.llama(), reference="none")

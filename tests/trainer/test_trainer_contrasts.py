@@ -22,10 +22,11 @@ pytestmark = pytest.mark.cpu
 
 @pytest.mark.parametrize("ranks", [None, [2, 1, 3], [0, 1, 1]], ids=["unranked", "ranked", "two positives"])
 @pytest.mark.parametrize("sharing", ["off", "required"])
-def test_given_negatives_with_ranks_and_weights_equal_the_dense_contrast(tmp_path, ranks, sharing):
+@pytest.mark.parametrize("averaged", [False, True], ids=["sums", "means"])
+def test_given_negatives_with_ranks_and_weights_equal_the_dense_contrast(tmp_path, ranks, sharing, averaged):
     examples = [example | ({} if ranks is None else {"ranks": ranks}) for example in GIVEN]
     model, reference = tiny_models.llama(), tiny_models.llama(seed=1)
-    options = {"given_weight": 3.0, "beta": 0.5, "prefix_sharing": sharing, **NONE}
+    options = {"given_weight": 3.0, "beta": 0.5, "prefix_sharing": sharing, "length_normalized": averaged, **NONE}
     run = trainer(tmp_path, copy.deepcopy(model), examples, ref_model=reference, **options)
     inputs = micro_batch(run, [0, 1])
     out = run._forward(run.model, inputs)
@@ -36,9 +37,10 @@ def test_given_negatives_with_ranks_and_weights_equal_the_dense_contrast(tmp_pat
         own = torch.stack([dense_logps(model, prompt, completion) for completion in group])
         ref = torch.stack([dense_logps(reference, prompt, completion) for completion in group])
         log_weights = torch.tensor([math.log(3) * (rank > 0) for rank in group_ranks])
-        scores.append(own - ref + log_weights / 0.5)
+        ratios = (own - ref) / torch.tensor([len(completion) if averaged else 1 for completion in group])
+        scores.append(ratios + log_weights / 0.5)
         torch.testing.assert_close(
-            out.rewards[4 * index : 4 * index + 4], 0.5 * (own - ref), rtol=1e-4, atol=1e-5, msg="without the weights"
+            out.rewards[4 * index : 4 * index + 4], 0.5 * ratios, rtol=1e-4, atol=1e-5, msg="without the weights"
         )
         for rank, completion, logp in zip(group_ranks, group, own, strict=True):
             nll, tokens = nll - logp * (rank == 0), tokens + len(completion) * (rank == 0)

@@ -10,7 +10,8 @@ import torch
 from trainer_runs import parameters, steps, trainer
 from trainer_steps import NONE, candidates, micro_batch
 
-from cpo_kernels.negatives import Completion
+from cpo_kernels.negatives import Completion, batch_negatives
+from cpo_kernels.trainer import TokenizedExamples
 
 pytestmark = pytest.mark.cpu
 
@@ -27,6 +28,44 @@ def test_drawing_leaves_generators_and_modes_alone(tmp_path):
     assert all(module.training for module in run.model.modules())
     run._negatives.store.negatives.clear()
     assert candidates(run, micro_batch(run, [0, 1])) == first, "dropout takes no part"
+
+
+# The rule for draws equal to the truth
+
+
+def test_a_draw_equal_to_the_truth_is_left_out_whatever_ends_it_and_as_far_as_it_fits(tmp_path):
+    """With two ends, and a second example whose completion is cut to the two tokens behind its prompt that fit."""
+    model = tiny_models.llama()
+    model.generation_config.eos_token_id = [2, 9]
+    examples = [
+        {"prompt": [3, 4], "completion": [5, 6, 7, 2]},
+        {"prompt": [3] * 30, "completion": [5, 6, 7, 2]},
+    ]
+    run = trainer(tmp_path, model, examples, num_autoregressive_negatives=5, max_prompt_length=30, **NONE)
+    right = [[5, 6, 7, 2], [5, 6, 7], [5, 6, 7, 9], [5, 6, 7, 9, 2]], [[5, 6], [5, 6, 2], [5, 6, 8, 8]]
+    wrong = [[5, 6, 7, 8], [5, 6], [2]], [[5, 7], [5], [9]]
+    assert run.train_dataset.completions == [[5, 6, 7, 2], [5, 6]]
+    run._negatives.store.negatives = {(0, index): [*right[index], *wrong[index]] for index in range(2)}
+    drawn = run._negatives.draw(run.train_dataset, [0, 1], 0)
+    assert [[negative.tokens for negative in own.negatives] for own in drawn] == [*wrong]
+
+
+def test_completions_that_differ_in_their_ends_are_one_batch_negative(tmp_path):
+    examples = TokenizedExamples([[3]] * 3, [[5, 6, 2], [5, 6], [7, 2]])
+    options = {"num_batch_negatives": 1, "num_truncation_negatives": 0}
+    run = trainer(tmp_path, examples=examples, **options)
+    drawn = run._negatives.draw(examples, range(3), 0)
+    assert [[negative.tokens for negative in own.negatives] for own in drawn[:2]] == [[[7, 2]]] * 2
+    with pytest.raises(ValueError, match=r"2 batch negatives .* 3 examples have 2 distinct ones"):
+        trainer(tmp_path, examples=examples, **(options | {"num_batch_negatives": 2}))
+
+
+def test_batch_negatives_of_a_plain_loop_are_those_of_training(tmp_path):
+    run = trainer(tmp_path, num_batch_negatives=2, num_truncation_negatives=0, seed=7)
+    completions, indices = run.train_dataset.completions, [3, 0, 11]
+    drawn = run._negatives.draw(run.train_dataset, indices, 5)
+    own = batch_negatives(completions, 2, indices=indices, seed=7, step=5, eos_token_id=2)
+    assert [[list(negative.tokens) for negative in group.negatives] for group in drawn] == own
 
 
 # Autoregressive

@@ -163,12 +163,12 @@ def add_preference(coef, score, lower, is_winner, beta, label_smoothing, LOSS: t
 @triton.jit
 def load_rewards(total, length, segment, possible, ref_logps, LENGTH_NORMALIZED: tl.constexpr):
     """Return log-likelihoods (BLOCK_C,) float64 of segments, and how much they exceed those of the reference."""
-    logp = total * inverse_length(length, LENGTH_NORMALIZED)
-    reward = logp
+    reward = total
     if ref_logps is not None:
-        possible &= logp != float("-inf")
+        possible &= total != float("-inf")
         reward -= tl.load(ref_logps + segment, mask=possible, other=0.0).to(tl.float64)
-    return logp, reward
+    inverse = inverse_length(length, LENGTH_NORMALIZED)
+    return total * inverse, reward * inverse
 
 
 @triton.jit
@@ -299,7 +299,7 @@ def contrast(
         token_starts: (S + 1,) int64 prefix count of the slots of each segment.
         segment_starts: (G + 1,) int64 prefix count of the segments of each group; None: ``max_candidates`` each.
         lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
-        ref_logps: (S,) float32 or None.
+        ref_logps: (S,) float32 sums, or None.
         ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
         beta: as the other options a number of :class:`cpo_kernels.options.Objective`.
         num_groups: denominator of the contrast.

@@ -191,7 +191,7 @@ def summarize(
         sums: (S,) float32 sums of token log-probabilities.
         segment_starts: (G + 1,) int64 prefix count of the segments of each group; None: ``max_candidates`` each.
         lengths: (S,) int64 tokens present in each segment; 0 makes the candidate absent.
-        ref_logps: (S,) float32 or None.
+        ref_logps: (S,) float32 sums, or None.
         ranks: (S,) integers or None for (0, 1, ..., 1) in each group.
         beta: as the other options a number of :class:`cpo_kernels.options.Objective`.
         num_groups: denominator of the contrast.
