@@ -179,6 +179,16 @@ def test_whoever_stops_asking_waits_for_nothing():
     assert len(asked) <= 2
 
 
+@pytest.mark.filterwarnings("ignore:coroutine")  # the one that was to run in the loop
+def test_an_event_loop_that_cannot_start_is_an_error(monkeypatch):
+    def no_loop():
+        raise OSError("too many open files")
+
+    monkeypatch.setattr("asyncio.events.new_event_loop", no_loop)
+    with pytest.raises(OSError, match="too many open files"):
+        ask_judge("http://localhost:1/v1")
+
+
 # Secrets
 
 

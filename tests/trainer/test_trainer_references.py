@@ -12,6 +12,8 @@ import torch
 from trainer_runs import steps, trainer
 from trainer_steps import NONE, micro_batch
 
+from cpo_kernels.trainer.dropout import disable_dropout
+
 pytestmark = pytest.mark.cpu
 
 
