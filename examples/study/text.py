@@ -62,9 +62,15 @@ class Text:
         self.tokenizer, self.eos, self.vocab_size = bpe, bpe.token_to_id("<end>"), bpe.get_vocab_size()
         self.judge: Any = None
         prose = [block for block in seen if _is_prose(block)]
-        texts = {"train": prose, "few": prose, "judge": judged, "validation": validation, "test": test}
+        texts = {"train": prose, "judge": judged, "validation": validation, "test": test}
         texts["other"] = [block for block in seen if not _is_prose(block)]
-        self.parts = {part: list(self._pieces(own)) for part, own in texts.items()}
+        self.parts: dict[str, list[Example]] = {}
+        taken: set[tuple[int, ...]] = set()
+        for part in ("train", "other", "judge", "validation", "test"):  # a piece that comes again is in the first alone
+            own = list(self._pieces(texts[part]))
+            self.parts[part] = [piece for piece in own if (*piece[0], *piece[1]) not in taken]
+            taken |= {(*prompt, *completion) for prompt, completion in own}
+        self.parts["few"] = self.parts["train"]
         for part, own in self.parts.items():
             if len(own) < 32:
                 raise SystemExit(f"{data}: too little text, {len(own)} pieces of it for the part {part!r}")
