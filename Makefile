@@ -14,11 +14,15 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo test test-oldest test-newest lint types check warnings check-arm check-triton check-resolution constraints \
+.PHONY: demo study test test-oldest test-newest lint types check warnings check-arm check-triton check-resolution constraints \
 	bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
+
+# What CPO does to a model's own texts: docs/study.md. Goes on where it was interrupted.
+study: $(VENV)/.dev
+	$(BIN)/python examples/study/study.py $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
