@@ -176,10 +176,7 @@ FULL = Protocol(
             Regime("other", OTHER, "other", "train", 500, 60),
         ),
         "brackets": (Regime("improving", IMPROVING, "train", "train", 200, 60),),
-        "text": (
-            Regime("improving", IMPROVING, "train", "train", 160, 30),
-            Regime("other", OTHER, "other", "train", 160, 30),
-        ),
+        "text": (Regime("other", OTHER, "other", "train", 160, 30),),
     }
 )
 
