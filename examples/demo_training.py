@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,20 +53,13 @@ def make_model(corpus: Corpus) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(corpus.tokenizer), **sizes, **dropout, **special))
 
 
-class Clock(TrainerCallback):
-    """Seconds of each optimizer step, from the end of the one before it, and a line of a progress bar."""
+class Advance(TrainerCallback):
+    """Shows each step on a progress bar."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self.progress, self.task = progress, task
-        self.seconds: list[float] = []
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.begun = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self.begun)
-        self.begun = now
         self.progress.advance(self.task)
 
 
@@ -81,7 +73,7 @@ def train(
     progress: Progress,
     title: str,
 ) -> float:
-    """Train with CPO against one negative of a kind, or with MLE alone; return the median seconds of a step."""
+    """Train with CPO against one negative of a kind, or with MLE alone; return the seconds of a step, on average."""
     config = CPOConfig(
         output_dir=str(out),
         objective="mle" if kind is None else "cpo",
@@ -100,13 +92,12 @@ def train(
         disable_tqdm=True,
         use_cpu=True,
     )
-    clock = Clock(progress, progress.add_task(title, total=steps))
-    trainer = CPOTrainer(
-        model, config, train_dataset=corpus.train, processing_class=corpus.tokenizer, callbacks=[clock]
-    )
+    trainer = CPOTrainer(model, config, train_dataset=corpus.train, processing_class=corpus.tokenizer)
     trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Advance(progress, progress.add_task(title, total=steps)))
+    begun = time.perf_counter()
     trainer.train()
-    return statistics.median(clock.seconds)
+    return (time.perf_counter() - begun) / steps
 
 
 def name_of(kind: str | None) -> str:
@@ -200,10 +191,10 @@ class Difference:
         return Difference(growth - 1, growth * self.margin)
 
     def text(self, unit: str = "") -> str:
-        """In hundredths, or that none is seen."""
+        """In percent or points, or that none is seen."""
         if not abs(self.mean) > self.margin:
             return "none seen"
-        return f"{100 * self.mean:+.0f}{unit} ± {100 * self.margin:.0f}{unit}"
+        return f"{100 * self.mean:+.1f}{unit} ± {100 * self.margin:.1f}{unit}"
 
 
 def power(count: int) -> tuple[float, float]:
@@ -214,7 +205,7 @@ def power(count: int) -> tuple[float, float]:
 
 @dataclass
 class Outcome:
-    """The models by kind, None for MLE; the median seconds of a step; and the log-likelihoods of what is held out."""
+    """The models by kind, None for MLE; the seconds of a step; and the log-likelihoods of what is held out."""
 
     held_out: HeldOut
     models: dict[str | None, nn.Module] = field(default_factory=dict)

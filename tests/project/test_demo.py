@@ -169,8 +169,8 @@ def test_a_difference_is_paired(demo):
 def test_a_difference_within_two_standard_errors_is_none_seen(demo):
     difference = demo.training.Difference
     assert difference(0.05, 0.05).text() == difference(-0.04, 0.05).text() == difference(0.0, 0.0).text() == "none seen"
-    assert difference(-0.12, 0.05).text() == "-12 ± 5"
-    assert difference(0.1, 0.02).exp().text("%") == "+11% ± 2%"
+    assert difference(-0.12, 0.05).text() == "-12.0 ± 5.0"
+    assert difference(0.1, 0.02).exp().text("%") == "+10.5% ± 2.2%"
 
 
 def test_power_is_that_of_the_number_of_steps(demo):
@@ -232,13 +232,13 @@ def test_the_whole_script(tmp_path, text):
     assert max(map(len, lines)) <= 80
     for row in ("plain PyTorch", "cpo-kernels"):
         assert re.search(rf"^ *{row} +[\d.]+ s +[\d,]+ MiB +(at least )?[\d,]+ *$", done.stdout, re.M)
-    difference = r"(none seen|[+-]\d+%? ± \d+%?)"
+    difference = r"(none seen|[+-][\d.]+%? ± [\d.]+%?)"
     for row in ("batch", "truncation", "mean-field", "autoregressive"):
         cells = rf"^ *{row} +[\d.]+ +\d+% +\d+% +{difference} +{difference} *$"
         assert re.search(cells, done.stdout, re.M), done.stdout
     assert re.search(r"^ *none \(MLE\) +1\.00 +[\d.]+ *$", done.stdout, re.M)
     assert "in 2 steps of 16" in " ".join(done.stdout.split()) and "take 1 more" in " ".join(done.stdout.split())
-    assert re.search(r"MLE +CPO, mean-field +CPO, truncation", done.stdout)
+    assert re.search(r"prompt +MLE +CPO, mean-field +CPO, truncation", done.stdout)
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
     # What to run next is there
     program, *rest = shlex.split(lines[-1].removeprefix("Next: "))
