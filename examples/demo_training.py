@@ -6,7 +6,8 @@ share of them that the two runs decide differently. A pilot on another split of 
 most, so n = 400 gives 3 points, and a difference of 2.84 standard errors, 8.5 points, is beyond two of them in 4 of 5
 runs. The pilot's differences after 100 and 200 steps were, in points: batch 4 and 11, truncation 47 and 36, mean-field
 28 and 17, autoregressive -4 and -1. So 200 steps show all but the last, of which docs/objective.md, section 6, expects
-no more than of MLE.
+no more than of MLE. Text, sizes, learning rates and the score were chosen on that split too: in smaller pilots, batch
+negatives showed nothing.
 """
 
 from __future__ import annotations
