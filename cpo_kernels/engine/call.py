@@ -157,6 +157,7 @@ def plan_chunks(
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
+    copies = 1 + (needs[0] and not tokens.one_per_row)  # the gradient of a row that serves several groups is added to
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
     workspace += scratch_bytes(held, hidden.device) if filtered else 0
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
@@ -168,13 +169,14 @@ def plan_chunks(
         max_logits_bytes=head.max_logits_bytes,
         default_bytes=default if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
-        gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if copied else 0,
+        gathered_row_bytes=copies * weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
         whole_groups=whole_groups,
         waits=waits,
         buffers=way.buffers,
         block_rows=way.block_rows,
+        tiled_vocab=held if shard is None and way.keeps_statistics else 0,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
     plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .call import Call, Grads
 from .derivatives import first_order_only
 from .head import Forward, LinearHead
 from .loop import Gradients, gradient
+from .tokens import Block
 
 
 class TokenLogps(NamedTuple):
@@ -60,13 +61,21 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
 def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
     """Compute the gradients of ``sum_n grad_logps_n * logp_n`` from the kept forward, overwritten, or a new one."""
     blocks = call.blocks()
-    coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
-    grads = Gradients(linear, call.needs, num_blocks=len(blocks), rows_once=True)
+    grads = Gradients(linear, call, num_blocks=len(blocks), rows_once=True)
     workspace = linear.workspace(call.plan.rows_held) if kept is None else None
-    for block in blocks:  # a kept forward has a single block
-        done = linear.forward(block, workspace) if kept is None else kept
-        grads.add(gradient(linear, block, done, coef[block.order]))
+    add_blocks(
+        grads, blocks, workspace, kept, call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
+    )
+    del workspace, kept
     return call.summed(grads.result())
+
+
+def add_blocks(grads: Gradients, blocks: list[Block], workspace: Any, kept: Forward | None, coef: Tensor) -> None:
+    """Add what every block gives for the coefficients (n,) of all slots; a kept forward has a single block."""
+    for block in blocks:
+        done = grads.linear.forward(block, workspace) if kept is None else kept
+        grads.keep(block, done, coef[block.order], 0)
+        grads.add(gradient(grads.linear, block, done, coef[block.order]))
 
 
 class LinearTokenLogps(torch.autograd.Function):

@@ -114,6 +114,12 @@ def _workspace_bytes(**size: str | int) -> int:
     return size_in_bytes
 
 
+@lru_cache(maxsize=256)
+def _most_workspace_bytes(**size: str | int) -> int:
+    size_in_bytes: int = extension().most_workspace_bytes(**size)
+    return size_in_bytes
+
+
 _kept = threading.local()
 
 
@@ -135,15 +141,24 @@ def private_pages(size: int) -> mmap.mmap | bytearray:
 
 
 def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Return the most bytes that :func:`gemm` takes, and keeps, for the three products of a call of these sizes."""
+    """Return the most bytes that :func:`gemm` takes, and keeps, for the products of a call of these sizes.
+
+    It holds for any block of its rows, and for any tile of its vocabulary.
+    """
     if not gemm_supported(dtype, dtype):
         return 0
-    code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
-    dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
-    products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
-    return max(
-        _workspace_bytes(isa=cpu_extension.isa(), m=m, n=n, k=k, **dtypes, threads=threads) for m, n, k in products
-    )
+    size = {"rows": -(-rows // 64) * 64, "vocab": vocab, "hidden": hidden_size, "dtype": DTYPE_CODES[dtype]}
+    return _most_workspace_bytes(isa=cpu_extension.isa(), threads=torch.get_num_threads(), **size)
+
+
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Measure the most floating-point operations a second that torch's threads reach in products of ``dtype``.
+
+    Multiply-adds on registers alone, two operations each, by the widest instructions of this machine; 0 without any.
+    """
+    size = {"dtype": DTYPE_CODES[dtype], "threads": torch.get_num_threads(), "seconds": seconds}
+    rate: float = extension().peak_multiply_adds(**size)
+    return 2 * rate
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
