@@ -34,17 +34,11 @@ KINDS = ("trained", "frozen", "LoRA, rank 16", "tied")
 
 @dataclass
 class Head:
-    """Holds a head and its inputs.
+    """Holds a head and its inputs."""
 
-    Attributes:
-        module: holds the head as `head`.
-        inputs: token ids for a tied head, else hidden states (G, C, T, H).
-        problem: targets and references.
-    """
-
-    module: nn.Module
-    inputs: Tensor
-    problem: Problem
+    module: nn.Module  # holds the head as `head`
+    inputs: Tensor  # token ids for a tied head, else hidden states (G, C, T, H)
+    problem: Problem  # targets and references
 
     @property
     def leaves(self) -> list[Tensor]:

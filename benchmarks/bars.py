@@ -39,21 +39,13 @@ WHY = {
 
 @dataclass(frozen=True)
 class Bar:
-    """Holds one line.
+    """Holds one line."""
 
-    Attributes:
-        what: the bar's row of the contract, and to what it was applied.
-        measured: the value in words.
-        bar: the value it is held against.
-        met: None where it was not measured.
-        why: it was missed or not measured.
-    """
-
-    what: str
-    measured: str
-    bar: str
-    met: bool | None
-    why: str = ""
+    what: str  # the bar's row of the contract, and to what it was applied
+    measured: str  # the value in words
+    bar: str  # the value it is held against
+    met: bool | None  # None where it was not measured
+    why: str = ""  # it was missed or not measured
 
     @property
     def verdict(self) -> str:

@@ -49,23 +49,14 @@ WARM = 10  # batches after which the rest says what a call takes
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of the case.
+    """Holds the sizes of the case."""
 
-    Attributes:
-        batches: how many.
-        longest: tokens of the longest completion that is taken.
-        vocab: V, at least that of the tokenizer.
-        hidden: H.
-        dtype: of hidden states and head.
-        limit: seconds after which a peer is stopped, enough for one that compiles.
-    """
-
-    batches: int
-    longest: int
-    vocab: int
-    hidden: int
-    dtype: torch.dtype
-    limit: float
+    batches: int  # how many
+    longest: int  # tokens of the longest completion that is taken
+    vocab: int  # V, at least that of the tokenizer
+    hidden: int  # H
+    dtype: torch.dtype  # of hidden states and head
+    limit: float  # seconds after which a peer is stopped, enough for one that compiles
 
 
 # On the CPU in bfloat16: in float32 it would take three times as long.
@@ -107,19 +98,12 @@ class Task:
 
 @dataclass
 class Life:
-    """Says what one contestant did.
+    """Says what one contestant did."""
 
-    Attributes:
-        work: of the contestant.
-        seconds: of every call that came to its end.
-        errors: the largest of each kind, of the calls that were checked.
-        unfinished: seconds that a last call had taken when it was stopped.
-    """
-
-    work: str = CPO
-    seconds: list[float] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    unfinished: float = 0.0
+    work: str = CPO  # of the contestant
+    seconds: list[float] = field(default_factory=list)  # of every call that came to its end
+    errors: dict[str, float] = field(default_factory=dict)  # the largest of each kind, of the calls that were checked
+    unfinished: float = 0.0  # seconds that a last call had taken when it was stopped
 
     @property
     def total(self) -> float:

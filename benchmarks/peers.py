@@ -30,23 +30,14 @@ COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class Peer:
-    """Describes an implementation of the head.
+    """Describes an implementation of the head."""
 
-    Attributes:
-        name: in the results.
-        loss: that of `work`.
-        sequence_logps: log-likelihoods alone; None where it has none to give.
-        nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
-        work: the work it does; one that does "cpo" also does "pairs".
-        compiles: its first call of a shape compiles.
-    """
-
-    name: str
-    loss: Loss
-    sequence_logps: SequenceLogps | None
-    nll: Loss | None = None
-    work: str = CPO
-    compiles: bool = False
+    name: str  # in the results
+    loss: Loss  # that of `work`
+    sequence_logps: SequenceLogps | None  # log-likelihoods alone; None where it has none to give
+    nll: Loss | None = None  # mean cross-entropy over all tokens, in the form its users call; None where it has none
+    work: str = CPO  # the work it does; one that does "cpo" also does "pairs"
+    compiles: bool = False  # its first call of a shape compiles
 
     def work_on(self, shape: Shape) -> str | None:
         """Return the work it does on the tensors of a shape; None where it can do none that compares."""

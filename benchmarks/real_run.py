@@ -34,27 +34,17 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": s
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of the model, of a step, and of the batch that is looked at.
+    """Holds the sizes of the model, of a step, and of the batch that is looked at."""
 
-    Attributes:
-        width: H.
-        layers, heads: of the body.
-        longest: tokens of a prompt and of a completion, at most.
-        mle_groups, groups: examples of a step of next-token prediction and of CPO.
-        mle_steps: of next-token prediction before the reference is frozen.
-        steps: of CPO after which the head is looked at; by the first, filters are chosen for the others.
-        held_out: examples that nothing is trained on, which are looked at, all of them.
-    """
-
-    width: int
-    layers: int
+    width: int  # H
+    layers: int  # layers, heads: of the body
     heads: int
-    longest: int
-    mle_groups: int
+    longest: int  # tokens of a prompt and of a completion, at most
+    mle_groups: int  # mle_groups, groups: examples of a step of next-token prediction and of CPO
     groups: int
-    mle_steps: int
-    steps: tuple[int, ...]
-    held_out: int
+    mle_steps: int  # of next-token prediction before the reference is frozen
+    steps: tuple[int, ...]  # of CPO after which the head is looked at; by the first, filters are chosen for the others
+    held_out: int  # examples that nothing is trained on, which are looked at, all of them
 
 
 ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, steps=(100, 200, 2000), held_out=16)
@@ -64,22 +54,14 @@ QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(2, 4, 8)
 
 @dataclass(frozen=True)
 class Looked:
-    """Holds what the head is given for one batch at one step of the run, on the device of the run.
+    """Holds what the head is given for one batch at one step of the run, on the device of the run."""
 
-    Attributes:
-        step: of CPO.
-        hidden: (R, H), rows that predict a token.
-        weight: (V, H).
-        targets: (N,).
-        layout: of the tokens.
-        options: of :func:`cpo_kernels.linear_cpo_loss`: reference log-likelihoods, beta, weights of both parts.
-    """
-
-    step: int
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    layout: CandidateLayout
+    step: int  # of CPO
+    hidden: Tensor  # (R, H), rows that predict a token
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (N,)
+    layout: CandidateLayout  # of the tokens
+    # Of :func:`cpo_kernels.linear_cpo_loss`: reference log-likelihoods, beta, weights of both parts.
     options: dict[str, Any]
 
     def to(self, dtype: torch.dtype, **options: float) -> Looked:

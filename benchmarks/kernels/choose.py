@@ -55,25 +55,16 @@ Places = Iterator[tuple[str, Times]]
 
 @dataclass(frozen=True)
 class Task:
-    """Says what is measured, where, and the bounds that its choice covers.
+    """Says what is measured, where, and the bounds that its choice covers."""
 
-    Attributes:
-        name: of the operation.
-        run: yields times by place, of backends and with the choices so far.
-        vocab: V, 0 where it does not matter.
-        dtype: of what the operation reads; None where it does not matter.
-        vocab_at_most: the choice's bound; None for none.
-        hidden: H, 0 where it does not matter.
-        hidden_at_most: see ``vocab_at_most``.
-    """
-
-    name: str
+    name: str  # of the operation
+    # Yields times by place, of backends and with the choices so far.
     run: Callable[[Task, Setting, Sequence[str | None], Sequence[Choice]], Places]
-    vocab: int = 0
-    dtype: torch.dtype | None = None
-    vocab_at_most: int | None = None
-    hidden: int = 0
-    hidden_at_most: int | None = None
+    vocab: int = 0  # V, 0 where it does not matter
+    dtype: torch.dtype | None = None  # of what the operation reads; None where it does not matter
+    vocab_at_most: int | None = None  # the choice's bound; None for none
+    hidden: int = 0  # H, 0 where it does not matter
+    hidden_at_most: int | None = None  # see ``vocab_at_most``
 
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in (("V", self.vocab), ("H", self.hidden)) if value]

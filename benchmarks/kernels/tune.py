@@ -46,23 +46,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """Says what is tuned of one kernel at one size.
+    """Says what is tuned of one kernel at one size."""
 
-    Attributes:
-        name: of the kernel.
-        vocab: V.
-        vocab_at_most: the bound that its entry covers; None for none.
-        dtype: of what the kernel reads.
-        configs: the grid.
-        make: the job of a vocabulary and a dtype, with few rows for a dry run.
-    """
-
-    name: str
-    vocab: int
-    vocab_at_most: int | None
-    dtype: torch.dtype
-    configs: Sequence[Config]
-    make: Callable[[int, torch.dtype, Setting], Job]
+    name: str  # of the kernel
+    vocab: int  # V
+    vocab_at_most: int | None  # the bound that its entry covers; None for none
+    dtype: torch.dtype  # of what the kernel reads
+    configs: Sequence[Config]  # the grid
+    make: Callable[[int, torch.dtype, Setting], Job]  # the job of a vocabulary and a dtype, with few rows for a dry run
 
     def __str__(self) -> str:
         return f"V={self.vocab}, {dtype_name(self.dtype)}"
