@@ -159,7 +159,7 @@ def plan_chunks(
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
     copies = 1 + (needs[0] and not tokens.one_per_row)  # the gradient of a row that serves several groups is added to
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
-    workspace += scratch_bytes(held, hidden.device) if filtered else 0
+    workspace += scratch_bytes(tokens.num_rows, held, hidden.device) if filtered else 0
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
     plan = make_plan(

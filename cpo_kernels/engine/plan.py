@@ -10,9 +10,9 @@ from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 from .tokens import Tokens
 
 MIB = 2**20
-# What surrounds the logits of a small call (the pages of its products, some rows of hidden states) may come on top of an
-# explicit budget up to this size: an allocator hands out no less.
-SMALL_CHANGE = 256 * 2**10
+# What surrounds the logits of a small call (pages of products, rows of hidden states, statistics) may come on top of a small
+# explicit budget, where all of it together is no larger than this: a process does not notice.
+SMALL_CHANGE = 2**20
 LEAST_TILE = 1024  # words, below which a tile of all rows at once would make the products thin
 
 
