@@ -1,7 +1,7 @@
 """Measures what the machine does at best, before anything else of a run: multiply-adds on registers, and a copy.
 
-Every contestant is told as a share of the multiply-adds: nothing that computes the loss can pass them, whose products it
-may run. A part in which something did is void, because the machine was not the same all the time.
+Every contestant is told as a share of the multiply-adds, which nothing that computes the loss can pass. A part in which
+something did is void, because the machine was not the same all the time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The floor: the bare matrix products of one call, with the chunks that our plan would use.
 
 Three for a trained head, two for a frozen one, one without gradients. Everything else the loss does (softmax, contrast,
-gather, accumulation) is on top of it. Torch's products are `torch.mm` and `Tensor.addmm_` in the dtype of the inputs, into
-fresh outputs in every call as a contestant must; the gradient of the weight is summed over chunks as `addmm_` does it.
-Ours are those of the engine, which sums it as exactly as it sums its own. What both could reach at best is the machine's
-peak (benchmarks.ceilings).
+gather, accumulation) is on top of it. Torch's products are `torch.mm` and `Tensor.addmm_` in the dtype of the inputs,
+into fresh outputs in every call as a contestant must; the gradient of the weight is summed over chunks as `addmm_` does
+it. Ours are those of the engine. What both could reach at best is the machine's peak (benchmarks.ceilings).
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ from benchmarks.peers import VARYING
 from benchmarks.problem import Problem, draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.shapes import Shape, fp32
+from benchmarks.shapes import CCE, Shape, fp32
 
 QUICK_PEERS = ("eager", "F.linear_cross_entropy")  # need no seconds to import or compile
-PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "TRL fused head", "Cut Cross-Entropy")
+PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "TRL fused head", CCE)
 GROWING = {"N": 0, "K": 1}  # the dimension of hidden states, targets and references; V is dimension 0 of the head
 SMALL_CALLS = [fp32("small call", head, 4, 4, variants=False, rounds=120) for head in ((8192, 256), (256, 64))]
 

@@ -35,7 +35,7 @@ from benchmarks.problem import IGNORE, Problem
 from benchmarks.processes import ProcessError, call_alone, end_with
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.shapes import CPO, PAIRS, Shape
+from benchmarks.shapes import CCE, CPO, PAIRS, Shape
 from benchmarks.texts import Corpus
 
 CANDIDATES = 4  # K = 3
@@ -43,7 +43,7 @@ GROUPS = (2, 3, 4)
 CHECKED = 3  # calls whose results are held against fp64; the last one is a fourth
 OWN = (FLOOR, OURS, OURS_PAIRS)
 QUICK_PEERS = ("eager",)
-PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger CPO", "TRL fused head", "Cut Cross-Entropy")
+PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger CPO", "TRL fused head", CCE)
 WARM = 10  # batches after which the rest says what a call takes
 
 

@@ -11,8 +11,9 @@ from benchmarks.suite import PARTS
 from benchmarks.tables import markdown
 
 MATRIX = """\
-Seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in turn;
-the floor's own row is in seconds. Below 1 is possible because the products are our own."""
+Seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in turn,
+and in brackets the share of the machine's peak, where that was measured; the floor's own row is in seconds. Below 1 is
+possible because the products are our own."""
 
 
 def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
@@ -42,11 +43,12 @@ def matrix(part: Part, cases: Sequence[str] = ()) -> str:
 
 
 def cell(record: Record, best: float | None) -> str:
-    """Return seconds of the floor, multiples of it for the others, and the best of them in bold."""
+    """Return seconds of the floor, multiples of it for the others, the best in bold, and the share of the peak."""
+    share = f" ({record.values['of_peak']:.0%})" if "of_peak" in record.values else ""
     if record.contestant == FLOOR:
-        return f"{record.values['seconds']:.3g} s"
+        return f"{record.values['seconds']:.3g} s{share}"
     text = f"{record.values['floor']:.2f}"
-    return f"**{text}**" if record.values["floor"] == best else text
+    return (f"**{text}**" if record.values["floor"] == best else text) + share
 
 
 def conditions(part: Part) -> str:

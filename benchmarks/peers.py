@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import BETA, IGNORE, Problem, contrast
-from benchmarks.shapes import CHUNKED, CPO, NLL, NO_GRAD, PAIRS, Shape
+from benchmarks.shapes import CCE, CHUNKED, CPO, NLL, NO_GRAD, PAIRS, Shape
 
 SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, H), (G, C, T) -> (G, C)
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # the same and a reduction, "none" or "mean"
@@ -109,7 +109,7 @@ def _cut_cross_entropy() -> Peer:
         impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
         return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
 
-    return _of_cross_entropy("Cut Cross-Entropy", cross_entropy, compiles=True)
+    return _of_cross_entropy(CCE, cross_entropy, compiles=True)
 
 
 def _trl() -> Peer:
@@ -194,7 +194,7 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     CHUNKED: partial(_linear_cross_entropy, CHUNKED, "auto"),
     "Liger CPO": _liger,
     "TRL fused head": _trl,
-    "Cut Cross-Entropy": _cut_cross_entropy,
+    CCE: _cut_cross_entropy,
     "QuACK": _quack,
 }
 # For calls whose shapes vary, of which nobody is told beforehand: compiled for every shape it would be until it gives

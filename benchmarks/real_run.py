@@ -43,13 +43,18 @@ class Sizes:
     mle_groups: int  # mle_groups, groups: examples of a step of next-token prediction and of CPO
     groups: int
     mle_steps: int  # of next-token prediction before the reference is frozen
-    steps: tuple[int, ...]  # of CPO after which the head is looked at; by the first, filters are chosen for the others
-    held_out: int  # examples that nothing is trained on, which are looked at, all of them
+    choosing: tuple[int, ...]  # steps of CPO by whose heads filters are chosen, for the whole run
+    steps: tuple[int, ...]  # later ones, at which they are timed, on other texts
+    held_out: int  # examples that nothing is trained on: as many for the choice, and as many that are timed
 
 
-ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, steps=(100, 200, 2000), held_out=16)
-ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(100, 200, 2000), held_out=32)
-QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(2, 4, 8), held_out=4)
+ON_CPU = Sizes(
+    128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, choosing=(60, 80, 100), steps=(200, 2000), held_out=16
+)
+ON_GPU = Sizes(
+    2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, choosing=(60, 80, 100), steps=(200, 2000), held_out=32
+)
+QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, choosing=(1, 2), steps=(4, 8), held_out=4)
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,17 @@ def look(trainer: CPOTrainer, step: int) -> Looked:
     return Looked(step, spy.hidden[used], spy.weight, request.targets, layout, options)
 
 
-def train(setting: Setting, sizes: Sizes) -> list[Looked]:
-    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
-    corpus = texts.load(setting, sizes.longest)
-    held_out, rest = (
+def train(setting: Setting, sizes: Sizes) -> tuple[list[Looked], list[Looked]]:
+    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`.
+
+    Returns what the head is given at the steps that choose filters, and at those that are timed, of other texts.
+    """
+    corpus, held = texts.load(setting, sizes.longest), sizes.held_out
+    for_choice, timed, rest = (
         TokenizedExamples([e.prompt for e in own], [e.completion for e in own])
-        for own in (corpus.examples[: sizes.held_out], corpus.examples[sizes.held_out :])
+        for own in (corpus.examples[:held], corpus.examples[held : 2 * held], corpus.examples[2 * held :])
     )
-    looked: list[Looked] = []
+    looked: dict[str, list[Looked]] = {"choosing": [], "timed": []}
     sizes_of_model = training.Sizes("", False, len(corpus.tokenizer), sizes.width, sizes.heads, sizes.layers)
     model = training.make_model(sizes_of_model, 2 * sizes.longest, end=corpus.tokenizer.eos_token_id)
 
@@ -164,20 +172,24 @@ def train(setting: Setting, sizes: Sizes) -> list[Looked]:
 
     class Look(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step in sizes.steps:
-                looked.append(look(probe, state.global_step))
+            for name, steps in (("choosing", sizes.choosing), ("timed", sizes.steps)):
+                if state.global_step in steps:
+                    looked[name].append(look(probes[name], state.global_step))
 
     with tempfile.TemporaryDirectory() as folder:
         first = trainer(rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3)
         first.train()
         second = trainer(rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, **NEGATIVES)
-        probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
+        probes = {
+            name: trainer(own, held, ref_model=second.ref_model, **NEGATIVES)
+            for name, own in (("choosing", for_choice), ("timed", timed))
+        }
         second.add_callback(Look())
         second.train()
-    return looked
+    return looked["choosing"], looked["timed"]
 
 
-def train_in_a_process(setting: Setting) -> list[Looked]:
+def train_in_a_process(setting: Setting) -> tuple[list[Looked], list[Looked]]:
     """Train in a process whose allocator keeps freed memory, which what is measured afterwards must not."""
     return torch.load(io.BytesIO(call_alone(saved, setting, environment=KEEP_MEMORY)), weights_only=False)
 

@@ -33,6 +33,11 @@ class Record:
         return self.contestant.startswith("floor")
 
     @property
+    def stopped(self) -> bool:
+        """Returns whether it was stopped before its end, so that its figures are lower bounds."""
+        return self.note.startswith("stopped")
+
+    @property
     def is_peer(self) -> bool:
         """Returns whether it is neither of ours nor of a floor."""
         return not self.contestant.startswith(("cpo-kernels", "floor"))

@@ -1,5 +1,8 @@
 """Part `steps`: a training step, forward and backward, of TRL's trainers and of ours on the same preference pairs.
 
+Ours as a trainer of its own, with prefixes shared and not, and as a drop-in for TRL's. Beside them stands Amdahl's
+bound: our step with separate rows when the head costs nothing.
+
 DPO with a reference model that is asked in every step, and the CPO of Xu et al., which has none; half the tokens
 prompt, no optimizer, no dropout. All trainers of a case share the parameters of one policy and one reference. Losses
 and norms of the gradient are compared with those of the first trainer, TRL's where there is one.
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -38,11 +42,12 @@ from benchmarks.training import (
     make_tokenizer,
     twin,
 )
-from cpo_kernels import CPOConfig, CPOTrainer
+from cpo_kernels import CandidateLayout, CPOConfig, CPOOutput, CPOTrainer
+from cpo_kernels.models import requests
 
 STOCK, PATCHED = "TRL", "TRL, patch_fused_head()"
 FUSED = {"dpo": "FusedDPOTrainer", "xu_cpo": "FusedCPOTrainer"}
-OURS_SEPARATE = "cpo-kernels, sharing off"
+OURS_SEPARATE, BOUND = f"{OURS}, sharing off", "bound: the head for nothing"
 OBJECTIVES = {"dpo": "DPO", "xu_cpo": "CPO of Xu et al."}
 BETA = 0.1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
@@ -50,7 +55,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of th
 
 def name_of(pairs: Given) -> str:
     """Return the name of a case in the results."""
-    return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}"
+    return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}, {pairs.tokens} tokens"
 
 
 def fed(pairs: Given) -> int:
@@ -62,8 +67,8 @@ def cases(setting: Setting) -> list[Given]:
     """Return what is run on a device."""
     sizes, dtype, works = ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)), torch.bfloat16, ("dpo", "xu_cpo")
     on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
-    # Without a reference a step is short: with 64 tokens its products outweigh what any step costs.
-    on_cpu = [Given("dpo", GPT2_SMALL, 2, 40), Given("xu_cpo", GPT2_SMALL, 2, 64), Given("dpo", LLAMA_SMALL, 2, 32)]
+    on_cpu = [Given(work, GPT2_SMALL, 2, tokens) for work in works for tokens in (40, 64)]
+    on_cpu.append(Given("dpo", LLAMA_SMALL, 2, 32))
     return setting.choose([Given("dpo", GPT2_TINY, 2, 8), Given("xu_cpo", LLAMA_TINY, 2, 8)], on_cpu, on_gpu)
 
 
@@ -87,8 +92,11 @@ def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
         case = Case(
             name_of(pairs),
             [
-                Contestant(name, build, check, values=lambda s: {"tokens_per_second": fed(pairs) / s})
-                for name, build in trainers.steps().items()
+                *(
+                    Contestant(name, build, check, values=lambda s: {"tokens_per_second": fed(pairs) / s})
+                    for name, build in trainers.steps().items()
+                ),
+                Contestant(BOUND, partial(trainers.our_step, "off", free=True)),
             ],
             pairs.conditions
             | {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)},
@@ -134,12 +142,18 @@ class Trainers:
 
         return step
 
-    def our_step(self, sharing: str) -> OwnStep:
-        """Make that of CPOTrainer, which packs the batch in every step."""
+    def our_step(self, sharing: str, *, free: bool = False) -> Call:
+        """Make that of CPOTrainer, which packs the batch in every step; `free` says that the head costs nothing."""
         args = CPOConfig(objective=self.pairs.kind, prefix_sharing=sharing, **self.arguments())
         trainer = CPOTrainer(**self.models(), args=args, train_dataset=self.texts)
         trainer.model.train()
-        return OwnStep(trainer, self.pairs.groups)
+        step = OwnStep(trainer, self.pairs.groups)
+
+        def without_head() -> Any:
+            with patch.multiple(requests, linear_cpo_loss=free_loss, linear_sequence_logps=free_logps):
+                return step()
+
+        return without_head if free else step
 
     def arguments(self) -> dict[str, Any]:
         """Return what every trainer is told."""
@@ -150,6 +164,18 @@ class Trainers:
         """Return the models of every trainer, and its tokenizer."""
         models = {"model": twin(self.policy), "processing_class": self.tokenizer}
         return models | ({"ref_model": twin(self.reference)} if self.pairs.kind == "dpo" else {})
+
+
+def free_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, layout: CandidateLayout, **_: Any) -> Tensor:
+    """Return (S,) zeros in place of log-likelihoods."""
+    return hidden.new_zeros(layout.num_segments, dtype=torch.float32)
+
+
+def free_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, layout: CandidateLayout, **_: Any) -> CPOOutput:
+    """Return a loss of hidden states alone, with a gradient for each of them."""
+    zero, of_segments = hidden.new_zeros(()), free_logps(hidden, weight, targets, layout=layout)
+    names = ("contrastive_loss", "nll_loss", "accuracy", "margin", "dropped")
+    return CPOOutput(loss=hidden.sum(), logps=of_segments, rewards=of_segments, **dict.fromkeys(names, zero))
 
 
 def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractContextManager]]:

@@ -68,8 +68,8 @@ class SequenceLoss(Protocol):
 class Gradients:
     """Gradients of (hidden, weight, bias), summed over blocks; None where not needed.
 
-    ``rows_once`` says that no row is in two blocks. A row that predicts several tokens may be in several chunks. Where the
-    plan has tiles, the gradient of the weight is made of what is kept of all blocks, once their memory is free again.
+    ``rows_once`` says that no row is in two blocks. A row that predicts several tokens may be in several chunks. Where
+    the plan has tiles, the gradient of the weight is made of what is kept of all blocks, once their memory is free.
     """
 
     def __init__(self, linear: LinearHead, call: Call, *, num_blocks: int, rows_once: bool) -> None:

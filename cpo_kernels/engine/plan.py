@@ -10,8 +10,8 @@ from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 from .tokens import Tokens
 
 MIB = 2**20
-# What surrounds the logits of a small call (pages of products, rows of hidden states, statistics) may come on top of a small
-# explicit budget, where all of it together is no larger than this: a process does not notice.
+# What surrounds the logits of a small call (pages of products, rows of hidden states, statistics) may come on top of a
+# small explicit budget, where all of it together is no larger than this: a process does not notice.
 SMALL_CHANGE = 2**20
 LEAST_TILE = 1024  # words, below which a tile of all rows at once would make the products thin
 
@@ -220,8 +220,8 @@ def make_plan(
 ) -> Plan:
     """Plan whole groups into chunks that keep to a budget, of which logits are the largest part.
 
-    An explicit budget holds logits, accumulator, workspace and copies of rows together. Where the accumulator would take
-    more than half of it, or the room of the largest group, the gradient of the weight is made in tiles of the
+    An explicit budget holds logits, accumulator, workspace and copies of rows together. Where the accumulator would
+    take more than half of it, or the room of the largest group, the gradient of the weight is made in tiles of the
     vocabulary, which need none. The default is 256 MiB for logits, and what goes with them.
 
     Args:
@@ -264,8 +264,8 @@ def make_plan(
         notes.append(f"a group of {largest} rows does not fit the budget of {rows_per_chunk}: logits are recomputed")
     if tiles:
         notes.append(
-            f"the budget has no room for an accumulator of {sizes.accumulator} bytes: the gradient of the weight is made "
-            f"in tiles of {tiles.words} words, from logits that are computed once more"
+            f"the budget has no room for an accumulator of {sizes.accumulator} bytes: the gradient of the weight is "
+            f"made in tiles of {tiles.words} words, from logits that are computed once more"
         )
     held = max(min(chunk.num_rows, buffers * chunk.rows_per_block) for chunk in chunks)
     gathered = held * gathered_row_bytes

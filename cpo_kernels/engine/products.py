@@ -59,7 +59,7 @@ def add_bias_grad(backend: Backend, dlogits: Tensor, scale: Tensor | None, grad:
     if scale is None and dlogits.dtype == grad.dtype:
         grad += dlogits.sum(0)
         return
-    # A sum in another dtype would copy all of dlogits. Half precision holds a scale in two parts, which one product reads.
+    # A sum in another dtype would copy dlogits. Half precision holds a scale in two parts, which one product reads.
     high = dlogits.new_ones(dlogits.shape[0]) if scale is None else scale.to(dlogits.dtype)
     parts = [high] if scale is None or dlogits.dtype == scale.dtype else [high, (scale - high).to(dlogits.dtype)]
     sums = grad.new_empty((dlogits.shape[1], len(parts)))
@@ -83,8 +83,8 @@ class WeightGrad:
 
     A float32 gradient is summed in place. A half-precision sum over several blocks is accumulated in float32 where the
     product itself can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the high one being
-    the gradient, which is nearly as exact and takes 2 more bytes an element instead of 4. ``out`` is memory of the shape of
-    the weight for the result, or None.
+    the gradient, which is nearly as exact and takes 2 more bytes an element instead of 4. ``out`` is memory for the
+    result, or None.
     """
 
     def __init__(self, backend: Backend, weight: Tensor, num_blocks: int, out: Tensor | None = None) -> None:

@@ -18,6 +18,7 @@ from benchmarks.oracle import Dense, Oracle, Oracles
 from benchmarks.peers import BUILDERS, build, ours
 from benchmarks.problem import IGNORE, contrast, draw
 from benchmarks.setting import CPU
+from benchmarks.shapes import CCE
 from cpo_kernels import CandidateLayout, linear_cpo_loss
 
 pytestmark = pytest.mark.cpu
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.cpu
 SHAPE = shapes.fp32("quick", shapes.SMALL, 4, 16, rounds=1, variants=False)
 HALF = replace(SHAPE, prompt_share=0.5)
 # Peers that compile take seconds each, so they are run once, by the slow test
-COMPILING = ("torch.compile", "Liger CPO", "Cut Cross-Entropy")
+COMPILING = ("torch.compile", "Liger CPO", CCE)
 PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
 
 

@@ -1,4 +1,4 @@
-"""Budgets without room for the accumulator of a half-precision gradient: it is made in tiles, and the budget is kept."""
+"""Budgets without room for the accumulator of a half-precision gradient, which is then made in tiles."""
 
 from __future__ import annotations
 
