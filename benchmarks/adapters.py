@@ -92,11 +92,7 @@ def make(kind: str, problem: Problem) -> Head:
 
 
 def worst_error(kind: str, problem: Problem) -> float:
-    """Return the largest ||out - ref|| / ||ref|| of loss and gradients, against dense float64 of the same numbers.
-
-    Raises:
-        AnotherLossError: it is more than rounding explains.
-    """
+    """Return the largest relative error against dense float64; raise AnotherLossError if rounding cannot explain it."""
     loss, grads = make(kind, problem).fused()
     exact = make(kind, problem)
     exact.module.double()

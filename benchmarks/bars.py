@@ -25,14 +25,8 @@ SHARING, AUTOREGRESSIVE, FILTERS, TRUNCATION = 1.6, 3.0, 0.6, 1.05
 STEP, BOUND_FOR_STEP, OF_BOUND = 2.0, 2.2, 0.9
 # On an H200 with H = 4096 in bfloat16: over three products at N = 8192 and at 4096, where milliseconds are a bar too;
 # GiB beyond inputs and gradients at N = 8192; share of the bandwidth of a copy.
-H200_LOSS, H200_SHORT_LOSS, H200_SHORT_MS, H200_TRAINED_GIB, H200_FROZEN_GIB, H200_ROWS = (
-    1.05,
-    1.04,
-    17.0,
-    2.1,
-    1.0,
-    0.9,
-)
+H200_LOSS, H200_SHORT_LOSS, H200_SHORT_MS = 1.05, 1.04, 17.0
+H200_TRAINED_GIB, H200_FROZEN_GIB, H200_ROWS = 2.1, 1.0, 0.9
 SMALL = ({"V": 8192, "H": 256, "N": 512}, {"V": 50257, "N": 256})  # of the part growth
 
 # Why a bar is missed where it is; shown beside it only then.
@@ -48,6 +42,10 @@ WHY = {
     "steps": "where the body is most of the step: its products are torch's in both trainers",
     "gpu": "",
 }
+SEPARATE, BOUND = f"{OURS}, sharing off", "bound: the head for nothing"
+DROP_IN = "as a drop-in for TRL"
+BESIDE_STEPS = {OURS: "prefixes shared", "FusedDPO": DROP_IN, "FusedCPO": DROP_IN, BOUND: "Amdahl's bound"}
+OF_PEAK = {"unit": "%", "factor": 100, "at_least": True, "why": "peak"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def held(
     for record in measured:
         own = factor * float(record.values[name])
         met = compared(own, bar)
-        yield Bar(what + label(record), f"{own:.3g}{unit}{spread(record)}", limit, met, "" if met else WHY[why])
+        yield Bar(what + label(record), f"{own:.4g}{unit}{spread(record)}", limit, met, "" if met else WHY[why])
     if not measured:
         yield missing(what, limit)
 
@@ -112,8 +110,7 @@ def exact_loss(parts: Parts) -> Iterator[Bar]:
     if "gpu" not in part.environment:
         # A case with a note is about a peer that allows so few tokens only.
         own = [r for r in part.select(OURS, work="cpo", prompt=0.0) if not r.note and r.conditions["mode"] != NO_GRAD]
-        share = {"unit": "%", "factor": 100, "at_least": True, "why": "peak", "label": sizes}
-        yield from held(own, "of_peak", 100 * LOSS, what, **share)
+        yield from held(own, "of_peak", 100 * LOSS, what, label=sizes, **OF_PEAK)
     if "gpu" not in parts:
         yield missing("loss and gradients on an H200, N=8192, H=4096, V=128256", f"<= {H200_LOSS:g}x floor", GPU)
         return
@@ -132,8 +129,7 @@ def small_sizes(parts: Parts) -> Iterator[Bar]:
     what, part = "the same at small sizes", parts.get("growth", NOTHING)
     if "gpu" not in part.environment:
         own = [record for where in SMALL for record in part.select(OURS, **where) if record.case in ("N", "V")]
-        share = {"unit": "%", "factor": 100, "at_least": True, "why": "peak", "label": sizes}
-        yield from held(own, "of_peak", 100 * SMALL_LOSS, what, **share)
+        yield from held(own, "of_peak", 100 * SMALL_LOSS, what, label=sizes, **OF_PEAK)
     yield from against_all("faster than every peer as N, V and K grow", part)
 
 
@@ -251,10 +247,8 @@ def sharing(parts: Parts) -> Iterator[Bar]:
         yield missing(what, f">= {SHARING:g}x")
     for record in found:
         attention = record.conditions["attention"]
-        where = f"{what}: {record.conditions['body']}, {attention}"
-        yield from held(
-            [record], "ratio", SHARING, where, at_least=True, why="eager" if attention == "eager" else "noise"
-        )
+        where, why = f"{what}: {record.conditions['body']}, {attention}", "eager" if attention == "eager" else "noise"
+        yield from held([record], "ratio", SHARING, where, at_least=True, why=why)
 
 
 def steps(parts: Parts) -> Iterator[Bar]:
@@ -263,22 +257,18 @@ def steps(parts: Parts) -> Iterator[Bar]:
     limit = f">= {OF_BOUND:.0%} of Amdahl's bound, {STEP:g}x where that is >= {BOUND_FOR_STEP:g}; less memory"
     cases = records.by_case(parts.get("steps", NOTHING).select(having="of_trl"))
     for name, found in cases.items():
-        by_name = {record.contestant: record for record in found}
-        stock, own = by_name.get("TRL"), by_name.get(f"{OURS}, sharing off")
-        if stock is None or own is None:
+        by_name = {record.contestant.split("Trainer")[0]: record for record in found}
+        own, ratios = by_name.get(SEPARATE), {who: record.values["of_trl"] for who, record in by_name.items()}
+        if own is None or "TRL" not in by_name:
             continue
-        others = {"prefixes shared": OURS, "as a drop-in for TRL": "Fused", "Amdahl's bound": "bound"}
-        ratios = {
-            word: [r.values["of_trl"] for r in found if r.contestant.startswith(n) and r != own]
-            for word, n in others.items()
-        }
-        more = [f"{values[0]:.2f}x {word}" for word, values in ratios.items() if values]
-        (theirs, ours), ratio = records.value((stock, own), "peak_mib"), own.values["of_trl"]
+        more = [f"{ratios[who]:.2f}x {word}" for who, word in BESIDE_STEPS.items() if who in ratios]
+        (theirs, ours), ratio = records.value((by_name["TRL"], own), "peak_mib"), ratios[SEPARATE]
         measured = f"{ratio:.2f}x{spread(own)} ({', '.join(more)}), {ours:.0f} of {theirs:.0f} MiB"
-        if not (bound := ratios["Amdahl's bound"]):
+        if BOUND not in ratios:
             yield missing(f"{what}: {name}", limit, "Amdahl's bound was not measured", measured)
             continue
-        met = ratio >= max(OF_BOUND * bound[0], STEP if bound[0] >= BOUND_FOR_STEP else 0.0) and ours < theirs
+        least = max(OF_BOUND * ratios[BOUND], STEP if ratios[BOUND] >= BOUND_FOR_STEP else 0.0)
+        met = ratio >= least and ours < theirs
         yield Bar(f"{what}: {name}", measured, limit, met, "" if met else WHY["steps"])
     if not cases:
         yield missing(what, limit)

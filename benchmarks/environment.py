@@ -114,14 +114,21 @@ def version(package: str) -> str | None:
         return None
 
 
+def processor(described: Mapping[str, Any]) -> str:
+    """Name what ran: a GPU, or a CPU with its cores and its clock."""
+    if "gpu" in described:
+        return str(described["gpu"]["name"])
+    clock = f"{ghz} GHz" if (ghz := described.get("clock_ghz")) else "clock not measured yet"
+    return f"CPU: {described['device']}, {clock}"
+
+
 def machine(described: Mapping[str, Any]) -> str:
-    """Say what ran, how fast its clock is, and what it does at best, as far as that was measured."""
-    name = described["gpu"]["name"] if "gpu" in described else f"CPU: {described['device']}"
-    clock, ceilings = described.get("clock_ghz"), described.get("ceilings", {})
+    """Name what ran and what it does at best, as far as that was measured."""
+    ceilings = described.get("ceilings", {})
     rates = [f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in ceilings.items() if dtype != "copy"]
     peak = f"peak {' and '.join(rates)}" if rates else "peak not measured yet"
     copy = [f"copy {ceilings['copy']:.3g} GB/s"] if "copy" in ceilings else []
-    return ", ".join([name, f"{clock} GHz" if clock else "clock not measured yet", peak, *copy])
+    return ", ".join([processor(described), peak, *copy])
 
 
 def in_a_line(described: Mapping[str, Any]) -> str:

@@ -148,11 +148,7 @@ def pad(groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
-    """Yield a record of everyone; a peer that takes longer than the limit, or twice as long as ours, is stopped.
-
-    Raises:
-        ProcessError: the floor or ours failed, with which all others are compared.
-    """
+    """Yield a record of everyone; a peer beyond the limit and twice our time is stopped, without ours nobody runs."""
     case = f"{task.sizes.batches} batches of varying lengths, {dtype_name(task.sizes.dtype)}"
     first: dict[str, Life] = {}
     turns = [(name, {"run": "first"}) for name in OWN] + [(name, {}) for name in peers]
@@ -225,11 +221,7 @@ class Stopwatch:
 
 
 def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
-    """Run all batches, until those done have taken more than the limit.
-
-    Raises:
-        AnotherLossError: a result that is checked is not that of the batch.
-    """
+    """Run all batches, until those done have taken more than the limit; raise AnotherLossError for a wrong result."""
     peer = None if name == FLOOR else make(name)
     if peer is not None:  # what torch would import in a first call
         import_module("torch._inductor.compile_fx" if peer.compiles else "torch._dynamo")

@@ -43,12 +43,10 @@ class Contestant:
 
     name: str  # in the results
     build: Callable[[], Call]  # makes the call that is timed; what it raises is why the contestant is absent
-    # Takes the result of the first timed call, raises where it is wrong, and returns its errors as values.
-    check: Callable[[Any], Mapping[str, float]] | None = None
+    check: Callable[[Any], Mapping[str, float]] | None = None  # returns errors of the first timed result, or raises
     warm_up: Call | None = None  # runs before anything is timed, in place of a call
     needed: bool = False  # whether nothing can be compared without it, so that its failure ends the case
-    # Value and the contestant over whose seconds its own are; in place of the case's.
-    ratios: Mapping[str, str] | None = None
+    ratios: Mapping[str, str] | None = None  # in place of the case's
     conditions: Mapping[str, Any] = field(default_factory=dict)  # of its record, besides those of the case
     values: Callable[[float], Mapping[str, float]] = lambda seconds: {}  # makes more values from its seconds
     absent: str = ""  # why it does not run, where that is known beforehand
@@ -71,24 +69,17 @@ class Case:
     name: str  # in the results
     contestants: Sequence[Contestant]  # in the order of the results
     conditions: Mapping[str, Any] = field(default_factory=dict)  # of all records
-    # Value and the contestant over whose seconds those of everyone are.
-    ratios: Mapping[str, str] = field(default_factory=dict)
-    # Value and the contestant whose seconds are over those of everyone.
-    speeds: Mapping[str, str] = field(default_factory=dict)
+    ratios: Mapping[str, str] = field(default_factory=dict)  # value: over whose seconds those of everyone are
+    speeds: Mapping[str, str] = field(default_factory=dict)  # value: whose seconds are over those of everyone
     rounds: int = 3  # timed calls of each
     seconds: float = 120.0  # after which no further round begins, from the third on
     before: Callable[[], object] = lambda: None  # runs before every call, outside of its time
-    # Whether calls return (loss, gradients), beyond which and the inputs the peak of memory is taken.
-    peaks: bool = False
+    peaks: bool = False  # whether calls return (loss, gradients), beyond which the peak of memory is taken
     note: str = ""  # what a reader must know of the figures
 
 
 def measure(case: Case, device: torch.device, clock: Clock | None = None) -> list[Record]:
-    """Measure a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
-
-    Raises:
-        ContestantError: from what befell a contestant that is needed.
-    """
+    """Measure a case: who is absent, fails or is wrong has a note and no values; raise ContestantError if needed."""
     measurement = Measurement(case, device, clock or clock_for(device))
     measurement.warm_up()
     measurement.take_turns()
@@ -200,11 +191,7 @@ class Agreement:
 
 
 def each(cases: Mapping[str, Callable[[], Iterable[Record]]]) -> Iterator[Record]:
-    """Yield the records of cases one after the other; one that fails does not keep the next from being measured.
-
-    Raises:
-        ContestantError: at the end, naming those that failed.
-    """
+    """Yield the records of cases one after the other; at the end raise ContestantError naming those that failed."""
     errors = []
     for name, case in cases.items():
         log(f"  {name} ...")

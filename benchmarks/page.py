@@ -39,7 +39,8 @@ def matrix(part: Part, cases: Sequence[str] = ()) -> str:
     best = {case: min(records.value(own, "floor")) for case, own in records.by_case(same_work).items() if cases}
     cells = {(r.contestant, r.case): cell(r, best.get(r.case)) for r in timed}
     names = dict.fromkeys(record.contestant for record in timed)
-    return markdown(["", *columns], [[name, *(cells.get((name, case), "") for case in columns)] for name in names])
+    ran = environment.processor(part.environment) if cases else ""
+    return markdown([ran, *columns], [[name, *(cells.get((name, case), "") for case in columns)] for name in names])
 
 
 def cell(record: Record, best: float | None) -> str:

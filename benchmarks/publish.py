@@ -26,11 +26,7 @@ BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 @lru_cache
 def results(path: Path) -> Parts:
-    """Read a result file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Read a result file; raise FileNotFoundError where there is none."""
     if not path.exists():
         raise FileNotFoundError(path)
     return records.load(path)
@@ -52,7 +48,8 @@ def lives(parts: Parts, case: str) -> str:
             names = ("batches", "first", "steady_of_ours")
             more = [tables.shown(name, r.values.get(name)) for name in names]
             rows.append([r.contestant, f"{bound}{r.values['total']:.2f}", over, *more])
-    return tables.markdown(["", "seconds", "x ours", "batches done", "first call, s", "x ours, after ten"], rows)
+    ran = environment.processor(parts["lengths"].environment)
+    return tables.markdown([ran, "seconds", "x ours", "batches done", "first call, s", "x ours, after ten"], rows)
 
 
 # What a block says, by its name: of the parts of its file, and of the words after its name, which `|` separates.

@@ -66,8 +66,7 @@ class Looked:
     weight: Tensor  # (V, H)
     targets: Tensor  # (N,)
     layout: CandidateLayout  # of the tokens
-    # Of :func:`cpo_kernels.linear_cpo_loss`: reference log-likelihoods, beta, weights of both parts.
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the loss: reference log-likelihoods, beta, weights of both parts
 
     def to(self, dtype: torch.dtype, **options: float) -> Looked:
         """Copy it in a dtype, with hidden states and head that require gradients, and with other options."""

@@ -21,10 +21,8 @@ class Record:
 
     case: str  # what was run, in a few words; the same for all that are compared with one another
     contestant: str  # who ran it
-    # What was measured, by the names of `tables.COLUMNS`, which say the units.
-    values: Mapping[str, float] = field(default_factory=dict)
-    # Sizes and options that the case has beyond its name, such as V, H, N, K, dtype.
-    conditions: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)  # by the names of `tables.COLUMNS`, which say the units
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # sizes and options, such as V, H, N, K, dtype
     note: str = ""  # why there are no values, or what a reader must know of them
 
     @property

@@ -21,8 +21,7 @@ class Setting:
     device: torch.device = CPU  # the CPU, or a GPU, for which sizes are larger
     quick: bool = False  # tiny sizes, whose times mean nothing; for tests
     texts: tuple[Path, ...] = ()  # files of plain text; without any, the reference text that comes with Python
-    # Folder with GPT-2's `vocab.json` and `merges.txt`; without one, a tokenizer is trained on the text.
-    tokenizer: Path | None = None
+    tokenizer: Path | None = None  # folder of GPT-2's `vocab.json` and `merges.txt`; None: one trained on the text
 
     ceilings: Mapping[str, float] = field(default_factory=dict)  # of the machine, as benchmarks.ceilings measured them
 

@@ -24,30 +24,19 @@ import transformers
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from benchmarks import training
+from benchmarks.bars import BOUND, SEPARATE
 from benchmarks.contestants import OURS
 from benchmarks.measure import Agreement, Case, Contestant, dtype_name, each, measure
 from benchmarks.meters import Call
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.training import (
-    GPT2_SMALL,
-    GPT2_TINY,
-    LLAMA_1B,
-    LLAMA_SMALL,
-    LLAMA_TINY,
-    Given,
-    OwnStep,
-    draw_tokens,
-    gradients,
-    make_tokenizer,
-    twin,
-)
+from benchmarks.training import Given, OwnStep
 from cpo_kernels import CandidateLayout, CPOConfig, CPOOutput, CPOTrainer
 from cpo_kernels.models import requests
 
 STOCK, PATCHED = "TRL", "TRL, patch_fused_head()"
 FUSED = {"dpo": "FusedDPOTrainer", "xu_cpo": "FusedCPOTrainer"}
-OURS_SEPARATE, BOUND = f"{OURS}, sharing off", "bound: the head for nothing"
 OBJECTIVES = {"dpo": "DPO", "xu_cpo": "CPO of Xu et al."}
 BETA = 0.1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
@@ -65,11 +54,17 @@ def fed(pairs: Given) -> int:
 
 def cases(setting: Setting) -> list[Given]:
     """Return what is run on a device."""
-    sizes, dtype, works = ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)), torch.bfloat16, ("dpo", "xu_cpo")
+    sizes, dtype, works = (
+        ((training.GPT2_SMALL, 16, 512), (training.LLAMA_1B, 8, 512)),
+        torch.bfloat16,
+        ("dpo", "xu_cpo"),
+    )
     on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
-    on_cpu = [Given(work, GPT2_SMALL, 2, tokens) for work in works for tokens in (40, 64)]
-    on_cpu.append(Given("dpo", LLAMA_SMALL, 2, 32))
-    return setting.choose([Given("dpo", GPT2_TINY, 2, 8), Given("xu_cpo", LLAMA_TINY, 2, 8)], on_cpu, on_gpu)
+    on_cpu = [Given(work, training.GPT2_SMALL, 2, tokens) for work in works for tokens in (40, 64)]
+    on_cpu.append(Given("dpo", training.LLAMA_SMALL, 2, 32))
+    return setting.choose(
+        [Given("dpo", training.GPT2_TINY, 2, 8), Given("xu_cpo", training.LLAMA_TINY, 2, 8)], on_cpu, on_gpu
+    )
 
 
 def run(setting: Setting) -> Iterator[Record]:
@@ -114,7 +109,7 @@ class Trainers:
     def __init__(self, pairs: Given, device: torch.device, folder: str) -> None:
         self.pairs, self.device, self.folder = pairs, device, folder
         self.policy, self.reference = (pairs.model(device, seed) for seed in (0, 1))
-        self.tokenizer = make_tokenizer(pairs.sizes.vocabulary)
+        self.tokenizer = training.make_tokenizer(pairs.sizes.vocabulary)
         self.texts = make_texts(pairs)
 
     def steps(self) -> dict[str, Callable[[], Call]]:
@@ -123,7 +118,7 @@ class Trainers:
         found[FUSED[self.pairs.kind]] = partial(self.trl_step, "fused")
         if self.pairs.kind == "dpo":
             found[PATCHED] = partial(self.trl_step, "patched")
-        return found | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}
+        return found | {OURS: partial(self.our_step, "required"), SEPARATE: partial(self.our_step, "off")}
 
     def trl_step(self, kind: str) -> Call:
         """Make that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
@@ -138,7 +133,7 @@ class Trainers:
             with context():
                 loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()
-            return loss.detach(), gradients(self.policy)
+            return loss.detach(), training.gradients(self.policy)
 
         return step
 
@@ -162,8 +157,8 @@ class Trainers:
 
     def models(self) -> dict[str, Any]:
         """Return the models of every trainer, and its tokenizer."""
-        models = {"model": twin(self.policy), "processing_class": self.tokenizer}
-        return models | ({"ref_model": twin(self.reference)} if self.pairs.kind == "dpo" else {})
+        models = {"model": training.twin(self.policy), "processing_class": self.tokenizer}
+        return models | ({"ref_model": training.twin(self.reference)} if self.pairs.kind == "dpo" else {})
 
 
 def free_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, layout: CandidateLayout, **_: Any) -> Tensor:
@@ -195,7 +190,7 @@ def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractCo
 def make_texts(pairs: Given) -> list[dict[str, str]]:
     """Draw random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
     lengths = (pairs.tokens, pairs.tokens - 1, pairs.tokens - 1)
-    drawn = draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
+    drawn = training.draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
     texts = [" ".join(f"w{token}" for token in tokens) for tokens in drawn]
     three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
     return [{"prompt": prompt + " ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in three]

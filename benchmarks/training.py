@@ -114,8 +114,7 @@ class OwnStep:
 
     trainer: CPOTrainer  # with its model in training mode
     groups: int  # the first so many examples are those of every step
-    # Seconds of each call until the batch was there; the first call warms up.
-    making: list[float] = field(default_factory=list)
+    making: list[float] = field(default_factory=list)  # seconds of each call until the batch was there
     positions: int = 0  # that the body ran on in the last call, padding included
     tokens: int = 0  # N of the last call
 

@@ -144,11 +144,7 @@ COVERED = {"any": ("any", "bfloat16", "float16"), "float32": ("float32",)}
 
 
 def measure_task(task: Task, setting: Setting, _found: Sequence[Entry] = ()) -> Entry:
-    """Return the entry of the fastest configuration; those that do not launch, for want of registers, are passed over.
-
-    Raises:
-        ContestantError: one has a wrong result, or none can be launched.
-    """
+    """Return the entry of the fastest configuration that launches; raise ContestantError for a wrong one, or none."""
     vocab, configs = (509, task.configs[:2]) if setting.quick else (task.vocab, task.configs)
     job = task.make(vocab, task.dtype, setting)
     by_name = {str(config): config for config in configs}
