@@ -72,11 +72,6 @@ class Head:
         loss = contrast((logps * (targets >= 0)).sum(-1), self.problem.ref_logps)
         return loss, torch.autograd.grad(loss, self.leaves)
 
-    def products(self) -> float:
-        """Count those of the plan."""
-        tensors, options = self.arguments()
-        return cpo_kernels.plan(*tensors, **options).gemms
-
 
 def make(kind: str, problem: Problem) -> Head:
     """Make a linear head without bias: trained, frozen with or without an adapter, or the embedding of its inputs."""
@@ -116,7 +111,11 @@ def run(setting: Setting) -> Iterator[Record]:
             head = make(kind, problem)
 
             def check(_: object, head: Head = head, kind: str = kind, short: Problem = short) -> dict[str, float]:
-                return {"products": head.products(), "error_worst": worst_error(kind, short)}
+                tensors, options = head.arguments()
+                return {
+                    "products": cpo_kernels.plan(*tensors, **options).gemms,
+                    "error_worst": worst_error(kind, short),
+                }
 
             contestants.append(Contestant(kind, lambda head=head: head.fused, check, needed=True))
         name, rounds = f"heads, {shape.sizes['dtype']}", setting.rounds(5, 5)

@@ -313,10 +313,7 @@ def table(bars: Iterable[Bar]) -> str:
 
 
 def summary(parts: Parts) -> str:
-    """Return a table with a row for every row of the contract: how many of its cases met their bar, and one of them.
-
-    The case that is shown is the first that was missed, or else the first that was measured.
-    """
+    """Return a row for every row of the contract: how many of its cases met their bar, and the first that did not."""
     rows = []
     for row in BARS:
         found = lines(row, parts)

@@ -103,9 +103,8 @@ class Head:
         filtered = [self.contestant(*one) for one in (ranges | dict(chosen)).items()]
         contestants = [ready(FLOOR, floor), self.contestant(OURS, {}), *filtered]
         ratios, rounds = {"floor": FLOOR, "of_ours": OURS}, self.setting.rounds(5, 5)
-        return measure(
-            Case(self.name, contestants, problem.conditions, ratios, rounds=rounds, peaks=True), self.setting.device
-        )
+        case = Case(self.name, contestants, problem.conditions, ratios, rounds=rounds, peaks=True)
+        return measure(case, self.setting.device)
 
     def contestant(self, name: str, eps: Eps) -> Contestant:
         """Describe our call with a filter."""

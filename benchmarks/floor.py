@@ -47,9 +47,7 @@ def has_products_of_ours(problem: Problem) -> bool:
 class Floor:
     """Multiplies `rows[i]` rows at a time, for so many gradients (of hidden states, then of the head)."""
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, rows: list[int], mode: str = TRAINED, *, ours: bool = False
-    ) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: list[int], mode: str = TRAINED, *, ours: bool = False):
         self.hidden, self.weight, self.rows, self.mode = hidden.detach(), weight.detach(), rows, mode
         self.backend = registry.select("auto", hidden.device, hidden.dtype) if ours else None
         if sum(rows) != len(hidden):

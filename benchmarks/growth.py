@@ -1,9 +1,8 @@
 """Part `growth`: time and peak memory of the loss and its gradients as N, V and K grow, and what a small call takes.
 
-A curve is one quantity growing. bfloat16, because models are trained in it and because its products are fast: the rest
-of the work, by which implementations differ, weighs most. Peers that compile keep what they compiled along a curve,
-with the growing dimension dynamic from the beginning; compiling is not timed (benchmarks.lengths asks what it costs).
-A peer whose call takes longer than a limit grows no further. Liger contrasts pairs only: see benchmarks.heads. Small
+A curve is one quantity growing, in bfloat16, whose products are fast, so that the rest of the work weighs most. Peers
+that compile keep what they compiled along a curve, with the growing dimension dynamic from the beginning; compiling is
+not timed (benchmarks.lengths asks what it costs). A peer whose call takes longer than a limit grows no further. Small
 calls are float32, many rounds of ours alone: what surrounds the products.
 """
 

@@ -81,10 +81,7 @@ def best_of(found: list[Record]) -> dict[str, float]:
 
 
 def peaks(setting: Setting) -> Iterator[Record]:
-    """Measure the peak memory of ours at few and at many tokens, each in a process that has done nothing else.
-
-    It must be flat in N, and within the budget: the default's, and an explicit one.
-    """
+    """Measure the peak memory of ours, each time in a process that has done nothing else."""
     measured = setting.choose(shapes.QUICK_CASES[:1], shapes.PEAK_MEMORY, shapes.GPU_PEAK_MEMORY)
     counts = setting.choose((256,), shapes.PEAK_MEMORY_TOKENS, shapes.GPU_PEAK_MEMORY_TOKENS)
     for shape, budget, count in itertools.product(measured, setting.choose((0,), (0, 48), (0, 256, 1024)), counts):

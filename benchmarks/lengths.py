@@ -163,7 +163,6 @@ def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
         if not note:
             first.setdefault(name, life)
             done = len(life.seconds)
-            # What was stopped is a lower bound.
             note = f"stopped after {done} batches: >= {life.total:.1f} s" if done < len(task.targets) else ""
         conditions = {"K": CANDIDATES - 1 if life.work == CPO else 1, "work": life.work, **more}
         yield Record(case, name, values_of(name, life, first), task.conditions | conditions, note)
@@ -175,7 +174,7 @@ def values_of(name: str, life: Life, first: Mapping[str, Life]) -> dict[str, flo
         return {}
     values = {"total": life.total, "batches": float(len(life.seconds))}
     if life.seconds:
-        values |= {"first": life.seconds[0], "slowest": max(life.seconds), "median": statistics.median(life.seconds)}
+        values["first"] = life.seconds[0]
     floor, base = first.get(FLOOR), first.get(OURS_ON[life.work])
     if floor:
         values["floor"] = life.total / floor.total

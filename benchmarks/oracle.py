@@ -102,10 +102,7 @@ class Oracles:
         return Oracle(self.dense, lambda logps: problem.objective(sequence_sums(problem, logps), reference))
 
     def check(self, work: str, result: tuple[Tensor, tuple[Tensor, ...]]) -> Errors:
-        """Return the errors of a result; raise AnotherLossError where rounding does not explain them.
-
-        Without gradients they are those of log-likelihoods (G, C).
-        """
+        """Return the errors of a result; raise AnotherLossError where rounding does not explain them."""
         problem, (out, grads) = self.problem.as_work(work), result
         if problem.shape.mode == NO_GRAD:
             exact = sequence_sums(problem, self.dense.token_logps)

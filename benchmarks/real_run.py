@@ -43,18 +43,14 @@ class Sizes:
     mle_groups: int  # mle_groups, groups: examples of a step of next-token prediction and of CPO
     groups: int
     mle_steps: int  # of next-token prediction before the reference is frozen
-    choosing: tuple[int, ...]  # steps of CPO by whose heads filters are chosen, for the whole run
-    steps: tuple[int, ...]  # later ones, at which they are timed, on other texts
     held_out: int  # examples that nothing is trained on: as many for the choice, and as many that are timed
+    choosing: tuple[int, ...] = (60, 80, 100)  # steps of CPO by whose heads filters are chosen, for the whole run
+    steps: tuple[int, ...] = (200, 2000)  # later ones, at which they are timed, on other texts
 
 
-ON_CPU = Sizes(
-    128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, choosing=(60, 80, 100), steps=(200, 2000), held_out=16
-)
-ON_GPU = Sizes(
-    2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, choosing=(60, 80, 100), steps=(200, 2000), held_out=32
-)
-QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, choosing=(1, 2), steps=(4, 8), held_out=4)
+ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, held_out=16)
+ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, held_out=32)
+QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, held_out=4, choosing=(1, 2), steps=(4, 8))
 
 
 @dataclass(frozen=True)
@@ -151,20 +147,10 @@ def train(setting: Setting, sizes: Sizes) -> tuple[list[Looked], list[Looked]]:
     model = training.make_model(sizes_of_model, 2 * sizes.longest, end=corpus.tokenizer.eos_token_id)
 
     def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
-        config = CPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=groups,
-            max_length=2 * sizes.longest,
-            lr_scheduler_type="linear",
-            warmup_steps=20,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not setting.on_gpu,
-            seed=0,
-            **options,
-        )
+        quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        course = {"lr_scheduler_type": "linear", "warmup_steps": 20, "seed": 0, "max_length": 2 * sizes.longest}
+        given = {"output_dir": folder, "per_device_train_batch_size": groups, "use_cpu": not setting.on_gpu}
+        config = CPOConfig(**quiet, **course, **given, **options)
         made = CPOTrainer(model, config, examples, processing_class=corpus.tokenizer, ref_model=ref_model)
         made.remove_callback(transformers.PrinterCallback)
         return made
@@ -179,10 +165,8 @@ def train(setting: Setting, sizes: Sizes) -> tuple[list[Looked], list[Looked]]:
         first = trainer(rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3)
         first.train()
         second = trainer(rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, **NEGATIVES)
-        probes = {
-            name: trainer(own, held, ref_model=second.ref_model, **NEGATIVES)
-            for name, own in (("choosing", for_choice), ("timed", timed))
-        }
+        held_out = {"choosing": for_choice, "timed": timed}
+        probes = {n: trainer(own, held, ref_model=second.ref_model, **NEGATIVES) for n, own in held_out.items()}
         second.add_callback(Look())
         second.train()
     return looked["choosing"], looked["timed"]

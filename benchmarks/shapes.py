@@ -104,11 +104,8 @@ NEXT: dict[str, Any] = {"peers": (CCE,), "variants": False}  # where compiling t
 ALONE: dict[str, Any] = {"peers": (), "variants": False}
 # What F.linear_cross_entropy and Cut Cross-Entropy were made for.
 OF_TOKENS: dict[str, Any] = {"work": NLL, "peers": ("F.linear_cross_entropy", CCE, "QuACK")}
-CHUNKING: dict[str, Any] = {
-    "peers": (CHUNKED,),
-    "variants": False,
-    "note": "few tokens, because a chunked policy takes seconds at any N; chunking pays from N = H",
-}
+FEW = "few tokens, because a chunked policy takes seconds at any N; chunking pays from N = H"
+CHUNKING: dict[str, Any] = {"peers": (CHUNKED,), "variants": False, "note": FEW}
 
 CASES = (
     fp32("gpt2 1k", GPT2, 4, 64, **ALL),  # few tokens: costs that do not grow with N show
@@ -128,10 +125,8 @@ CASES = (
     bf16("gpt2 16 policies", GPT2, 1, 4, **CHUNKING),
     bf16("gpt2-xl 512", GPT2_XL, 2, 64, **NEXT),
     bf16("openllama-3b 512", OPENLLAMA_3B, 2, 64, **NEXT),  # a small vocabulary under a wide model
-    *(
-        fp32(name, head, 2, 64, **ALONE)
-        for name, head in (("gpt2-xl 512", GPT2_XL), ("openllama-3b 512", OPENLLAMA_3B))
-    ),
+    fp32("gpt2-xl 512", GPT2_XL, 2, 64, **ALONE),
+    fp32("openllama-3b 512", OPENLLAMA_3B, 2, 64, **ALONE),
     *(make("llama3 512 frozen", LLAMA3, 4, 32, mode=FROZEN, **ALONE) for make in (fp32, bf16)),
 )
 WIDE = (
@@ -172,12 +167,9 @@ BAR_PEERS = (
     replace(BAR_QWEN, name=f"{BAR_QWEN.name}, every peer, half prompt", peers=None, prompt_share=0.5),
 )
 
-# Several chunks at either N; beside a narrow head and a wide one 48 MiB have no room for the accumulator.
-PEAK_MEMORY = tuple(
-    make(name, head, 8, 128, **ALONE)
-    for name, head in (("gpt2", GPT2), ("openllama-3b", OPENLLAMA_3B))
-    for make in (fp32, bf16)
-)
+# 48 MiB have no room for the accumulator of either head.
+PEAK_HEADS = {"gpt2": GPT2, "openllama-3b": OPENLLAMA_3B}
+PEAK_MEMORY = tuple(make(name, head, 8, 128, **ALONE) for name, head in PEAK_HEADS.items() for make in (fp32, bf16))
 PEAK_MEMORY_TOKENS = (1536, 3072)  # the peak must not depend on N
 GPU_PEAK_MEMORY = (bf16("llama3-8b peak", LLAMA3_8B, 32, 128, **ALONE),)
 GPU_PEAK_MEMORY_TOKENS = (16384, 65536)

@@ -54,17 +54,12 @@ def fed(pairs: Given) -> int:
 
 def cases(setting: Setting) -> list[Given]:
     """Return what is run on a device."""
-    sizes, dtype, works = (
-        ((training.GPT2_SMALL, 16, 512), (training.LLAMA_1B, 8, 512)),
-        torch.bfloat16,
-        ("dpo", "xu_cpo"),
-    )
-    on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
-    on_cpu = [Given(work, training.GPT2_SMALL, 2, tokens) for work in works for tokens in (40, 64)]
+    gpt2, large = training.GPT2_SMALL, ((training.GPT2_SMALL, 16), (training.LLAMA_1B, 8))
+    on_gpu = [Given(work, model, groups, 512, torch.bfloat16) for model, groups in large for work in OBJECTIVES]
+    on_cpu = [Given(work, gpt2, 2, tokens) for work in OBJECTIVES for tokens in (40, 64)]
     on_cpu.append(Given("dpo", training.LLAMA_SMALL, 2, 32))
-    return setting.choose(
-        [Given("dpo", training.GPT2_TINY, 2, 8), Given("xu_cpo", training.LLAMA_TINY, 2, 8)], on_cpu, on_gpu
-    )
+    quick = [Given("dpo", training.GPT2_TINY, 2, 8), Given("xu_cpo", training.LLAMA_TINY, 2, 8)]
+    return setting.choose(quick, on_cpu, on_gpu)
 
 
 def run(setting: Setting) -> Iterator[Record]:
@@ -84,17 +79,13 @@ def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
         def check(result: tuple[Tensor, tuple[Tensor, ...]]) -> dict[str, float]:
             return agree(result) | {"loss": float(result[0])}
 
+        rate = {"values": lambda seconds: {"tokens_per_second": fed(pairs) / seconds}}
+        contestants = [Contestant(name, build, check, **rate) for name, build in trainers.steps().items()]
+        sizes = {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)}
         case = Case(
             name_of(pairs),
-            [
-                *(
-                    Contestant(name, build, check, values=lambda s: {"tokens_per_second": fed(pairs) / s})
-                    for name, build in trainers.steps().items()
-                ),
-                Contestant(BOUND, partial(trainers.our_step, "off", free=True)),
-            ],
-            pairs.conditions
-            | {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)},
+            [*contestants, Contestant(BOUND, partial(trainers.our_step, "off", free=True))],
+            pairs.conditions | sizes,
             speeds={"of_trl": STOCK},
             rounds=setting.rounds(5, 5),
             before=lambda: trainers.policy.zero_grad(set_to_none=True),
@@ -180,10 +171,8 @@ def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractCo
 
     from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer, fused_head
 
-    stock, fused, config = {
-        "dpo": (trl.DPOTrainer, FusedDPOTrainer, trl.DPOConfig),
-        "xu_cpo": (cpo.CPOTrainer, FusedCPOTrainer, cpo.CPOConfig),
-    }[work]
+    of_dpo = (trl.DPOTrainer, FusedDPOTrainer, trl.DPOConfig)
+    stock, fused, config = of_dpo if work == "dpo" else (cpo.CPOTrainer, FusedCPOTrainer, cpo.CPOConfig)
     return fused if kind == "fused" else stock, config, fused_head if kind == "patched" else nullcontext
 
 

@@ -23,7 +23,6 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "total": ("all batches, s", "{:.2f}"),
     "batches": ("batches", "{:.0f}"),
     "first": ("first, s", "{:.2f}"),
-    "slowest": ("slowest, s", "{:.2f}"),
     "steady_of_ours": ("x ours, after ten", "{:.2f}"),
     "of_product": ("x one product", "{:.3f}"),
     "of_triton": ("Triton's time over it", "{:.2f}"),

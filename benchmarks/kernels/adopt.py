@@ -37,14 +37,10 @@ class Adoption:
     description: str  # of the command
     table: Path  # the committed one
     entries: str  # the list of the table that is measured
-    # What there is to measure on a device, of these names; each has a `name`, and its text says where.
-    tasks: Callable[[Sequence[str] | None, torch.device], Sequence[Any]]
-    # Measures a task, with what was found before; what it raises is told, and its entries are `failed`.
-    measure: Callable[[Any, Setting, Sequence[Any]], Any]
-    # What was found of a task that raised something; None where its entries are then left out.
-    failed: Callable[[Any, str], Any]
-    # The table with what was found in place of its own kind, for an architecture, from a source.
-    merged: Callable[[Table, Sequence[Any], str, str], dict[str, Any]]
+    tasks: Callable[[Sequence[str] | None, torch.device], Sequence[Any]]  # what there is to measure, of these names
+    measure: Callable[[Any, Setting, Sequence[Any]], Any]  # a task, with what was found before
+    failed: Callable[[Any, str], Any]  # what was found of a task that raised something; None: nothing
+    merged: Callable[[Table, Sequence[Any], str, str], dict[str, Any]]  # the table with it, for an architecture
 
     def main(self, argv: list[str] | None = None) -> int:
         """Measure and write; 1 if something could not be measured, or not in the time, or came out wrong."""

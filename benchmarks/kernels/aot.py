@@ -218,7 +218,7 @@ def page(part: Part) -> str:
 
 
 def with_versions(versions: Sequence[str], chosen: list[str], out: Path) -> int:
-    """Compile with each version of Triton, installed into a folder of its own unless it is there; the newest reports."""
+    """Compile with each version of Triton, installed into a folder of its own; the newest reports."""
     folders, statuses = [FOLDER / "reports" / version for version in versions], []
     for version, folder in zip(versions, [*folders[:-1], out], strict=True):
         log(f"triton {version} ...")

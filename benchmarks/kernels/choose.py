@@ -193,10 +193,7 @@ def figures(measured: Measured) -> str:
 
 
 def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
-    """Return choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
-
-    They are searched in order, so that narrower bounds come first.
-    """
+    """Return choices, narrower bounds first, and a default only where it keeps out a wider bound that follows."""
     infinity, found = float("inf"), list[Entry]()
 
     def order(one: Measured) -> tuple[float, float]:

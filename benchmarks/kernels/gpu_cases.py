@@ -56,10 +56,7 @@ def sized(shape: Shape, setting: Setting) -> Shape:
 
 
 def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
-    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's.
-
-    Forward; backward in place; bf16 gradients over fp32 logits; forward with unit gradients where rows fit.
-    """
+    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's."""
     backends = [problems.TRITON] if problems.missing(setting.device) else [problems.CUDA, problems.TRITON]
     for vocab in (problems.SMALL_VOCABULARY,) if setting.quick else VOCABULARIES:
         rows = 8 if setting.quick else problems.LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
@@ -100,11 +97,9 @@ def is_picked(kernel: str, vocab: int, dtype: torch.dtype, device: torch.device)
     return choices.get(operation) == problems.CUDA
 
 
-def linear_problem(problem: Problem) -> problems.LinearProblem:
+def linear_problem(given: Problem) -> problems.LinearProblem:
     """Return the tensors of a problem for ways without gradients."""
-    return problems.LinearProblem(
-        problem.hidden.detach().flatten(0, 2), problem.weight.detach(), problem.targets.flatten()
-    )
+    return problems.LinearProblem(given.hidden.detach().flatten(0, 2), given.weight.detach(), given.targets.flatten())
 
 
 def beside_product(

@@ -228,12 +228,10 @@ def test_who_was_stopped_is_a_lower_bound():
 
 
 def test_a_part_in_which_something_passed_the_peak_is_void(tmp_path, monkeypatch):
-    def run(setting):
-        yield Record("c", OURS, {"of_peak": 0.9}, SIZES)
-        yield Record("c", "a", {"of_peak": fastest}, SIZES)
-
-    monkeypatch.setattr(suite, "part_function", lambda name: run)
-    for fastest, void in ((1.0, False), (1.01, True)):
+    measured = [Record("c", OURS, {"of_peak": 0.9}, SIZES)]
+    monkeypatch.setattr(suite, "part_function", lambda name: lambda setting: iter(measured))
+    for share, void in ((1.0, False), (1.01, True)):
+        measured[1:] = [Record("c", "a", {"of_peak": share}, SIZES)]
         part = suite.measure("heads", Setting(quick=True), tmp_path, ["heads"])
         assert part.void == void and (not void or "a, c, at 101% of the measured peak" in part.error)
         assert verdict(bars.exact_loss, {"heads": part}) == [False]

@@ -262,7 +262,7 @@ def test_ratios_are_of_totals_on_the_same_work(made_up):
     assert names[:2] == [FLOOR, OURS] and names[-2:] == [OURS, FLOOR] and set(names) == {*lengths.OWN, *lengths.PEERS}
     found = {record.contestant: record for record in records}
     assert found[OURS].values["of_ours"] == 1.0 and found[OURS].values["floor"] == 4.5 / 8
-    assert found[OURS].values["slowest"] == 1.0 and found[OURS].values["error_loss"] == 0.1
+    assert found[OURS].values["first"] == 0.5 and found[OURS].values["error_loss"] == 0.1
     assert found["Liger CPO"].values["of_ours"] == 40.0 / 16.0 and found["Liger CPO"].conditions["K"] == 1
     # What a call takes once it is compiled stands beside the life with the compilation.
     assert found["torch.compile"].values["of_ours"] == 94.5 / 4.5
@@ -453,7 +453,7 @@ def steps_of(given, folder):
 def test_positions_and_tokens_are_those_of_the_texts(tmp_path):
     made, groups, length = steps_of(GROWTH, tmp_path), GROWTH.groups, GROWTH.tokens
     for way in negatives.WAYS["K"]:
-        step = made[way.unique]
+        step = made[way.name]
         step()
         shared, separate = length + (way.k + 1) * (length - 1), (way.k + 1) * (2 * length - 1)
         assert step.positions == groups * (shared if way.shared else separate)
