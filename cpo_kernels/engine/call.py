@@ -157,7 +157,8 @@ def plan_chunks(
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
-    copies = 1 + (needs[0] and not tokens.one_per_row)  # the gradient of a row that serves several groups is added to
+    # The gradient of a row that serves several groups is added to; hidden states that are gathered may be scaled too.
+    copies = 1 + (needs[0] and not tokens.one_per_row) + (way.scales_hidden and needs[1] and tokens.rows_are_copied)
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
     workspace += scratch_bytes(tokens.num_rows, held, hidden.device) if filtered else 0
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))

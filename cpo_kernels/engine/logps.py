@@ -86,23 +86,26 @@ class LinearTokenLogps(torch.autograd.Function):
         """Return the log-probabilities (N,)."""
         with own_arithmetic(hidden.device):
             result = run_token_logps(call, call.bind(hidden, weight, bias))
-        ctx.save_for_backward(hidden, weight, bias, result.unscaled, *call.given)
-        ctx.call, ctx.done = call, result.done
+        ctx.save_for_backward(hidden, weight, bias, *call.given)
+        ctx.call, ctx.done, ctx.unscaled = call, result.done, result.unscaled
         return result.logps
 
     @staticmethod
     def backward(ctx, grad_logps):
         """Scale the gradient that forward built, or use the logits that it kept, or recompute them."""
-        hidden, weight, bias, unscaled, *given = ctx.saved_tensors
+        hidden, weight, bias, *given = ctx.saved_tensors
         call = ctx.call.with_given(*given)
-        # The kept logits are overwritten, so a retained graph recomputes them the second time.
+        # Both are overwritten, so a retained graph makes them anew the second time, in the same way.
         done, ctx.done = ctx.done, None
+        unscaled, ctx.unscaled = ctx.unscaled, None
         with torch.no_grad(), own_arithmetic(hidden.device):
-            grads: Grads = (None, None, None)
-            if unscaled is not None:
-                grad, coef = unscaled.clone(), call.tokens.of_slots(grad_logps)
-                call.backend.scale_rows_(grad, call.tokens.device_rows, call.tokens.targets, coef)
-                grads = grad, None, None
+            linear = call.bind(hidden, weight, bias)
+            grads: Grads
+            if call.scales_rows:
+                unscaled = run_token_logps(call, linear).unscaled if unscaled is None else unscaled
+                coef = call.tokens.of_slots(grad_logps)
+                call.backend.scale_rows_(unscaled, call.tokens.device_rows, call.tokens.targets, coef)
+                grads = unscaled, None, None
             else:
-                grads = token_logps_grads(call, call.bind(hidden, weight, bias), done, grad_logps)
+                grads = token_logps_grads(call, linear, done, grad_logps)
         return (*first_order_only(grads, grad_logps, hidden, weight, bias), None)

@@ -166,7 +166,7 @@ class CPOConfig(TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
-    max_logits_bytes: int | None = _option(None, "Bytes of all that the loss holds at once, most of it logits. None: the backend's default.")
+    max_logits_bytes: int | None = _option(None, "Budget of all that the loss holds at once. None: the backend's.")
     candidate_eps: float | None = _option(
         None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.options."
     )

@@ -32,7 +32,7 @@ V, H, T, CANDIDATES = 16381, 64, 32, 4
 FILTERS = {"grad_filter_eps": 1e-4, "candidate_eps": 0.5}  # a half to two thirds is left out
 # Of the width of a real model, the gradient of the weight takes 24 MiB, and its accumulator as much in half precision.
 REAL_H, TIGHT = 768, 40 * MIB
-WIDE = {"default": None, "tight": TIGHT, "tight_logps": TIGHT, "tight_bias": TIGHT}
+WIDE = {"default": None, "tight": TIGHT, "tight_logps": TIGHT, "tight_bias": TIGHT, "frozen_logps": TIGHT}
 KINDS = ["trainable", "frozen", "no_grad", "sequence_logps", *FILTERS, *WIDE]
 DTYPES = ["float32", "bfloat16"]
 M_MMAP_THRESHOLD = -3  # of mallopt: what is larger is mapped, and returned when it is freed
@@ -91,7 +91,7 @@ def step(kind: str, hidden, weight, targets) -> int:
 def inputs(kind: str, dtype: torch.dtype, groups: int):
     width = REAL_H if kind in WIDE else H
     hidden = torch.randn(groups, CANDIDATES, T, width).to(dtype).requires_grad_()
-    weight = torch.randn(V, width).to(dtype).requires_grad_(kind != "frozen")
+    weight = torch.randn(V, width).to(dtype).requires_grad_(not kind.startswith("frozen"))
     return hidden, weight, torch.randint(0, V, (groups, CANDIDATES, T))
 
 

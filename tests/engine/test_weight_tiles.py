@@ -136,7 +136,9 @@ def test_a_filter_still_leaves_candidates_out():
     out = linear_cpo_loss(**problem.arguments(), **tiled(problem, 15, **head))
     whole = linear_cpo_loss(**problem.arguments(), **head)
     assert 0 < out.dropped <= 1.01 * whole.dropped
-    for one, other in zip(*(torch.autograd.grad(o.loss, (problem.hidden, problem.weight)) for o in (out, whole))):
+    for one, other in zip(
+        *(torch.autograd.grad(o.loss, (problem.hidden, problem.weight)) for o in (out, whole)), strict=True
+    ):
         assert (one.double() - other.double()).norm() <= 0.1 * other.double().norm()
 
 

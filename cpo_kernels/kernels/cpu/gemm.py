@@ -46,7 +46,7 @@ def gemm(
 
     Where both inputs are bfloat16 and the machine has AVX512_BF16, products are of bfloat16 pairs (subnormal inputs
     count as zero); otherwise half precision is widened to float32 first. The result is bitwise the same for any number
-    of threads. The workspace is some MiB a thread at most, more where half-precision results are summed over blocks of k.
+    of threads. The workspace is some MiB a thread, more where half-precision results are summed over blocks of k.
 
     Args:
         a: (M, K) float32, bfloat16 or float16, with any strides; a row-major one is read where it
