@@ -1,5 +1,6 @@
-// Every kernel adds products of registers to independent sums, as many as keep the units busy, and touches no memory. Its
-// instruction set is that of the function, not of the file, so that all of them are here together.
+// Every kernel adds products of registers to independent sums, as many as keep the units busy, and touches no memory. No two
+// sums begin with the same value, or a compiler would make one of them. The instruction set is that of the function, not of
+// the file, so that all of them are here together.
 #include "cpu/peak.h"
 
 #include <algorithm>
@@ -37,7 +38,7 @@ constexpr int kSums512 = 24, kSums256 = 12;  // what registers hold beside the t
   const __m256 a = _mm256_set1_ps(seed), b = _mm256_set1_ps(1e-3f);
   __m256 sum[kSums256];
 #pragma GCC unroll 12
-  for (auto& s : sum) s = a;
+  for (int i = 0; i < kSums256; ++i) sum[i] = _mm256_set1_ps(seed + i);
   for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 12
     for (int i = 0; i < kSums256; ++i) sum[i] = _mm256_fmadd_ps(a, b, sum[i]);
@@ -51,7 +52,7 @@ constexpr int kSums512 = 24, kSums256 = 12;  // what registers hold beside the t
   const __m512 a = _mm512_set1_ps(seed), b = _mm512_set1_ps(1e-3f);
   __m512 sum[kSums512];
 #pragma GCC unroll 24
-  for (auto& s : sum) s = a;
+  for (int i = 0; i < kSums512; ++i) sum[i] = _mm512_set1_ps(seed + i);
   for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums512; ++i) sum[i] = _mm512_fmadd_ps(a, b, sum[i]);
@@ -65,7 +66,7 @@ constexpr int kSums512 = 24, kSums256 = 12;  // what registers hold beside the t
   const __m512 a = _mm512_set1_ps(seed), b = _mm512_set1_ps(1e-3f);
   __m512 sum[kSums512];
 #pragma GCC unroll 24
-  for (auto& s : sum) s = a;
+  for (int i = 0; i < kSums512; ++i) sum[i] = _mm512_set1_ps(seed + i);
   for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSums512; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], (__m512bh)a, (__m512bh)b);
@@ -124,7 +125,7 @@ float run_neon(float seed) {
   const float32x4_t a = vdupq_n_f32(seed), b = vdupq_n_f32(1e-3f);
   float32x4_t sum[kSumsNeon];
 #pragma GCC unroll 24
-  for (auto& s : sum) s = a;
+  for (int i = 0; i < kSumsNeon; ++i) sum[i] = vdupq_n_f32(seed + i);
   for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 24
     for (int i = 0; i < kSumsNeon; ++i) sum[i] = vfmaq_f32(sum[i], a, b);
