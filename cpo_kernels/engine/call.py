@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,8 +15,7 @@ from cpo_kernels.kernels.device import default_logits_bytes, is_capturing
 from cpo_kernels.kernels.selection import Sizes
 from cpo_kernels.options import Head
 
-from . import products
-from .filters import scratch_bytes
+from . import filters, products
 from .head import LinearHead
 from .inputs import Inputs
 from .plan import Plan, make_plan
@@ -90,12 +89,14 @@ def resolve(
     known_coefficients: bool = False,
     ranks: Tensor | None = None,
     way: type[LinearHead] | None = None,
+    scratch_bytes: Callable[[int, int, torch.device], int] | None = None,
 ) -> Call:
     """Decide which backend, way, tokens and plan a call has.
 
     ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
     depend on all its log-probabilities; ``ranks`` (S,) are read on the host together with the targets.
-    ``way`` is the one that a caller needs; None for the fastest.
+    ``way`` is the one that a caller needs; None for the fastest. ``scratch_bytes(R, V, device)`` is what a caller makes
+    of logits besides.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -119,6 +120,7 @@ def resolve(
         needs,
         whole_groups=whole_groups,
         waits=not known_coefficients and not scales_rows,
+        scratch_bytes=scratch_bytes,
     )
     return Call(head, backend, way, logits_dtype, needs, inputs.targets, inputs.rows, tokens, plan, scales_rows)
 
@@ -151,8 +153,9 @@ def plan_chunks(
     *,
     whole_groups: bool,
     waits: bool,
+    scratch_bytes: Callable[[int, int, torch.device], int] | None = None,
 ) -> Plan:
-    """Plan the chunks of a call; the last two arguments are those of :func:`make_plan`."""
+    """Plan the chunks of a call; the last three arguments are those of :func:`make_plan` and :func:`resolve`."""
     head, hidden, weight, shard = inputs.head, inputs.hidden, inputs.weight, inputs.head.vocab_shard
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
@@ -160,7 +163,8 @@ def plan_chunks(
     # The gradient of a row that serves several groups is added to; hidden states that are gathered may be scaled too.
     copies = 1 + (needs[0] and not tokens.one_per_row) + (way.scales_hidden and needs[1] and tokens.rows_are_copied)
     workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
-    workspace += scratch_bytes(tokens.num_rows, held, hidden.device) if filtered else 0
+    scratch_bytes = filters.scratch_bytes if filtered else scratch_bytes
+    workspace += scratch_bytes(tokens.num_rows, held, hidden.device) if scratch_bytes else 0
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
     plan = make_plan(

@@ -23,7 +23,7 @@ import pytest
 import torch
 from devices import DEVICE
 
-from cpo_kernels import linear_cpo_loss, linear_sequence_logps, plan
+from cpo_kernels import linear_cpo_loss, linear_sequence_logps, linear_token_statistics, plan
 from cpo_kernels.kernels import registry
 
 MIB = 2**20
@@ -33,7 +33,7 @@ FILTERS = {"grad_filter_eps": 1e-4, "candidate_eps": 0.5}  # a half to two third
 # Of the width of a real model, the gradient of the weight takes 24 MiB, and its accumulator as much in half precision.
 REAL_H, TIGHT = 768, 40 * MIB
 WIDE = {"default": None, "tight": TIGHT, "tight_logps": TIGHT, "tight_bias": TIGHT, "frozen_logps": TIGHT}
-KINDS = ["trainable", "frozen", "no_grad", "sequence_logps", *FILTERS, *WIDE]
+KINDS = ["trainable", "frozen", "no_grad", "sequence_logps", "statistics", *FILTERS, *WIDE]
 DTYPES = ["float32", "bfloat16"]
 M_MMAP_THRESHOLD = -3  # of mallopt: what is larger is mapped, and returned when it is freed
 BACKEND = "triton" if DEVICE.type == "cuda" else "cpu"  # the reference is not made to be lean
@@ -73,6 +73,9 @@ def options(kind: str) -> dict[str, object]:
 def step(kind: str, hidden, weight, targets) -> int:
     """One call with its gradients; returns the bytes of the gradients."""
     head = options(kind)
+    if kind == "statistics":
+        linear_token_statistics(hidden, weight, targets, entropy=True, seed=0, num_samples=2, **head)
+        return 0
     if kind == "no_grad":
         with torch.no_grad():
             linear_cpo_loss(hidden, weight, targets, **head)
@@ -101,7 +104,9 @@ def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
     made = plan(*tensors, **options(kind))
     assert (made.tiles is not None) == (kind.startswith("tight") and dtype == torch.bfloat16)
     promised, budget = made.bytes, made.budget_bytes
-    if kind.endswith("_logps"):  # its blocks need not be whole groups, so the plan is not its own
+    if (
+        kind.endswith("_logps") or kind == "statistics"
+    ):  # its blocks need not be whole groups, so the plan is not its own
         promised = budget
     before = start_meter()
     grads = step(kind, *tensors)
@@ -110,7 +115,10 @@ def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
 
 def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
     """Run in a process of its own: for 1,024 and for 4,096 tokens."""
-    if kind in FILTERS:  # of many small tensors, glibc's heap keeps some megabytes that were freed: not the call's
+    if kind in (
+        *FILTERS,
+        "statistics",
+    ):  # of many small tensors, glibc's heap keeps megabytes: not the call's
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     torch.set_num_threads(2)
     torch.set_default_device(DEVICE)
