@@ -112,7 +112,7 @@ def resolve(
     tokens = tokens_of(inputs, ranks)
     only_hidden = needs == (True, False, False) and tokens.one_per_row
     scales_rows = only_hidden and not head.filtered and not known_coefficients
-    plan = plan_chunks(
+    plan, backend = plan_chunks(
         tokens if whole_groups else tokens.as_one_group(),
         inputs,
         backend,
@@ -154,17 +154,22 @@ def plan_chunks(
     whole_groups: bool,
     waits: bool,
     scratch_bytes: Callable[[int, int, torch.device], int] | None = None,
-) -> Plan:
-    """Plan the chunks of a call; the last three arguments are those of :func:`make_plan` and :func:`resolve`."""
+) -> tuple[Plan, Backend]:
+    """Plan the chunks of a call, and return the backend whose products keep to the plan.
+
+    The last three arguments are those of :func:`make_plan` and :func:`resolve`.
+    """
     head, hidden, weight, shard = inputs.head, inputs.hidden, inputs.weight, inputs.head.vocab_shard
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
     # The gradient of a row that serves several groups is added to; hidden states that are gathered may be scaled too.
     copies = 1 + (needs[0] and not tokens.one_per_row) + (way.scales_hidden and needs[1] and tokens.rows_are_copied)
-    workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
+    size = tokens.num_rows, held, weight.shape[1], weight.dtype
     scratch_bytes = filters.scratch_bytes if filtered else scratch_bytes
-    workspace += scratch_bytes(tokens.num_rows, held, hidden.device) if scratch_bytes else 0
+    scratch = scratch_bytes(tokens.num_rows, held, hidden.device) if scratch_bytes else 0
+    workspace = backend.gemm_workspace(*size, None) + scratch
+    asked = head.max_logits_bytes is not None and shard is None
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
     plan = make_plan(
@@ -177,6 +182,7 @@ def plan_chunks(
         gathered_row_bytes=copies * weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
+        least_workspace_bytes=backend.gemm_workspace(*size, 1) + scratch if asked else None,
         whole_groups=whole_groups,
         waits=waits,
         buffers=way.buffers,
@@ -184,5 +190,9 @@ def plan_chunks(
         tiled_vocab=held if shard is None and way.keeps_statistics else 0,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
-    plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)
-    return plan if way.holds_logits else replace(plan, logits_bytes=0, note="the fused forward holds no logits")
+    plan = replace(plan, workspace_bytes=plan.workspace_bytes if asked else workspace, gemms=plan.gemms - left_out)
+    if plan.workspace_bytes < workspace:
+        backend = backend.within(plan.workspace_bytes - scratch)
+    if not way.holds_logits:
+        plan = replace(plan, logits_bytes=0, note="the fused forward holds no logits")
+    return plan, backend

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
@@ -170,6 +170,16 @@ class Needs:
             f"needs beside it; the smallest that works is {self.smallest(total)}"
         )
 
+    def kept_to(self, asked: int, least_workspace: int, total: int) -> Needs:
+        """Return these needs with a workspace of at most half of an explicit budget, if it can be as small.
+
+        It is no smaller than ``least_workspace``, and leaves room for what ``total`` rows need at least.
+        """
+        if self.rows_beside_small_change(asked):
+            return self
+        room = asked - (self.smallest(total) - self.workspace)
+        return replace(self, workspace=max(least_workspace, min(self.workspace, asked // 2, room)))
+
     def rows_beside_small_change(self, asked: int) -> int:
         """Count the rows that a budget holds if all the rest comes on top, which is no more than small change."""
         rows, left = asked // self.row, SMALL_CHANGE - self.workspace - self.accumulator
@@ -212,6 +222,7 @@ def make_plan(
     accumulator_bytes: int = 0,
     gathered_row_bytes: int = 0,
     workspace_bytes: int = 0,
+    least_workspace_bytes: int | None = None,
     whole_groups: bool = True,
     waits: bool = True,
     buffers: int = 1,
@@ -233,6 +244,7 @@ def make_plan(
         accumulator_bytes: what the gradient of the weight takes besides itself if there are several chunks.
         gathered_row_bytes: bytes of a row of hidden where rows must be gathered for the products, else 0.
         workspace_bytes: memory of the backend's products beyond their operands, and of filters beyond the logits.
+        least_workspace_bytes: the least of that with which they can do, for a small budget; None: all of it.
         whole_groups: whether the rows of a group must be held together to be computed only once.
         waits: whether gradients wait for the coefficients of a whole chunk, so that logits may be recomputed; if none
             does, all groups are one chunk.
@@ -249,6 +261,9 @@ def make_plan(
     default = max(default_bytes, row_bytes)
     beside = sizes.accumulator + workspace_bytes + default * gathered_row_bytes // row_bytes
     explicit, asked = max_logits_bytes is not None, max_logits_bytes or default + beside
+    if explicit and least_workspace_bytes is not None:
+        sizes = sizes.kept_to(asked, least_workspace_bytes, total)
+        workspace_bytes = sizes.workspace
     largest = max(tokens.rows_per_group, default=0) if whole_groups and waits else 1
     rows_per_chunk, accumulator, tiled = sizes.share(asked, explicit=explicit, total=total, largest=largest)
     buffers = buffers if rows_per_chunk >= buffers else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,7 @@ from tolerance import assert_accurate
 from cpo_kernels import linear_cpo_loss, linear_sequence_loss, plan
 from cpo_kernels.engine import plan as planning
 from cpo_kernels.engine.plan import Needs
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = (1, 3, 5)  # of logits that the budget holds beside what comes with every call
@@ -189,3 +191,55 @@ def test_every_budget_is_kept_or_refused(needs, total, largest, more, small):
             assert tiles.bytes <= asked - needs.workspace
         with pytest.raises(ValueError, match=rf"is {smallest}$"):
             needs.share(smallest - 1 - more % smallest, explicit=True, total=total, largest=largest)
+
+
+@given(
+    st.builds(
+        Needs,
+        row=st.integers(1, 10**5),
+        gathered_row=st.integers(0, 10**4),
+        accumulator=st.integers(0, 10**7),
+        workspace=st.integers(10**5, 10**8),
+        vocab=st.sampled_from([0, 31, 50257]),
+    ),
+    st.integers(1, 4000),
+    st.floats(0.01, 1.0),
+    st.integers(0, 10**8),
+)
+@settings(max_examples=500, deadline=None)
+def test_the_workspace_gives_way_to_a_small_budget(needs, total, share, more):
+    """What works is what works with the least workspace, and never more than the budget is taken."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "SMALL_CHANGE", 0)
+        least = int(share * needs.workspace)
+        smallest = replace(needs, workspace=least).smallest(total)
+        asked = smallest + more
+        sizes = needs.kept_to(asked, least, total)
+        assert least <= sizes.workspace <= needs.workspace
+        rows, accumulator, _ = sizes.share(asked, explicit=True, total=total, largest=1)
+        assert min(rows, total) * (needs.row + needs.gathered_row) + accumulator + sizes.workspace <= asked
+        with pytest.raises(ValueError, match=rf"is {smallest}$"):
+            needs.kept_to(smallest - 1, least, total).share(smallest - 1, explicit=True, total=total, largest=1)
+
+
+@pytest.mark.skipif("cpu" not in COMPILED_BACKENDS, reason="needs the compiled kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_take_turns_where_a_small_budget_has_no_room_for_all_of_them(dtype, monkeypatch):
+    """The workspace of two threads does not fit: one runs the products, and sums are the same to the bit."""
+    monkeypatch.setattr(cpu_gemm, "_kept", threading.local())  # no workspace is kept from before
+    problem, threads = random_problem(G=2, C=4, T=16, H=96, V=1021).to(dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        one = cpu_gemm.gemm_workspace(128, 1021, 96, dtype, 1)
+        head = {"backend": "cpu", "max_logits_bytes": one + 2**19}
+        made = plan(**problem.arguments(), **head)
+        assert one <= made.workspace_bytes < cpu_gemm.gemm_workspace(128, 1021, 96, dtype)
+        assert made.bytes <= head["max_logits_bytes"]
+        found = loss_and_grads(fused_loss(problem, **head), problem)
+        assert cpu_gemm._kept.workspace.nbytes <= made.workspace_bytes
+        torch.set_num_threads(1)
+        expected = loss_and_grads(fused_loss(problem, **head), problem)
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2**-7, atol=2**-9 * value.abs().max().item())

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +92,9 @@ def gemm(
         "out_dtype": DTYPE_CODES[out.dtype],
         "threads": torch.get_num_threads() if threads is None else threads,
     }
+    limit = getattr(_kept, "limit", None)
+    while limit is not None and int(size["threads"]) > 1 and _workspace_bytes(**size) > limit:
+        size["threads"] = int(size["threads"]) * 3 // 4
     workspace = _workspace(_workspace_bytes(**size))
     extension().gemm(
         **size,
@@ -132,6 +137,19 @@ def _workspace(size: int) -> Tensor:
     return workspace
 
 
+def limited(product_: Callable[..., None], workspace: int) -> Callable[..., None]:
+    """Return a product by :func:`gemm` that takes at most so many bytes of workspace, on fewer threads if need be."""
+
+    def run_(*arguments: Any) -> None:
+        _kept.limit = workspace
+        try:
+            product_(*arguments)
+        finally:
+            _kept.limit = None
+
+    return run_
+
+
 def private_pages(size: int) -> mmap.mmap | bytearray:
     """Return zeroed memory that a forked process writes to a copy of."""
     if hasattr(mmap, "MAP_PRIVATE"):
@@ -139,15 +157,15 @@ def private_pages(size: int) -> mmap.mmap | bytearray:
     return bytearray(size)
 
 
-def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype, threads: int | None = None) -> int:
     """Return the most bytes that :func:`gemm` takes, and keeps, for the products of a call of these sizes.
 
-    It holds for any block of its rows, and for any tile of its vocabulary.
+    It holds for any block of its rows, and for any tile of its vocabulary; on torch's threads where none are given.
     """
     if not gemm_supported(dtype, dtype):
         return 0
     size = {"rows": -(-rows // 64) * 64, "vocab": vocab, "hidden": hidden_size, "dtype": DTYPE_CODES[dtype]}
-    return _most_workspace_bytes(isa=cpu_extension.isa(), threads=torch.get_num_threads(), **size)
+    return _most_workspace_bytes(isa=cpu_extension.isa(), threads=threads or torch.get_num_threads(), **size)
 
 
 def peak_flops(dtype: torch.dtype, seconds: float) -> float:
