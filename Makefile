@@ -64,7 +64,7 @@ gpu-check:
 
 # Compiles Triton's kernels for every architecture with every supported version of Triton; needs no GPU.
 check-triton: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.kernels.aot_versions $(ARGS)
+	$(BIN)/python -m benchmarks.kernels.aot --versions $(ARGS)
 
 # Wheels and source distribution in dist/, each wheel tried in a clean environment without a compiler. Makes its own
 # environments. ARGS="--pythons 3.11 3.12 --smoke 3.12 --no-cuda" does part of it.

@@ -34,17 +34,11 @@ KINDS = ("trained", "frozen", "LoRA, rank 16", "tied")
 
 @dataclass
 class Head:
-    """Holds a head and its inputs.
+    """Holds a head and its inputs."""
 
-    Attributes:
-        module: holds the head as `head`.
-        inputs: token ids for a tied head, else hidden states (G, C, T, H).
-        problem: targets and references.
-    """
-
-    module: nn.Module
-    inputs: Tensor
-    problem: Problem
+    module: nn.Module  # holds the head as `head`
+    inputs: Tensor  # token ids for a tied head, else hidden states (G, C, T, H)
+    problem: Problem  # targets and references
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -78,11 +72,6 @@ class Head:
         loss = contrast((logps * (targets >= 0)).sum(-1), self.problem.ref_logps)
         return loss, torch.autograd.grad(loss, self.leaves)
 
-    def products(self) -> float:
-        """Count those of the plan."""
-        tensors, options = self.arguments()
-        return cpo_kernels.plan(*tensors, **options).gemms
-
 
 def make(kind: str, problem: Problem) -> Head:
     """Make a linear head without bias: trained, frozen with or without an adapter, or the embedding of its inputs."""
@@ -98,11 +87,7 @@ def make(kind: str, problem: Problem) -> Head:
 
 
 def worst_error(kind: str, problem: Problem) -> float:
-    """Return the largest ||out - ref|| / ||ref|| of loss and gradients, against dense float64 of the same numbers.
-
-    Raises:
-        AnotherLossError: it is more than rounding explains.
-    """
+    """Return the largest relative error against dense float64; raise AnotherLossError if rounding cannot explain it."""
     loss, grads = make(kind, problem).fused()
     exact = make(kind, problem)
     exact.module.double()
@@ -126,7 +111,11 @@ def run(setting: Setting) -> Iterator[Record]:
             head = make(kind, problem)
 
             def check(_: object, head: Head = head, kind: str = kind, short: Problem = short) -> dict[str, float]:
-                return {"products": head.products(), "error_worst": worst_error(kind, short)}
+                tensors, options = head.arguments()
+                return {
+                    "products": cpo_kernels.plan(*tensors, **options).gemms,
+                    "error_worst": worst_error(kind, short),
+                }
 
             contestants.append(Contestant(kind, lambda head=head: head.fused, check, needed=True))
         name, rounds = f"heads, {shape.sizes['dtype']}", setting.rounds(5, 5)

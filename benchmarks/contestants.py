@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.floor import PRODUCTS, Floor, plan_of
+from benchmarks.floor import PRODUCTS, Floor, has_products_of_ours, plan_of
 from benchmarks.measure import Case, Contestant, not_here
 from benchmarks.oracle import Oracles
 from benchmarks.peers import BUILDERS, Peer, build, ours
@@ -15,6 +15,7 @@ from benchmarks.problem import Problem, draw
 from benchmarks.shapes import CPO, NLL, PAIRS, Shape, tiny
 
 FLOOR = "floor (bare torch.mm)"
+FLOOR_OURS = "floor (our bare products)"
 OURS = "cpo-kernels"
 OURS_FP32_LOGITS = "cpo-kernels, fp32 logits"
 OURS_PAIRS = "cpo-kernels, K = 1"
@@ -22,7 +23,7 @@ OURS_PAIRS = "cpo-kernels, K = 1"
 # What is compared with what: by the work that a contestant does.
 OURS_ON = {CPO: OURS, NLL: OURS, PAIRS: OURS_PAIRS}
 
-Ceilings = Mapping[str, float]  # TFLOP/s by the name of a dtype
+Ceilings = Mapping[str, float]  # as benchmarks.ceilings measures them: TFLOP/s by the name of a dtype, for one
 
 
 class LineUp:
@@ -33,12 +34,12 @@ class LineUp:
         self.oracles = Oracles(problem)
         self.budget = smallest_budget(problem) if problem.shape.smallest_budget else None
 
-    def floor(self, work: str) -> Contestant:
-        """Describe the bare products of some work."""
-        problem = self.problem.as_work(work)
-        call = Floor.of(problem, self.budget)
-        warm_up = call if problem.hidden.is_cuda else Floor.of(draw(tiny(problem.shape)), None)
-        return Contestant(FLOOR, lambda: call, warm_up=warm_up, needed=True, **self.described(work))
+    def floor(self, work: str, name: str = FLOOR) -> Contestant:
+        """Describe the bare products of some work, torch's or ours."""
+        problem, ours_too = self.problem.as_work(work), name == FLOOR_OURS
+        call = Floor.of(problem, self.budget, ours=ours_too)
+        warm_up = call if problem.hidden.is_cuda else Floor.of(draw(tiny(problem.shape)), None, ours=ours_too)
+        return Contestant(name, lambda: call, warm_up=warm_up, needed=True, **self.described(work))
 
     def peer(self, peer: Peer, work: str, *, needed: bool = False) -> Contestant:
         """Describe a peer that does some work on these tensors."""
@@ -57,16 +58,18 @@ class LineUp:
         """Return conditions, ratios and further values of who does some work."""
         shape = self.problem.shape
         conditions = {"K": shape.candidates - 1 if work == shape.work else 1, "work": work}
-        ratios = {"floor": FLOOR, "of_ours": OURS_ON[work]}
+        ratios = {"floor": FLOOR, "floor_ours": FLOOR_OURS, "of_ours": OURS_ON[work]}
         return {"conditions": conditions, "ratios": ratios, "values": partial(rates, shape, self.ceilings)}
 
     def everyone(self, names: Sequence[str], builders: Mapping[str, Callable[[], Peer]] = BUILDERS) -> list[Contestant]:
-        """Describe floor, ours and the named peers. Where a peer's work has one negative, ours does that work too.
+        """Describe the floors, ours and the named peers. Where a peer's work has one negative, ours does that work too.
 
         A peer that has no form of the work is left out; one that is not installed is absent.
         """
         shape, problem = self.problem.shape, self.problem
-        found = [self.floor(shape.work), self.peer(ours(OURS, self.budget), shape.work, needed=True)]
+        own_floor = [FLOOR_OURS] if has_products_of_ours(problem) else []
+        found = [self.floor(shape.work, name) for name in (FLOOR, *own_floor)]
+        found.append(self.peer(ours(OURS, self.budget), shape.work, needed=True))
         if shape.variants and shape.dtype.itemsize < 4:
             fp32_logits = ours(OURS_FP32_LOGITS, self.budget, torch.float32)
             found.append(self.peer(fp32_logits, shape.work, needed=True))
@@ -102,9 +105,9 @@ def smallest_budget(problem: Problem) -> int:
 
 
 def rates(shape: Shape, ceilings: Ceilings, seconds: float) -> dict[str, float]:
-    """Return products a second, and their share of the ceiling."""
+    """Return the products a second that the work needs, and their share of the machine's multiply-adds."""
     tflops, dtype = PRODUCTS[shape.mode] * product_flops(shape) / seconds * 1e-12, shape.sizes["dtype"]
-    return {"tflops": tflops} | ({"of_tflops": tflops / ceilings[dtype]} if dtype in ceilings else {})
+    return {"tflops": tflops} | ({"of_peak": tflops / ceilings[dtype]} if dtype in ceilings else {})
 
 
 def product_flops(shape: Shape) -> int:

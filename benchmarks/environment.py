@@ -32,6 +32,7 @@ def describe(argv: list[str], kind: str = "cpu") -> dict[str, Any]:
         "commit": commit(),
         "sources": sources(),
         "device": device(),
+        "clock_ghz": clock_ghz(),
         **({"gpu": gpu()} if kind.startswith("cuda") else {}),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
@@ -46,6 +47,13 @@ def device() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
     return f"{found.group(1) if found else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def clock_ghz() -> float | None:
+    """Return the fastest clock that a core of the CPU reports now; None where it does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.findall(r"^cpu MHz\s*:\s*([\d.]+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return round(max(map(float, found)) / 1e3, 2) if found else None
 
 
 def gpu() -> dict[str, object]:
@@ -106,14 +114,31 @@ def version(package: str) -> str | None:
         return None
 
 
+def processor(described: Mapping[str, Any]) -> str:
+    """Name what ran: a GPU, or a CPU with its cores and its clock."""
+    if "gpu" in described:
+        return str(described["gpu"]["name"])
+    clock = f"{ghz} GHz" if (ghz := described.get("clock_ghz")) else "clock not measured yet"
+    return f"CPU: {described['device']}, {clock}"
+
+
+def machine(described: Mapping[str, Any]) -> str:
+    """Name what ran and what it does at best, as far as that was measured."""
+    ceilings = described.get("ceilings", {})
+    rates = [f"{rate:.3g} TFLOP/s in {dtype}" for dtype, rate in ceilings.items() if dtype != "copy"]
+    peak = f"peak {' and '.join(rates)}" if rates else "peak not measured yet"
+    copy = [f"copy {ceilings['copy']:.3g} GB/s"] if "copy" in ceilings else []
+    return ", ".join([processor(described), peak, *copy])
+
+
 def in_a_line(described: Mapping[str, Any]) -> str:
     """Return a description as a sentence, its command first."""
     versions = [f"{name} {number}" for name, number in described["versions"].items() if number]
-    device = described["gpu"]["name"] if "gpu" in described else described["device"]
     load = f"{described['threads']} threads, load average {described['load_average']:.1f} at the start"
     extension, code = described["backends"].get("cpu", ""), f"commit {described['commit']}"
     python = ", ".join([f"Python {described['python']}", *versions])
-    return "; ".join([f"`{described['command']}`", f"{device}, {load}", extension, code, python])
+    command = re.sub(r" --out \S+", "", described["command"])
+    return "; ".join([f"`{command}`", f"{machine(described)}, {load}", extension, code, python])
 
 
 def log(message: str) -> None:

@@ -1,14 +1,15 @@
 """Part `filters`: candidate_eps and grad_filter_eps on the head of a real CPO run, after 200 and after 2,000 steps.
 
 The run (benchmarks.real_run) is made here. Texts that it was not trained on are given to the head as it was at some
-steps. The eps of a filter is chosen for the whole run from the first of them: the largest of a grid that keeps the
-gradient within 1e-3 of the exact call's. At the later steps it is timed, and every other eps of the grid beside it. The
-contrast alone is what the filters are for; with the run's NLL beside it the ground truths are never settled.
+steps. The eps of a filter is chosen for the whole run from a handful of early steps: the largest of a grid that keeps
+the gradients of all of them within 1e-3 of the exact call's. At later steps it is timed on other texts, and every other
+eps of the grid beside it. The contrast alone is what the filters are for; with the run's NLL beside it no ground truth
+is settled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -40,8 +41,8 @@ def at_bar(name: str) -> str:
 
 def run(setting: Setting) -> Iterator[Record]:
     """Measure the later steps: the contrast alone in both dtypes, a wider head, and at last with the NLL."""
-    first, *later = real_run.train_in_a_process(setting)
-    chosen = choose(Head("", first.to(torch.float32, mle_weight=0.0), setting))
+    early, later = real_run.train_in_a_process(setting)
+    chosen = choose([Head("", looked.to(torch.float32, mle_weight=0.0), setting) for looked in early])
     for looked in later:
         for name, problem in variants(looked, setting, last=looked is later[-1]).items():
             yield from Head(f"after {looked.step} steps, {name}", problem, setting).records(chosen)
@@ -64,15 +65,16 @@ def widened(looked: Looked, width: int) -> Looked:
     return replace(looked, hidden=looked.hidden @ turn, weight=looked.weight @ turn)
 
 
-def choose(head: Head) -> dict[str, Eps]:
-    """Return the eps of each filter, and of both, that are within the bar on a head."""
-    alone = {
-        name: max((eps for eps in grid if head.error_of_filter(**{name: eps}) <= BAR), default=0.0)
-        for name, grid in GRIDS.items()
-    }
+def choose(heads: Sequence[Head]) -> dict[str, Eps]:
+    """Return the eps of each filter, and of both, that are within the bar on all of some heads."""
+
+    def within(**eps: float) -> bool:
+        return all(head.error_of_filter(**eps) <= BAR for head in heads)
+
+    alone = {name: max((eps for eps in grid if within(**{name: eps})), default=0.0) for name, grid in GRIDS.items()}
     for share in (1.0, 0.3, 0.1, 0.0):  # of both, the columns give way
         both = {CANDIDATES: alone[CANDIDATES], COLUMNS: share * alone[COLUMNS]}
-        if head.error_of_filter(**both) <= BAR:
+        if within(**both):
             break
     return {at_bar(name): {name: eps} for name, eps in alone.items()} | {at_bar(BOTH): both}
 
@@ -101,9 +103,8 @@ class Head:
         filtered = [self.contestant(*one) for one in (ranges | dict(chosen)).items()]
         contestants = [ready(FLOOR, floor), self.contestant(OURS, {}), *filtered]
         ratios, rounds = {"floor": FLOOR, "of_ours": OURS}, self.setting.rounds(5, 5)
-        return measure(
-            Case(self.name, contestants, problem.conditions, ratios, rounds=rounds, peaks=True), self.setting.device
-        )
+        case = Case(self.name, contestants, problem.conditions, ratios, rounds=rounds, peaks=True)
+        return measure(case, self.setting.device)
 
     def contestant(self, name: str, eps: Eps) -> Contestant:
         """Describe our call with a filter."""

@@ -1,8 +1,9 @@
 """The floor: the bare matrix products of one call, with the chunks that our plan would use.
 
 Three for a trained head, two for a frozen one, one without gradients. Everything else the loss does (softmax, contrast,
-gather, accumulation) is on top of it. The products are `torch.mm` and `Tensor.addmm_` in the dtype of the inputs, into
-fresh outputs in every call as a contestant must; the gradient of the weight is summed over chunks as `addmm_` does it.
+gather, accumulation) is on top of it. Torch's products are `torch.mm` and `Tensor.addmm_` in the dtype of the inputs,
+into fresh outputs in every call as a contestant must; the gradient of the weight is summed over chunks as `addmm_` does
+it. Ours are those of the engine. What both could reach at best is the machine's peak (benchmarks.ceilings).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import cpo_kernels
 from benchmarks.problem import BETA, IGNORE, Problem
 from benchmarks.shapes import FROZEN, NO_GRAD, TRAINED
 from cpo_kernels.engine.plan import Plan
+from cpo_kernels.engine.products import WeightGrad
+from cpo_kernels.kernels import registry
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 PRODUCTS = {TRAINED: 3, FROZEN: 2, NO_GRAD: 1}
 
@@ -34,34 +38,54 @@ def product_rows(plan: Plan) -> list[int]:
     ]
 
 
+def has_products_of_ours(problem: Problem) -> bool:
+    """Return whether our call runs products of its own, and not torch's."""
+    dtype = problem.hidden.dtype
+    return not problem.hidden.is_cuda and cpu_gemm.gemm_supported(dtype, dtype)
+
+
 class Floor:
     """Multiplies `rows[i]` rows at a time, for so many gradients (of hidden states, then of the head)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, rows: list[int], mode: str = TRAINED) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, rows: list[int], mode: str = TRAINED, *, ours: bool = False):
         self.hidden, self.weight, self.rows, self.mode = hidden.detach(), weight.detach(), rows, mode
+        self.backend = registry.select("auto", hidden.device, hidden.dtype) if ours else None
         if sum(rows) != len(hidden):
             raise ValueError(f"the plan multiplies {sum(rows)} rows, but {len(hidden)} rows predict a token")
 
     @classmethod
-    def of(cls, problem: Problem, max_logits_bytes: int | None) -> Floor:
-        """Return the products of a problem; rows that predict nothing are no work."""
+    def of(cls, problem: Problem, max_logits_bytes: int | None, *, ours: bool = False) -> Floor:
+        """Return the products of a problem, torch's or ours; rows that predict nothing are no work."""
         predicting = problem.targets != IGNORE
         rows = product_rows(plan_of(problem, max_logits_bytes))
-        return cls(problem.hidden[predicting], problem.weight, rows, problem.shape.mode)
+        return cls(problem.hidden[predicting], problem.weight, rows, problem.shape.mode, ours=ours)
 
     def __call__(self) -> tuple[None, tuple[Tensor, ...]]:
         """Run the products once; like a contestant without a loss."""
-        logits = self.hidden.new_empty(max(self.rows), len(self.weight))
-        grads = tuple(torch.empty_like(x) for x in (self.hidden, self.weight)[: PRODUCTS[self.mode] - 1])
-        start = 0
+        logits, start = self.hidden.new_empty(max(self.rows), len(self.weight)), 0
+        gemm_ = torch_gemm_ if self.backend is None else self.backend.gemm_
+        of_hidden = torch.empty_like(self.hidden) if self.mode != NO_GRAD else None
+        of_weight = torch.empty_like(self.weight) if self.mode == TRAINED and self.backend is None else None
+        summed = (
+            WeightGrad(self.backend, self.weight, len(self.rows)) if self.mode == TRAINED and self.backend else None
+        )
         for index, count in enumerate(self.rows):
             hidden, out = self.hidden[start : start + count], logits[:count]
-            torch.mm(hidden, self.weight.T, out=out)
-            if grads:
-                torch.mm(out, self.weight, out=grads[0][start : start + count])
-            if len(grads) > 1 and index == 0:
-                torch.mm(out.T, hidden, out=grads[1])
-            elif len(grads) > 1:
-                grads[1].addmm_(out.T, hidden)
+            gemm_(hidden, self.weight.T, out, False)
+            if of_hidden is not None:
+                gemm_(out, self.weight, of_hidden[start : start + count], False)
+            if summed is not None:
+                summed.add(out, hidden)
+            elif of_weight is not None:
+                gemm_(out.T, hidden, of_weight, index > 0)
             start += count
-        return None, grads
+        of_weight = of_weight if summed is None else summed.result()
+        return None, tuple(grad for grad in (of_hidden, of_weight) if grad is not None)
+
+
+def torch_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Write or add a @ b to `out` by torch's product."""
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)

@@ -1,15 +1,12 @@
 """Runs everything on a machine with an NVIDIA GPU: build, tests, benchmarks, sanitizer, tuning, choices, with results.
 
 `make gpu-check`, or `python -m benchmarks.gpu_check --parts tests bench --out gpu-results`. No part needs a network.
-Parts are run in the order of what they tell in a minute on a GPU: whether it builds and computes the right numbers
-there, the bars, races and wrong addresses, what is fastest, the suite, and last the tests that a CPU has run too.
-`tests` is the parts tests-1, tests-2 and so on, `sanitizer` one for each of its tools, `suite` those of
-benchmarks.suite. Every part has a time limit, after which its processes are ended and it counts as failed; what it had
-found until then is kept, because results are written as they come: gpu-check.md (read this: every bar and every part),
-gpu-check.json, gpu-check.log, tests-*.xml, tuning.json, selection.json, and of the suite PART.json, which `python -m
-benchmarks.report --merge FOLDER` turns into a report. A later run into the same folder keeps what earlier ones found
-there for other parts, if code, device and versions are the same. Compiled kernels are kept in build/gpu-check from
-part to part. The exit status is 1 if a part of this run failed.
+Parts run in the order of what they tell in a minute on a GPU; `tests`, `sanitizer` and `suite` stand for all parts
+whose names begin so. After its time limit a part's processes are ended and it counts as failed. Results are written as
+they come: gpu-check.md (read this: every bar and every part), gpu-check.json, gpu-check.log, tests-*.xml, tuning.json,
+selection.json, and of the suite PART.json, which `python -m benchmarks.report --merge FOLDER` turns into a report. A
+later run into the same folder keeps what earlier ones found there for other parts, if code, device and versions are the
+same. Compiled kernels are kept in build/gpu-check. The exit status is 1 if a part of this run failed.
 """
 
 from __future__ import annotations
@@ -147,10 +144,7 @@ NAMES = (*GROUPS, *PARTS)
 
 
 def run_part(name: str, settings: Settings) -> Record:
-    """Run a part in a process group that is ended at the limit; its output is appended to gpu-check.log as it comes.
-
-    Returns seconds, status and a note; the end of the output if it failed.
-    """
+    """Run a part in a process group that is ended at the limit; its output is appended to gpu-check.log as it comes."""
     path, started, status = settings.out / "gpu-check.log", time.monotonic(), "passed"
     try:
         command = PARTS[name](settings)
@@ -198,10 +192,7 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def run_parts(names: Sequence[str], settings: Settings, argv: list[str]) -> list[Record]:
-    """Run parts in order, a build first where there is none, and writes the results after each.
-
-    Returns the outcomes of this run; those of earlier ones with the same code on the same device stay in the files.
-    """
+    """Run parts in order, a build first where there is none; earlier ones of the same code stay in the files."""
     names = list(names) if "build" in names or extension("_cpu") else ["build", *names]
     described = environment.describe(["gpu_check", *argv], settings.device)
     earlier = records.load(settings.out / "gpu-check.json").get("gpu-check", Part("gpu-check", {}))

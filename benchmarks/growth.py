@@ -1,9 +1,8 @@
 """Part `growth`: time and peak memory of the loss and its gradients as N, V and K grow, and what a small call takes.
 
-A curve is one quantity growing. bfloat16, because models are trained in it and because its products are fast: the rest
-of the work, by which implementations differ, weighs most. Peers that compile keep what they compiled along a curve,
-with the growing dimension dynamic from the beginning; compiling is not timed (benchmarks.lengths asks what it costs).
-A peer whose call takes longer than a limit grows no further. Liger contrasts pairs only: see benchmarks.heads. Small
+A curve is one quantity growing, in bfloat16, whose products are fast, so that the rest of the work weighs most. Peers
+that compile keep what they compiled along a curve, with the growing dimension dynamic from the beginning; compiling is
+not timed (benchmarks.lengths asks what it costs). A peer whose call takes longer than a limit grows no further. Small
 calls are float32, many rounds of ours alone: what surrounds the products.
 """
 
@@ -20,41 +19,28 @@ from benchmarks.peers import VARYING
 from benchmarks.problem import Problem, draw
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.shapes import Shape, fp32
+from benchmarks.shapes import CCE, Shape, fp32
 
 QUICK_PEERS = ("eager", "F.linear_cross_entropy")  # need no seconds to import or compile
-PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "TRL fused head", "Cut Cross-Entropy")
+PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "TRL fused head", CCE)
 GROWING = {"N": 0, "K": 1}  # the dimension of hidden states, targets and references; V is dimension 0 of the head
 SMALL_CALLS = [fp32("small call", head, 4, 4, variants=False, rounds=120) for head in ((8192, 256), (256, 64))]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the points of all curves.
+    """Holds the points of all curves."""
 
-    Attributes:
-        hidden: H.
-        vocab: V of the curves in N and K.
-        tokens: N of the curve in N, groups of four candidates of `length` tokens.
-        vocab_tokens: N of the curve in V.
-        vocabularies: V of the curve in V.
-        negatives: K of the curve in K, two groups of candidates of `length` tokens.
-        length: tokens of a candidate.
-        rounds: timed calls of each contestant.
-        limit: seconds of a call beyond which a peer grows no further; two points are a curve at least.
-        touched: bytes of memory to be used once before anything is timed.
-    """
-
-    hidden: int
-    vocab: int
-    tokens: tuple[int, ...]
-    vocab_tokens: int
-    vocabularies: tuple[int, ...]
-    negatives: tuple[int, ...]
-    length: int
-    rounds: int
-    limit: float
-    touched: int = 0
+    hidden: int  # H
+    vocab: int  # V of the curves in N and K
+    tokens: tuple[int, ...]  # N of the curve in N, groups of four candidates of `length` tokens
+    vocab_tokens: int  # N of the curve in V
+    vocabularies: tuple[int, ...]  # V of the curve in V
+    negatives: tuple[int, ...]  # K of the curve in K, two groups of candidates of `length` tokens
+    length: int  # tokens of a candidate
+    rounds: int  # timed calls of each contestant
+    limit: float  # seconds of a call beyond which a peer grows no further; two points are a curve at least
+    touched: int = 0  # bytes of memory to be used once before anything is timed
 
     def curves(self) -> dict[str, list[Shape]]:
         """Return the shapes of each curve by the quantity that grows, the smallest first."""
@@ -69,7 +55,7 @@ class Sizes:
 
 _VOCABULARIES = (8192, 32768, 131072, 262144)
 _POWERS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-ON_CPU = Sizes(256, 50257, (512, 1024, 2048, 4096), 512, _VOCABULARIES, (1, 4, 16), 64, 5, 0.4, 2 * 2**30)
+ON_CPU = Sizes(256, 50257, (256, 512, 1024, 2048, 4096), 512, _VOCABULARIES, (1, 4, 16), 32, 5, 0.4, 2 * 2**30)
 ON_GPU = Sizes(4096, 128256, _POWERS, 8192, _VOCABULARIES[1:], (1, 2, 4, 8, 16), 128, 5, 2.0)
 QUICK = Sizes(32, 509, (128, 256), 128, (509, 1021), (1, 2), 16, 1, 10.0)
 
@@ -92,7 +78,7 @@ def curve(along: str, shapes: list[Shape], limit: float, setting: Setting) -> It
     torch._dynamo.reset()
     out = {name: "not in a quick run" for name in PEERS if setting.quick and name not in QUICK_PEERS}
     for index, shape in enumerate(shapes):
-        line_up = LineUp(mark(draw(shape, device=setting.device), along))
+        line_up = LineUp(mark(draw(shape, device=setting.device), along), setting.ceilings)
         running = line_up.everyone([name for name in PEERS if name not in out], VARYING)
         stopped = [not_here(name, why) for name, why in out.items()]
         records = measure(line_up.case([*running, *stopped]), setting.device)

@@ -35,7 +35,7 @@ from benchmarks.problem import IGNORE, Problem
 from benchmarks.processes import ProcessError, call_alone, end_with
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.shapes import CPO, PAIRS, Shape
+from benchmarks.shapes import CCE, CPO, PAIRS, Shape
 from benchmarks.texts import Corpus
 
 CANDIDATES = 4  # K = 3
@@ -43,29 +43,20 @@ GROUPS = (2, 3, 4)
 CHECKED = 3  # calls whose results are held against fp64; the last one is a fourth
 OWN = (FLOOR, OURS, OURS_PAIRS)
 QUICK_PEERS = ("eager",)
-PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger CPO", "TRL fused head", "Cut Cross-Entropy")
+PEERS = ("eager", "torch.compile", "F.linear_cross_entropy", "Liger CPO", "TRL fused head", CCE)
 WARM = 10  # batches after which the rest says what a call takes
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of the case.
+    """Holds the sizes of the case."""
 
-    Attributes:
-        batches: how many.
-        longest: tokens of the longest completion that is taken.
-        vocab: V, at least that of the tokenizer.
-        hidden: H.
-        dtype: of hidden states and head.
-        limit: seconds after which a peer is stopped, enough for one that compiles.
-    """
-
-    batches: int
-    longest: int
-    vocab: int
-    hidden: int
-    dtype: torch.dtype
-    limit: float
+    batches: int  # how many
+    longest: int  # tokens of the longest completion that is taken
+    vocab: int  # V, at least that of the tokenizer
+    hidden: int  # H
+    dtype: torch.dtype  # of hidden states and head
+    limit: float  # seconds after which a peer is stopped, enough for one that compiles
 
 
 # On the CPU in bfloat16: in float32 it would take three times as long.
@@ -107,19 +98,12 @@ class Task:
 
 @dataclass
 class Life:
-    """Says what one contestant did.
+    """Says what one contestant did."""
 
-    Attributes:
-        work: of the contestant.
-        seconds: of every call that came to its end.
-        errors: the largest of each kind, of the calls that were checked.
-        unfinished: seconds that a last call had taken when it was stopped.
-    """
-
-    work: str = CPO
-    seconds: list[float] = field(default_factory=list)
-    errors: dict[str, float] = field(default_factory=dict)
-    unfinished: float = 0.0
+    work: str = CPO  # of the contestant
+    seconds: list[float] = field(default_factory=list)  # of every call that came to its end
+    errors: dict[str, float] = field(default_factory=dict)  # the largest of each kind, of the calls that were checked
+    unfinished: float = 0.0  # seconds that a last call had taken when it was stopped
 
     @property
     def total(self) -> float:
@@ -164,11 +148,7 @@ def pad(groups: Sequence[Sequence[Sequence[int]]]) -> Tensor:
 
 
 def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
-    """Yield a record of everyone; a peer that takes longer than the limit, or twice as long as ours, is stopped.
-
-    Raises:
-        ProcessError: the floor or ours failed, with which all others are compared.
-    """
+    """Yield a record of everyone; a peer beyond the limit and twice our time is stopped, without ours nobody runs."""
     case = f"{task.sizes.batches} batches of varying lengths, {dtype_name(task.sizes.dtype)}"
     first: dict[str, Life] = {}
     turns = [(name, {"run": "first"}) for name in OWN] + [(name, {}) for name in peers]
@@ -183,7 +163,6 @@ def records(task: Task, path: Path, peers: Sequence[str]) -> Iterator[Record]:
         if not note:
             first.setdefault(name, life)
             done = len(life.seconds)
-            # What was stopped is a lower bound.
             note = f"stopped after {done} batches: >= {life.total:.1f} s" if done < len(task.targets) else ""
         conditions = {"K": CANDIDATES - 1 if life.work == CPO else 1, "work": life.work, **more}
         yield Record(case, name, values_of(name, life, first), task.conditions | conditions, note)
@@ -195,7 +174,7 @@ def values_of(name: str, life: Life, first: Mapping[str, Life]) -> dict[str, flo
         return {}
     values = {"total": life.total, "batches": float(len(life.seconds))}
     if life.seconds:
-        values |= {"first": life.seconds[0], "slowest": max(life.seconds), "median": statistics.median(life.seconds)}
+        values["first"] = life.seconds[0]
     floor, base = first.get(FLOOR), first.get(OURS_ON[life.work])
     if floor:
         values["floor"] = life.total / floor.total
@@ -241,11 +220,7 @@ class Stopwatch:
 
 
 def live(name: str, task: Task, life: Life, stopwatch: Stopwatch) -> None:
-    """Run all batches, until those done have taken more than the limit.
-
-    Raises:
-        AnotherLossError: a result that is checked is not that of the batch.
-    """
+    """Run all batches, until those done have taken more than the limit; raise AnotherLossError for a wrong result."""
     peer = None if name == FLOOR else make(name)
     if peer is not None:  # what torch would import in a first call
         import_module("torch._inductor.compile_fx" if peer.compiles else "torch._dynamo")

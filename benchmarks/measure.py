@@ -39,29 +39,17 @@ class NotHereError(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Takes part in a case.
+    """Takes part in a case."""
 
-    Attributes:
-        name: in the results.
-        build: makes the call that is timed; what it raises is why the contestant is absent.
-        check: takes the result of the first timed call, raises where it is wrong, and returns its errors as values.
-        warm_up: runs before anything is timed, in place of a call.
-        needed: whether nothing can be compared without it, so that its failure ends the case.
-        ratios: value and the contestant over whose seconds its own are; in place of the case's.
-        conditions: of its record, besides those of the case.
-        values: makes more values from its seconds.
-        absent: why it does not run, where that is known beforehand.
-    """
-
-    name: str
-    build: Callable[[], Call]
-    check: Callable[[Any], Mapping[str, float]] | None = None
-    warm_up: Call | None = None
-    needed: bool = False
-    ratios: Mapping[str, str] | None = None
-    conditions: Mapping[str, Any] = field(default_factory=dict)
-    values: Callable[[float], Mapping[str, float]] = lambda seconds: {}
-    absent: str = ""
+    name: str  # in the results
+    build: Callable[[], Call]  # makes the call that is timed; what it raises is why the contestant is absent
+    check: Callable[[Any], Mapping[str, float]] | None = None  # returns errors of the first timed result, or raises
+    warm_up: Call | None = None  # runs before anything is timed, in place of a call
+    needed: bool = False  # whether nothing can be compared without it, so that its failure ends the case
+    ratios: Mapping[str, str] | None = None  # in place of the case's
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # of its record, besides those of the case
+    values: Callable[[float], Mapping[str, float]] = lambda seconds: {}  # makes more values from its seconds
+    absent: str = ""  # why it does not run, where that is known beforehand
 
 
 def ready(name: str, call: Call, **options: Any) -> Contestant:
@@ -76,39 +64,22 @@ def not_here(name: str, why: str) -> Contestant:
 
 @dataclass(frozen=True)
 class Case:
-    """Compares contestants with one another.
+    """Compares contestants with one another."""
 
-    Attributes:
-        name: in the results.
-        contestants: in the order of the results.
-        conditions: of all records.
-        ratios: value and the contestant over whose seconds those of everyone are.
-        speeds: value and the contestant whose seconds are over those of everyone.
-        rounds: timed calls of each.
-        seconds: after which no further round begins, from the third on.
-        before: runs before every call, outside of its time.
-        peaks: whether calls return (loss, gradients), beyond which and the inputs the peak of memory is taken.
-        note: what a reader must know of the figures.
-    """
-
-    name: str
-    contestants: Sequence[Contestant]
-    conditions: Mapping[str, Any] = field(default_factory=dict)
-    ratios: Mapping[str, str] = field(default_factory=dict)
-    speeds: Mapping[str, str] = field(default_factory=dict)
-    rounds: int = 3
-    seconds: float = 120.0
-    before: Callable[[], object] = lambda: None
-    peaks: bool = False
-    note: str = ""
+    name: str  # in the results
+    contestants: Sequence[Contestant]  # in the order of the results
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # of all records
+    ratios: Mapping[str, str] = field(default_factory=dict)  # value: over whose seconds those of everyone are
+    speeds: Mapping[str, str] = field(default_factory=dict)  # value: whose seconds are over those of everyone
+    rounds: int = 3  # timed calls of each
+    seconds: float = 120.0  # after which no further round begins, from the third on
+    before: Callable[[], object] = lambda: None  # runs before every call, outside of its time
+    peaks: bool = False  # whether calls return (loss, gradients), beyond which the peak of memory is taken
+    note: str = ""  # what a reader must know of the figures
 
 
 def measure(case: Case, device: torch.device, clock: Clock | None = None) -> list[Record]:
-    """Measure a case; a contestant that is absent, fails or is wrong has a record that says why, and no values.
-
-    Raises:
-        ContestantError: from what befell a contestant that is needed.
-    """
+    """Measure a case: who is absent, fails or is wrong has a note and no values; raise ContestantError if needed."""
     measurement = Measurement(case, device, clock or clock_for(device))
     measurement.warm_up()
     measurement.take_turns()
@@ -220,11 +191,7 @@ class Agreement:
 
 
 def each(cases: Mapping[str, Callable[[], Iterable[Record]]]) -> Iterator[Record]:
-    """Yield the records of cases one after the other; one that fails does not keep the next from being measured.
-
-    Raises:
-        ContestantError: at the end, naming those that failed.
-    """
+    """Yield the records of cases one after the other; at the end raise ContestantError naming those that failed."""
     errors = []
     for name, case in cases.items():
         log(f"  {name} ...")

@@ -37,21 +37,14 @@ class Way:
     options: dict[str, Any]
     shared: bool = True
 
-    @property
-    def unique(self) -> str:
-        """Returns a name that no other of the case has."""
-        return self.name + OFF * (self.name != MLE and not self.shared)
 
-
-def contrasting(
-    name: str, *, shared: bool = True, source: str = "reference", fraction: float = 0.25, **counts: int
-) -> Way:
-    """Describe a step with so many negatives of each kind."""
+def contrasting(name: str, *, shared: bool = True, source: str = "reference", c: float = 0.25, **counts: int) -> Way:
+    """Describe a step with so many negatives of each kind; c is the share of mean-field negatives' replaced tokens."""
     kinds = {f"num_{kind}_negatives": 0 for kind in ("batch", "truncation", "mean_field", "autoregressive")}
     options = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
     options |= {"prefix_sharing": "required" if shared else "off"}
-    options |= {"mean_field_source": source, "mean_field_fraction": fraction}
-    return Way(name, sum(counts.values()), options, shared)
+    options |= {"mean_field_source": source, "mean_field_fraction": c}
+    return Way(name + OFF * (not shared), sum(counts.values()), options, shared)
 
 
 WAYS = {
@@ -64,11 +57,8 @@ WAYS = {
         Way(MLE, 0, {"objective": "mle"}),
         contrasting(BASE, batch=1),
         *(contrasting(name, batch=1, truncation=count) for name, count in TRUNCATED.items()),
-        *(
-            contrasting(f"mean-field 1, by the {source}", mean_field=1, source=source)
-            for source in ("reference", "model")
-        ),
-        *(contrasting(f"mean-field 1, c = {c}", mean_field=1, fraction=c) for c in (0.1, 0.5, 1.0)),
+        *(contrasting(f"mean-field 1, by the {who}", mean_field=1, source=who) for who in ("reference", "model")),
+        *(contrasting(f"mean-field 1, c = {c}", mean_field=1, c=c) for c in (0.1, 0.5, 1.0)),
         contrasting("autoregressive 1", autoregressive=1),
     ],
 }
@@ -87,9 +77,7 @@ def cases(setting: Setting) -> list[Given]:
 def run(setting: Setting) -> Iterator[Record]:
     """Measure all steps of all cases."""
     transformers.logging.set_verbosity_error()
-    yield from each(
-        {f"{steps.kind}, {steps.sizes.name}": partial(beside_mle, steps, setting) for steps in cases(setting)}
-    )
+    yield from each({f"{own.kind}, {own.sizes.name}": partial(beside_mle, own, setting) for own in cases(setting)})
 
 
 def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
@@ -99,9 +87,9 @@ def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
         made = make_steps(steps, model.train(), reference, folder)
         contestants = []
         for way in WAYS[steps.kind]:
-            step, shared = made[way.unique], {"K": way.k, "sharing": "on" if way.shared else "off"}
-            options = {"needed": way.unique in (MLE, BASE), "conditions": shared}
-            own = Contestant(way.unique, lambda step=step: step, values=lambda s, step=step: step.values(), **options)
+            step, shared = made[way.name], {"K": way.k, "sharing": "on" if way.shared else "off"}
+            options = {"needed": way.name in (MLE, BASE), "conditions": shared}
+            own = Contestant(way.name, lambda step=step: step, values=lambda s, step=step: step.values(), **options)
             contestants.append(own)
         case = Case(
             f"{steps.kind}, {steps.sizes.name}",
@@ -112,12 +100,11 @@ def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
             before=lambda: model.zero_grad(set_to_none=True),
             peaks=True,
         )
-        for record in measure(case, setting.device):
-            yield replace(record, contestant=record.contestant.removesuffix(OFF))
+        yield from measure(case, setting.device)
 
 
 def make_steps(steps: Given, model: PreTrainedModel, reference: PreTrainedModel, folder: str) -> dict[str, OwnStep]:
-    """Make the steps by unique names; they share the parameters of the model and of its reference."""
+    """Make the steps by their names; they share the parameters of the model and of its reference."""
     examples, tokenizer = make_examples(steps), make_tokenizer(steps.sizes.vocabulary)
     on_host = next(model.parameters()).device.type == "cpu"
     shared = {"output_dir": folder, "use_cpu": on_host, "bf16": False, "report_to": "none", "seed": 0}
@@ -128,7 +115,7 @@ def make_steps(steps: Given, model: PreTrainedModel, reference: PreTrainedModel,
         trainer = CPOTrainer(model, config, train_dataset=examples, processing_class=tokenizer, ref_model=frozen)
         return OwnStep(trainer, steps.groups)
 
-    return {way.unique: step(way) for way in WAYS[steps.kind]}
+    return {way.name: step(way) for way in WAYS[steps.kind]}
 
 
 def make_examples(steps: Given) -> TokenizedExamples:

@@ -17,7 +17,6 @@ from benchmarks.problem import IGNORE, Problem
 from benchmarks.shapes import NO_GRAD
 
 BLOCK = 2048  # entries of the vocabulary at a time: their weights in fp64 stay in memory that is used again
-COMPARED_ROWS = 512  # of two matrices, at a time
 SAMPLED_ROWS = 64  # rows of grad_hidden that are compared
 SAMPLED_COLUMNS = 2048  # rows of grad_weight that are compared
 # Beyond this a contestant computes another loss; its rounding errors, which are printed, are half of it at most.
@@ -103,11 +102,7 @@ class Oracles:
         return Oracle(self.dense, lambda logps: problem.objective(sequence_sums(problem, logps), reference))
 
     def check(self, work: str, result: tuple[Tensor, tuple[Tensor, ...]]) -> Errors:
-        """Return the errors of loss and gradients; of log-likelihoods (G, C) where no gradient is wanted.
-
-        Raises:
-            AnotherLossError: they are more than rounding explains, or a row that predicts nothing has a gradient.
-        """
+        """Return the errors of a result; raise AnotherLossError where rounding does not explain them."""
         problem, (out, grads) = self.problem.as_work(work), result
         if problem.shape.mode == NO_GRAD:
             exact = sequence_sums(problem, self.dense.token_logps)
@@ -158,9 +153,6 @@ def some(size: int, count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def relative(out: Tensor, ref: Tensor) -> float:
-    """Return ||out - ref|| / ||ref|| of two matrices in float64, some rows at a time."""
-    distances, norms = [], []
-    for own, right in zip(out.split(COMPARED_ROWS), ref.split(COMPARED_ROWS), strict=True):
-        distances.append(torch.linalg.vector_norm(own.double() - right.double()))
-        norms.append(torch.linalg.vector_norm(right.double()))
-    return (torch.linalg.vector_norm(torch.stack(distances)) / torch.linalg.vector_norm(torch.stack(norms))).item()
+    """Return ||out - ref|| / ||ref|| of two tensors in float64."""
+    out, ref = out.double(), ref.double()
+    return ((out - ref).norm() / ref.norm()).item()

@@ -11,8 +11,9 @@ from benchmarks.suite import PARTS
 from benchmarks.tables import markdown
 
 MATRIX = """\
-Seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in turn;
-the floor's own row is in seconds. Below 1 is possible because the products are our own."""
+Seconds over those of the bare `torch.mm` products of the same rows, chunks and dtype, in the same process and in turn,
+and in brackets the share of the machine's peak, where that was measured; the floor's own row is in seconds. Below 1 is
+possible because the products are our own."""
 
 
 def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
@@ -38,15 +39,17 @@ def matrix(part: Part, cases: Sequence[str] = ()) -> str:
     best = {case: min(records.value(own, "floor")) for case, own in records.by_case(same_work).items() if cases}
     cells = {(r.contestant, r.case): cell(r, best.get(r.case)) for r in timed}
     names = dict.fromkeys(record.contestant for record in timed)
-    return markdown(["", *columns], [[name, *(cells.get((name, case), "") for case in columns)] for name in names])
+    ran = environment.processor(part.environment) if cases else ""
+    return markdown([ran, *columns], [[name, *(cells.get((name, case), "") for case in columns)] for name in names])
 
 
 def cell(record: Record, best: float | None) -> str:
-    """Return seconds of the floor, multiples of it for the others, and the best of them in bold."""
+    """Return seconds of the floor, multiples of it for the others, the best in bold, and the share of the peak."""
+    share = f" ({record.values['of_peak']:.0%})" if "of_peak" in record.values else ""
     if record.contestant == FLOOR:
-        return f"{record.values['seconds']:.3g} s"
+        return f"{record.values['seconds']:.3g} s{share}"
     text = f"{record.values['floor']:.2f}"
-    return f"**{text}**" if record.values["floor"] == best else text
+    return (f"**{text}**" if record.values["floor"] == best else text) + share
 
 
 def conditions(part: Part) -> str:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problem import BETA, IGNORE, Problem, contrast
-from benchmarks.shapes import CHUNKED, CPO, NLL, NO_GRAD, PAIRS, Shape
+from benchmarks.shapes import CCE, CHUNKED, CPO, NLL, NO_GRAD, PAIRS, Shape
 
 SequenceLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # (G, C, T, H), (V, H), (G, C, T) -> (G, C)
 CrossEntropy = Callable[[Tensor, Tensor, Tensor, str], Tensor]  # the same and a reduction, "none" or "mean"
@@ -30,23 +30,14 @@ COMPILED = "torch.compile"
 
 @dataclass(frozen=True)
 class Peer:
-    """Describes an implementation of the head.
+    """Describes an implementation of the head."""
 
-    Attributes:
-        name: in the results.
-        loss: that of `work`.
-        sequence_logps: log-likelihoods alone; None where it has none to give.
-        nll: mean cross-entropy over all tokens, in the form its users call; None where it has none.
-        work: the work it does; one that does "cpo" also does "pairs".
-        compiles: its first call of a shape compiles.
-    """
-
-    name: str
-    loss: Loss
-    sequence_logps: SequenceLogps | None
-    nll: Loss | None = None
-    work: str = CPO
-    compiles: bool = False
+    name: str  # in the results
+    loss: Loss  # that of `work`
+    sequence_logps: SequenceLogps | None  # log-likelihoods alone; None where it has none to give
+    nll: Loss | None = None  # mean cross-entropy over all tokens, in the form its users call; None where it has none
+    work: str = CPO  # the work it does; one that does "cpo" also does "pairs"
+    compiles: bool = False  # its first call of a shape compiles
 
     def work_on(self, shape: Shape) -> str | None:
         """Return the work it does on the tensors of a shape; None where it can do none that compares."""
@@ -118,7 +109,7 @@ def _cut_cross_entropy() -> Peer:
         impl = "cce" if hidden.is_cuda else "torch_compile"  # its kernels, which leave small gradients out by default
         return linear_cross_entropy(hidden, weight, targets, impl=impl, reduction=reduction)
 
-    return _of_cross_entropy("Cut Cross-Entropy", cross_entropy, compiles=True)
+    return _of_cross_entropy(CCE, cross_entropy, compiles=True)
 
 
 def _trl() -> Peer:
@@ -203,7 +194,7 @@ BUILDERS: dict[str, Callable[[], Peer]] = {
     CHUNKED: partial(_linear_cross_entropy, CHUNKED, "auto"),
     "Liger CPO": _liger,
     "TRL fused head": _trl,
-    "Cut Cross-Entropy": _cut_cross_entropy,
+    CCE: _cut_cross_entropy,
     "QuACK": _quack,
 }
 # For calls whose shapes vary, of which nobody is told beforehand: compiled for every shape it would be until it gives

@@ -100,8 +100,7 @@ def lengths(part: Part, style: Style) -> Figure:
     """Draw seconds of all batches; a bound from below where someone was stopped."""
 
     def shown(record: Record) -> str:
-        stopped = record.note.startswith("stopped")
-        return f"{'>= ' * stopped}{record.values['total']:.3g}{' (stopped)' * stopped}"
+        return f"{'>= ' * record.stopped}{record.values['total']:.3g}{' (stopped)' * record.stopped}"
 
     return ranked(part, style, "total", "seconds of all batches, first call included", shown, least_first=True)
 

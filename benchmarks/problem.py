@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from benchmarks.shapes import CPO, NLL, NO_GRAD, TRAINED, Shape
 
 BETA = 0.1
 IGNORE = -100
-_DRAWN_ROWS = 4096  # rows of a weight that are drawn number by number
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
     """
     drawn = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
     dims = (shape.groups, shape.candidates, shape.tokens)
-    weight = random_rows(shape.vocab, shape.hidden, shape.dtype, drawn).mul_(2 / shape.hidden**0.5)
+    weight = torch.randn(shape.vocab, shape.hidden, dtype=shape.dtype, **drawn).mul_(2 / shape.hidden**0.5)
     targets = torch.randint(shape.vocab, dims, **drawn)
     hidden = torch.randn(*dims, shape.hidden, **drawn) + 2.5 * weight[targets].float()
     targets[..., : shape.prompt_tokens] = IGNORE
@@ -68,16 +66,3 @@ def draw(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Pro
     hidden = hidden.to(shape.dtype).requires_grad_(shape.mode != NO_GRAD)
     weight.requires_grad_(shape.mode == TRAINED)
     return Problem(shape, hidden, weight, targets, ref if shape.work == CPO else None)
-
-
-def random_rows(count: int, width: int, dtype: torch.dtype, drawn: dict[str, Any]) -> Tensor:
-    """Draw (count, width) normal numbers; all rows differ, but beyond 4,096 each is the sum of two of those.
-
-    Drawing every number takes most of the time of the largest heads: a host's generator runs on one thread.
-    """
-    if count <= _DRAWN_ROWS:
-        return torch.randn(count, width, dtype=dtype, **drawn)
-    some = torch.randn(_DRAWN_ROWS, width, dtype=dtype, **drawn)
-    index = torch.arange(count, device=some.device)
-    first = index % _DRAWN_ROWS
-    return some[first].add_(some[(first + 1 + index // _DRAWN_ROWS) % _DRAWN_ROWS]).mul_(0.5**0.5)

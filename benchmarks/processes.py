@@ -24,17 +24,11 @@ _answers: Connection  # of a process that call_alone has started
 def call_alone(
     function: Callable[..., Any], *args: Any, preload: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Any:
-    """Return what a function returns in a process, and a process group, of its own.
+    """Return what a function of a module returns in a process, and a process group, of its own.
 
-    Args:
-        function: of a module.
-        *args: what it takes; like the result, what can be pickled, and no tensors.
-        preload: modules that are imported once for all such processes, which are forked from one that has done nothing
-            else; not where there is a GPU, since a process that has looked for GPUs must not be forked.
-        environment: variables that the process starts with, besides those of this one.
-
-    Raises:
-        ProcessError: the function raised something, or the process ended without a result.
+    What it takes and returns can be pickled, and is no tensor. Modules to `preload` are imported once for all such
+    processes, which are then forked; not where there is a GPU, since a process that has looked for one must not be.
+    `environment` holds variables besides those of this process. Raise ProcessError if there is no result.
     """
     forked = bool(preload) and not torch.cuda.is_available()
     context: Any = multiprocessing.get_context("forkserver" if forked else "spawn")

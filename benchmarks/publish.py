@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from benchmarks import bars, page, records, tables
+from benchmarks import bars, environment, page, records, tables
 from benchmarks.environment import RESULTS, ROOT
 from benchmarks.kernels import gpu_page
 from benchmarks.records import Parts
@@ -26,11 +26,7 @@ BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 @lru_cache
 def results(path: Path) -> Parts:
-    """Read a result file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Read a result file; raise FileNotFoundError where there is none."""
     if not path.exists():
         raise FileNotFoundError(path)
     return records.load(path)
@@ -43,19 +39,23 @@ def one_value(parts: Parts, part: str, case: str, contestant: str, name: str) ->
 
 
 def lives(parts: Parts, case: str) -> str:
-    """Return batches of varying lengths in a few columns; those that were stopped show how far they had come."""
-    names = ("total", "batches", "first")
-    rows = [
-        [r.contestant, *(tables.shown(name, r.values.get(name)) for name in names)]
-        for r in parts["lengths"].select(case=case, having="total")
-        if not r.is_floor and r.conditions.get("run") != "last"
-    ]
-    return tables.markdown(["", "seconds", "batches done", "first call, s"], rows)
+    """Return batches of varying lengths in a few columns; who was stopped has lower bounds, and how far it had come."""
+    rows = []
+    for r in parts["lengths"].select(case=case, having="total"):
+        if not r.is_floor and r.conditions.get("run") != "last":
+            bound = ">= " * r.stopped
+            over = f"{bound}{r.values['of_ours']:.2f}" if r.is_peer else ""
+            names = ("batches", "first", "steady_of_ours")
+            more = [tables.shown(name, r.values.get(name)) for name in names]
+            rows.append([r.contestant, f"{bound}{r.values['total']:.2f}", over, *more])
+    ran = environment.processor(parts["lengths"].environment)
+    return tables.markdown([ran, "seconds", "x ours", "batches done", "first call, s", "x ours, after ten"], rows)
 
 
 # What a block says, by its name: of the parts of its file, and of the words after its name, which `|` separates.
 BLOCKS: dict[str, Callable[..., str]] = {
-    "bars": lambda parts: bars.table(bars.verdicts(parts)),
+    "bars": bars.summary,
+    "machine": lambda parts: environment.machine(records.heads(parts).environment),
     "matrix": lambda parts, *cases: page.matrix(records.heads(parts), cases),
     "part": lambda parts, name: "\n\n".join([*tables.part_tables(parts[name]), page.conditions(parts[name])]),
     "case": lambda parts, name, case: tables.case_table(parts[name].select(case=case)),

@@ -34,53 +34,35 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": s
 
 @dataclass(frozen=True)
 class Sizes:
-    """Holds the sizes of the model, of a step, and of the batch that is looked at.
+    """Holds the sizes of the model, of a step, and of the batch that is looked at."""
 
-    Attributes:
-        width: H.
-        layers, heads: of the body.
-        longest: tokens of a prompt and of a completion, at most.
-        mle_groups, groups: examples of a step of next-token prediction and of CPO.
-        mle_steps: of next-token prediction before the reference is frozen.
-        steps: of CPO after which the head is looked at; by the first, filters are chosen for the others.
-        held_out: examples that nothing is trained on, which are looked at, all of them.
-    """
-
-    width: int
-    layers: int
+    width: int  # H
+    layers: int  # layers, heads: of the body
     heads: int
-    longest: int
-    mle_groups: int
+    longest: int  # tokens of a prompt and of a completion, at most
+    mle_groups: int  # mle_groups, groups: examples of a step of next-token prediction and of CPO
     groups: int
-    mle_steps: int
-    steps: tuple[int, ...]
-    held_out: int
+    mle_steps: int  # of next-token prediction before the reference is frozen
+    held_out: int  # examples that nothing is trained on: as many for the choice, and as many that are timed
+    choosing: tuple[int, ...] = (60, 80, 100)  # steps of CPO by whose heads filters are chosen, for the whole run
+    steps: tuple[int, ...] = (200, 2000)  # later ones, at which they are timed, on other texts
 
 
-ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, steps=(100, 200, 2000), held_out=16)
-ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, steps=(100, 200, 2000), held_out=32)
-QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, steps=(2, 4, 8), held_out=4)
+ON_CPU = Sizes(128, 2, 4, 20, mle_groups=8, groups=1, mle_steps=100, held_out=16)
+ON_GPU = Sizes(2048, 8, 16, 128, mle_groups=32, groups=16, mle_steps=1000, held_out=32)
+QUICK = Sizes(32, 1, 2, 16, mle_groups=4, groups=2, mle_steps=4, held_out=4, choosing=(1, 2), steps=(4, 8))
 
 
 @dataclass(frozen=True)
 class Looked:
-    """Holds what the head is given for one batch at one step of the run, on the device of the run.
+    """Holds what the head is given for one batch at one step of the run, on the device of the run."""
 
-    Attributes:
-        step: of CPO.
-        hidden: (R, H), rows that predict a token.
-        weight: (V, H).
-        targets: (N,).
-        layout: of the tokens.
-        options: of :func:`cpo_kernels.linear_cpo_loss`: reference log-likelihoods, beta, weights of both parts.
-    """
-
-    step: int
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    layout: CandidateLayout
-    options: dict[str, Any]
+    step: int  # of CPO
+    hidden: Tensor  # (R, H), rows that predict a token
+    weight: Tensor  # (V, H)
+    targets: Tensor  # (N,)
+    layout: CandidateLayout  # of the tokens
+    options: dict[str, Any]  # of the loss: reference log-likelihoods, beta, weights of both parts
 
     def to(self, dtype: torch.dtype, **options: float) -> Looked:
         """Copy it in a dtype, with hidden states and head that require gradients, and with other options."""
@@ -150,52 +132,47 @@ def look(trainer: CPOTrainer, step: int) -> Looked:
     return Looked(step, spy.hidden[used], spy.weight, request.targets, layout, options)
 
 
-def train(setting: Setting, sizes: Sizes) -> list[Looked]:
-    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`."""
-    corpus = texts.load(setting, sizes.longest)
-    held_out, rest = (
+def train(setting: Setting, sizes: Sizes) -> tuple[list[Looked], list[Looked]]:
+    """Make the whole run: next-token prediction, then CPO up to the last of `sizes.steps`.
+
+    Returns what the head is given at the steps that choose filters, and at those that are timed, of other texts.
+    """
+    corpus, held = texts.load(setting, sizes.longest), sizes.held_out
+    for_choice, timed, rest = (
         TokenizedExamples([e.prompt for e in own], [e.completion for e in own])
-        for own in (corpus.examples[: sizes.held_out], corpus.examples[sizes.held_out :])
+        for own in (corpus.examples[:held], corpus.examples[held : 2 * held], corpus.examples[2 * held :])
     )
-    looked: list[Looked] = []
+    looked: dict[str, list[Looked]] = {"choosing": [], "timed": []}
     sizes_of_model = training.Sizes("", False, len(corpus.tokenizer), sizes.width, sizes.heads, sizes.layers)
     model = training.make_model(sizes_of_model, 2 * sizes.longest, end=corpus.tokenizer.eos_token_id)
 
     def trainer(examples: TokenizedExamples, groups: int, ref_model: Any = None, **options: Any) -> CPOTrainer:
-        config = CPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=groups,
-            max_length=2 * sizes.longest,
-            lr_scheduler_type="linear",
-            warmup_steps=20,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=not setting.on_gpu,
-            seed=0,
-            **options,
-        )
+        quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        course = {"lr_scheduler_type": "linear", "warmup_steps": 20, "seed": 0, "max_length": 2 * sizes.longest}
+        given = {"output_dir": folder, "per_device_train_batch_size": groups, "use_cpu": not setting.on_gpu}
+        config = CPOConfig(**quiet, **course, **given, **options)
         made = CPOTrainer(model, config, examples, processing_class=corpus.tokenizer, ref_model=ref_model)
         made.remove_callback(transformers.PrinterCallback)
         return made
 
     class Look(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step in sizes.steps:
-                looked.append(look(probe, state.global_step))
+            for name, steps in (("choosing", sizes.choosing), ("timed", sizes.steps)):
+                if state.global_step in steps:
+                    looked[name].append(look(probes[name], state.global_step))
 
     with tempfile.TemporaryDirectory() as folder:
         first = trainer(rest, sizes.mle_groups, objective="mle", max_steps=sizes.mle_steps, learning_rate=2e-3)
         first.train()
         second = trainer(rest, sizes.groups, max_steps=sizes.steps[-1], learning_rate=5e-5, **NEGATIVES)
-        probe = trainer(held_out, sizes.held_out, ref_model=second.ref_model, **NEGATIVES)
+        held_out = {"choosing": for_choice, "timed": timed}
+        probes = {n: trainer(own, held, ref_model=second.ref_model, **NEGATIVES) for n, own in held_out.items()}
         second.add_callback(Look())
         second.train()
-    return looked
+    return looked["choosing"], looked["timed"]
 
 
-def train_in_a_process(setting: Setting) -> list[Looked]:
+def train_in_a_process(setting: Setting) -> tuple[list[Looked], list[Looked]]:
     """Train in a process whose allocator keeps freed memory, which what is measured afterwards must not."""
     return torch.load(io.BytesIO(call_alone(saved, setting, environment=KEEP_MEMORY)), weights_only=False)
 

@@ -1,7 +1,6 @@
 """Holds what a part of the suite has to say: records of one contestant in one case, and their JSON.
 
-`seconds` is a median over the rounds, and `spread` the distance between the quartiles as a share of it. Result files
-of before have the fewest seconds there, and their median beside as `median`.
+`seconds` is a median over the rounds, and `spread` the distance between the quartiles as a share of it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,23 @@ from cpo_kernels.negatives.files import write_whole
 
 @dataclass(frozen=True)
 class Record:
-    """Says what was measured of one contestant in one case.
+    """Says what was measured of one contestant in one case."""
 
-    Attributes:
-        case: what was run, in a few words; the same for all that are compared with one another.
-        contestant: who ran it.
-        values: what was measured, by the names of `tables.COLUMNS`, which say the units.
-        conditions: sizes and options that the case has beyond its name, such as V, H, N, K, dtype.
-        note: why there are no values, or what a reader must know of them.
-    """
-
-    case: str
-    contestant: str
-    values: Mapping[str, float] = field(default_factory=dict)
-    conditions: Mapping[str, Any] = field(default_factory=dict)
-    note: str = ""
+    case: str  # what was run, in a few words; the same for all that are compared with one another
+    contestant: str  # who ran it
+    values: Mapping[str, float] = field(default_factory=dict)  # by the names of `tables.COLUMNS`, which say the units
+    conditions: Mapping[str, Any] = field(default_factory=dict)  # sizes and options, such as V, H, N, K, dtype
+    note: str = ""  # why there are no values, or what a reader must know of them
 
     @property
     def is_floor(self) -> bool:
         """Returns whether it is of bare products."""
         return self.contestant.startswith("floor")
+
+    @property
+    def stopped(self) -> bool:
+        """Returns whether it was stopped before its end, so that its figures are lower bounds."""
+        return self.note.startswith("stopped")
 
     @property
     def is_peer(self) -> bool:
@@ -47,21 +43,13 @@ class Record:
 
 @dataclass
 class Part:
-    """Holds all records of one part, and what they depend on.
+    """Holds all records of one part, and what they depend on."""
 
-    Attributes:
-        name: of the part.
-        environment: device, versions, commit, command (environment.describe).
-        records: in the order they were measured.
-        seconds: that the part took.
-        error: why there are no more records; empty where the part came to its end.
-    """
-
-    name: str
-    environment: dict[str, Any]
-    records: list[Record] = field(default_factory=list)
-    seconds: float = 0.0
-    error: str = ""
+    name: str  # of the part
+    environment: dict[str, Any]  # device, versions, commit, command (environment.describe)
+    records: list[Record] = field(default_factory=list)  # in the order they were measured
+    seconds: float = 0.0  # that the part took
+    error: str = ""  # why there are no more records; empty where the part came to its end
 
     def select(self, contestant: str | None = None, *, having: str | None = None, **conditions: Any) -> list[Record]:
         """Return the records of a contestant (None: of all) with a value that meet conditions, `case` too."""
@@ -73,8 +61,14 @@ class Part:
             and all(({"case": record.case} | dict(record.conditions)).get(key) == conditions[key] for key in conditions)
         ]
 
+    @property
+    def void(self) -> bool:
+        """Returns whether something in it was faster than the machine, so that nothing of it counts."""
+        return self.error.startswith(VOID)
+
 
 Parts = dict[str, Part]
+VOID = "void: "
 NOTHING = Part("", {})
 
 

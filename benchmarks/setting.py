@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,19 +16,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """Holds what every part takes.
+    """Holds what every part takes."""
 
-    Attributes:
-        device: the CPU, or a GPU, for which sizes are larger.
-        quick: tiny sizes, whose times mean nothing; for tests.
-        texts: files of plain text; without any, the reference text that comes with Python.
-        tokenizer: folder with GPT-2's `vocab.json` and `merges.txt`; without one, a tokenizer is trained on the text.
-    """
+    device: torch.device = CPU  # the CPU, or a GPU, for which sizes are larger
+    quick: bool = False  # tiny sizes, whose times mean nothing; for tests
+    texts: tuple[Path, ...] = ()  # files of plain text; without any, the reference text that comes with Python
+    tokenizer: Path | None = None  # folder of GPT-2's `vocab.json` and `merges.txt`; None: one trained on the text
 
-    device: torch.device = CPU
-    quick: bool = False
-    texts: tuple[Path, ...] = ()
-    tokenizer: Path | None = None
+    ceilings: Mapping[str, float] = field(default_factory=dict)  # of the machine, as benchmarks.ceilings measured them
 
     @property
     def on_gpu(self) -> bool:

@@ -1,5 +1,8 @@
 """Part `steps`: a training step, forward and backward, of TRL's trainers and of ours on the same preference pairs.
 
+Ours as a trainer of its own, with prefixes shared and not, and as a drop-in for TRL's. Beside them stands Amdahl's
+bound: our step with separate rows when the head costs nothing.
+
 DPO with a reference model that is asked in every step, and the CPO of Xu et al., which has none; half the tokens
 prompt, no optimizer, no dropout. All trainers of a case share the parameters of one policy and one reference. Losses
 and norms of the gradient are compared with those of the first trainer, TRL's where there is one.
@@ -13,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 import torch
@@ -20,29 +24,19 @@ import transformers
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from benchmarks import training
+from benchmarks.bars import BOUND, SEPARATE
 from benchmarks.contestants import OURS
 from benchmarks.measure import Agreement, Case, Contestant, dtype_name, each, measure
 from benchmarks.meters import Call
 from benchmarks.records import Record
 from benchmarks.setting import Setting
-from benchmarks.training import (
-    GPT2_SMALL,
-    GPT2_TINY,
-    LLAMA_1B,
-    LLAMA_SMALL,
-    LLAMA_TINY,
-    Given,
-    OwnStep,
-    draw_tokens,
-    gradients,
-    make_tokenizer,
-    twin,
-)
-from cpo_kernels import CPOConfig, CPOTrainer
+from benchmarks.training import Given, OwnStep
+from cpo_kernels import CandidateLayout, CPOConfig, CPOOutput, CPOTrainer
+from cpo_kernels.models import requests
 
 STOCK, PATCHED = "TRL", "TRL, patch_fused_head()"
 FUSED = {"dpo": "FusedDPOTrainer", "xu_cpo": "FusedCPOTrainer"}
-OURS_SEPARATE = "cpo-kernels, sharing off"
 OBJECTIVES = {"dpo": "DPO", "xu_cpo": "CPO of Xu et al."}
 BETA = 0.1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
@@ -50,7 +44,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of th
 
 def name_of(pairs: Given) -> str:
     """Return the name of a case in the results."""
-    return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}"
+    return f"{OBJECTIVES[pairs.kind]}, {pairs.sizes.name}, {dtype_name(pairs.dtype)}, {pairs.tokens} tokens"
 
 
 def fed(pairs: Given) -> int:
@@ -60,11 +54,12 @@ def fed(pairs: Given) -> int:
 
 def cases(setting: Setting) -> list[Given]:
     """Return what is run on a device."""
-    sizes, dtype, works = ((GPT2_SMALL, 16, 512), (LLAMA_1B, 8, 512)), torch.bfloat16, ("dpo", "xu_cpo")
-    on_gpu = [Given(work, *own, dtype=dtype) for own in sizes for work in works]
-    # Without a reference a step is short: with 64 tokens its products outweigh what any step costs.
-    on_cpu = [Given("dpo", GPT2_SMALL, 2, 40), Given("xu_cpo", GPT2_SMALL, 2, 64), Given("dpo", LLAMA_SMALL, 2, 32)]
-    return setting.choose([Given("dpo", GPT2_TINY, 2, 8), Given("xu_cpo", LLAMA_TINY, 2, 8)], on_cpu, on_gpu)
+    gpt2, large = training.GPT2_SMALL, ((training.GPT2_SMALL, 16), (training.LLAMA_1B, 8))
+    on_gpu = [Given(work, model, groups, 512, torch.bfloat16) for model, groups in large for work in OBJECTIVES]
+    on_cpu = [Given(work, gpt2, 2, tokens) for work in OBJECTIVES for tokens in (40, 64)]
+    on_cpu.append(Given("dpo", training.LLAMA_SMALL, 2, 32))
+    quick = [Given("dpo", training.GPT2_TINY, 2, 8), Given("xu_cpo", training.LLAMA_TINY, 2, 8)]
+    return setting.choose(quick, on_cpu, on_gpu)
 
 
 def run(setting: Setting) -> Iterator[Record]:
@@ -84,14 +79,13 @@ def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
         def check(result: tuple[Tensor, tuple[Tensor, ...]]) -> dict[str, float]:
             return agree(result) | {"loss": float(result[0])}
 
+        rate = {"values": lambda seconds: {"tokens_per_second": fed(pairs) / seconds}}
+        contestants = [Contestant(name, build, check, **rate) for name, build in trainers.steps().items()]
+        sizes = {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)}
         case = Case(
             name_of(pairs),
-            [
-                Contestant(name, build, check, values=lambda s: {"tokens_per_second": fed(pairs) / s})
-                for name, build in trainers.steps().items()
-            ],
-            pairs.conditions
-            | {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)},
+            [*contestants, Contestant(BOUND, partial(trainers.our_step, "off", free=True))],
+            pairs.conditions | sizes,
             speeds={"of_trl": STOCK},
             rounds=setting.rounds(5, 5),
             before=lambda: trainers.policy.zero_grad(set_to_none=True),
@@ -106,7 +100,7 @@ class Trainers:
     def __init__(self, pairs: Given, device: torch.device, folder: str) -> None:
         self.pairs, self.device, self.folder = pairs, device, folder
         self.policy, self.reference = (pairs.model(device, seed) for seed in (0, 1))
-        self.tokenizer = make_tokenizer(pairs.sizes.vocabulary)
+        self.tokenizer = training.make_tokenizer(pairs.sizes.vocabulary)
         self.texts = make_texts(pairs)
 
     def steps(self) -> dict[str, Callable[[], Call]]:
@@ -115,7 +109,7 @@ class Trainers:
         found[FUSED[self.pairs.kind]] = partial(self.trl_step, "fused")
         if self.pairs.kind == "dpo":
             found[PATCHED] = partial(self.trl_step, "patched")
-        return found | {OURS: partial(self.our_step, "required"), OURS_SEPARATE: partial(self.our_step, "off")}
+        return found | {OURS: partial(self.our_step, "required"), SEPARATE: partial(self.our_step, "off")}
 
     def trl_step(self, kind: str) -> Call:
         """Make that of TRL's trainer as it is, our subclass of it, or with our head patched in."""
@@ -130,16 +124,22 @@ class Trainers:
             with context():
                 loss = trainer.compute_loss(trainer.model, batch)
             loss.backward()
-            return loss.detach(), gradients(self.policy)
+            return loss.detach(), training.gradients(self.policy)
 
         return step
 
-    def our_step(self, sharing: str) -> OwnStep:
-        """Make that of CPOTrainer, which packs the batch in every step."""
+    def our_step(self, sharing: str, *, free: bool = False) -> Call:
+        """Make that of CPOTrainer, which packs the batch in every step; `free` says that the head costs nothing."""
         args = CPOConfig(objective=self.pairs.kind, prefix_sharing=sharing, **self.arguments())
         trainer = CPOTrainer(**self.models(), args=args, train_dataset=self.texts)
         trainer.model.train()
-        return OwnStep(trainer, self.pairs.groups)
+        step = OwnStep(trainer, self.pairs.groups)
+
+        def without_head() -> Any:
+            with patch.multiple(requests, linear_cpo_loss=free_loss, linear_sequence_logps=free_logps):
+                return step()
+
+        return without_head if free else step
 
     def arguments(self) -> dict[str, Any]:
         """Return what every trainer is told."""
@@ -148,8 +148,20 @@ class Trainers:
 
     def models(self) -> dict[str, Any]:
         """Return the models of every trainer, and its tokenizer."""
-        models = {"model": twin(self.policy), "processing_class": self.tokenizer}
-        return models | ({"ref_model": twin(self.reference)} if self.pairs.kind == "dpo" else {})
+        models = {"model": training.twin(self.policy), "processing_class": self.tokenizer}
+        return models | ({"ref_model": training.twin(self.reference)} if self.pairs.kind == "dpo" else {})
+
+
+def free_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, layout: CandidateLayout, **_: Any) -> Tensor:
+    """Return (S,) zeros in place of log-likelihoods."""
+    return hidden.new_zeros(layout.num_segments, dtype=torch.float32)
+
+
+def free_loss(hidden: Tensor, weight: Tensor, targets: Tensor, *, layout: CandidateLayout, **_: Any) -> CPOOutput:
+    """Return a loss of hidden states alone, with a gradient for each of them."""
+    zero, of_segments = hidden.new_zeros(()), free_logps(hidden, weight, targets, layout=layout)
+    names = ("contrastive_loss", "nll_loss", "accuracy", "margin", "dropped")
+    return CPOOutput(loss=hidden.sum(), logps=of_segments, rewards=of_segments, **dict.fromkeys(names, zero))
 
 
 def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractContextManager]]:
@@ -159,17 +171,15 @@ def trl_classes(work: str, kind: str) -> tuple[Any, Any, Callable[[], AbstractCo
 
     from cpo_kernels.integrations.trl import FusedCPOTrainer, FusedDPOTrainer, fused_head
 
-    stock, fused, config = {
-        "dpo": (trl.DPOTrainer, FusedDPOTrainer, trl.DPOConfig),
-        "xu_cpo": (cpo.CPOTrainer, FusedCPOTrainer, cpo.CPOConfig),
-    }[work]
+    of_dpo = (trl.DPOTrainer, FusedDPOTrainer, trl.DPOConfig)
+    stock, fused, config = of_dpo if work == "dpo" else (cpo.CPOTrainer, FusedCPOTrainer, cpo.CPOConfig)
     return fused if kind == "fused" else stock, config, fused_head if kind == "patched" else nullcontext
 
 
 def make_texts(pairs: Given) -> list[dict[str, str]]:
     """Draw random words, as {"prompt", "chosen", "rejected"}; EOS is the last of a completion's tokens."""
     lengths = (pairs.tokens, pairs.tokens - 1, pairs.tokens - 1)
-    drawn = draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
+    drawn = training.draw_tokens(pairs.sizes.vocabulary, *lengths * pairs.groups)
     texts = [" ".join(f"w{token}" for token in tokens) for tokens in drawn]
     three = zip(texts[::3], texts[1::3], texts[2::3], strict=True)
     return [{"prompt": prompt + " ", "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in three]

@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from benchmarks import environment, records
+from benchmarks.ceilings import measure_ceilings, too_fast
 from benchmarks.environment import log
 from benchmarks.processes import summary
 from benchmarks.records import Part, Record
@@ -46,16 +48,21 @@ def part_function(name: str) -> Callable[[Setting], Iterator[Record]]:
 
 
 def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
-    """Run a part and saves `out`/NAME.json after every record; an exception ends the part, and is its `error`."""
+    """Run a part and saves `out`/NAME.json after every record; an exception ends the part, and is its `error`.
+
+    What the machine does at best is measured first; a part in which something was faster is void.
+    """
     started, path = time.monotonic(), out / f"{name}.json"
     part = Part(name, environment.describe(["suite", *argv], setting.device.type), error="ended from outside")
+    ceilings = measure_ceilings(setting)
+    part.environment["ceilings"] = ceilings
     try:
-        for record in part_function(name)(setting):
+        for record in part_function(name)(replace(setting, ceilings=ceilings)):
             part.records.append(record)
             part.seconds = time.monotonic() - started
             log(f"  {record.case}: {record.contestant}: {dict(record.values) or record.note}")
             records.save({name: part}, path)
-        part.error = ""
+        part.error = records.VOID + beyond if (beyond := too_fast(part.records)) else ""
     except Exception as error:  # what was measured before it still counts
         part.error = summary(error)
         log(traceback.format_exc())

@@ -32,10 +32,7 @@ class Corpus(NamedTuple):
 def load(setting: Setting, longest: int, seed: int = 0) -> Corpus:
     """Return every paragraph of at least 24 words, cut at a third, a half or two thirds of its words.
 
-    Args:
-        setting: names the text and the tokenizer.
-        longest: tokens of a prompt and of a completion; what is longer loses its beginning or its end.
-        seed: of the order and of the cuts.
+    What is longer than `longest` tokens loses its beginning, as a prompt, or its end; `seed` is of order and cuts.
     """
     paragraphs = [p for p in read(setting).split("\n") if len(p.split()) >= SHORTEST]
     draw = random.Random(seed)

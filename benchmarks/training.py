@@ -21,22 +21,15 @@ EOS = "</s>"
 
 @dataclass(frozen=True)
 class Sizes:
-    """Describes a GPT-2 (tied head, learned positions), or a Llama of version 3.2's proportions (rotary positions).
+    """Describes a GPT-2 (tied head, learned positions), or a Llama of version 3.2's proportions (rotary positions)."""
 
-    Attributes:
-        name: in the results.
-        llama: which of the two.
-        vocabulary, width, heads, layers: V, H, query heads, transformer layers.
-        tied: whether the head of a Llama is its embedding.
-    """
-
-    name: str
-    llama: bool
-    vocabulary: int
+    name: str  # in the results
+    llama: bool  # which of the two
+    vocabulary: int  # vocabulary, width, heads, layers: V, H, query heads, transformer layers
     width: int
     heads: int
     layers: int
-    tied: bool = True
+    tied: bool = True  # whether the head of a Llama is its embedding
 
     @property
     def conditions(self) -> dict[str, object]:
@@ -53,21 +46,13 @@ LLAMA_TINY = Sizes("Llama, tiny", llama=True, vocabulary=64, width=16, heads=4, 
 
 @dataclass(frozen=True)
 class Given:
-    """Describes what the steps of a case are given; all texts are as long, so that none has more to do than another.
+    """Describes what the steps of a case are given; all texts are as long, so that none has more to do than another."""
 
-    Attributes:
-        kind: what is done with it: an objective, a family of negatives, an attention.
-        sizes: of the models.
-        groups: prompts, each with its completions.
-        tokens: of a prompt, and of each completion, EOS included.
-        dtype: of the parameters.
-    """
-
-    kind: str
-    sizes: Sizes
-    groups: int
-    tokens: int
-    dtype: torch.dtype = torch.float32
+    kind: str  # what is done with it: an objective, a family of negatives, an attention
+    sizes: Sizes  # of the models
+    groups: int  # prompts, each with its completions
+    tokens: int  # of a prompt, and of each completion, EOS included
+    dtype: torch.dtype = torch.float32  # of the parameters
 
     @property
     def conditions(self) -> dict[str, object]:
@@ -125,21 +110,13 @@ def gradients(model: PreTrainedModel) -> tuple[Tensor, ...]:
 
 @dataclass
 class OwnStep:
-    """Draws or writes the negatives, packs the batch, scores it with the reference; forward and backward.
+    """Draws or writes the negatives, packs the batch, scores it with the reference; forward and backward."""
 
-    Attributes:
-        trainer: with its model in training mode.
-        groups: the first so many examples are those of every step.
-        making: seconds of each call until the batch was there; the first call warms up.
-        positions: that the body ran on in the last call, padding included.
-        tokens: N of the last call.
-    """
-
-    trainer: CPOTrainer
-    groups: int
-    making: list[float] = field(default_factory=list)
-    positions: int = 0
-    tokens: int = 0
+    trainer: CPOTrainer  # with its model in training mode
+    groups: int  # the first so many examples are those of every step
+    making: list[float] = field(default_factory=list)  # seconds of each call until the batch was there
+    positions: int = 0  # that the body ran on in the last call, padding included
+    tokens: int = 0  # N of the last call
 
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run a step without an optimizer; its gradients are added to those that are there."""

@@ -34,7 +34,8 @@ class Head:
         softcap: bound of the logits, > 0 (Gemma 2's ``final_logit_softcapping``); None for none.
         temperature: divisor of the logits, > 0.
         backend: ``"auto"`` or a name of :func:`cpo_kernels.backends.available`.
-        max_logits_bytes: budget of the logits held at once, in bytes; None for the backend's default.
+        max_logits_bytes: budget in bytes of all that a call holds at once beyond inputs and gradients, most of it
+            logits; None for the backend's default. :func:`cpo_kernels.plan` tells how it is used.
         logits_dtype: None (the dtype of ``hidden``) or ``torch.float32``: logits kept as float32, as the products
             accumulate them, so that log-likelihoods of half-precision inputs are exact to float32. The gradient of the
             logits is rounded to the dtype of ``hidden``, as without it. Costs memory traffic and twice the budget.

@@ -32,25 +32,15 @@ Table = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Adoption:
-    """Describes a table and how it is measured.
+    """Describes a table and how it is measured."""
 
-    Attributes:
-        description: of the command.
-        table: the committed one.
-        entries: the list of the table that is measured.
-        tasks: what there is to measure on a device, of these names; each has a `name`, and its text says where.
-        measure: measures a task, with what was found before; what it raises is told, and its entries are `failed`.
-        failed: what was found of a task that raised something; None where its entries are then left out.
-        merged: the table with what was found in place of its own kind, for an architecture, from a source.
-    """
-
-    description: str
-    table: Path
-    entries: str
-    tasks: Callable[[Sequence[str] | None, torch.device], Sequence[Any]]
-    measure: Callable[[Any, Setting, Sequence[Any]], Any]
-    failed: Callable[[Any, str], Any]
-    merged: Callable[[Table, Sequence[Any], str, str], dict[str, Any]]
+    description: str  # of the command
+    table: Path  # the committed one
+    entries: str  # the list of the table that is measured
+    tasks: Callable[[Sequence[str] | None, torch.device], Sequence[Any]]  # what there is to measure, of these names
+    measure: Callable[[Any, Setting, Sequence[Any]], Any]  # a task, with what was found before
+    failed: Callable[[Any, str], Any]  # what was found of a task that raised something; None: nothing
+    merged: Callable[[Table, Sequence[Any], str, str], dict[str, Any]]  # the table with it, for an architecture
 
     def main(self, argv: list[str] | None = None) -> int:
         """Measure and write; 1 if something could not be measured, or not in the time, or came out wrong."""

@@ -3,8 +3,8 @@
 `python -m benchmarks.kernels.aot` writes `benchmarks/results/triton-aot.{md,json}` and fails on a kernel that does not
 compile, on a register spill, on more shared memory than a program can have, and where the machine code lacks an
 instruction that a case asks for. `--cases` and `--targets` choose, by a part of a case's name; `--out FOLDER` writes
-elsewhere; `--beside FOLDER` names what other versions of Triton left in their folders. benchmarks.kernels.aot_versions
-runs it with each version that is supported.
+elsewhere; `--beside FOLDER` names what other versions of Triton left in their folders. `--versions` does it with each
+version that is supported, or that is named, which pip installs into build/triton; this is `make check-triton`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks import records
-from benchmarks.environment import RESULTS, log
+from benchmarks.environment import RESULTS, ROOT, log
 from benchmarks.kernels.aot_cases import CASES, Case
 from benchmarks.processes import ProcessError, call_alone
 from benchmarks.records import Part, Record
@@ -40,7 +40,9 @@ from benchmarks.tables import part_tables
 from cpo_kernels.kernels.triton import linear, tuning
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-REPORT = "triton-aot"
+REPORT, FOLDER = "triton-aot", ROOT / "build" / "triton"
+# That of torch 2.11, that of the torch which development pins, and the newest, in this order.
+VERSIONS = ("3.6.0", "3.7.1", "3.9.0")
 KIB, MIB = 2**10, 2**20
 INTRODUCTION = """\
 # Triton kernels compiled ahead of time
@@ -159,11 +161,7 @@ def describe(case: Case, target: Target, compiled: Any) -> Record:
 
 
 def compile_case(case: Case, target: Target) -> list[Record]:
-    """Compile all kernels of a case.
-
-    Raises:
-        RuntimeError: the case did not launch the kernel that it is about.
-    """
+    """Compile all kernels of a case; raise RuntimeError if it did not launch the kernel that it is about."""
     kernels = [describe(case, target, compiled) for compiled in compile_launches(case.launch, target)]
     launched = [kernel.conditions["kernel"] for kernel in kernels]
     if case.kernel not in launched:
@@ -219,14 +217,36 @@ def page(part: Part) -> str:
     return "\n\n".join([INTRODUCTION.format(versions=", ".join(part.environment["triton"])), *part_tables(part)]) + "\n"
 
 
+def with_versions(versions: Sequence[str], chosen: list[str], out: Path) -> int:
+    """Compile with each version of Triton, installed into a folder of its own; the newest reports."""
+    folders, statuses = [FOLDER / "reports" / version for version in versions], []
+    for version, folder in zip(versions, [*folders[:-1], out], strict=True):
+        log(f"triton {version} ...")
+        place = FOLDER / version
+        if not (place / f"triton-{version}.dist-info").exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
+            subprocess.run([*pip, f"triton=={version}"], check=True)
+        paths = os.pathsep.join(filter(None, (str(place), str(ROOT), os.environ.get("PYTHONPATH"))))
+        given = {"TRITON_CACHE_DIR": str(FOLDER / "cache")} | os.environ | {"PYTHONPATH": paths}
+        given.pop("TRITON_INTERPRET", None)
+        beside = ["--beside", *map(str, folders[:-1])] if folder == out else []
+        command = [sys.executable, "-m", "benchmarks.kernels.aot", *chosen, "--out", str(folder), *beside]
+        statuses.append(subprocess.run(command, env=given, cwd=ROOT).returncode)
+    return 1 if any(statuses) else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and report; exit status 1 if any kernel has a problem."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of the names of cases; default: all")
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--versions", nargs="*", help=f"of Triton, the newest last; without a name {VERSIONS}")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="folders of other versions' reports")
     options = parser.parse_args(argv)
+    if options.versions is not None:
+        chosen = ["--cases", *options.cases, "--targets", *options.targets]
+        return with_versions(options.versions or VERSIONS, chosen, options.out)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     cases = [name for name in CASES if any(part in name for part in options.cases)]

@@ -58,33 +58,20 @@ def head(dtype: torch.dtype, V: int, *, capped: bool) -> tuple[Any, ...]:
     return (empty(V, dtype=dtype), *CAPPED) if capped else (None, *PLAIN)
 
 
-def row_forward(dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False) -> object:
-    """Launch the one read of the logits."""
-    return rows.row_forward(empty(R, V, dtype=dtype), *row_tokens(shared=shared), *head(dtype, V, capped=capped))
-
-
-def row_backward(
-    dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False, grad_dtype: torch.dtype | None = None
+def row_launch(
+    kernel: Callable[..., object],
+    dtype: torch.dtype,
+    V: int,
+    *,
+    shared: bool = False,
+    capped: bool = False,
+    **grad: Any,
 ) -> object:
-    """Launch the gradient over the logits."""
+    """Launch a kernel over the logits; one of gradients takes statistics and coefficients too."""
     targets, starts = row_tokens(shared=shared)
-    given = (targets, starts, empty(2, R), empty(targets.numel()), *head(dtype, V, capped=capped))
-    return rows.row_backward_(empty(R, V, dtype=dtype), *given, grad_dtype)
-
-
-def unit_forward(
-    dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False, grad_dtype: torch.dtype | None = None
-) -> object:
-    """Launch the one read and one write of the logits."""
-    given = (*row_tokens(shared=shared), *head(dtype, V, capped=capped))
-    return unit.unit_forward_(empty(R, V, dtype=dtype), *given, grad_dtype)
-
-
-def unit_finish(dtype: torch.dtype, V: int, *, shared: bool = False, capped: bool = False) -> object:
-    """Launch what the coefficients add to it."""
-    targets, starts = row_tokens(shared=shared)
-    given = (targets, starts, empty(2, R), empty(targets.numel()), *head(dtype, V, capped=capped))
-    return unit.unit_finish_(empty(R, V, dtype=dtype), *given)
+    of_gradient = kernel in (rows.row_backward_, unit.unit_finish_)
+    sums = (empty(2, R), empty(targets.numel())) if of_gradient else ()
+    return kernel(empty(R, V, dtype=dtype), targets, starts, *sums, *head(dtype, V, capped=capped), **grad)
 
 
 def summarize(candidates: int, *, ranked: bool) -> object:
@@ -141,20 +128,21 @@ def row_cases() -> list[Case]:
     """Return both by dtype: odd and small vocabularies, and several tokens a row under the whole head."""
     cases = []
     for name, call, kernel, wide in (
-        ("row_forward", row_forward, "row_forward_kernel", (WIDE_LOAD,)),
-        ("row_backward_", row_backward, "row_backward_kernel", (WIDE_LOAD, WIDE_STORE)),
-        ("unit_forward_", unit_forward, "unit_forward_kernel", (WIDE_LOAD, WIDE_STORE)),
+        ("row_forward", rows.row_forward, "row_forward_kernel", (WIDE_LOAD,)),
+        ("row_backward_", rows.row_backward_, "row_backward_kernel", (WIDE_LOAD, WIDE_STORE)),
+        ("unit_forward_", unit.unit_forward_, "unit_forward_kernel", (WIDE_LOAD, WIDE_STORE)),
     ):
         for dtype in (BF16, FP16, FP32):
             ways = {"": (LLAMA, {}), ", odd V": (GPT2, {}), ", small V": (SMALL, {}), LABEL: (LLAMA, EVERYTHING)}
             for label, (V, options) in ways.items():
-                cases.append(Case(f"{name} {NAMES[dtype]}{label}", partial(call, dtype, V, **options), kernel, wide))
+                launch = partial(row_launch, call, dtype, V, **options)
+                cases.append(Case(f"{name} {NAMES[dtype]}{label}", launch, kernel, wide))
     for label, options in (("", {}), (LABEL, EVERYTHING)):
-        launch = partial(row_backward, FP32, LLAMA, grad_dtype=BF16, **options)
+        launch = partial(row_launch, rows.row_backward_, FP32, LLAMA, grad_dtype=BF16, **options)
         cases.append(Case(f"row_backward_ bf16 over fp32{label}", launch, "row_backward_kernel", (WIDE_LOAD,)))
-        launch = partial(unit_forward, FP32, LLAMA, grad_dtype=BF16, **options)
+        launch = partial(row_launch, unit.unit_forward_, FP32, LLAMA, grad_dtype=BF16, **options)
         cases.append(Case(f"unit_forward_ bf16 over fp32{label}", launch, "unit_forward_kernel", (WIDE_LOAD,)))
-        launch = partial(unit_finish, BF16, LLAMA, **options)
+        launch = partial(row_launch, unit.unit_finish_, BF16, LLAMA, **options)
         cases.append(Case(f"unit_finish_ bf16{label}", launch, "row_backward_kernel"))
     return cases
 
@@ -203,15 +191,14 @@ def linear_cases() -> list[Case]:
     found = [(BF16, {**plain, ", odd V": odd}, (WGMMA,)), (FP16, {"": {}}, (WGMMA,)), (FP32, {"": {}, **samples}, ())]
     for layout, options in pointers.items():
         found.append((BF16, {f"{layout}{label}": {**options, **own} for label, own in plain.items()}, ()))
-    return [
-        Case(
-            f"linear_forward {NAMES[dtype]}{label}",
-            partial(linear_forward, dtype, **own),
-            "linear_forward_kernel",
-            code,
-        )
+    named = [
+        (f"linear_forward {NAMES[dtype]}{label}", dtype, own, code)
         for dtype, ways, code in found
         for label, own in ways.items()
+    ]
+    return [
+        Case(name, partial(linear_forward, dtype, **own), "linear_forward_kernel", code)
+        for name, dtype, own, code in named
     ]
 
 

@@ -20,18 +20,8 @@ import torch
 
 from benchmarks.contestants import LineUp
 from benchmarks.environment import log
-from benchmarks.kernels import adopt
+from benchmarks.kernels import adopt, problems
 from benchmarks.kernels.adopt import Entry
-from benchmarks.kernels.problems import (
-    CUDA,
-    LOGITS_BYTES,
-    TRITON,
-    LogitsProblem,
-    RowProblem,
-    missing,
-    missing_hopper,
-    under_choices,
-)
 from benchmarks.measure import Case, Contestant, dtype_name, measure, ready
 from benchmarks.meters import Call
 from benchmarks.peers import ours
@@ -55,25 +45,16 @@ Places = Iterator[tuple[str, Times]]
 
 @dataclass(frozen=True)
 class Task:
-    """Says what is measured, where, and the bounds that its choice covers.
+    """Says what is measured, where, and the bounds that its choice covers."""
 
-    Attributes:
-        name: of the operation.
-        run: yields times by place, of backends and with the choices so far.
-        vocab: V, 0 where it does not matter.
-        dtype: of what the operation reads; None where it does not matter.
-        vocab_at_most: the choice's bound; None for none.
-        hidden: H, 0 where it does not matter.
-        hidden_at_most: see ``vocab_at_most``.
-    """
-
-    name: str
+    name: str  # of the operation
+    # Yields times by place, of backends and with the choices so far.
     run: Callable[[Task, Setting, Sequence[str | None], Sequence[Choice]], Places]
-    vocab: int = 0
-    dtype: torch.dtype | None = None
-    vocab_at_most: int | None = None
-    hidden: int = 0
-    hidden_at_most: int | None = None
+    vocab: int = 0  # V, 0 where it does not matter
+    dtype: torch.dtype | None = None  # of what the operation reads; None where it does not matter
+    vocab_at_most: int | None = None  # the choice's bound; None for none
+    hidden: int = 0  # H, 0 where it does not matter
+    hidden_at_most: int | None = None  # see ``vocab_at_most``
 
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in (("V", self.vocab), ("H", self.hidden)) if value]
@@ -110,10 +91,10 @@ class Measured:
 
 def contestants_of(task: Task, device: torch.device) -> tuple[list[str | None], str]:
     """Return the default and the other backends that have an operation here, and why one of them cannot take part."""
-    reason = (missing_hopper if task.name.startswith("linear_") else missing)(device)
-    others = [CUDA] if not reason else []
-    if task.name in ("linear_forward", "unit_gradient") and TRITON in registry.AVAILABLE:
-        others.append(TRITON)
+    reason = (problems.missing_hopper if task.name.startswith("linear_") else problems.missing)(device)
+    others = [problems.CUDA] if not reason else []
+    if task.name in ("linear_forward", "unit_gradient") and problems.TRITON in registry.AVAILABLE:
+        others.append(problems.TRITON)
     return [task.default, *others], reason
 
 
@@ -126,9 +107,9 @@ def medians(setting: Setting, contestants: Mapping[str | None, Contestant]) -> T
 def unit_gradient(task: Task, setting: Setting, names: Sequence[str | None], _chosen: Sequence[Choice]) -> Places:
     """Time the kernels that read and write rows once against forward and backward in their place."""
     assert task.dtype is not None
-    rows = 8 if setting.quick else LOGITS_BYTES // (task.vocab * task.dtype.itemsize)
-    problem = RowProblem(rows, task.vocab, task.dtype, setting.device)
-    two = problem.forward(TRITON), problem.backward_(TRITON)
+    rows = 8 if setting.quick else problems.LOGITS_BYTES // (task.vocab * task.dtype.itemsize)
+    problem = problems.RowProblem(rows, task.vocab, task.dtype, setting.device)
+    two = problem.forward(problems.TRITON), problem.backward_(problems.TRITON)
     calls: dict[str | None, Call] = {None: lambda: [call() for call in two]}
     for name in names:
         unit = None if name is None else registry.BACKENDS[name].unit_gradient
@@ -139,8 +120,8 @@ def unit_gradient(task: Task, setting: Setting, names: Sequence[str | None], _ch
 
 def of_logits(task: Task, setting: Setting, names: Sequence[str | None], chosen: Sequence[Choice]) -> Places:
     """Time the loss of given logits with its gradient, of many bytes and of some that stay in a cache."""
-    for size in ((0, 2),) if setting.quick else ((LOGITS_BYTES, 128), (24 * 2**20, 4)):
-        problem = LogitsProblem(*size, task.vocab, task.dtype, setting.device)
+    for size in ((0, 2),) if setting.quick else ((problems.LOGITS_BYTES, 128), (24 * 2**20, 4)):
+        problem = problems.LogitsProblem(*size, task.vocab, task.dtype, setting.device)
         calls = {name: problem.step(AUTO, *way(task, setting, name), *chosen) for name in names}
         yield (
             f"{task}, {problem.logits.nbytes / 2**20:.3g} MiB",
@@ -158,7 +139,7 @@ def linear(task: Task, setting: Setting, names: Sequence[str | None], chosen: Se
     mode = NO_GRAD if task.name == "linear_forward" else TRAINED
     shape = replace(BAR_8K, hidden=task.hidden or 64, vocab=task.vocab or 1000, mode=mode)
     line_up = LineUp(draw(replace(shape, groups=2, tokens=2) if setting.quick else shape, device=setting.device))
-    peers = {name: under_choices(ours(str(name)), *way(task, setting, name), *chosen) for name in names}
+    peers = {name: problems.under_choices(ours(str(name)), *way(task, setting, name), *chosen) for name in names}
     contestants = {name: line_up.peer(peer, shape.work, needed=True) for name, peer in peers.items()}
     yield str(task) or "a small head", medians(setting, contestants)
 
@@ -212,10 +193,7 @@ def figures(measured: Measured) -> str:
 
 
 def entries(measured: Sequence[Measured], arch: str) -> list[Entry]:
-    """Return choices of an architecture; a default is among them only where a wider bound follows, which it keeps out.
-
-    They are searched in order, so that narrower bounds come first.
-    """
+    """Return choices, narrower bounds first, and a default only where it keeps out a wider bound that follows."""
     infinity, found = float("inf"), list[Entry]()
 
     def order(one: Measured) -> tuple[float, float]:
@@ -268,7 +246,7 @@ def selected(names: Sequence[str] | None, device: torch.device) -> list[Task]:
         if names is None or task.name in names:
             backends, reason = contestants_of(task, device)
             if reason:
-                log(f"  {task.name}: without {CUDA}, {reason}")
+                log(f"  {task.name}: without {problems.CUDA}, {reason}")
             able += [task] if len(backends) > 1 else []
     return able
 

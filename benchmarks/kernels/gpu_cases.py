@@ -17,16 +17,7 @@ import torch
 
 from benchmarks import heads, shapes
 from benchmarks.contestants import OURS
-from benchmarks.kernels.problems import (
-    CUDA,
-    LOGITS_BYTES,
-    SMALL_VOCABULARY,
-    TRITON,
-    LinearProblem,
-    RowProblem,
-    missing,
-    missing_hopper,
-)
+from benchmarks.kernels import problems
 from benchmarks.measure import Case, NotHereError, dtype_name, each, measure, ready
 from benchmarks.meters import Call
 from benchmarks.peers import ours
@@ -65,14 +56,11 @@ def sized(shape: Shape, setting: Setting) -> Shape:
 
 
 def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
-    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's.
-
-    Forward; backward in place; bf16 gradients over fp32 logits; forward with unit gradients where rows fit.
-    """
-    backends = [TRITON] if missing(setting.device) else [CUDA, TRITON]
-    for vocab in (SMALL_VOCABULARY,) if setting.quick else VOCABULARIES:
-        rows = 8 if setting.quick else LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
-        problem = RowProblem(rows, vocab, dtype, setting.device)
+    """Time row kernels against a copy of the same logits: a share of its bandwidth, and the speed over Triton's."""
+    backends = [problems.TRITON] if problems.missing(setting.device) else [problems.CUDA, problems.TRITON]
+    for vocab in (problems.SMALL_VOCABULARY,) if setting.quick else VOCABULARIES:
+        rows = 8 if setting.quick else problems.LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
+        problem = problems.RowProblem(rows, vocab, dtype, setting.device)
         kernels = {"forward": (problem.forward, 1.0), "backward in place": (problem.backward_, 2.0)}
         if dtype == torch.float32:
             narrow = partial(problem.backward_, grad_dtype=torch.bfloat16)
@@ -95,8 +83,8 @@ def row_kernels(dtype: torch.dtype, setting: Setting) -> Iterator[Record]:
             kernel, _, backend = record.contestant.rpartition(", ")
             speed, more = speeds[record.contestant], dict[str, Any]()
             values = {**record.values, "gbs": speed / 1e9, "of_gbs": speed / speeds[COPY]}
-            if backend == CUDA and f"{kernel}, {TRITON}" in speeds:
-                values["of_triton"] = speed / speeds[f"{kernel}, {TRITON}"]
+            if backend == problems.CUDA and f"{kernel}, {problems.TRITON}" in speeds:
+                values["of_triton"] = speed / speeds[f"{kernel}, {problems.TRITON}"]
                 more["picked"] = is_picked(kernel, vocab, dtype, setting.device)
             yield replace(record, values=values, conditions=conditions | more)
 
@@ -106,15 +94,17 @@ def is_picked(kernel: str, vocab: int, dtype: torch.dtype, device: torch.device)
     named = {"forward": "row_forward", "unit forward": "unit_gradient"}
     operation, sizes = named.get(kernel, "row_backward"), selection.Sizes(vocab, dtype)
     choices = selection.choices_for(selection.AUTO, architecture(device), sizes, registry.AVAILABLE)
-    return choices.get(operation) == CUDA
+    return choices.get(operation) == problems.CUDA
 
 
-def linear_problem(problem: Problem) -> LinearProblem:
+def linear_problem(given: Problem) -> problems.LinearProblem:
     """Return the tensors of a problem for ways without gradients."""
-    return LinearProblem(problem.hidden.detach().flatten(0, 2), problem.weight.detach(), problem.targets.flatten())
+    return problems.LinearProblem(given.hidden.detach().flatten(0, 2), given.weight.detach(), given.targets.flatten())
 
 
-def beside_product(shape: Shape, linear: LinearProblem, calls: dict[str, Call], setting: Setting) -> list[Record]:
+def beside_product(
+    shape: Shape, linear: problems.LinearProblem, calls: dict[str, Call], setting: Setting
+) -> list[Record]:
     """Time ways to log-likelihoods over one product."""
     contestants = [ready(name, call) for name, call in ({PRODUCT: linear.product} | calls).items()]
     conditions, ratios = shape.conditions | {"mode": "no_grad"}, {"of_product": PRODUCT}
@@ -133,7 +123,7 @@ def without_gradients(shape: Shape, setting: Setting) -> list[Record]:
 
     calls = {
         OURS: ours_without_gradients,
-        f"{PRODUCT} and row kernel": linear.two(TRITON),
+        f"{PRODUCT} and row kernel": linear.two(problems.TRITON),
         "fused linear": linear.fused(),
         "fused linear, sample and entropy": linear.fused(seed=torch.tensor(0, device=setting.device), entropy=True),
     }
@@ -141,12 +131,8 @@ def without_gradients(shape: Shape, setting: Setting) -> list[Record]:
 
 
 def by_hopper(shape: Shape, setting: Setting) -> list[Record]:
-    """Time the fused linear path of the compiled CUDA kernels.
-
-    Raises:
-        NotHereError: it is not for this GPU, or not built.
-    """
-    if reason := missing_hopper(setting.device):
+    """Time the fused linear path of the compiled CUDA kernels; raise NotHereError where it is not built or not for."""
+    if reason := problems.missing_hopper(setting.device):
         raise NotHereError(reason)
     linear = linear_problem(draw(shape, device=setting.device))
     return beside_product(shape, linear, {HOPPER: linear.hopper()}, setting)

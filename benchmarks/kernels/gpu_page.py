@@ -42,12 +42,13 @@ def measured_on(name: str, ours: str, sizes: dict[str, object]) -> str:
     return ""
 
 
-def everywhere(_parts: Parts) -> str:
-    """Return the rates of every card, and what loss and gradients of every head are predicted to take there."""
-    cards = [card(name) for name in CARDS]
+def everywhere(parts: Parts) -> str:
+    """Return the rates of every card, and what loss and gradients of every head are predicted to take, with the band."""
+    cards, own_band = [card(name) for name in CARDS], ratios(parts)
     table = [["products, TFLOP/s", *(f"{own.rate / 1e12:.0f}" for own in cards)]]
     table += [["bandwidth, TB/s", *(f"{own.bandwidth / 1e12:.2f}" for own in cards)]]
     for title, sizes in HEADS.items():
-        found = [predict(own, 8192, *sizes, TRAINED) for own in cards]
-        table.append([f"{title}, ms", *(f"{1e3 * f.seconds:.1f} ({f.seconds / f.products:.2f})" for f in found)])
+        found = [1e3 * predict(own, 8192, *sizes, TRAINED).seconds for own in cards]
+        low, high = min(own_band), max(own_band)
+        table.append([f"{title}, ms", *(f"{ms:.1f} ({ms * low:.1f} to {ms * high:.1f})" for ms in found)])
     return markdown(["", *CARDS], table)

@@ -122,5 +122,5 @@ def ratios(parts: Parts, narrowest: int = NARROWEST) -> list[float]:
             size, rows = 4 if given["dtype"] == "float32" else 2, round(given["N"] * (1 - given.get("prompt", 0)))
             on, of_logit = Card(1e12 * best_of(own)[given["dtype"]], 1e9 * bandwidth), 4 if r.contestant != OURS else 0
             expected = predict(on, rows, given["V"], given["H"], given.get("mode", TRAINED), size, of_logit).seconds
-            found.append(r.values.get("median", r.values["seconds"]) / expected)
+            found.append(r.values["seconds"] / expected)
     return found

@@ -39,11 +39,7 @@ COEFFICIENT_ERROR = 1e-4  # of coefficients, which are made of float32 sums
 
 
 def triton_kernels(module: str) -> ModuleType:
-    """Import a module of the Triton backend.
-
-    Raises:
-        NotHereError: the backend cannot be used, and there is no GPU that it would be expected of.
-    """
+    """Import a module of the Triton backend; raise NotHereError where nobody would expect it to be usable."""
     reason = triton_support.unavailable_reason()
     if reason is not None and not torch.cuda.is_available():
         raise NotHereError(reason)

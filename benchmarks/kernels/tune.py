@@ -46,23 +46,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Task:
-    """Says what is tuned of one kernel at one size.
+    """Says what is tuned of one kernel at one size."""
 
-    Attributes:
-        name: of the kernel.
-        vocab: V.
-        vocab_at_most: the bound that its entry covers; None for none.
-        dtype: of what the kernel reads.
-        configs: the grid.
-        make: the job of a vocabulary and a dtype, with few rows for a dry run.
-    """
-
-    name: str
-    vocab: int
-    vocab_at_most: int | None
-    dtype: torch.dtype
-    configs: Sequence[Config]
-    make: Callable[[int, torch.dtype, Setting], Job]
+    name: str  # of the kernel
+    vocab: int  # V
+    vocab_at_most: int | None  # the bound that its entry covers; None for none
+    dtype: torch.dtype  # of what the kernel reads
+    configs: Sequence[Config]  # the grid
+    make: Callable[[int, torch.dtype, Setting], Job]  # the job of a vocabulary and a dtype, with few rows for a dry run
 
     def __str__(self) -> str:
         return f"V={self.vocab}, {dtype_name(self.dtype)}"
@@ -82,10 +73,7 @@ def row_job(vocab: int, dtype: torch.dtype, setting: Setting, *, name: str) -> J
 
 
 def gradient_job(vocab: int, dtype: torch.dtype, setting: Setting, *, scaled: bool) -> Job:
-    """Make that of one read of a gradient for statistics of its columns, or of the gradient times a number.
-
-    The bound of the latter's entry is the tensor's size, so it has none.
-    """
+    """Make that of one read of a gradient for statistics of its columns, or of the gradient times a number."""
     grad = (3 * torch.randn(rows(vocab, dtype, setting), vocab, device=setting.device)).to(dtype)
     factor, kernels = torch.tensor(1.0001, device=setting.device), triton_kernels("gradients")
 
@@ -131,18 +119,11 @@ BF16, FP32 = torch.bfloat16, torch.float32
 LARGE = ((65536, 32000), (None, 128256))  # vocab_at_most, V
 ROWS = {name: partial(row_job, name=name) for name in ("unit_forward", "row_forward", "row_backward")}
 LINEAR = {name: partial(linear_job, everything=name == "linear_sample") for name in ("linear_forward", "linear_sample")}
-GRADIENTS = {
-    "column_stats": (COLUMN_GRID, partial(gradient_job, scaled=False)),
-    "scale": (SCALE_GRID, partial(gradient_job, scaled=True)),
-}
+GRADIENTS = {"column_stats": (COLUMN_GRID, False), "scale": (SCALE_GRID, True)}
+GRADIENTS = {name: (own, partial(gradient_job, scaled=scaled)) for name, (own, scaled) in GRADIENTS.items()}
 # What tells most first.
 TASKS = [
-    *(
-        Task(n, v, at_most, dtype, ROW_GRID, make)
-        for n, make in ROWS.items()
-        for at_most, v in LARGE
-        for dtype in (BF16, FP32)
-    ),
+    *(Task(n, v, most, own, ROW_GRID, f) for n, f in ROWS.items() for most, v in LARGE for own in (BF16, FP32)),
     *(Task(name, 128256, None, BF16, LINEAR_GRID, make) for name, make in LINEAR.items()),
     *(Task(name, 2000, 2048, dtype, SMALL_ROW_GRID, make) for name, make in ROWS.items() for dtype in (BF16, FP32)),
     *(Task(n, 128256, None, dtype, own, make) for n, (own, make) in GRADIENTS.items() for dtype in (BF16, FP32)),
@@ -153,11 +134,7 @@ COVERED = {"any": ("any", "bfloat16", "float16"), "float32": ("float32",)}
 
 
 def measure_task(task: Task, setting: Setting, _found: Sequence[Entry] = ()) -> Entry:
-    """Return the entry of the fastest configuration; those that do not launch, for want of registers, are passed over.
-
-    Raises:
-        ContestantError: one has a wrong result, or none can be launched.
-    """
+    """Return the entry of the fastest configuration that launches; raise ContestantError for a wrong one, or none."""
     vocab, configs = (509, task.configs[:2]) if setting.quick else (task.vocab, task.configs)
     job = task.make(vocab, task.dtype, setting)
     by_name = {str(config): config for config in configs}
@@ -184,10 +161,7 @@ def measure_task(task: Task, setting: Setting, _found: Sequence[Entry] = ()) -> 
 
 
 def merged(table: adopt.Table, measured: Sequence[Entry], arch: str, source: str) -> dict[str, Any]:
-    """Return the table with the measured entries in place of those of the same kernel, architecture and dtype.
-
-    Entries are searched in order, so that narrower bounds and named dtypes come before wider ones.
-    """
+    """Return the table with measured entries in place of those of their kind, the narrower before the wider ones."""
     replaced = {(entry["kernel"], arch, name) for entry in measured for name in COVERED[entry["dtype"]]}
     kept = [e for e in table["entries"] if (e["kernel"], e["arch"], e["dtype"]) not in replaced]
     new = [{"kernel": entry["kernel"], "arch": arch, **entry} for entry in measured]

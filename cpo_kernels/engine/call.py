@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -15,8 +15,7 @@ from cpo_kernels.kernels.device import default_logits_bytes, is_capturing
 from cpo_kernels.kernels.selection import Sizes
 from cpo_kernels.options import Head
 
-from . import products
-from .filters import scratch_bytes
+from . import filters, products
 from .head import LinearHead
 from .inputs import Inputs
 from .plan import Plan, make_plan
@@ -90,12 +89,14 @@ def resolve(
     known_coefficients: bool = False,
     ranks: Tensor | None = None,
     way: type[LinearHead] | None = None,
+    scratch_bytes: Callable[[int, int, torch.device], int] | None = None,
 ) -> Call:
     """Decide which backend, way, tokens and plan a call has.
 
     ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
     depend on all its log-probabilities; ``ranks`` (S,) are read on the host together with the targets.
-    ``way`` is the one that a caller needs; None for the fastest.
+    ``way`` is the one that a caller needs; None for the fastest. ``scratch_bytes(R, V, device)`` is what a caller makes
+    of logits besides.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -111,7 +112,7 @@ def resolve(
     tokens = tokens_of(inputs, ranks)
     only_hidden = needs == (True, False, False) and tokens.one_per_row
     scales_rows = only_hidden and not head.filtered and not known_coefficients
-    plan = plan_chunks(
+    plan, backend = plan_chunks(
         tokens if whole_groups else tokens.as_one_group(),
         inputs,
         backend,
@@ -119,6 +120,7 @@ def resolve(
         needs,
         whole_groups=whole_groups,
         waits=not known_coefficients and not scales_rows,
+        scratch_bytes=scratch_bytes,
     )
     return Call(head, backend, way, logits_dtype, needs, inputs.targets, inputs.rows, tokens, plan, scales_rows)
 
@@ -151,14 +153,23 @@ def plan_chunks(
     *,
     whole_groups: bool,
     waits: bool,
-) -> Plan:
-    """Plan the chunks of a call; the last two arguments are those of :func:`make_plan`."""
+    scratch_bytes: Callable[[int, int, torch.device], int] | None = None,
+) -> tuple[Plan, Backend]:
+    """Plan the chunks of a call, and return the backend whose products keep to the plan.
+
+    The last three arguments are those of :func:`make_plan` and :func:`resolve`.
+    """
     head, hidden, weight, shard = inputs.head, inputs.hidden, inputs.weight, inputs.head.vocab_shard
     held = weight.shape[0] if shard is None else shard.largest
     filtered = head.filtered and any(needs)
     copied = tokens.rows_are_copied or filtered or (way.scales_hidden and needs[1])
-    workspace = backend.gemm_workspace(tokens.num_rows, held, weight.shape[1], weight.dtype)
-    workspace += scratch_bytes(held, hidden.device) if filtered else 0
+    # The gradient of a row that serves several groups is added to; hidden states that are gathered may be scaled too.
+    copies = 1 + (needs[0] and not tokens.one_per_row) + (way.scales_hidden and needs[1] and tokens.rows_are_copied)
+    size = tokens.num_rows, held, weight.shape[1], weight.dtype
+    scratch_bytes = filters.scratch_bytes if filtered else scratch_bytes
+    scratch = scratch_bytes(tokens.num_rows, held, hidden.device) if scratch_bytes else 0
+    workspace = backend.gemm_workspace(*size, None) + scratch
+    asked = head.max_logits_bytes is not None and shard is None
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
     plan = make_plan(
@@ -168,14 +179,20 @@ def plan_chunks(
         max_logits_bytes=head.max_logits_bytes,
         default_bytes=default if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
-        gathered_row_bytes=weight.shape[1] * hidden.dtype.itemsize if copied else 0,
+        gathered_row_bytes=copies * weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
+        least_workspace_bytes=backend.gemm_workspace(*size, 1) + scratch if asked else None,
         whole_groups=whole_groups,
         waits=waits,
         buffers=way.buffers,
         block_rows=way.block_rows,
+        tiled_vocab=held if shard is None and way.keeps_statistics else 0,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
-    plan = replace(plan, workspace_bytes=workspace, gemms=plan.gemms - left_out)
-    return plan if way.holds_logits else replace(plan, logits_bytes=0, note="the fused forward holds no logits")
+    plan = replace(plan, workspace_bytes=plan.workspace_bytes if asked else workspace, gemms=plan.gemms - left_out)
+    if plan.workspace_bytes < workspace:
+        backend = backend.within(plan.workspace_bytes - scratch)
+    if not way.holds_logits:
+        plan = replace(plan, logits_bytes=0, note="the fused forward holds no logits")
+    return plan, backend

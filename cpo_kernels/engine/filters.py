@@ -149,9 +149,9 @@ class GradientFilter:
         return Kept(kept, block.row_indices(device)[rows], columns, shares, spare)
 
 
-def scratch_bytes(vocab: int, device: torch.device) -> int:
+def scratch_bytes(rows: int, vocab: int, device: torch.device) -> int:
     """Count the bytes of a filtered call besides logits and gathered rows: three float32 tiles, (V,) statistics."""
-    return 4 * (3 * tile_elements(device) + STATISTICS * vocab)
+    return 4 * (3 * min(tile_elements(device), rows * vocab) + STATISTICS * vocab)
 
 
 def active_rows(block: Block, active: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class LinearHead:
 
     This class runs a matrix product into a workspace, which the row kernels read once. Subclasses do it in other ways,
     see :mod:`cpo_kernels.engine.ways`; the loop passes on what they keep between forward and gradient without reading
-    it. ``holds_logits`` says whether there is a workspace at all, ``scales_hidden`` whether GEMM 3 takes a scaled copy;
+    it. ``holds_logits`` says whether there is a workspace at all, ``scales_hidden`` whether GEMM 3 takes a scaled copy,
+    ``keeps_statistics`` whether the gradient can be made of statistics and logits that are computed anew;
     ``buffers`` is the number of blocks that the workspace holds, ``block_rows`` the number of rows of a block, at most.
     """
 
@@ -61,6 +62,7 @@ class LinearHead:
 
     holds_logits: ClassVar[bool] = True
     scales_hidden: ClassVar[bool] = False
+    keeps_statistics: ClassVar[bool] = True
     buffers: ClassVar[int] = 1
     block_rows: ClassVar[int | None] = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .call import Call, Grads
 from .derivatives import first_order_only
 from .head import Forward, LinearHead
 from .loop import Gradients, gradient
+from .tokens import Block
 
 
 class TokenLogps(NamedTuple):
@@ -60,13 +61,21 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
 def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
     """Compute the gradients of ``sum_n grad_logps_n * logp_n`` from the kept forward, overwritten, or a new one."""
     blocks = call.blocks()
-    coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
-    grads = Gradients(linear, call.needs, num_blocks=len(blocks), rows_once=True)
+    grads = Gradients(linear, call, num_blocks=len(blocks), rows_once=True)
     workspace = linear.workspace(call.plan.rows_held) if kept is None else None
-    for block in blocks:  # a kept forward has a single block
-        done = linear.forward(block, workspace) if kept is None else kept
-        grads.add(gradient(linear, block, done, coef[block.order]))
+    add_blocks(
+        grads, blocks, workspace, kept, call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
+    )
+    del workspace, kept
     return call.summed(grads.result())
+
+
+def add_blocks(grads: Gradients, blocks: list[Block], workspace: Any, kept: Forward | None, coef: Tensor) -> None:
+    """Add what every block gives for the coefficients (n,) of all slots; a kept forward has a single block."""
+    for block in blocks:
+        done = grads.linear.forward(block, workspace) if kept is None else kept
+        grads.keep(block, done, coef[block.order], 0)
+        grads.add(gradient(grads.linear, block, done, coef[block.order]))
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -77,23 +86,26 @@ class LinearTokenLogps(torch.autograd.Function):
         """Return the log-probabilities (N,)."""
         with own_arithmetic(hidden.device):
             result = run_token_logps(call, call.bind(hidden, weight, bias))
-        ctx.save_for_backward(hidden, weight, bias, result.unscaled, *call.given)
-        ctx.call, ctx.done = call, result.done
+        ctx.save_for_backward(hidden, weight, bias, *call.given)
+        ctx.call, ctx.done, ctx.unscaled = call, result.done, result.unscaled
         return result.logps
 
     @staticmethod
     def backward(ctx, grad_logps):
         """Scale the gradient that forward built, or use the logits that it kept, or recompute them."""
-        hidden, weight, bias, unscaled, *given = ctx.saved_tensors
+        hidden, weight, bias, *given = ctx.saved_tensors
         call = ctx.call.with_given(*given)
-        # The kept logits are overwritten, so a retained graph recomputes them the second time.
+        # Both are overwritten, so a retained graph makes them anew the second time, in the same way.
         done, ctx.done = ctx.done, None
+        unscaled, ctx.unscaled = ctx.unscaled, None
         with torch.no_grad(), own_arithmetic(hidden.device):
-            grads: Grads = (None, None, None)
-            if unscaled is not None:
-                grad, coef = unscaled.clone(), call.tokens.of_slots(grad_logps)
-                call.backend.scale_rows_(grad, call.tokens.device_rows, call.tokens.targets, coef)
-                grads = grad, None, None
+            linear = call.bind(hidden, weight, bias)
+            grads: Grads
+            if call.scales_rows:
+                unscaled = run_token_logps(call, linear).unscaled if unscaled is None else unscaled
+                coef = call.tokens.of_slots(grad_logps)
+                call.backend.scale_rows_(unscaled, call.tokens.device_rows, call.tokens.targets, coef)
+                grads = unscaled, None, None
             else:
-                grads = token_logps_grads(call, call.bind(hidden, weight, bias), done, grad_logps)
+                grads = token_logps_grads(call, linear, done, grad_logps)
         return (*first_order_only(grads, grad_logps, hidden, weight, bias), None)

@@ -14,6 +14,7 @@ from . import products
 from .filters import GradientFilter, Kept, mean_row
 from .head import Forward, LinearHead
 from .tokens import Block, Tokens, split_blocks
+from .weight_tiles import TiledWeightGrad
 
 if TYPE_CHECKING:
     from .call import Call
@@ -67,17 +68,21 @@ class SequenceLoss(Protocol):
 class Gradients:
     """Gradients of (hidden, weight, bias), summed over blocks; None where not needed.
 
-    ``rows_once`` says that no row is in two blocks. A row that predicts several tokens may be in several chunks.
+    ``rows_once`` says that no row is in two blocks. A row that predicts several tokens may be in several chunks. Where
+    the plan has tiles, the gradient of the weight is made of what is kept of all blocks, once their memory is free.
     """
 
-    def __init__(self, linear: LinearHead, needs: tuple[bool, bool, bool], *, num_blocks: int, rows_once: bool) -> None:
-        self.linear = linear
+    def __init__(self, linear: LinearHead, call: Call, *, num_blocks: int, rows_once: bool) -> None:
+        self.linear, needs, tiles = linear, call.needs, call.plan.tiles
         self.rows_once = rows_once
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.trained = slice(linear.head.frozen_columns, None)
         self.weight = (
-            products.WeightGrad(linear.backend, linear.weight[:, self.trained], num_blocks) if needs[1] else None
+            products.WeightGrad(linear.backend, linear.weight[:, self.trained], num_blocks)
+            if needs[1] and tiles is None
+            else None
         )
+        self.tiled = None if tiles is None else TiledWeightGrad(linear, call.tokens, tiles)
         self.bias = None
         if needs[2] and linear.bias is not None:
             self.bias = torch.zeros_like(linear.bias, dtype=accumulate_dtype(linear.bias.dtype))
@@ -96,6 +101,11 @@ class Gradients:
             self.weight.add(dlogits, hidden)
         if self.bias is not None:
             products.add_bias_grad(backend, dlogits, scale, self.bias)
+
+    def keep(self, block: Block, forward: Forward, coef: Tensor, first: int) -> None:
+        """Keep what tiles need of a block, if there are tiles; ``coef`` (n,) are those of its slots."""
+        if self.tiled is not None:
+            self.tiled.keep(block, forward, coef, first)
 
     def add_columns(self, kept: Kept, columns: Tensor) -> None:
         """Add a block of which only ``columns`` (c,) of the vocabulary are kept, and the sum of the other columns."""
@@ -120,10 +130,16 @@ class Gradients:
 
     def weight_result(self) -> Tensor | None:
         """Return the gradient (V, H) of the weight, 0 in its frozen columns; None where not needed."""
-        if self.weight is None or not self.trained.start:
-            return None if self.weight is None else self.weight.result()
+        if self.tiled is not None:
+            grad = self.tiled.result(self.trained)
+        elif self.weight is not None:
+            grad = self.weight.result()
+        else:
+            return None
+        if not self.trained.start:
+            return grad
         whole = torch.zeros_like(self.linear.weight, memory_format=torch.contiguous_format)
-        whole[:, self.trained] = self.weight.result()
+        whole[:, self.trained] = grad
         return whole
 
 
@@ -135,7 +151,7 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
     """
     tokens, plan, needs_any = call.tokens, call.plan, any(call.needs)
     num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
-    grads = Gradients(linear, call.needs, num_blocks=num_blocks, rows_once=tokens.one_per_row)
+    grads = Gradients(linear, call, num_blocks=num_blocks, rows_once=tokens.one_per_row)
     workspace, dtype = linear.workspace(plan.rows_held), accumulate_dtype(linear.logits_dtype)
     sums, checks = list[Tensor](), [tokens.check, loss.check]  # to be run once the device is busy
     for chunk in plan.chunks:
@@ -154,6 +170,7 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
             if call.scales_rows:
                 grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
             elif known is not None:
+                grads.keep(block, forward, known[block.order], first)
                 grads.add(gradient(linear, block, forward, known[block.order]))
             else:
                 waiting.append((block, forward))
@@ -165,6 +182,7 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
         if call.scales_rows and grads.hidden is not None:  # in the one chunk of the call
             linear.backend.scale_rows_(grads.hidden, tokens.device_rows, tokens.targets, coef)
         for block, forward in waiting:
+            grads.keep(block, forward, coef[block.order], first)
             done = linear.recompute(block, workspace, forward) if chunk.recomputed else forward
             kept: Kept | None
             kept = whole = gradient(linear, block, done, coef[block.order])

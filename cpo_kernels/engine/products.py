@@ -56,12 +56,12 @@ def scaled_hidden(hidden: Tensor, scale: Tensor | None, absent: Tensor | None) -
 
 def add_bias_grad(backend: Backend, dlogits: Tensor, scale: Tensor | None, grad: Tensor) -> None:
     """Add ``scale @ dlogits``, or the sum of the rows without a scale, to ``grad``: (r,), (r, V) -> (V,)."""
-    if scale is None:
-        grad += dlogits.sum(0, dtype=grad.dtype)
+    if scale is None and dlogits.dtype == grad.dtype:
+        grad += dlogits.sum(0)
         return
-    # Half precision holds a scale in two parts, which one product reads.
-    high = scale.to(dlogits.dtype)
-    parts = [high] if dlogits.dtype == scale.dtype else [high, (scale - high).to(dlogits.dtype)]
+    # A sum in another dtype would copy dlogits. Half precision holds a scale in two parts, which one product reads.
+    high = dlogits.new_ones(dlogits.shape[0]) if scale is None else scale.to(dlogits.dtype)
+    parts = [high] if scale is None or dlogits.dtype == scale.dtype else [high, (scale - high).to(dlogits.dtype)]
     sums = grad.new_empty((dlogits.shape[1], len(parts)))
     backend.gemm_(dlogits.t(), torch.stack(parts, 1), sums, False)
     grad += sums.sum(1)
@@ -83,15 +83,19 @@ class WeightGrad:
 
     A float32 gradient is summed in place. A half-precision sum over several blocks is accumulated in float32 where the
     product itself can (:func:`float32_sums`); elsewhere it is held as two halves (``gemm_pair_``), the high one being
-    the gradient, which is nearly as exact and takes 2 more bytes an element instead of 4.
+    the gradient, which is nearly as exact and takes 2 more bytes an element instead of 4. ``out`` is memory for the
+    result, or None.
     """
 
-    def __init__(self, backend: Backend, weight: Tensor, num_blocks: int) -> None:
+    def __init__(self, backend: Backend, weight: Tensor, num_blocks: int, out: Tensor | None = None) -> None:
         self.backend = backend
         self.dtype = weight.dtype
         half_sum, wide = weight.dtype.itemsize < 4 and num_blocks > 1, float32_sums(weight.device)
         sum_dtype = torch.float32 if half_sum and wide else weight.dtype
-        self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=torch.contiguous_format)
+        self.out = out
+        here = None if out is None or out.dtype != sum_dtype else out
+        contiguous = torch.contiguous_format
+        self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=contiguous) if here is None else here
         self.low = torch.empty_like(self.value) if half_sum and not wide else None
         self.empty = True
         self.rest: list[tuple[Tensor, Tensor]] = []
@@ -169,4 +173,6 @@ class WeightGrad:
         """Return the sum, zero when no block was added."""
         self.zero_if_empty()
         self.add_rest_()
-        return self.value.to(self.dtype)
+        if self.out is None or self.out is self.value:
+            return self.value.to(self.dtype)
+        return self.out.copy_(self.value)

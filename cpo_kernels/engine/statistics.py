@@ -204,7 +204,8 @@ def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, shape: torch.
     """Run :func:`linear_token_statistics` on checked inputs; samples come as (..., num_samples)."""
     plain = draws is None and not entropy
     # Entropies and samples are computed from logits.
-    call = resolve(inputs, (False, False, False), whole_groups=False, way=None if plain else LinearHead)
+    given: dict[str, Any] = {} if plain else {"way": LinearHead, "scratch_bytes": sampling.scratch_bytes}
+    call = resolve(inputs, (False, False, False), whole_groups=False, **given)
     linear, blocks = call.bind(*inputs.tensors), call.blocks()
     fused = not plain and call.backend.linear_statistics is not None
     buffer = None if fused else linear.workspace(call.plan.rows_held)

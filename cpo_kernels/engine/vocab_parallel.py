@@ -97,7 +97,8 @@ class VocabShard:
 
     def rows(self, kernels: RowKernels | RowOperators) -> RowKernels:
         """Return row kernels that take local logits (R, size) and targets of the whole vocabulary."""
-        return RowKernels(partial(self._forward, kernels), _no_separate_gradient, partial(self._backward_, kernels))
+        backward_ = partial(backward_of_words_, kernels, self.start)
+        return RowKernels(partial(self._forward, kernels), _no_separate_gradient, backward_)
 
     def sum_grad_hidden(self, grad: Tensor | None) -> Tensor | None:
         """Sum the gradient of hidden (R, H) over the processes, in float32 or better, unless the caller does it."""
@@ -110,12 +111,6 @@ class VocabShard:
         distributed.all_reduce(values, group=self.group)
         return values
 
-    def _local_targets(self, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Tell which tokens (N,) have a local word, and return targets (N,) among local words, 0 for other words."""
-        here = (targets >= self.start) & (targets < self.start + self.size)
-        local = (targets - self.start).where(here, 0)
-        return here, local.where(targets != IGNORE_INDEX, IGNORE_INDEX)
-
     def _forward(
         self,
         kernels: RowKernels | RowOperators,
@@ -126,7 +121,7 @@ class VocabShard:
         *transform: float,
     ) -> tuple[Tensor, Tensor]:
         """Compute statistics (2, R) and log-probabilities (N,) of the whole vocabulary by one all-gather of 2 R + N."""
-        here, local = self._local_targets(targets)
+        here, local = local_targets(targets, self.start, self.size)
         stats, logps = kernels.forward(logits, local, row_starts, bias, *transform)
         rows = rows_of_tokens(targets, row_starts)
         # A shard whose words are all impossible (vocabulary padding with a bias of -inf) adds nothing.
@@ -144,29 +139,41 @@ class VocabShard:
         logp = logp.masked_fill(targets == IGNORE_INDEX, 0.0)
         return torch.stack([top, log_sum]).to(stats.dtype), logp.to(stats.dtype)
 
-    def _backward_(
-        self,
-        kernels: RowKernels | RowOperators,
-        logits: Tensor,
-        targets: Tensor,
-        row_starts: Tensor | None,
-        stats: Tensor,
-        coef: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
-        temperature: float,
-        grad_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write the local columns of the gradient. Words of other shards go to column 0, which is then recomputed."""
-        here, local = self._local_targets(targets)
-        transform = (logit_scale, softcap, temperature)
-        first_bias = None if bias is None else bias[0]
-        counted = coef.where(local != IGNORE_INDEX, 0.0)
-        own = counted.where(here & (local == 0), 0.0)
-        column = column_gradient(logits[:, 0].to(stats.dtype), own, counted, row_starts, stats, first_bias, *transform)
-        kernels.backward_(logits, local, row_starts, stats, coef, bias, *transform, grad_dtype)
-        narrow_view(logits, grad_dtype or logits.dtype)[:, 0] = column
+
+def local_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Tell which targets (N,) are of some words, and return them (N,) among those words, 0 for other words."""
+    here = (targets >= start) & (targets < start + size)
+    local = (targets - start).where(here, 0)
+    return here, local.where(targets != IGNORE_INDEX, IGNORE_INDEX)
+
+
+def backward_of_words_(
+    kernels: RowKernels | RowOperators,
+    start: int,
+    logits: Tensor,
+    targets: Tensor,
+    row_starts: Tensor | None,
+    stats: Tensor,
+    coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+) -> None:
+    """Write the gradient of ``sum_n coef_n * logp_n`` over the logits (r, size) of some words, from ``start`` on.
+
+    Targets (n,) and statistics (2, r) are those of the whole vocabulary, ``bias`` is that of the words. Targets among
+    other words go to column 0, which is then computed again.
+    """
+    here, local = local_targets(targets, start, logits.shape[1])
+    transform = (logit_scale, softcap, temperature)
+    first_bias = None if bias is None else bias[0]
+    counted = coef.where(local != IGNORE_INDEX, 0.0)
+    own = counted.where(here & (local == 0), 0.0)
+    column = column_gradient(logits[:, 0].to(stats.dtype), own, counted, row_starts, stats, first_bias, *transform)
+    kernels.backward_(logits, local, row_starts, stats, coef, bias, *transform, grad_dtype)
+    narrow_view(logits, grad_dtype or logits.dtype)[:, 0] = column
 
 
 def column_gradient(

@@ -40,6 +40,8 @@ class ForwardWithoutLogits(LinearHead):
 class KeptInPlaceOfLogits(LinearHead):
     """A fused forward that leaves what the gradient needs, in the dtype of hidden, in place of float32 logits."""
 
+    keeps_statistics = False
+
     @classmethod
     def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
         """Count the bytes that are kept for a row."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ops, plain
 
 
-def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
+def no_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype, threads: int | None = None) -> int:
     """Return 0: torch does not tell what its matrix products take besides their operands."""
     return 0
 
@@ -75,7 +75,9 @@ class Backend:
         rows: row kernels; signatures as in :mod:`cpo_kernels.kernels.ops`. ``forward`` is differentiable.
         gemm_: ``(a, b, out, accumulate)``, the matrix product.
         gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
-        gemm_workspace: ``(R, V, H, dtype)`` to the bytes that the products take besides their operands.
+        gemm_workspace: ``(R, V, H, dtype, threads)`` to the most bytes that the products take besides their operands,
+            on all threads where ``threads`` is None.
+        gemms_within: bytes to ``gemm_`` and ``gemm_pair_`` in so much workspace, on fewer threads if need be, or None.
         column_stats: (r, V) to (2, V), largest absolute value and absolute sum of each column.
         take_columns: (r, V), (k,), (c,) to (k, c + 1), some columns of some rows, and each row's sum of the rest.
         scale_rows_: ``(grad, rows, targets, coef)``, rows of (R, H) times the coefficients of their slots, in place.
@@ -98,7 +100,8 @@ class Backend:
     rows: ops.RowKernels | ops.RowOperators
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
-    gemm_workspace: Callable[[int, int, int, torch.dtype], int] = no_workspace
+    gemm_workspace: Callable[[int, int, int, torch.dtype, int | None], int] = no_workspace
+    gemms_within: Callable[[int], tuple[Callable[..., None], Callable[..., None]]] | None = None
     column_stats: Callable[[Tensor], Tensor] = plain.column_stats
     take_columns: Callable[[Tensor, Tensor, Tensor], Tensor] = plain.take_columns
     scale_rows_: Callable[[Tensor, Tensor | None, Tensor, Tensor], None] = plain.scale_rows_
@@ -121,6 +124,13 @@ class Backend:
             return f"backend {self.name!r} takes {', '.join(map(str, self.dtypes))}, got {dtype}"
         # torch.compile cannot trace a question to the driver; Triton's compiler refuses old devices there.
         return None if self.too_old is None or torch.compiler.is_compiling() else self.too_old(device)
+
+    def within(self, workspace: int) -> Backend:
+        """Return this backend with products that take at most so many bytes of workspace, where it has any."""
+        if self.gemms_within is None:
+            return self
+        gemm_, gemm_pair_ = self.gemms_within(workspace)
+        return replace(self, gemm_=gemm_, gemm_pair_=gemm_pair_)
 
     def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
         """Return this backend with other row kernels and without any kernel that would go around them."""

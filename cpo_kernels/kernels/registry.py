@@ -6,6 +6,7 @@ once. :mod:`cpo_kernels.kernels.selection` says which backend a call uses for wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -126,6 +127,11 @@ class Status:
     reason: str
 
 
+def gemms_within(workspace: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Return the products of the compiled CPU kernels in a workspace of at most so many bytes."""
+    return cpu_gemm.limited(ops.gemm_, workspace), cpu_gemm.limited(ops.gemm_pair_, workspace)
+
+
 BACKENDS = {
     "torch": Backend(
         name="torch",
@@ -143,6 +149,7 @@ BACKENDS = {
         gemm_=ops.gemm_,
         gemm_pair_=ops.gemm_pair_,
         gemm_workspace=cpu_gemm.gemm_workspace,
+        gemms_within=gemms_within,
         column_stats=ops.column_stats,
         take_columns=ops.take_columns,
     ),

@@ -7,24 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.numerics import (
-    IGNORE_INDEX,
-    long_slices,
-)
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, long_slices, tile_elements
 
 from .device import is_host
 from .transform import transform_logits
+
+# Float32 tiles that are held at once, of as many numbers as are converted at a time.
+TILES = 6
+
+
+def scratch_bytes(rows: int, vocab: int, device: torch.device) -> int:
+    """Count the bytes that entropies and samples of logits (R, V) take besides them."""
+    return 4 * TILES * min(max(tile_elements(device), vocab), rows * vocab)
 
 
 def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
     """Return the entropy (R,) in nats of the softmax of each row, from the row statistics (2, R)."""
     parts = []
-    for tile in long_slices(*logits.shape):
+    for tile in long_slices(logits.shape[0], logits.shape[1], tile_elements(logits.device)):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
         # The maximum is subtracted first: added to it, the small logarithm would be rounded to the size of the logits.
-        log_p = y - stats[0, tile, None] - stats[1, tile, None]
+        log_p = (y - stats[0, tile, None]).sub_(stats[1, tile, None])
         p = log_p.exp()
-        parts.append(-torch.where(p == 0, 0.0, p * log_p).sum(-1))
+        parts.append(-p.mul_(log_p.masked_fill_(p == 0, 0.0)).sum(-1))
     return torch.cat(parts) if parts else stats[0]
 
 
@@ -45,10 +50,11 @@ def row_samples(
 
 def row_tiles(logits: Tensor, wanted: Tensor | None) -> list[Any]:
     """Return the rows to draw from, some at a time; on a host, which waits for nothing, those that want a sample."""
+    elements = tile_elements(logits.device)
     if wanted is None or not is_host(logits.device):
-        return list(long_slices(*logits.shape))
+        return long_slices(logits.shape[0], logits.shape[1], elements)
     rows = wanted.any(1).nonzero().squeeze(1)
-    return [rows[tile] for tile in long_slices(len(rows), logits.shape[1])]
+    return [rows[tile] for tile in long_slices(len(rows), logits.shape[1], elements)]
 
 
 def words_at(masses: Tensor, uniforms: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ class CPOConfig(TrainingArguments):
     max_prompt_length: int | None = _option(
         None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
-    max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. None: the backend's.")
+    max_logits_bytes: int | None = _option(None, "Budget of all that the loss holds at once. None: the backend's.")
     candidate_eps: float | None = _option(
         None, "Leave candidates that the contrast has settled out of the gradient: see cpo_kernels.options."
     )

@@ -8,6 +8,7 @@
 #include "cpu/bind_gemm.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/peak.h"
 #include "cpu/row_dispatch.h"
 #include "cuda_summary.h"  // written by setup.py
 
@@ -71,6 +72,12 @@ void take_columns(const std::string& isa, int dtype, Address grad, Size rows, Si
   cpo::take_columns(chosen, type, args, threads);
 }
 
+double peak_multiply_adds(int dtype, int threads, double seconds) {
+  const cpo::DType type = parse_dtype(dtype);
+  py::gil_scoped_release release;
+  return cpo::peak_multiply_adds(type, threads, seconds);
+}
+
 void use_openmp(Address parallel, Address thread_num, Address num_threads) {
   cpo::use_openmp({reinterpret_cast<decltype(cpo::OpenMp::GOMP_parallel)>(parallel),
                    reinterpret_cast<decltype(cpo::OpenMp::omp_get_thread_num)>(thread_num),
@@ -95,6 +102,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         "omp_get_thread_num"_a, "omp_get_num_threads"_a);
   m.def("compiled_isas", &cpo::compiled_isas, "Instruction sets compiled in, slowest first.");
   m.def("supported_isas", &cpo::supported_isas, "Those of them that this machine runs, slowest first.");
+  m.def("peak_multiply_adds", &peak_multiply_adds, py::kw_only(), "dtype"_a, "threads"_a, "seconds"_a,
+        "Multiply-adds a second on registers alone, 0 where this machine has no kernel for them.");
   cpo::bind_gemm(m);
   m.def("row_forward", &row_forward, py::kw_only(), "isa"_a, "dtype"_a, "logits"_a, "rows"_a, "vocab"_a, "row_stride"_a,
         "targets"_a, "row_starts"_a, "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "stats"_a, "logps"_a, "threads"_a);

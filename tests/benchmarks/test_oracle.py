@@ -18,14 +18,18 @@ from benchmarks.oracle import Dense, Oracle, Oracles
 from benchmarks.peers import BUILDERS, build, ours
 from benchmarks.problem import IGNORE, contrast, draw
 from benchmarks.setting import CPU
+from benchmarks.shapes import CCE
 from cpo_kernels import CandidateLayout, linear_cpo_loss
+from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
 pytestmark = pytest.mark.cpu
 
 SHAPE = shapes.fp32("quick", shapes.SMALL, 4, 16, rounds=1, variants=False)
 HALF = replace(SHAPE, prompt_share=0.5)
 # Peers that compile take seconds each, so they are run once, by the slow test
-COMPILING = ("torch.compile", "Liger CPO", "Cut Cross-Entropy")
+COMPILING = ("torch.compile", "Liger CPO", CCE)
+FIRST = {contestants.FLOOR, contestants.OURS}
+FIRST |= {contestants.FLOOR_OURS} if cpu_gemm.gemm_supported(torch.float32, torch.float32) else set()
 PLAIN = [name for name in BUILDERS if name not in (*COMPILING, "QuACK")]
 
 
@@ -155,6 +159,18 @@ def test_the_floor_computes_all_three_products():
         Floor(hidden, weight, [4, 4])
 
 
+@pytest.mark.parametrize("mode", ["trained", "frozen", "no_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_floor_of_ours_has_the_products_of_torchs(dtype, mode):
+    """By the engine's own products, whose sums over chunks are rounded once."""
+    problem = draw(replace(HALF, dtype=dtype, mode=mode, smallest_budget=True))
+    budget = smallest_budget(problem)
+    (_, found), (_, expected) = (Floor.of(problem, budget, ours=ours_too)() for ours_too in (True, False))
+    assert len(found) == len(expected) == contestants.PRODUCTS[mode] - 1
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("shape", shapes.QUICK_CASES, ids=lambda shape: shape.name)
 def test_the_floor_multiplies_the_rows_of_our_plan(shape):
     problem = draw(shape)
@@ -168,8 +184,8 @@ def test_the_floor_multiplies_the_rows_of_our_plan(shape):
 def test_rates_are_of_the_products_of_rows_that_predict():
     found = contestants.rates(replace(HALF, dtype=torch.bfloat16), {"bfloat16": 2e-6}, 2.0)
     assert found["tflops"] == pytest.approx(3 * 2 * 128 * 509 * 32 / 2e12)
-    assert found["of_tflops"] == found["tflops"] / 2e-6
-    assert "of_tflops" not in contestants.rates(HALF, {"bfloat16": 2e-6}, 2.0)
+    assert found["of_peak"] == found["tflops"] / 2e-6
+    assert "of_peak" not in contestants.rates(HALF, {"bfloat16": 2e-6}, 2.0)
 
 
 def everyone(shape, names) -> dict[str, str]:
@@ -182,14 +198,12 @@ def everyone(shape, names) -> dict[str, str]:
 def test_every_plain_peer_computes_the_same_loss(every_peer, dtype, work):
     notes = everyone(replace(HALF, dtype=dtype, work=work), PLAIN)
     expected = set(PLAIN) - ({"TRL fused head"} if work == shapes.NLL else set())
-    assert notes.keys() == expected | {contestants.FLOOR, contestants.OURS} and not any(notes.values())
+    assert notes.keys() == expected | FIRST and not any(notes.values())
 
 
 def test_every_compiling_peer_computes_the_same_loss(every_peer):
     notes = everyone(HALF, COMPILING)
-    assert notes.keys() == {*COMPILING, contestants.OURS_PAIRS, contestants.FLOOR, contestants.OURS} and not any(
-        notes.values()
-    )
+    assert notes.keys() == {*COMPILING, contestants.OURS_PAIRS, *FIRST} and not any(notes.values())
 
 
 def test_a_peer_that_is_not_there_says_so(monkeypatch):

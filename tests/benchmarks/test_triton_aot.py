@@ -14,7 +14,7 @@ from project import ROOT
 
 pytest.importorskip("triton")
 
-from benchmarks.kernels import aot, aot_versions
+from benchmarks.kernels import aot
 from benchmarks.kernels.aot_cases import CASES, WGMMA, WIDE_LOAD, WIDE_STORE
 from benchmarks.records import Part, Record
 from cpo_kernels.kernels.triton import tuning
@@ -148,7 +148,7 @@ def test_what_other_versions_found_is_in_the_report(tmp_path, monkeypatch):
 def test_the_committed_report_is_of_all_cases_and_versions():
     """Made anew by `make check-triton` when a case is added or renamed."""
     part = aot.load(aot.RESULTS)
-    assert set(part.environment["triton"]) == set(aot_versions.VERSIONS)
+    assert set(part.environment["triton"]) == set(aot.VERSIONS)
     assert {(r.contestant, r.case) for r in part.records} == {(c, t) for c in CASES for t in aot.TARGETS}
     assert not any(record.note for record in part.records)
     assert (aot.RESULTS / "triton-aot.md").read_text() == aot.page(part)

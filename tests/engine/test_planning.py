@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,3 +157,19 @@ def test_a_plan_computes_nothing_and_takes_the_arguments_of_the_loss():
     assert linear_cpo_loss(**problem.arguments(), **options).loss.isnan()
     with pytest.raises(TypeError, match="temprature"):
         plan(**problem.arguments(), temprature=1.0)
+
+
+@pytest.mark.parametrize("budget", [None, 30 * 2**20], ids=["default", "explicit"])
+def test_a_plan_prints_the_sum_that_its_peak_is(budget):
+    """The default is 256 MiB for logits with what goes with them; the terms of either make up the bytes of the plan."""
+    hidden = torch.zeros(24, 4, 32, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(50257, 64, dtype=torch.bfloat16, requires_grad=True)
+    made = plan(hidden, weight, torch.zeros(24, 4, 32, dtype=torch.int64), max_logits_bytes=budget, backend="torch")
+    first, memory, *_ = str(made).splitlines()
+    assert first == f"{len(made.chunks)} chunks of 3072 rows in all, 3 GEMMs"
+    terms, total, allowed = re.fullmatch(r"memory: (.+) = ([\d.]+) MiB, budget ([\d.]+) MiB", memory).groups()
+    sizes = {name: float(size) for name, size in re.findall(r"(\w+) ([\d.]+)", terms)}
+    assert sizes["accumulator"] == pytest.approx(50257 * 64 * 2 / 2**20, abs=0.06)
+    assert sum(sizes.values()) == pytest.approx(float(total), abs=0.2) == pytest.approx(made.bytes / 2**20, abs=0.2)
+    assert float(allowed) == pytest.approx(30 if budget else 256 + sizes["accumulator"], abs=0.2)
+    assert made.bytes <= made.budget_bytes

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +48,7 @@ def gemm(
 
     Where both inputs are bfloat16 and the machine has AVX512_BF16, products are of bfloat16 pairs (subnormal inputs
     count as zero); otherwise half precision is widened to float32 first. The result is bitwise the same for any number
-    of threads. The workspace is at most 4 MiB a thread, and 8 MiB where half-precision results are summed over blocks
-    of k.
+    of threads. The workspace is some MiB a thread, more where half-precision results are summed over blocks of k.
 
     Args:
         a: (M, K) float32, bfloat16 or float16, with any strides; a row-major one is read where it
@@ -91,6 +92,9 @@ def gemm(
         "out_dtype": DTYPE_CODES[out.dtype],
         "threads": torch.get_num_threads() if threads is None else threads,
     }
+    limit = getattr(_kept, "limit", None)
+    while limit is not None and int(size["threads"]) > 1 and _workspace_bytes(**size) > limit:
+        size["threads"] = int(size["threads"]) * 3 // 4
     workspace = _workspace(_workspace_bytes(**size))
     extension().gemm(
         **size,
@@ -114,6 +118,12 @@ def _workspace_bytes(**size: str | int) -> int:
     return size_in_bytes
 
 
+@lru_cache(maxsize=256)
+def _most_workspace_bytes(**size: str | int) -> int:
+    size_in_bytes: int = extension().most_workspace_bytes(**size)
+    return size_in_bytes
+
+
 _kept = threading.local()
 
 
@@ -127,6 +137,19 @@ def _workspace(size: int) -> Tensor:
     return workspace
 
 
+def limited(product_: Callable[..., None], workspace: int) -> Callable[..., None]:
+    """Return a product by :func:`gemm` that takes at most so many bytes of workspace, on fewer threads if need be."""
+
+    def run_(*arguments: Any) -> None:
+        _kept.limit = workspace
+        try:
+            product_(*arguments)
+        finally:
+            _kept.limit = None
+
+    return run_
+
+
 def private_pages(size: int) -> mmap.mmap | bytearray:
     """Return zeroed memory that a forked process writes to a copy of."""
     if hasattr(mmap, "MAP_PRIVATE"):
@@ -134,16 +157,25 @@ def private_pages(size: int) -> mmap.mmap | bytearray:
     return bytearray(size)
 
 
-def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Return the most bytes that :func:`gemm` takes, and keeps, for the three products of a call of these sizes."""
+def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype, threads: int | None = None) -> int:
+    """Return the most bytes that :func:`gemm` takes, and keeps, for the products of a call of these sizes.
+
+    It holds for any block of its rows, and for any tile of its vocabulary; on torch's threads where none are given.
+    """
     if not gemm_supported(dtype, dtype):
         return 0
-    code, threads = DTYPE_CODES[dtype], torch.get_num_threads()
-    dtypes = {"a_dtype": code, "b_dtype": code, "out_dtype": code}
-    products = ((rows, vocab, hidden_size), (rows, hidden_size, vocab), (vocab, hidden_size, rows))
-    return max(
-        _workspace_bytes(isa=cpu_extension.isa(), m=m, n=n, k=k, **dtypes, threads=threads) for m, n, k in products
-    )
+    size = {"rows": -(-rows // 64) * 64, "vocab": vocab, "hidden": hidden_size, "dtype": DTYPE_CODES[dtype]}
+    return _most_workspace_bytes(isa=cpu_extension.isa(), threads=threads or torch.get_num_threads(), **size)
+
+
+def peak_flops(dtype: torch.dtype, seconds: float) -> float:
+    """Measure the most floating-point operations a second that torch's threads reach in products of ``dtype``.
+
+    Multiply-adds on registers alone, two operations each, by the widest instructions of this machine; 0 without any.
+    """
+    size = {"dtype": DTYPE_CODES[dtype], "threads": torch.get_num_threads(), "seconds": seconds}
+    rate: float = extension().peak_multiply_adds(**size)
+    return 2 * rate
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:

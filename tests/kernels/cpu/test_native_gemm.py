@@ -197,6 +197,28 @@ def test_workspace_is_bounded(isa, shape, threads):
         assert allocated <= threads * (4 if out_dtype == 0 else 8) * 2**20
 
 
+@pytest.mark.parametrize("dtype", [0, 1])
+@pytest.mark.parametrize("size", [(1024, 50257, 768), (300, 32000, 3200), (70, 999, 24)], ids=str)
+def test_the_most_workspace_is_that_of_any_block_of_rows(isa, size, dtype):
+    """A block of fewer rows may take more than all of them, since blocks are evened out: the plan counts the most."""
+    rows, vocab, hidden = size
+    threads, dtypes = 2, {"a_dtype": dtype, "b_dtype": dtype, "out_dtype": dtype}
+    module = cpu_extension.extension()
+    most = module.most_workspace_bytes(isa=isa, rows=rows, vocab=vocab, hidden=hidden, dtype=dtype, threads=threads)
+    for r in (*range(1, rows, 13), rows):
+        for m, n, k in ((r, vocab, hidden), (r, hidden, vocab), (vocab, hidden, r)):
+            own = module.gemm_workspace_bytes(isa=isa, m=m, n=n, k=k, threads=threads, **dtypes)
+            assert own <= 1.01 * most, (m, n, k)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_multiply_adds_is_measured(dtype):
+    rate = cpu_gemm.peak_flops(dtype, 0.02)
+    assert rate > 0 if cpu_gemm.gemm_supported(torch.float32, torch.float32) else rate >= 0
+    with pytest.raises(ValueError, match="dtype code 9"):
+        cpu_extension.extension().peak_multiply_adds(dtype=9, threads=1, seconds=0.01)
+
+
 A, B, OUT = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
 
 
