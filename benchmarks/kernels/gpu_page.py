@@ -43,7 +43,7 @@ def measured_on(name: str, ours: str, sizes: dict[str, object]) -> str:
 
 
 def everywhere(parts: Parts) -> str:
-    """Return the rates of every card, and the predicted times of loss and gradients, with the band."""
+    """Return the rates of every card, and predictions of loss and gradients of every head, with their band."""
     cards, own_band = [card(name) for name in CARDS], ratios(parts)
     table = [["products, TFLOP/s", *(f"{own.rate / 1e12:.0f}" for own in cards)]]
     table += [["bandwidth, TB/s", *(f"{own.bandwidth / 1e12:.2f}" for own in cards)]]
