@@ -201,9 +201,8 @@ def without_gradients(parts: Parts) -> Iterator[Bar]:
     floor = "floor_ours" if any("floor_ours" in record.values for record in found) else "floor"
     yield from held(found, floor, NO_GRAD_LOSS, what, label=sizes)
     if "gpu" in parts:
-        yield from held(
-            parts["gpu"].select(OURS), "of_product", NO_GRAD_LOSS, f"on a GPU, {what}", label=sizes, why="gpu"
-        )
+        found, what = parts["gpu"].select(OURS), f"on a GPU, {what}"
+        yield from held(found, "of_product", NO_GRAD_LOSS, what, label=sizes, why="gpu")
 
 
 def natural_lengths(parts: Parts) -> Iterator[Bar]:
@@ -321,6 +320,5 @@ def summary(parts: Parts) -> str:
         met, missed = ([bar for bar in found if bar.met is state] for state in (True, False))
         counts = f"{len(met)} of {len(met) + len(missed)}" if met or missed else NOT_MEASURED
         rows.append([told[0].what, told[0].measured, told[0].bar, counts, told[0].why])
-    return markdown(
-        ["the first case that missed, or was measured", "measured", "bar", "met", "why"], rows, left=range(5)
-    )
+    header = ["the first case that missed, or was measured", "measured", "bar", "met", "why"]
+    return markdown(header, rows, left=range(5))

@@ -65,10 +65,9 @@ class Floor:
         logits, start = self.hidden.new_empty(max(self.rows), len(self.weight)), 0
         gemm_ = torch_gemm_ if self.backend is None else self.backend.gemm_
         of_hidden = torch.empty_like(self.hidden) if self.mode != NO_GRAD else None
-        of_weight = torch.empty_like(self.weight) if self.mode == TRAINED and self.backend is None else None
-        summed = (
-            WeightGrad(self.backend, self.weight, len(self.rows)) if self.mode == TRAINED and self.backend else None
-        )
+        trained, ours = self.mode == TRAINED, self.backend
+        of_weight = torch.empty_like(self.weight) if trained and not ours else None
+        summed = WeightGrad(ours, self.weight, len(self.rows)) if trained and ours else None
         for index, count in enumerate(self.rows):
             hidden, out = self.hidden[start : start + count], logits[:count]
             gemm_(hidden, self.weight.T, out, False)

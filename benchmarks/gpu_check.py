@@ -39,13 +39,7 @@ CACHES = ROOT / "build" / "gpu-check"  # no part compiles what another has compi
 LIMIT = 450  # seconds of a part: under 8 minutes with what starting and ending it takes
 TAIL = 30  # lines of a failed part's output that go into the page
 # What is new on a GPU: the first shard, in the order in which it is run. The others have what the CPU has tested too.
-FIRST_TESTS = (
-    "test_cuda_*device.py",
-    "test_triton_*.py",
-    "test_ops.py",
-    "test_linear_loss*.py",
-    "test_linear_logps.py",
-)
+FIRST_TESTS = ("test_cuda_*device.py", "test_triton_*.py", "test_ops.py", "test_linear_loss*.py", "test_linear_log*.py")
 QUICK_TESTS = ("engine/test_layout.py", "engine/test_planning.py", "engine/test_objective.py")  # of each dry shard
 SHARDS = len(QUICK_TESTS)
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -163,13 +157,9 @@ def run_part(name: str, settings: Settings) -> Record:
                 end_group(process.pid)
                 process.wait()
         output = path.read_bytes()[start:].decode(errors="replace")
-        note = ""
-        if name.startswith("tests-"):
-            note = count_tests(output)
-        elif code < 0:
-            note = f"ended by {signal.Signals(-code).name}"
-        elif status == "nothing to do":
-            note = output.splitlines()[-1]
+        note = count_tests(output) if name.startswith("tests-") else ""
+        note = note or (f"ended by {signal.Signals(-code).name}" if code < 0 else "")
+        note = note or (output.splitlines()[-1] if status == "nothing to do" else "")
         tail = "" if status in GOOD else "\n".join(output.splitlines()[-TAIL:])
     except OSError as error:  # a program that is not there
         status, note, tail = "failed", str(error), ""
@@ -229,10 +219,8 @@ def page(part: Part, found: list[bars.Bar]) -> str:
     met = [bar.met for bar in found]
     counts = f"{met.count(True)} met, {met.count(False)} missed, {met.count(None)} not measured"
     lines = ["# GPU check", *dry, "## Bars", counts, bars.table(found), "## Parts"]
-    lines += [
-        markdown(["part", "status", "seconds", ""], rows, left=(0, 1, 3)),
-        environment.in_a_line(part.environment),
-    ]
+    parts = markdown(["part", "status", "seconds", ""], rows, left=(0, 1, 3))
+    lines += [parts, environment.in_a_line(part.environment)]
     tails = {record.case: record.conditions["tail"] for record in part.records}
     lines += [f"## {name}\n\n```\n{tail}\n```" for name, tail in tails.items() if tail]
     return "\n\n".join(lines) + "\n"
