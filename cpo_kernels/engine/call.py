@@ -95,8 +95,8 @@ def resolve(
 
     ``known_coefficients`` says that no coefficient depends on a log-probability, ``whole_groups`` that those of a group
     depend on all its log-probabilities; ``ranks`` (S,) are read on the host together with the targets.
-    ``way`` is the one that a caller needs; None for the fastest. ``scratch_bytes(R, V, device)`` is what a caller makes
-    of logits besides.
+    ``way`` is the one that a caller needs; None for the fastest. ``scratch_bytes(R, V, device)`` is what a caller takes
+    to make something of logits (R, V), R rows at a time: of a small budget, fewer.
 
     Raises:
         ValueError: targets or rows out of range, or a budget that holds no row.
@@ -166,9 +166,14 @@ def plan_chunks(
     # The gradient of a row that serves several groups is added to; hidden states that are gathered may be scaled too.
     copies = 1 + (needs[0] and not tokens.one_per_row) + (way.scales_hidden and needs[1] and tokens.rows_are_copied)
     size = tokens.num_rows, held, weight.shape[1], weight.dtype
-    scratch_bytes = filters.scratch_bytes if filtered else scratch_bytes
-    scratch = scratch_bytes(tokens.num_rows, held, hidden.device) if scratch_bytes else 0
-    workspace = backend.gemm_workspace(*size, None) + scratch
+    beside = filters.scratch_bytes(tokens.num_rows, held, hidden.device) if filtered else 0
+
+    def workspace_with(threads: int | None, rows: int) -> int:
+        of_products = backend.gemm_workspace(*size, threads) + beside
+        # What is made of logits is made when their product is done.
+        return max(of_products, scratch_bytes(rows, held, hidden.device)) if scratch_bytes else of_products
+
+    workspace = workspace_with(None, tokens.num_rows)
     asked = head.max_logits_bytes is not None and shard is None
     default = default_logits_bytes(hidden.device, of_weight=needs[1] or (any(needs) and waits))
     accumulator_bytes = products.accumulator_bytes(weight[:, head.frozen_columns :]) // weight.shape[0] * held
@@ -182,7 +187,7 @@ def plan_chunks(
         gathered_row_bytes=copies * weight.shape[1] * hidden.dtype.itemsize if copied else 0,
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
-        least_workspace_bytes=backend.gemm_workspace(*size, 1) + scratch if asked else None,
+        least_workspace_bytes=workspace_with(1, 1) if asked else None,
         whole_groups=whole_groups,
         waits=waits,
         buffers=way.buffers,
@@ -192,7 +197,7 @@ def plan_chunks(
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
     plan = replace(plan, workspace_bytes=plan.workspace_bytes if asked else workspace, gemms=plan.gemms - left_out)
     if plan.workspace_bytes < workspace:
-        backend = backend.within(plan.workspace_bytes - scratch)
+        backend = backend.within(plan.workspace_bytes - beside)
     if not way.holds_logits:
         plan = replace(plan, logits_bytes=0, note="the fused forward holds no logits")
     return plan, backend

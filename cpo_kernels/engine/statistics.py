@@ -216,7 +216,8 @@ def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, shape: torch.
         if fused:
             parts.append(fused_block(linear, block, mine, entropy))
         else:
-            parts.append(block_of(linear, block, buffer, mine, entropy))
+            elements = sampling.elements_within(call.plan.workspace_bytes, inputs.hidden.device)
+            parts.append(block_of(linear, block, buffer, mine, entropy, elements))
     call.tokens.check()
     return gather(call, parts, tuple(shape))
 
@@ -238,13 +239,19 @@ def fused_block(linear: LinearHead, block: Block, draws: Draws | None, entropy: 
     return TokenStatistics(result.logps, result.entropy, result.samples)
 
 
-def block_of(linear: LinearHead, block: Block, buffer: Any, draws: Draws | None, entropy: bool) -> TokenStatistics:
-    """Compute the statistics of a block's rows by the way of the call; entropies and samples need logits."""
+def block_of(
+    linear: LinearHead, block: Block, buffer: Any, draws: Draws | None, entropy: bool, elements: int
+) -> TokenStatistics:
+    """Compute the statistics of a block's rows by the way of the call.
+
+    Entropies and samples need logits, of which so many ``elements`` are taken at a time.
+    """
     stats, logps, logits = linear.forward(block, buffer, keep=False)
     head, samples = linear.transform, None
     if draws is not None:
-        samples = sampling.row_samples(logits, stats, draws.uniforms(block.num_rows), draws.wanted, *head)
-    entropies = sampling.row_entropy(logits, stats, *head) if entropy else None
+        uniforms, wanted = draws.uniforms(block.num_rows), draws.wanted
+        samples = sampling.row_samples(logits, stats, uniforms, wanted, *head, elements=elements)
+    entropies = sampling.row_entropy(logits, stats, *head, elements=elements) if entropy else None
     shard = linear.head.vocab_shard
     if entropies is not None and shard is not None:
         entropies = shard.sum_(entropies)

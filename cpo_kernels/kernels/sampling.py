@@ -21,10 +21,20 @@ def scratch_bytes(rows: int, vocab: int, device: torch.device) -> int:
     return 4 * TILES * min(max(tile_elements(device), vocab), rows * vocab)
 
 
-def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float) -> Tensor:
-    """Return the entropy (R,) in nats of the softmax of each row, from the row statistics (2, R)."""
+def elements_within(scratch: int, device: torch.device) -> int:
+    """Return how many elements of logits to take at a time, so that ``scratch`` bytes suffice if they do for a row."""
+    return min(tile_elements(device), scratch // (4 * TILES))
+
+
+def row_entropy(
+    logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: float, elements: int | None = None
+) -> Tensor:
+    """Return the entropy (R,) in nats of the softmax of each row, from the row statistics (2, R).
+
+    So many ``elements`` of logits are taken at a time, at least a row; None: as many as suit the device.
+    """
     parts = []
-    for tile in long_slices(logits.shape[0], logits.shape[1], tile_elements(logits.device)):
+    for tile in long_slices(logits.shape[0], logits.shape[1], elements or tile_elements(logits.device)):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
         # The maximum is subtracted first: added to it, the small logarithm would be rounded to the size of the logits.
         log_p = (y - stats[0, tile, None]).sub_(stats[1, tile, None])
@@ -34,23 +44,29 @@ def row_entropy(logits: Tensor, stats: Tensor, bias: Tensor | None, *transform: 
 
 
 def row_samples(
-    logits: Tensor, stats: Tensor, uniforms: Tensor, wanted: Tensor | None, bias: Tensor | None, *transform: float
+    logits: Tensor,
+    stats: Tensor,
+    uniforms: Tensor,
+    wanted: Tensor | None,
+    bias: Tensor | None,
+    *transform: float,
+    elements: int | None = None,
 ) -> Tensor:
     """Draw K words (R, K) of each row from its softmax, by inverse distribution function at ``uniforms`` (R, K).
 
     ``uniforms`` are float64 in [0, 1). A word of probability 0 is never drawn, and -100 stands for a row that has no
     distribution (NaN, or nothing but -inf), and for a sample that ``wanted`` (R, K) bool, where given, leaves out.
+    ``elements`` is as for :func:`row_entropy`.
     """
     samples = torch.full_like(uniforms, IGNORE_INDEX, dtype=torch.int64)
-    for tile in row_tiles(logits, wanted):
+    for tile in row_tiles(logits, wanted, elements or tile_elements(logits.device)):
         y = transform_logits(logits[tile].to(stats.dtype), bias, *transform)
         samples[tile] = words_at((y - stats[0, tile, None]).exp_(), uniforms[tile])
     return samples if wanted is None else samples.masked_fill_(~wanted, IGNORE_INDEX)
 
 
-def row_tiles(logits: Tensor, wanted: Tensor | None) -> list[Any]:
+def row_tiles(logits: Tensor, wanted: Tensor | None, elements: int) -> list[Any]:
     """Return the rows to draw from, some at a time; on a host, which waits for nothing, those that want a sample."""
-    elements = tile_elements(logits.device)
     if wanted is None or not is_host(logits.device):
         return long_slices(logits.shape[0], logits.shape[1], elements)
     rows = wanted.any(1).nonzero().squeeze(1)
