@@ -14,8 +14,8 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo study test test-oldest test-newest lint types check warnings check-arm check-triton check-resolution constraints \
-	bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
+.PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
+	check-resolution constraints bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -35,6 +35,21 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint types test
+
+# The site, in build/site, in an environment of its own that needs neither torch nor the package: a warning, such as
+# that of a link that leads nowhere, is an error.
+docs: build/docs/.ready
+	build/docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs build/site $(ARGS)
+
+build/docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		$(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
+	@touch $@
+
+# docs/options.md and docs/api.md, from the code.
+docs-pages: $(VENV)/.dev
+	$(BIN)/python -m build_tools.docs_pages $(ARGS)
 
 # Compiles csrc/cpu for x86-64 and ARM with every compiler found; a warning is an error.
 warnings: $(VENV)/.dev
@@ -113,7 +128,7 @@ check-resolution: $(VENV)/.dev
 
 # Writes constraints.txt anew: what stands there stays where it still resolves. Torch pins triton and CUDA's libraries.
 constraints: $(VENV)/.dev
-	$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 --only-binary :all: --no-config \
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.10 --only-binary :all: --no-config \
 		--no-python-downloads --quiet --no-annotate --no-header --output-file constraints.txt
 	sed -i -E '/^(triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+|sympy|mpmath|colorama)==/d' constraints.txt
 	sed -i '1i # Versions this project is developed and tested with, by `make constraints`; users may ignore this file.' \

@@ -20,7 +20,7 @@ from benchmarks.kernels import gpu_page
 from benchmarks.records import Parts
 from benchmarks.suite import ON_REQUEST
 
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "plugging-in", "training", "design", "gpu")))
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("results", "trl", "liger", "own-loop", "design", "gpu")))
 BLOCK = re.compile(r"<!-- from ([\w-]+): (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 

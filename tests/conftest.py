@@ -25,7 +25,8 @@ from cpo_kernels.kernels import registry
 from cpo_kernels.kernels.triton import support as triton_support
 
 # Files with tests of ten seconds and more: at the end, one worker would wait for them.
-LONG = {"test_build.py", "test_cli.py", "test_demo.py", "test_integration_examples.py", "test_memory.py"}
+LONG = {"test_build.py", "test_cli.py", "test_demo.py", "test_documentation.py", "test_integration_examples.py"}
+LONG |= {"test_memory.py"}
 ALLOCATORS = ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"))
 
 

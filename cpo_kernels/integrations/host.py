@@ -26,7 +26,7 @@ def require_names(package: str, tested: str, owner: object, *names: str) -> None
         raise RuntimeError(
             f"{package} {version(package)} has no {', '.join(f'{where}.{name}' for name in missing)}, which this "
             f"integration builds on; it is tested with {package} {tested}. Install that version, or use "
-            "attach_linear_loss and a compute_loss of your own (docs/plugging-in.md)"
+            "attach_linear_loss and a compute_loss of your own (docs/own-loop.md)"
         )
 
 

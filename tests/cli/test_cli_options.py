@@ -21,7 +21,7 @@ from cpo_kernels.cli.tiny import tiny_model, tiny_rows, tiny_tokenizer
 
 pytestmark = pytest.mark.cpu
 
-DOCS = ROOT / "docs" / "training.md"
+DOCS = ROOT / "docs" / "distributed.md"
 
 
 @pytest.fixture

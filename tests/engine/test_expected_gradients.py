@@ -201,7 +201,7 @@ def test_without_a_reference_a_converged_model_is_flattened():
     ],
 )
 def test_other_options_have_another_factor(options, factor):
-    """A weight w of the negatives is a margin of log w (docs/training.md)."""
+    """A weight w of the negatives is a margin of log w (docs/negatives.md)."""
     policy, data = random_policy(), random_distribution()
     for K in (1, 2) if "margin" in options else (1,):
         close(start(policy, data, own(policy), K, **options), factor(K) * gradient(nll(policy, data), policy))

@@ -67,7 +67,7 @@ def test_a_mean_field_fraction_of_one_draws_what_it_always_drew(tmp_path):
 
 
 def test_negatives_that_a_loop_writes_to_a_file_are_those_of_the_first_step(tmp_path):
-    """The loop of docs/training.md: training on its file has the candidates that a trainer draws itself."""
+    """The loop of docs/negatives.md: training on its file has the candidates that a trainer draws itself."""
     reference = tiny_models.llama(seed=1)
     drawing = trainer(tmp_path, ref_model=reference, num_mean_field_negatives=4, **NONE)
     data = drawing.train_dataset
