@@ -1,21 +1,24 @@
-"""Load examples from JSON lines, Parquet, plain text, a saved data set, or a data set on the hub."""
+"""Load examples from JSON lines, CSV, Parquet, plain text, a saved data set, or a data set on the hub."""
 
 from __future__ import annotations
 
 import glob
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from .csv_rows import read_csv
 from .formats import check_encodable, check_example
 
 logger = logging.get_logger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+LISTS = ("negatives", "ranks", "kinds")  # fields that a table of texts holds as JSON
 Row = Mapping[str, Any]
 Place = Callable[[int], str]  # Names the place of the row of a number, for messages.
 
@@ -62,7 +65,8 @@ def load_examples(
         source: what to read:
 
             - a file, or several by a pattern such as ``data/*.jsonl``: JSON lines (``.jsonl``, one object a line),
-              ``.json`` (a list of objects), ``.parquet``, or ``.txt`` (documents separated by blank lines);
+              ``.json`` (a list of objects), ``.csv`` (names of columns in the first line, an empty cell for an absent
+              field), ``.parquet``, or ``.txt`` (documents separated by blank lines);
             - a directory that ``datasets`` saved;
             - any other name: a data set on the hub.
         split: part of a data set; slices such as ``train[:1000]`` work for data sets from the hub.
@@ -79,6 +83,9 @@ def load_examples(
               ``prompt_fraction`` of its words (default 0.5), or, with ``prompt_tokens`` and ``completion_tokens``, into
               consecutive pieces of that many tokens, without an end that is no longer than a prompt. Documents too
               short to cut are left out and counted in a warning.
+
+    ``negatives``, ``ranks`` and ``kinds`` may be JSON, as ``["b", "c"]`` in a cell of a CSV file; all other texts are
+    taken as they are.
 
     Returns:
         A ``datasets.Dataset`` or a list of mappings, in one of the forms of :func:`.formats.normalize_example`.
@@ -134,6 +141,8 @@ def _read_lines(file: str) -> Iterator[tuple[int, Row]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, _parse(line, f"{file}:{number}")
+    elif suffix == ".csv":
+        yield from read_csv(file)
     elif suffix == ".json":
         values = _parse_json(Path(file).read_bytes(), file)
         if not isinstance(values, list):
@@ -236,7 +245,7 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, v
     changed, uncut = False, []
     for index, row in enumerate(rows):
         where = place(index)
-        example = render(row, where)
+        example = _with_lists(render(row, where))
         if _is_document(example, how.text_column):
             pieces = _cut(example, how, tokenizer, where)
             if not pieces:
@@ -252,6 +261,17 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, v
     if not examples:
         raise ValueError(f"all {len(rows)} texts are too short to cut, the first at {uncut[0]}")
     return examples if changed or isinstance(rows, list) else rows
+
+
+def _with_lists(example: Row) -> Row:
+    """Read the fields of an example that hold lists where they are JSON; what is not is refused with the example."""
+    read = {}
+    for name in LISTS:
+        text = example.get(name)
+        if isinstance(text, str):
+            with suppress(ValueError):
+                read[name] = json.loads(text)
+    return {**example, **read} if read else example
 
 
 def _check(example: Row, index: int, where: str, vocab_size: int | None) -> None:
