@@ -71,7 +71,8 @@ def _construct(cls: type, given: Mapping[str, Any]) -> Any:
     names = {item.name for item in dataclasses.fields(cls)}
     values = {name: value for name, value in given.items() if name in names}
     if cls is CPOConfig:
-        values = _lengths(given) | values
+        lengths = _lengths(given)
+        values |= {name: length for name, length in lengths.items() if values.get(name) is None}
     return cls(**values)
 
 
@@ -83,7 +84,7 @@ def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
     prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens")
     if not prompt or not completion:
         return {}
-    if given.get("max_length", prompt + completion) != prompt + completion:
+    if (given.get("max_length") or prompt + completion) != prompt + completion:
         raise InputError(
             f"max_length must be prompt_tokens + completion_tokens = {prompt + completion}, got {given['max_length']}: "
             "pieces from within a document would be ended with EOS, or cut"

@@ -136,7 +136,9 @@ def autoregressive_negatives(
 
 
 def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from cpo_kernels.models.head import positions_of
+
+    positions = positions_of(model.config)
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} positions of the "

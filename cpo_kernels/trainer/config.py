@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
+from cpo_kernels.models.head import positions_of
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.negatives.mean_field import DEFAULT_FRACTION, check_fraction
@@ -19,6 +20,7 @@ from cpo_kernels.negatives.redaction import is_secret, without_secrets
 from cpo_kernels.options import Objective
 
 REFERENCES = ("frozen", "precomputed", "none")
+DEFAULT_LENGTH = 1024  # most tokens of an example where nobody says how many
 SAMPLERS = ("reference", "model")
 RANKINGS = ("none", "similarity")
 PREFIX_SHARING = ("auto", "required", "off")
@@ -57,6 +59,11 @@ PRESETS = {
     "mle": Preset(alpha=0.0, negatives={}),
     "scheduled_sampling": Preset(alpha=0.0, negatives={}),
 }
+
+
+def default_length(positions: int | None) -> int:
+    """Return the most tokens of an example for a model of so many positions, or of any number."""
+    return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -169,7 +176,9 @@ class CPOConfig(TrainingArguments):
     scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
     scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
 
-    max_length: int = _option(1024, "Tokens of prompt and completion together, at most.")
+    max_length: int | None = _option(
+        None, "Tokens of prompt and completion together, at most. None: the model's positions, but at most 1024."
+    )
     max_prompt_length: int | None = _option(
         None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
@@ -260,10 +269,38 @@ class CPOConfig(TrainingArguments):
         """The defaults of the objective."""
         return PRESETS[self.objective]
 
+    def fitted_to(self, model_config: Any) -> CPOConfig:
+        """Return the configuration with a ``max_length``: itself, or a copy that has the one of a model.
+
+        Args:
+            model_config: the model's configuration; None where it is not known.
+
+        Raises:
+            ValueError: a ``max_length`` beyond the model's positions, or no longer than ``max_prompt_length``.
+        """
+        positions = None if model_config is None else positions_of(model_config)
+        if self.max_length is None:
+            fitted = copy.copy(self)
+            fitted.max_length = default_length(positions)
+            fitted._check_lengths()
+            return fitted
+        if positions is not None and self.max_length > positions:
+            raise ValueError(
+                f"max_length={self.max_length} exceeds the {positions} positions of a {model_config.model_type} model"
+            )
+        return self
+
+    @property
+    def length_budget(self) -> int:
+        """How many tokens prompt and completion may have together."""
+        if self.max_length is None:
+            raise ValueError("max_length is None, the model's own: give it, or ask config.fitted_to(model.config)")
+        return self.max_length
+
     @property
     def prompt_budget(self) -> int:
         """How many tokens a prompt may have."""
-        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
+        return self.length_budget // 2 if self.max_prompt_length is None else self.max_prompt_length
 
     @property
     def contrasts(self) -> bool:
@@ -410,6 +447,10 @@ class CPOConfig(TrainingArguments):
                 )
 
     def _check_lengths(self) -> None:
+        if self.max_length is None:
+            if self.max_prompt_length is not None and self.max_prompt_length < 1:
+                raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+            return
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if not 0 < self.prompt_budget < self.max_length:

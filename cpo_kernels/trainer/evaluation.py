@@ -202,6 +202,7 @@ def evaluate(
         RuntimeError: several processes. Errors of the model and the judge pass through.
     """
     _check_options(config, tokenizer, judge, generate, num_generations, directory)
+    config = config.fitted_to(model.config)
     trainer = CPOTrainer(
         model,
         _evaluation_config(config, ref_model is not None),

@@ -97,7 +97,7 @@ class CPOTrainer(ResumableTrainer):
         for name in ("model_init", "data_collator", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"CPOTrainer makes its own batches and loss, without logits; {name} is not supported")
-        self._check_max_length(model, args)
+        args = args.fitted_to(model.config)
         if loss_fn is not None:
             check_own_loss(args)
         self._loss_fn = loss_fn
@@ -147,22 +147,16 @@ class CPOTrainer(ResumableTrainer):
 
     # Examples and batches
 
-    def _check_max_length(self, model: PreTrainedModel, args: CPOConfig) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and args.max_length > positions:
-            name = type(model).__name__
-            raise ValueError(f"max_length={args.max_length} exceeds the {positions} positions of {name}")
-
     def _tokenize(self, examples: Any) -> TokenizedExamples:
         if isinstance(examples, TokenizedExamples):
-            examples.check_lengths(self._config.max_length)
+            examples.check_lengths(self._config.length_budget)
             if self._vocab_size is not None:
                 examples.check_token_ids(self._vocab_size)
             return examples
         return tokenize_examples(
             examples,
             self._tokenizer,
-            max_length=self._config.max_length,
+            max_length=self._config.length_budget,
             max_prompt_length=self._config.prompt_budget,
             eos_token_id=self._special.ends,
             bos_token_id=self._special.bos,

@@ -65,7 +65,7 @@ class Store:
 
 def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
     """Return how many tokens, at least 1, ``max_length`` leaves behind the longest prompt of the data."""
-    return max(1, config.max_length - examples.longest_prompt)
+    return max(1, config.length_budget - examples.longest_prompt)
 
 
 def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:

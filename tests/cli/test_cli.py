@@ -78,6 +78,22 @@ def test_train_is_the_trainer(shared, tmp_path, capsys):
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "again"))
 
 
+def test_no_command_needs_a_length(shared, tmp_path):
+    """The model has 64 positions, and examples are longer; the finished run is known as the same one."""
+    rows = [{"prompt": "the cat " * 40, "completion": f"{word} sat " * 40} for word in tiny_models.WORDS[:8]]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": shared["model"], "data": str(tmp_path / "long.jsonl"), "max_length": None, "eval_fraction": 0.25}
+    config = write_config(tmp_path / "run.yaml", **values, per_device_train_batch_size=2, eval_max_new_tokens=2)
+    file = str(tmp_path / "negatives.jsonl")
+    assert main(["negatives", config, "--negatives_file", file, "--autoregressive_max_new_tokens", "2"]) == 0
+    written = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    assert {(len(row["prompt"]), len(row["completion"])) for row in written} == {(32, 32)}
+    assert main(["train", config]) == 0
+    assert main(["train", config]) == 0
+    assert main(["evaluate", config]) == 0
+    assert main(["train", config, "--tiny"]) == 0
+
+
 def test_what_is_kept_of_a_run_holds_no_secrets(shared, tmp_path):
     """output_dir is what push_to_hub uploads."""
     values = {"hub_token": "secret", "fsdp_config": {"version": 2, "api_key": "secret"}, "max_length": 24}
