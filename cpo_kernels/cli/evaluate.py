@@ -58,6 +58,7 @@ def run(arguments: Sequence[str]) -> None:
             max_prompt_length=config.prompt_budget,
             eos_token_id=special.ends,
             bos_token_id=special.bos,
+            disable_tqdm=config.hides_progress,
         )
         seen = _trained_on(name, settings, data)
         report = evaluate_model(

@@ -169,6 +169,7 @@ class Inputs:
                 tokenizer=self.tokenizer,
                 max_examples=count,
                 vocab_size=self.vocab_size,
+                disable_tqdm=self.settings.training.hides_progress,
                 **{item.name: getattr(run, item.name) for item in dataclasses.fields(ExampleOptions)},
             )
 

@@ -62,10 +62,11 @@ class Job:
             if model is None:
                 self.writer = EndpointWriter(config, self.tokenizer)
             else:
-                self.writer = ModelWriter(lambda: model, self.tokenizer)
+                self.writer = ModelWriter(lambda: model, self.tokenizer, disable_tqdm=config.hides_progress)
         with input_errors():
             special = special_tokens(self.tokenizer, model)
             lengths |= {"eos_token_id": special.ends, "bos_token_id": special.bos}
+            lengths["disable_tqdm"] = config.hides_progress
             self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
         self.ends = special.ends
         # The same for all parts, so that negatives do not depend on where a part begins.

@@ -22,6 +22,7 @@ from torch import Tensor
 from cpo_kernels.kernels import counter_random, sampling
 
 from .endings import as_ids, until_end
+from .progress import progress_bar
 from .seeds import token_seeds
 from .wrong import is_wrong
 
@@ -68,6 +69,7 @@ def autoregressive_negatives(
     keys: Sequence[int] | None = None,
     completions: Sequence[Sequence[int]] | None = None,
     synced_gpus: bool = False,
+    disable_tqdm: bool = False,
 ) -> list[list[list[int]]]:
     """Sample ``count`` completions of each prompt.
 
@@ -89,6 +91,7 @@ def autoregressive_negatives(
             Default: all draws are returned.
         synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
             ZeRO 3) need it. All processes must call then, with any number of prompts, none included.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
 
     Returns:
         ``negatives[prompt][number]``, token ids: with EOS at the end where the model ended it, without where it was cut
@@ -119,7 +122,8 @@ def autoregressive_negatives(
     negatives: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
     ends = list(as_ids(eos_token_id))
     options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
-    with _ready_to_generate(model):
+    bar = progress_bar("Generating", "text", len(jobs), disable_tqdm)
+    with bar, _ready_to_generate(model):
         for batch in batches:
             # A process without prompts generates for any prompt, in step with the other processes' batches.
             texts = [prompts[index] for index, _ in batch] or [ends[:1]]
@@ -127,6 +131,7 @@ def autoregressive_negatives(
             drawn = _generate(model, texts, keyed, sampling, **options)
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 negatives[index][sample] = completion
+            bar.update(len(batch))
     if completions is None:
         return negatives
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,20 @@ DEFAULT_LENGTH = 1024  # most tokens of an example where nobody says how many
 SAMPLERS = ("reference", "model")
 RANKINGS = ("none", "similarity")
 PREFIX_SHARING = ("auto", "required", "off")
+
+
+def sections() -> dict[str, list[str]]:
+    """Return the names of the fields that ``CPOConfig`` adds or gives another default, by the title of their section.
+
+    Those of the last section are fields of ``TrainingArguments`` with other defaults.
+    """
+    names: list[str] = []
+    found: dict[str, list[str]] = {}
+    for name in inspect.get_annotations(CPOConfig):
+        if name in SECTIONS:
+            names = found.setdefault(SECTIONS[name], [])
+        names.append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,16 @@ def _weight(kind: str) -> Any:
     return _option(1.0, f"A negative of the kind {kind} counts in the contrast as much as this many of it.")
 
 
+# Titles of the sections of the fields below, by the first field of each.
+SECTIONS = {
+    "objective": "Objective and reference",
+    "num_batch_negatives": "Negatives",
+    "max_length": "Lengths, memory and kernels",
+    "allow_partial_resume": "Resuming",
+    "learning_rate": "Training",
+}
+
+
 @dataclass(repr=False)
 class CPOConfig(TrainingArguments):
     """Arguments of :class:`~cpo_kernels.trainer.CPOTrainer`: ``L = alpha * contrast + mle_weight * MLE``.
@@ -131,6 +156,8 @@ class CPOConfig(TrainingArguments):
         "Train without dropout. None: where there is a reference, which has none: with it, policy and reference differ "
         "before anything is learned.",
     )
+    scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
+    scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
 
     num_batch_negatives: int | None = _count("batch")
     num_truncation_negatives: int | None = _count("truncation")
@@ -168,19 +195,17 @@ class CPOConfig(TrainingArguments):
     embedding_model: str | None = _option(
         None, "A sentence-transformers model for the ranking. None: mean hidden states of the reference."
     )
-    prefix_sharing: str = _option(
-        "auto",
-        "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
-        "where the model cannot; off: never.",
-    )
-    scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
-    scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
 
     max_length: int | None = _option(
         None, "Tokens of prompt and completion together, at most. None: the model's positions, but at most 1024."
     )
     max_prompt_length: int | None = _option(
         None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
+    )
+    prefix_sharing: str = _option(
+        "auto",
+        "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
+        "where the model cannot; off: never.",
     )
     max_logits_bytes: int | None = _option(None, "Budget for the logits held at once. None: the backend's.")
     candidate_eps: float | None = _option(
@@ -210,6 +235,8 @@ class CPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is none to copy to, of which torch would warn
         self._fill_in()
         self._check_objective()
         self._check_negatives()
@@ -301,6 +328,11 @@ class CPOConfig(TrainingArguments):
     def prompt_budget(self) -> int:
         """How many tokens a prompt may have."""
         return self.length_budget // 2 if self.max_prompt_length is None else self.max_prompt_length
+
+    @property
+    def hides_progress(self) -> bool:
+        """Whether this process shows no progress bars."""
+        return bool(self.disable_tqdm) or self.local_process_index != 0
 
     @property
     def contrasts(self) -> bool:

@@ -222,7 +222,8 @@ def evaluate(
         count = len(data) if num_generations is None else num_generations
         indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
-        completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
+        writer = ModelWriter(lambda: model, tokenizer, disable_tqdm=config.hides_progress)
+        completions = _generations(writer, prompts, indices, sampling, folder)
     ends = special_tokens(tokenizer, model).ends
     generated, true = (generation_statistics(side, ends) for side in (completions, truths))
     report = replace(report, sampling=sampling, generated=generated, truths=true)
@@ -234,8 +235,9 @@ def evaluate(
         for side in (completions, truths)
     )
     texts = (asked, *answers)
-    rate = win_rate(judge_pairs(judge, *texts, cache=None if folder is None else folder / VERDICTS))
-    return replace(report, win_rate=rate, judge=_name(judge))
+    cache = None if folder is None else folder / VERDICTS
+    verdicts = judge_pairs(judge, *texts, cache=cache, disable_tqdm=config.hides_progress)
+    return replace(report, win_rate=win_rate(verdicts), judge=_name(judge))
 
 
 def _check_options(
@@ -286,8 +288,7 @@ def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
 
 
 def _generations(
-    model: Any,
-    tokenizer: Any,
+    writer: ModelWriter,
     prompts: Sequence[Sequence[int]],
     indices: Sequence[int],
     sampling: Sampling,
@@ -298,7 +299,6 @@ def _generations(
     A continuation depends on the example's index and not on the other examples that are continued.
     """
     path = None if directory is None else directory / GENERATIONS
-    writer = ModelWriter(lambda: model, tokenizer)
     asked = [writer.identity, asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():

@@ -203,7 +203,8 @@ class LikelihoodJudge:
         if not questions:
             return []
         examples = [{"prompt": q.prompt, "completion": q.first, "negatives": [q.second]} for q in questions]
-        limits = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
+        limits: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
+        limits["disable_tqdm"] = True  # whoever asks the judge shows how far it is
         tokens = tokenize_examples(examples, self.tokenizer, eos_token_id=self._ends, **limits)
         assert tokens.negatives is not None
         return [

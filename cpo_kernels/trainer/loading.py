@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from cpo_kernels.negatives.progress import progress_bar
+
 from .csv_rows import read_csv
 from .formats import check_encodable, check_example
 
@@ -57,6 +59,7 @@ def load_examples(
     tokenizer: Any = None,
     max_examples: int | None = None,
     vocab_size: int | None = None,
+    disable_tqdm: bool = False,
     **options: Any,
 ) -> Sequence[Row]:
     r"""Load examples for training, and check every one of them.
@@ -74,6 +77,7 @@ def load_examples(
         tokenizer: needed for cutting by tokens.
         max_examples: most rows to use, from the first on.
         vocab_size: number of embeddings of the model; None leaves token ids in the rows unchecked.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
         options: how a row becomes an example.
 
             - ``columns``: new names to the row's own, as ``{"completion": "answer"}``.
@@ -103,7 +107,8 @@ def load_examples(
         rows = rows[:max_examples] if isinstance(rows, list) else rows.select(range(min(max_examples, len(rows))))
     if not len(rows):
         raise ValueError(f"{source} has no examples")
-    return _to_examples(rows, place, how, tokenizer, vocab_size)
+    with progress_bar("Reading examples", "row", len(rows), disable_tqdm) as bar:
+        return _to_examples(rows, place, how, tokenizer, vocab_size, bar)
 
 
 # Rows
@@ -239,7 +244,9 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 # From rows to examples
 
 
-def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, vocab_size: int | None) -> Sequence[Row]:
+def _to_examples(
+    rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, vocab_size: int | None, bar: Any
+) -> Sequence[Row]:
     render = _Templates(how)
     examples: list[Row] = []
     changed, uncut = False, []
@@ -256,6 +263,7 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, v
         for piece in pieces:
             _check(piece, index, where, vocab_size)
         examples.extend(pieces)
+        bar.update()
     if uncut:
         logger.warning(f"{len(uncut)} of {len(rows)} texts are too short to cut and left out, the first at {uncut[0]}")
     if not examples:

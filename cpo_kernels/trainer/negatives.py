@@ -119,7 +119,8 @@ class Negatives:
         self.special = special_tokens(self.tokenizer, self.sources.policy())
         self._writer: ModelWriter | EndpointWriter
         if self.config.autoregressive_url is None:
-            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
+            quiet = self.config.hides_progress
+            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus, quiet)
         else:
             self._writer = EndpointWriter(self.config, self.tokenizer)
 

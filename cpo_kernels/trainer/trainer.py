@@ -161,6 +161,7 @@ class CPOTrainer(ResumableTrainer):
             eos_token_id=self._special.ends,
             bos_token_id=self._special.bos,
             vocab_size=self._vocab_size,
+            disable_tqdm=self._config.hides_progress,
         )
 
     def _tokenize_all(self, datasets: Any) -> Any:
