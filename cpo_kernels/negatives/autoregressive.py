@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, sampling
+from cpo_kernels.options import suggests_arguments
 
 from .endings import as_ids, until_end
 from .progress import progress_bar
@@ -58,6 +59,7 @@ class Sampling:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+@suggests_arguments
 def autoregressive_negatives(
     model: Any,
     prompts: Sequence[Sequence[int]],

@@ -18,7 +18,7 @@ from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.negatives.mean_field import DEFAULT_FRACTION, check_fraction
 from cpo_kernels.negatives.redaction import is_secret, without_secrets
-from cpo_kernels.options import Objective
+from cpo_kernels.options import Objective, suggests_arguments
 
 REFERENCES = ("frozen", "precomputed", "none")
 DEFAULT_LENGTH = 1024  # most tokens of an example where nobody says how many
@@ -489,3 +489,6 @@ class CPOConfig(TrainingArguments):
             raise ValueError(
                 f"max_prompt_length must be in [1, max_length) = [1, {self.max_length}), got {self.max_prompt_length}"
             )
+
+
+CPOConfig.__init__ = suggests_arguments(CPOConfig.__init__)  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import as_ids, end_token_ids
 from cpo_kernels.negatives.progress import progress_bar
+from cpo_kernels.options import suggests_arguments
 
 from .encoding import encode_examples
 from .formats import Example, check_no_text, normalize_example
@@ -120,6 +121,7 @@ def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"index": torch.tensor([item["index"] for item in items])}
 
 
+@suggests_arguments
 def tokenize_examples(
     examples: Iterable[Mapping[str, Any] | Example],
     tokenizer: Any,

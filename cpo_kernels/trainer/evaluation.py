@@ -24,6 +24,7 @@ from cpo_kernels.negatives import seeds
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.endings import as_ids, special_tokens
 from cpo_kernels.negatives.kinds import counted_kinds
+from cpo_kernels.options import suggests_arguments
 
 from .config import CPOConfig
 from .data import TokenizedExamples
@@ -163,6 +164,7 @@ class Report:
         )
 
 
+@suggests_arguments
 def evaluate(
     model: Any,
     tokenizer: Any,

@@ -13,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from cpo_kernels.negatives.progress import progress_bar
+from cpo_kernels.options import argument_names, refuse_unknown
 
 from .csv_rows import read_csv
 from .formats import check_encodable, check_example
@@ -98,7 +99,10 @@ def load_examples(
         ValueError: a source that does not exist, options that contradict each other, or a row that is no example; the
             message names the file, the line and the field.
         RuntimeError: a data set that could not be loaded from the hub; the message names it.
+        TypeError: an option that does not exist; the message names the nearest one.
     """
+    own = argument_names(ExampleOptions)
+    refuse_unknown(load_examples, options.keys() - {*own}, also=own)
     how = ExampleOptions(**options)
     if how.prompt_tokens is not None and tokenizer is None:
         raise ValueError("prompt_tokens and completion_tokens cut by tokens; pass the tokenizer")

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import special_tokens
+from cpo_kernels.options import argument_names, refuse_unknown
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
@@ -94,6 +95,8 @@ class CPOTrainer(ResumableTrainer):
         loss_fn: LossFn | None = None,
         **kwargs: Any,
     ) -> None:
+        of_trainer = argument_names(Trainer)
+        refuse_unknown(type(self), kwargs.keys() - {*of_trainer}, also=of_trainer)
         for name in ("model_init", "data_collator", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"CPOTrainer makes its own batches and loss, without logits; {name} is not supported")

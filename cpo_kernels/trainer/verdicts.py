@@ -12,6 +12,7 @@ from typing import Any
 
 from cpo_kernels.negatives.progress import progress_bar
 from cpo_kernels.negatives.redaction import without_credentials
+from cpo_kernels.options import suggests_arguments
 
 from .judges import Judge, Question, Verdict
 
@@ -19,6 +20,7 @@ Z95 = 1.959963984540054  # The 97.5 % quantile of the standard normal distributi
 VALUES = (0.0, 0.5, 1.0)
 
 
+@suggests_arguments
 def judge_pairs(
     judge: Judge,
     prompts: Sequence[str],
