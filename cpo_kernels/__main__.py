@@ -1,4 +1,4 @@
-"""The command ``cpo-kernels``, also ``python -m cpo_kernels``: train, negatives, evaluate, ensemble, info."""
+"""The command ``cpo-kernels``, also ``python -m cpo_kernels``: train, negatives, evaluate, ensemble, info, options."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from .cli import help as texts
 from .cli.errors import FAILED, INTERRUPTED, MISUSED, InputError, explain, unknown
 from .cli.processes import leave_process_group
+from .cli.quiet import without_warnings_of_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,13 +19,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(texts.overview())
         return 0
+    if arguments[0] in ("-V", "--version"):
+        print(texts.version())
+        return 0
     command, rest = arguments[0], arguments[1:]
     if command not in texts.COMMANDS:
         message = f"{unknown('command', command, texts.COMMANDS)}; expected one of {', '.join(texts.COMMANDS)}"
         print(f"cpo-kernels: {message}", file=sys.stderr)
         return MISUSED
     try:
-        _run(command, rest)
+        with without_warnings_of_libraries():
+            _run(command, rest)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # unwritten output must not fail at exit
@@ -44,8 +49,11 @@ def _run(command: str, arguments: list[str]) -> None:
         _info(arguments)
     elif command in texts.DESCRIPTIONS and ({"-h", "--help"} & set(arguments) or not arguments):
         print(importlib.import_module("cpo_kernels.cli.parsing").help_of(command))
+    elif command == "options" and {"-h", "--help"} & set(arguments):
+        print(texts.OPTIONS)
     else:
-        importlib.import_module(f"cpo_kernels.cli.{command}").run(arguments)
+        module = {"options": "search"}.get(command, command)
+        importlib.import_module(f"cpo_kernels.cli.{module}").run(arguments)
 
 
 def _info(arguments: Sequence[str]) -> None:

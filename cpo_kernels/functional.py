@@ -45,6 +45,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     loss_type: str = "plackett_luce",
     reduction: str = "mean",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Compute the contrast of section 1 of docs/objective.md from log-likelihoods; differentiable.
 
@@ -58,6 +59,7 @@ def contrastive_loss(
         label_smoothing: probability that a pair is the wrong way round (K = 1 only).
         loss_type: ``"plackett_luce"``, or for K = 1 a loss of pairs of docs/objective.md, section 2, such as ``"ipo"``.
         reduction: ``"mean"`` over groups, ``"sum"`` or ``"none"``.
+        **unknown: an option that does not exist raises a ``TypeError`` that names the nearest one.
 
     Returns:
         A scalar, or (G,) for ``"none"``; float32, or float64 for float64.
@@ -66,6 +68,7 @@ def contrastive_loss(
         ValueError: shapes, dtypes or devices that do not fit, a pair loss with K > 1, or a group that is empty, has
             no rank-0 candidate or has nothing to contrast.
     """
+    refuse_unknown(contrastive_loss, unknown)
     if logps.dim() != 2 or not logps.is_floating_point():
         raise ValueError(f"logps must be floating point (G, C), got {logps.dtype} {tuple(logps.shape)}")
     if reduction not in ("mean", "sum", "none"):
@@ -120,7 +123,7 @@ def token_logps(
     Raises:
         ValueError: shapes, dtypes, devices or target values that do not fit.
     """
-    refuse_unknown("token_logps", unknown)
+    refuse_unknown(token_logps, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
@@ -147,7 +150,7 @@ def sequence_logps(
     **unknown: NoReturn,
 ) -> Tensor:
     """Compute log-likelihoods of sequences: (..., T, V), (..., T) -> (...); otherwise as :func:`token_logps`."""
-    refuse_unknown("sequence_logps", unknown)
+    refuse_unknown(sequence_logps, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
@@ -249,7 +252,7 @@ def cpo_loss(
     Raises:
         ValueError: bad shapes, dtypes, devices or values; the message names the offending value.
     """
-    refuse_unknown("cpo_loss", unknown, objective=True)
+    refuse_unknown(cpo_loss, unknown)
     objective = Objective(
         *(beta, margin, label_smoothing, loss_type, length_normalized),
         *(contrast_weight, mle_weight, num_groups, num_target_tokens),
@@ -352,7 +355,7 @@ def linear_token_logps(
         ValueError: bad shapes, dtypes, devices or target values; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
-    refuse_unknown("linear_token_logps", unknown)
+    refuse_unknown(linear_token_logps, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
@@ -408,7 +411,7 @@ def linear_sequence_logps(
     Returns:
         (...), or (S,) with a layout; differentiable in hidden, weight and bias.
     """
-    refuse_unknown("linear_sequence_logps", unknown)
+    refuse_unknown(linear_sequence_logps, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
@@ -483,7 +486,7 @@ def linear_cpo_loss(
         ValueError: bad shapes, dtypes, devices or values; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
-    refuse_unknown("linear_cpo_loss", unknown, objective=True)
+    refuse_unknown(linear_cpo_loss, unknown)
     objective = Objective(
         *(beta, margin, label_smoothing, loss_type, length_normalized),
         *(contrast_weight, mle_weight, num_groups, num_target_tokens),
@@ -546,7 +549,7 @@ def linear_sequence_loss(
     Raises:
         ValueError: as for :func:`linear_cpo_loss`, or a loss that is not a differentiable scalar.
     """
-    refuse_unknown("linear_sequence_loss", unknown)
+    refuse_unknown(linear_sequence_loss, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),
@@ -597,7 +600,7 @@ def plan(
     **unknown: NoReturn,
 ) -> Plan:
     """Return what :func:`linear_cpo_loss` would do with the same arguments: chunks, bytes, number of GEMMs."""
-    refuse_unknown("plan", unknown, objective=True)
+    refuse_unknown(plan, unknown)
     objective = Objective(
         *(beta, margin, label_smoothing, loss_type, length_normalized),
         *(contrast_weight, mle_weight, num_groups, num_target_tokens),

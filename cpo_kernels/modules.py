@@ -43,7 +43,7 @@ class _CPOModule(nn.Module):
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        refuse_unknown(type(self).__name__, unknown, objective=True)
+        refuse_unknown(type(self), unknown)
         objective = Objective(
             *(beta, margin, label_smoothing, loss_type, length_normalized),
             *(contrast_weight, mle_weight, num_groups, num_target_tokens),

@@ -6,10 +6,12 @@ The public functions name them again in their signatures, so that an editor show
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -17,6 +19,9 @@ from .loss_table import LOSS_TYPES, LOSSES
 
 if TYPE_CHECKING:
     from .engine.vocab_parallel import VocabShard
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The limits of float32, in which kernels compute whatever the dtype of the tensors.
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -120,10 +125,6 @@ class Head:
         return self.logit_scale, self.softcap or 0.0, self.temperature
 
 
-# Arguments that are tensors of a call, not options.
-TENSOR_OPTIONS = ("bias", "layout", "ref_logps", "ranks")
-
-
 @dataclass(frozen=True)
 class Objective:
     """``contrast_weight * mean_g L_g + mle_weight * NLL(rank-0 candidates, per token)``.
@@ -200,13 +201,40 @@ HEAD_OPTIONS = tuple(field.name for field in fields(Head))
 OBJECTIVE_OPTIONS = tuple(field.name for field in fields(Objective))
 
 
-def refuse_unknown(function: str, unknown: Mapping[str, object], *, objective: bool = False) -> None:
-    """Raise ``TypeError`` for an unknown keyword argument, and name the one that was probably meant."""
+def refuse_unknown(function: Callable[..., Any], unknown: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raise ``TypeError`` for an unknown keyword argument, and name the one that was probably meant.
+
+    Args:
+        function: the function or class that was called; its signature names the arguments it has.
+        unknown: the arguments that it does not have.
+        also: names of arguments that it passes on.
+    """
     for name in unknown:
-        options = HEAD_OPTIONS + (OBJECTIVE_OPTIONS if objective else ()) + TENSOR_OPTIONS
-        near = get_close_matches(name, options, n=1)
+        near = get_close_matches(name, [*argument_names(function), *also], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
+        called = function.__qualname__.removesuffix(".__init__")
+        raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def argument_names(function: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a function or a class takes by keyword."""
+    by_keyword = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return [name for name, own in signature(function).parameters.items() if own.kind in by_keyword]
+
+
+def suggests_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function name the argument that was probably meant where a keyword is none of its own.
+
+    Python itself does so from 3.13 on.
+    """
+    known = {*argument_names(function)}
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_unknown(function, kwargs.keys() - known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def chosen(options: Head | Objective) -> dict[str, Any]:

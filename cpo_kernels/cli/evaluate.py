@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cpo_kernels.models import attach_linear_loss
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.endings import special_tokens
+from cpo_kernels.trainer.config import CPOConfig
 from cpo_kernels.trainer.data import TokenizedExamples, tokenize_examples
 from cpo_kernels.trainer.evaluation import default_sampling
 from cpo_kernels.trainer.evaluation import evaluate as evaluate_model
@@ -22,6 +22,7 @@ from cpo_kernels.trainer.judges import ChatJudge, Judge, LikelihoodJudge
 from .errors import InputError, input_errors
 from .finished import SETTINGS, trained_on
 from .inputs import ADAPTERS, NO_TOKENIZER, Inputs, load_model, load_tokenizer
+from .options import RunConfig
 from .parsing import Settings, parse
 from .yaml12 import read_yaml
 
@@ -48,14 +49,16 @@ def run(arguments: Sequence[str]) -> None:
     with input_errors(RuntimeError):
         attach_linear_loss(model)  # This raises for a model that cannot be read.
     with input_errors():
+        config = config.fitted_to(model.config)
         special = special_tokens(tokenizer, model)
         data = tokenize_examples(
             examples,
             tokenizer,
-            max_length=config.max_length,
+            max_length=config.length_budget,
             max_prompt_length=config.prompt_budget,
             eos_token_id=special.ends,
             bos_token_id=special.bos,
+            disable_tqdm=config.hides_progress,
         )
         seen = _trained_on(name, settings, data)
         report = evaluate_model(
@@ -67,7 +70,7 @@ def run(arguments: Sequence[str]) -> None:
             judge=judge,
             generate=generates,
             num_generations=options.eval_generations or None,
-            sampling=_sampling(settings, data) if generates else None,
+            sampling=_sampling(options, config, data) if generates else None,
             directory=directory,
         )
     about = {"checkpoint": name, "trained_on": seen, **report.to_dict()}
@@ -109,8 +112,8 @@ def _checkpoint(settings: Settings) -> str:
     return name
 
 
-def _sampling(settings: Settings, data: Any) -> Sampling:
-    options, usual = settings.run, default_sampling(data, settings.training)
+def _sampling(options: RunConfig, config: CPOConfig, data: TokenizedExamples) -> Sampling:
+    usual = default_sampling(data, config)
     length = options.eval_max_new_tokens or usual.max_new_tokens
     with input_errors():
         return Sampling(

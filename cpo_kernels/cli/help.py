@@ -8,6 +8,7 @@ COMMANDS = {
     "evaluate": "perplexity, contrast accuracy, free generations and their win rate",
     "ensemble": "average the weights of two trained models",
     "info": "what is installed and which backends it can use",
+    "options": "search all options: cpo-kernels options length",
 }
 
 OVERVIEW = """\
@@ -17,7 +18,7 @@ Contrastive preference optimization of language models: the true continuation of
 
 {commands}
 
-cpo-kernels COMMAND --help says more. A run begins with a file such as
+cpo-kernels COMMAND --help says more, cpo-kernels --version which release this is. A run begins with a file such as
 
     model: gpt2
     data: examples.jsonl          # one {{"prompt": ..., "completion": ...}} a line
@@ -59,6 +60,21 @@ A judge's verdicts are kept there too: called again, it asks nothing twice.
     CPO_KERNELS_JUDGE_KEY=... cpo-kernels evaluate my.yaml --judge chat --judge_url URL --judge_model NAME
 """,
 }
+
+
+OPTIONS = """\
+usage: cpo-kernels options [WORD ...]
+
+Shows the options whose name or text has all of the words, with defaults, and without a word all of them: those of the
+functions (cpo_kernels.options), of CPOConfig with transformers.TrainingArguments, and of the commands.
+"""
+
+
+def version() -> str:
+    """Return the text of ``cpo-kernels --version``."""
+    import cpo_kernels
+
+    return f"cpo-kernels {cpo_kernels.__version__}"
 
 
 def overview() -> str:

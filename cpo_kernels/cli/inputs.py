@@ -82,19 +82,24 @@ class Inputs:
     @cached_property
     def vocab_size(self) -> int | None:
         """The number of embeddings in the model's configuration, or None; the model is not loaded."""
-        from transformers import AutoConfig
-
         if self.run.tiny:
             return len(self.tokenizer)
-        if self.run.model is None:
+        config = self.model_config
+        return None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The configuration of the model to start from; None where there is none to read, as in a dry run."""
+        from transformers import AutoConfig
+
+        if self.run.tiny or self.run.model is None:
             return None
         try:
-            config = AutoConfig.from_pretrained(
+            return AutoConfig.from_pretrained(
                 self.run.model, revision=self.run.revision, trust_remote_code=self.run.trust_remote_code
             )
         except (OSError, ValueError):  # Loading the model will report the error.
             return None
-        return getattr(config.get_text_config(), "vocab_size", None)
 
     def model(self) -> Any:
         """Make the model to start from."""
@@ -164,6 +169,7 @@ class Inputs:
                 tokenizer=self.tokenizer,
                 max_examples=count,
                 vocab_size=self.vocab_size,
+                disable_tqdm=self.settings.training.hides_progress,
                 **{item.name: getattr(run, item.name) for item in dataclasses.fields(ExampleOptions)},
             )
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from cpo_kernels.negatives import write_negatives
+from cpo_kernels.negatives.progress import progress_bar
 from cpo_kernels.trainer.files import hash_file, write_whole
 
 from .errors import InputError, input_errors
@@ -55,8 +55,11 @@ def run(arguments: Sequence[str]) -> None:
     missing = [part for part in own if not (folder / part.name).is_file()]
     if len(missing) < len(own):
         print(f"{len(own) - len(missing)} of {len(own)} parts are there already, in {folder}")
-    for part in tqdm(missing, desc="parts", disable=training.disable_tqdm):
-        write_whole(folder / part.name, json.dumps(job.write(part)))
+    total = sum(part.stop - part.start for part in missing)
+    with progress_bar("Writing negatives", "example", total, training.hides_progress) as bar:
+        for part in missing:
+            write_whole(folder / part.name, json.dumps(job.write(part)))
+            bar.update(part.stop - part.start)
     if training.world_size > 1:
         torch.distributed.barrier()
     if training.process_index == 0:

@@ -54,8 +54,8 @@ class DataOptions:
 
     data: str | None = _option(
         None,
-        "Training examples: a .jsonl, .json, .parquet or .txt file, a pattern such as 'data/*.jsonl', a directory that "
-        "datasets saved, or the name of a data set on the hub.",
+        "Training examples: a .jsonl, .json, .csv, .parquet or .txt file, a pattern such as 'data/*.jsonl', a "
+        "directory that datasets saved, or the name of a data set on the hub.",
     )
     data_name: str | None = _option(None, "Name of a configuration of the data set on the hub.")
     data_split: str = _option("train", "Split of the data set; slices such as train[:1000] work.")

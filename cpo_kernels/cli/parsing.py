@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
-from cpo_kernels.trainer.config import CPOConfig
+from cpo_kernels.trainer.config import CPOConfig, sections
 
 from .errors import InputError, input_errors, unknown
 from .help import DESCRIPTIONS, FILE
@@ -71,7 +71,10 @@ def _construct(cls: type, given: Mapping[str, Any]) -> Any:
     names = {item.name for item in dataclasses.fields(cls)}
     values = {name: value for name, value in given.items() if name in names}
     if cls is CPOConfig:
-        values = _lengths(given) | values
+        lengths = _lengths(given)
+        values |= {name: length for name, length in lengths.items() if values.get(name) is None}
+        if not sys.stderr.isatty():
+            values.setdefault("disable_tqdm", True)  # bars make logs unreadable
     return cls(**values)
 
 
@@ -83,7 +86,7 @@ def _lengths(given: Mapping[str, Any]) -> dict[str, int]:
     prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens")
     if not prompt or not completion:
         return {}
-    if given.get("max_length", prompt + completion) != prompt + completion:
+    if (given.get("max_length") or prompt + completion) != prompt + completion:
         raise InputError(
             f"max_length must be prompt_tokens + completion_tokens = {prompt + completion}, got {given['max_length']}: "
             "pieces from within a document would be ended with EOS, or cut"
@@ -103,13 +106,7 @@ class OptionParser(HfArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        inherited = {item.name for item in dataclasses.fields(TrainingArguments)}
-        own = {*inspect.get_annotations(CPOConfig)}
-        groups: Any = [
-            *GROUPS,
-            _subset(CPOConfig, own, "Objective, negatives and memory (CPOConfig)"),
-            _subset(CPOConfig, inherited - own, "Training (transformers.TrainingArguments)"),
-        ]
+        groups: Any = option_groups()
         options |= {"allow_abbrev": False, "add_help": False, "formatter_class": _Formatter}
         super().__init__(groups, **options)
         self.add_argument(
@@ -161,6 +158,16 @@ class OptionParser(HfArgumentParser):
             return taken | self.read(arguments)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+
+def option_groups() -> list[Any]:
+    """Return dataclasses that hold every option of ``RunConfig`` and ``CPOConfig``, in the order of the help text."""
+    *own, (title, _) = sections().items()
+    added = {name for _, names in own for name in names}
+    inherited = {item.name for item in dataclasses.fields(CPOConfig)} - added
+    ours = [_subset(CPOConfig, {*names}, f"{title} (CPOConfig)") for title, names in own]
+    first, *others = GROUPS
+    return [first, *ours, *others, _subset(CPOConfig, inherited, f"{title} (transformers.TrainingArguments)")]
 
 
 def _subset(cls: type, names: set[str], title: str) -> type:

@@ -50,8 +50,9 @@ class Job:
         self.run, config = settings.run, settings.training
         inputs = Inputs(settings)
         self.tokenizer = inputs.tokenizer
-        lengths: dict[str, Any] = {"max_length": config.max_length, "max_prompt_length": config.prompt_budget}
         with input_errors(TypeError):
+            config = config.fitted_to(inputs.model_config)
+            lengths: dict[str, Any] = {"max_length": config.length_budget, "max_prompt_length": config.prompt_budget}
             rows = inputs.train_examples()
             self.examples = [normalize_example(row, index, self.tokenizer) for index, row in enumerate(rows)]
         self.as_text = self.run.negatives_format == "text" and all(map(_is_text, self.examples))
@@ -61,10 +62,11 @@ class Job:
             if model is None:
                 self.writer = EndpointWriter(config, self.tokenizer)
             else:
-                self.writer = ModelWriter(lambda: model, self.tokenizer)
+                self.writer = ModelWriter(lambda: model, self.tokenizer, disable_tqdm=config.hides_progress)
         with input_errors():
             special = special_tokens(self.tokenizer, model)
             lengths |= {"eos_token_id": special.ends, "bos_token_id": special.bos}
+            lengths["disable_tqdm"] = config.hides_progress
             self.data = tokenize_examples(self.examples, self.tokenizer, **lengths)
         self.ends = special.ends
         # The same for all parts, so that negatives do not depend on where a part begins.

@@ -93,7 +93,7 @@ def cut_down(given: Mapping[str, Any]) -> dict[str, Any]:
             value = limit if name in ALWAYS else value
         if value is not None:
             values[name] = min(value, limit)
-    if "max_length" not in values and "prompt_tokens" not in values:
+    if values.get("max_length") is None and "prompt_tokens" not in values:
         values["max_length"] = LIMITS["max_length"]
     if not torch.cuda.is_available():
         values |= {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
@@ -189,7 +189,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def tiny_model(run: RunConfig, tokenizer: Any, max_length: int, seed: int) -> Any:
+def tiny_model(run: RunConfig, tokenizer: Any, max_length: int | None, seed: int) -> Any:
     """Make a random model of the family that the configuration names."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -211,7 +211,7 @@ def tiny_model(run: RunConfig, tokenizer: Any, max_length: int, seed: int) -> An
         "intermediate_size": 64,
         "ffn_dim": 64,
         "word_embed_proj_dim": 32,
-        "max_position_embeddings": max(64, max_length),
+        "max_position_embeddings": max(64, max_length or 0),
     }
     known = {*usual.to_dict(), *usual.attribute_map}
     sizes = {name: size for name, size in sizes.items() if name in known and getattr(usual, name) is not None}

@@ -20,6 +20,7 @@ from cpo_kernels.trainer.resuming import on_main_process
 from .errors import InputError, input_errors
 from .finished import SETTINGS, begin, finish, finished_run, run_of
 from .inputs import Inputs
+from .metrics import metrics_table, show_lines
 from .parsing import Settings, parse
 
 
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str]) -> None:
     trainer.save_metrics("all", metrics)
     if trainer.is_world_process_zero():
         finish(directory, trainer.state, asked_for)
-        _print_metrics(metrics)
+        print(metrics_table(metrics))
         print(f"saved to {directory}")
     if settings.training.push_to_hub:
         trainer.push_to_hub()
@@ -69,7 +70,7 @@ def make_trainer(settings: Settings) -> CPOTrainer:
         )
     model = inputs.adapted_model()
     with input_errors(TypeError, RuntimeError):
-        return CPOTrainer(
+        trainer = CPOTrainer(
             model,
             settings.training,
             train_dataset=examples,
@@ -77,6 +78,8 @@ def make_trainer(settings: Settings) -> CPOTrainer:
             processing_class=inputs.tokenizer,
             callbacks=_callbacks(settings),
         )
+    show_lines(trainer)
+    return trainer
 
 
 def _callbacks(settings: Settings) -> list[TrainerCallback]:
@@ -92,7 +95,8 @@ def _train_examples(inputs: Inputs) -> Sequence[Any]:
         raise InputError(f"there is no negatives_file {path}; `cpo-kernels negatives` with the same options writes it")
     # max_examples counts rows of data, each of which may be several examples; a dry run takes few in any case.
     with input_errors():
-        return load_examples(path, max_examples=inputs.run.max_examples if inputs.run.tiny else None)
+        count = inputs.run.max_examples if inputs.run.tiny else None
+        return load_examples(path, max_examples=count, disable_tqdm=inputs.settings.training.hides_progress)
 
 
 def _asked(settings: Settings) -> str:
@@ -116,9 +120,3 @@ def _save_settings(settings: Settings) -> None:
     """Save the settings, without secrets, with the model, in a file that ``cpo-kernels train`` reads."""
     path = Path(str(settings.training.output_dir), SETTINGS)
     write_whole(path, yaml.safe_dump(without_secrets(settings.given), sort_keys=True))
-
-
-def _print_metrics(metrics: dict[str, Any]) -> None:
-    width = max(map(len, metrics))
-    for name, value in sorted(metrics.items()):
-        print(f"{name:<{width}}  {value:.6g}" if isinstance(value, float) else f"{name:<{width}}  {value}")

@@ -91,7 +91,7 @@ def linear_token_statistics(
             ``num_samples`` or ``sample_mask`` without a seed; the message names the offending value.
         RuntimeError: a backend that is not available.
     """
-    refuse_unknown("linear_token_statistics", unknown)
+    refuse_unknown(linear_token_statistics, unknown)
     head = Head(
         *(logit_scale, softcap, temperature, backend, max_logits_bytes, logits_dtype),
         *(grad_filter_eps, candidate_eps, skip_absent_rows, vocab_shard, frozen_columns),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,12 @@ def find_head(model: PreTrainedModel) -> nn.Module:
             f"{type(model).__name__} has no recognisable head: expected a linear layer from get_output_embeddings()"
         )
     return head
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many positions a model of this configuration has; None where none limits its length."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions and positions > 0 else None  # XLNet: -1, no limit
 
 
 def check_head(head: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from cpo_kernels.kernels.transform import transform_logits
 
 from .adapters import plain_head
-from .head import evaluating, find_body, find_head
+from .head import evaluating, find_body, find_head, positions_of
 from .replay import Replayed, replay
 from .sharded import is_sharded
 
@@ -147,8 +147,7 @@ def _plain_tokens(model: PreTrainedModel, vocab: int) -> list[int]:
     """Choose n tokens to which no configuration gives a meaning (such as the place of an image), if there are any."""
     config: Any = model.config
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    length = min(PROBED_TOKENS, positions) if positions and positions > 0 else PROBED_TOKENS  # XLNet: -1, no limit
+    length = min(PROBED_TOKENS, positions_of(config) or PROBED_TOKENS)
     named = (value for own in (config, text) for name, value in vars(own).items() if name.endswith(("_id", "_index")))
     special = {value for value in named if isinstance(value, int)}
     entries = min(vocab, getattr(text, "vocab_size", None) or vocab)

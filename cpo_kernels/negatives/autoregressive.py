@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import counter_random, sampling
+from cpo_kernels.options import suggests_arguments
 
 from .endings import as_ids, until_end
+from .progress import progress_bar
 from .seeds import token_seeds
 from .wrong import is_wrong
 
@@ -57,6 +59,7 @@ class Sampling:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+@suggests_arguments
 def autoregressive_negatives(
     model: Any,
     prompts: Sequence[Sequence[int]],
@@ -68,6 +71,7 @@ def autoregressive_negatives(
     keys: Sequence[int] | None = None,
     completions: Sequence[Sequence[int]] | None = None,
     synced_gpus: bool = False,
+    disable_tqdm: bool = False,
 ) -> list[list[list[int]]]:
     """Sample ``count`` completions of each prompt.
 
@@ -89,6 +93,7 @@ def autoregressive_negatives(
             Default: all draws are returned.
         synced_gpus: keep calling the model until all processes have finished, as weights sharded over processes (FSDP,
             ZeRO 3) need it. All processes must call then, with any number of prompts, none included.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
 
     Returns:
         ``negatives[prompt][number]``, token ids: with EOS at the end where the model ended it, without where it was cut
@@ -119,7 +124,8 @@ def autoregressive_negatives(
     negatives: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
     ends = list(as_ids(eos_token_id))
     options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
-    with _ready_to_generate(model):
+    bar = progress_bar("Generating", "text", len(jobs), disable_tqdm)
+    with bar, _ready_to_generate(model):
         for batch in batches:
             # A process without prompts generates for any prompt, in step with the other processes' batches.
             texts = [prompts[index] for index, _ in batch] or [ends[:1]]
@@ -127,6 +133,7 @@ def autoregressive_negatives(
             drawn = _generate(model, texts, keyed, sampling, **options)
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 negatives[index][sample] = completion
+            bar.update(len(batch))
     if completions is None:
         return negatives
     return [
@@ -136,7 +143,9 @@ def autoregressive_negatives(
 
 
 def _check_positions(model: Any, longest: int, max_new_tokens: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    from cpo_kernels.models.head import positions_of
+
+    positions = positions_of(model.config)
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {positions} positions of the "

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from random import Random
 
+from cpo_kernels.options import suggests_arguments
+
 from .endings import without_end
 from .seeds import generator
 from .wrong import is_wrong
 
 
+@suggests_arguments
 def batch_negatives(
     completions: Sequence[Sequence[int]],
     count: int,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from .autoregressive import Sampling
 from .endpoint import Endpoint, EndpointError
+from .progress import progress_bar
 from .seeds import request_seed
 
 
@@ -23,7 +24,13 @@ class Completion(NamedTuple):
 
 
 class CompletionsEndpoint(Endpoint):
-    """A language model behind an endpoint ``/completions``; see :class:`~.endpoint.Endpoint` for its arguments."""
+    """A language model behind an endpoint ``/completions``; see :class:`~.endpoint.Endpoint` for its arguments.
+
+    Attributes:
+        disable_tqdm: set it to show no progress bar, which otherwise is shown on a terminal after some seconds.
+    """
+
+    disable_tqdm = False
 
     def negatives(self, prompts: Sequence[str], count: int, sampling: Sampling | None = None) -> list[list[Completion]]:
         """Ask for ``count`` completions of each prompt, in their order.
@@ -53,7 +60,11 @@ class CompletionsEndpoint(Endpoint):
         async def ask(client: Any, start: int) -> list[list[Completion]]:
             return await self._ask(client, list(prompts[start : start + size]), start, count, sampling)
 
-        answers = dict(self._in_flight(ask, starts))
+        answers: dict[int, list[list[Completion]]] = {}
+        with progress_bar("Asking for completions", "prompt", len(prompts), self.disable_tqdm) as bar:
+            for place, completions in self._in_flight(ask, starts):
+                answers[place] = completions
+                bar.update(len(completions))
         return [completions for place in range(len(starts)) for completions in answers[place]]
 
     async def _ask(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cpo_kernels.options import suggests_arguments
+
 from .completions import Completion
 
 Negatives = Sequence[Sequence[str | Completion]] | Sequence[Sequence[Sequence[int]]]
@@ -36,6 +38,7 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+@suggests_arguments
 def write_negatives(
     path: str | os.PathLike[str],
     examples: Any,

@@ -22,6 +22,7 @@ from cpo_kernels.engine.statistics import device_seeds, linear_token_statistics
 from cpo_kernels.kernels import counter_random
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import check_boundaries
+from cpo_kernels.options import suggests_arguments
 
 from .endings import as_ids, without_end
 from .wrong import is_wrong
@@ -42,6 +43,7 @@ class MeanField(NamedTuple):
     samples: Tensor
 
 
+@suggests_arguments
 def mean_field_negatives(
     hidden: Tensor,
     weight: Tensor,
@@ -90,6 +92,7 @@ def mean_field_negatives(
     return negatives
 
 
+@suggests_arguments
 def mean_field_samples(
     hidden: Tensor,
     weight: Tensor,

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
+from cpo_kernels.options import suggests_arguments
+
 from .endings import end_of, without_end
 from .seeds import generator
 
 Row = TypeVar("Row")
 
 
+@suggests_arguments
 def truncation_negatives(
     completions: Sequence[Sequence[int]],
     count: int,

@@ -35,7 +35,7 @@ class BatchBuilder:
     def build(self, examples: TokenizedExamples, indices: Sequence[int], step: int, contrast: bool) -> ContrastBatch:
         """Make the groups of some examples at ``step``, with negatives if ``contrast``."""
         special = self.negatives.special
-        batch = ContrastBatch(special.ends, special.pad, self.config.max_length, self.share_prefixes)
+        batch = ContrastBatch(special.ends, special.pad, self.config.length_budget, self.share_prefixes)
         drawn = self.negatives.draw(examples, indices, step) if contrast else [Drawn() for _ in indices]
         conditions = self._conditions(examples, indices, step)
         for index, own, condition in zip(indices, drawn, conditions, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,16 +13,32 @@ import torch
 from transformers import TrainingArguments
 
 from cpo_kernels.loss_table import LOSS_TYPES, TRL_LOGISTIC, trl_options
+from cpo_kernels.models.head import positions_of
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.kinds import counted_kinds
 from cpo_kernels.negatives.mean_field import DEFAULT_FRACTION, check_fraction
 from cpo_kernels.negatives.redaction import is_secret, without_secrets
-from cpo_kernels.options import Objective
+from cpo_kernels.options import Objective, suggests_arguments
 
 REFERENCES = ("frozen", "precomputed", "none")
+DEFAULT_LENGTH = 1024  # most tokens of an example where nobody says how many
 SAMPLERS = ("reference", "model")
 RANKINGS = ("none", "similarity")
 PREFIX_SHARING = ("auto", "required", "off")
+
+
+def sections() -> dict[str, list[str]]:
+    """Return the names of the fields that ``CPOConfig`` adds or gives another default, by the title of their section.
+
+    Those of the last section are fields of ``TrainingArguments`` with other defaults.
+    """
+    names: list[str] = []
+    found: dict[str, list[str]] = {}
+    for name in inspect.get_annotations(CPOConfig):
+        if name in SECTIONS:
+            names = found.setdefault(SECTIONS[name], [])
+        names.append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,11 @@ PRESETS = {
 }
 
 
+def default_length(positions: int | None) -> int:
+    """Return the most tokens of an example for a model of so many positions, or of any number."""
+    return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+
+
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
@@ -78,6 +100,16 @@ def _count(kind: str) -> Any:
 
 def _weight(kind: str) -> Any:
     return _option(1.0, f"A negative of the kind {kind} counts in the contrast as much as this many of it.")
+
+
+# Titles of the sections of the fields below, by the first field of each.
+SECTIONS = {
+    "objective": "Objective and reference",
+    "num_batch_negatives": "Negatives",
+    "max_length": "Lengths, memory and kernels",
+    "allow_partial_resume": "Resuming",
+    "learning_rate": "Training",
+}
 
 
 @dataclass(repr=False)
@@ -124,6 +156,8 @@ class CPOConfig(TrainingArguments):
         "Train without dropout. None: where there is a reference, which has none: with it, policy and reference differ "
         "before anything is learned.",
     )
+    scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
+    scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
 
     num_batch_negatives: int | None = _count("batch")
     num_truncation_negatives: int | None = _count("truncation")
@@ -161,17 +195,17 @@ class CPOConfig(TrainingArguments):
     embedding_model: str | None = _option(
         None, "A sentence-transformers model for the ranking. None: mean hidden states of the reference."
     )
+
+    max_length: int | None = _option(
+        None, "Tokens of prompt and completion together, at most. None: the model's positions, but at most 1024."
+    )
+    max_prompt_length: int | None = _option(
+        None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
+    )
     prefix_sharing: str = _option(
         "auto",
         "Run a prompt and its candidates as one row. auto: where the model can and it saves enough; required: raise "
         "where the model cannot; off: never.",
-    )
-    scheduled_sampling_probability: float = _option(0.5, "Probability that a token conditioned on is the model's own.")
-    scheduled_sampling_passes: int = _option(1, "Sampling passes before the one that is trained.")
-
-    max_length: int = _option(1024, "Tokens of prompt and completion together, at most.")
-    max_prompt_length: int | None = _option(
-        None, "Tokens of the prompt, at most; its end is kept. None: half of max_length."
     )
     max_logits_bytes: int | None = _option(None, "Budget of all that the loss holds at once. None: the backend's.")
     candidate_eps: float | None = _option(
@@ -201,6 +235,8 @@ class CPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is none to copy to, of which torch would warn
         self._fill_in()
         self._check_objective()
         self._check_negatives()
@@ -260,10 +296,43 @@ class CPOConfig(TrainingArguments):
         """The defaults of the objective."""
         return PRESETS[self.objective]
 
+    def fitted_to(self, model_config: Any) -> CPOConfig:
+        """Return the configuration with a ``max_length``: itself, or a copy that has the one of a model.
+
+        Args:
+            model_config: the model's configuration; None where it is not known.
+
+        Raises:
+            ValueError: a ``max_length`` beyond the model's positions, or no longer than ``max_prompt_length``.
+        """
+        positions = None if model_config is None else positions_of(model_config)
+        if self.max_length is None:
+            fitted = copy.copy(self)
+            fitted.max_length = default_length(positions)
+            fitted._check_lengths()
+            return fitted
+        if positions is not None and self.max_length > positions:
+            raise ValueError(
+                f"max_length={self.max_length} exceeds the {positions} positions of a {model_config.model_type} model"
+            )
+        return self
+
+    @property
+    def length_budget(self) -> int:
+        """How many tokens prompt and completion may have together."""
+        if self.max_length is None:
+            raise ValueError("max_length is None, the model's own: give it, or ask config.fitted_to(model.config)")
+        return self.max_length
+
     @property
     def prompt_budget(self) -> int:
         """How many tokens a prompt may have."""
-        return self.max_length // 2 if self.max_prompt_length is None else self.max_prompt_length
+        return self.length_budget // 2 if self.max_prompt_length is None else self.max_prompt_length
+
+    @property
+    def hides_progress(self) -> bool:
+        """Whether this process shows no progress bars."""
+        return bool(self.disable_tqdm) or self.local_process_index != 0
 
     @property
     def contrasts(self) -> bool:
@@ -410,9 +479,16 @@ class CPOConfig(TrainingArguments):
                 )
 
     def _check_lengths(self) -> None:
+        if self.max_length is None:
+            if self.max_prompt_length is not None and self.max_prompt_length < 1:
+                raise ValueError(f"max_prompt_length must be at least 1, got {self.max_prompt_length}")
+            return
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         if not 0 < self.prompt_budget < self.max_length:
             raise ValueError(
                 f"max_prompt_length must be in [1, max_length) = [1, {self.max_length}), got {self.max_prompt_length}"
             )
+
+
+CPOConfig.__init__ = suggests_arguments(CPOConfig.__init__)  # type: ignore[method-assign]

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import as_ids, end_token_ids
+from cpo_kernels.negatives.progress import progress_bar
+from cpo_kernels.options import suggests_arguments
 
 from .encoding import encode_examples
 from .formats import Example, check_no_text, normalize_example
@@ -119,6 +121,7 @@ def collate_indices(items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return {"index": torch.tensor([item["index"] for item in items])}
 
 
+@suggests_arguments
 def tokenize_examples(
     examples: Iterable[Mapping[str, Any] | Example],
     tokenizer: Any,
@@ -128,6 +131,7 @@ def tokenize_examples(
     eos_token_id: int | Sequence[int] | None = None,
     bos_token_id: int | None = None,
     vocab_size: int | None = None,
+    disable_tqdm: bool = False,
 ) -> TokenizedExamples:
     """Turn examples into token ids.
 
@@ -155,6 +159,7 @@ def tokenize_examples(
             tokenizer's EOS, and the token that its chat template ends an answer with.
         bos_token_id: the token that stands for an empty prompt. Default: the tokenizer's BOS.
         vocab_size: how many embeddings the model has; None leaves token ids unchecked.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
 
     Raises:
         TypeError: data without a length, such as a stream: batch negatives are drawn from all of it.
@@ -173,30 +178,32 @@ def tokenize_examples(
     negatives: list[list[list[int]]] = []
     ranks: list[list[int] | None] = []
     kinds: list[list[str]] = []
-    for start, chunk in _chunks(examples):
-        if tokenizer is None:
-            for offset, row in enumerate(chunk):
-                check_no_text(row, start + offset)
-        normal = [
-            row if isinstance(row, Example) else normalize_example(row, start + offset, tokenizer, vocab_size)
-            for offset, row in enumerate(chunk)
-        ]
-        for example, (prompt, candidates) in zip(normal, encode_examples(normal, tokenizer, ends), strict=True):
-            prompts.append(finish.prompt(prompt, max_prompt_length, len(prompts)))
-            room = max_length - len(prompts[-1])
-            completions.append(finish.completion(candidates[0], room))
-            drawn = [
-                KINDS[kind].by_model and not isinstance(given, str)
-                for kind, given in zip(example.kinds, example.candidates[1:], strict=True)
+    with progress_bar("Tokenising", "example", len(examples), disable_tqdm) as bar:  # type: ignore[arg-type]
+        for start, chunk in _chunks(examples):
+            if tokenizer is None:
+                for offset, row in enumerate(chunk):
+                    check_no_text(row, start + offset)
+            normal = [
+                row if isinstance(row, Example) else normalize_example(row, start + offset, tokenizer, vocab_size)
+                for offset, row in enumerate(chunk)
             ]
-            negatives.append(
-                [
-                    ids[:room] if as_drawn and ids else finish.completion(ids, room)
-                    for ids, as_drawn in zip(candidates[1:], drawn, strict=True)
+            for example, (prompt, candidates) in zip(normal, encode_examples(normal, tokenizer, ends), strict=True):
+                prompts.append(finish.prompt(prompt, max_prompt_length, len(prompts)))
+                room = max_length - len(prompts[-1])
+                completions.append(finish.completion(candidates[0], room))
+                drawn = [
+                    KINDS[kind].by_model and not isinstance(given, str)
+                    for kind, given in zip(example.kinds, example.candidates[1:], strict=True)
                 ]
-            )
-            ranks.append(example.ranks)
-            kinds.append(example.kinds)
+                negatives.append(
+                    [
+                        ids[:room] if as_drawn and ids else finish.completion(ids, room)
+                        for ids, as_drawn in zip(candidates[1:], drawn, strict=True)
+                    ]
+                )
+                ranks.append(example.ranks)
+                kinds.append(example.kinds)
+            bar.update(len(chunk))
     if not prompts:
         raise ValueError("expected at least one example, got none")
     brought = (negatives, ranks, kinds) if any(negatives) else (None, None, None)

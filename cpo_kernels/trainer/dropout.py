@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from cpo_kernels.models.head import positions_of
+
 logger = logging.get_logger(__name__)
 
 
@@ -41,12 +43,11 @@ def _is_random(model: nn.Module) -> bool:
     if any(parameter.is_meta or not parameter.numel() for parameter in parameters):
         return False
     device, was_training = parameters[0].device, model.training
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
-    tokens = torch.zeros(1, min(16, positions or 16), dtype=torch.int64, device=device)
+    tokens = torch.zeros(1, min(16, positions_of(model.config) or 16), dtype=torch.int64, device=device)
     model.train()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            first, second = (model(input_ids=tokens).logits for _ in range(2))
+            first, second = (model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits for _ in range(2))
     finally:
         model.train(was_training)
     return not torch.equal(first, second)

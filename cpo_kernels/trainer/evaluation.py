@@ -24,6 +24,7 @@ from cpo_kernels.negatives import seeds
 from cpo_kernels.negatives.autoregressive import Sampling
 from cpo_kernels.negatives.endings import as_ids, special_tokens
 from cpo_kernels.negatives.kinds import counted_kinds
+from cpo_kernels.options import suggests_arguments
 
 from .config import CPOConfig
 from .data import TokenizedExamples
@@ -163,6 +164,7 @@ class Report:
         )
 
 
+@suggests_arguments
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -202,6 +204,7 @@ def evaluate(
         RuntimeError: several processes. Errors of the model and the judge pass through.
     """
     _check_options(config, tokenizer, judge, generate, num_generations, directory)
+    config = config.fitted_to(model.config)
     trainer = CPOTrainer(
         model,
         _evaluation_config(config, ref_model is not None),
@@ -221,7 +224,8 @@ def evaluate(
         count = len(data) if num_generations is None else num_generations
         indices = seeds.chosen(sampling.seed, len(data), count)
         prompts, truths = [data.prompts[i] for i in indices], [data.completions[i] for i in indices]
-        completions = _generations(model, tokenizer, prompts, indices, sampling, folder)
+        writer = ModelWriter(lambda: model, tokenizer, disable_tqdm=config.hides_progress)
+        completions = _generations(writer, prompts, indices, sampling, folder)
     ends = special_tokens(tokenizer, model).ends
     generated, true = (generation_statistics(side, ends) for side in (completions, truths))
     report = replace(report, sampling=sampling, generated=generated, truths=true)
@@ -233,8 +237,9 @@ def evaluate(
         for side in (completions, truths)
     )
     texts = (asked, *answers)
-    rate = win_rate(judge_pairs(judge, *texts, cache=None if folder is None else folder / VERDICTS))
-    return replace(report, win_rate=rate, judge=_name(judge))
+    cache = None if folder is None else folder / VERDICTS
+    verdicts = judge_pairs(judge, *texts, cache=cache, disable_tqdm=config.hides_progress)
+    return replace(report, win_rate=win_rate(verdicts), judge=_name(judge))
 
 
 def _check_options(
@@ -285,8 +290,7 @@ def _evaluation_config(config: CPOConfig, has_reference: bool) -> CPOConfig:
 
 
 def _generations(
-    model: Any,
-    tokenizer: Any,
+    writer: ModelWriter,
     prompts: Sequence[Sequence[int]],
     indices: Sequence[int],
     sampling: Sampling,
@@ -297,7 +301,6 @@ def _generations(
     A continuation depends on the example's index and not on the other examples that are continued.
     """
     path = None if directory is None else directory / GENERATIONS
-    writer = ModelWriter(lambda: model, tokenizer)
     asked = [writer.identity, asdict(sampling), list(indices), [list(prompt) for prompt in prompts]]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     if path is not None and path.exists():

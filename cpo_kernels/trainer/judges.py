@@ -26,10 +26,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
-from cpo_kernels.models.head import evaluating
+from cpo_kernels.models.head import evaluating, positions_of
 from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.endpoint import Endpoint, EndpointError
 
+from .config import default_length
 from .data import tokenize_examples
 from .fingerprint import fingerprint
 
@@ -167,7 +168,7 @@ class LikelihoodJudge:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if max_length is None:
-            max_length = min(1024, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+            max_length = default_length(positions_of(model.config))
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {max_length}")
         self.model, self.tokenizer = attach_linear_loss(model), tokenizer
@@ -202,7 +203,8 @@ class LikelihoodJudge:
         if not questions:
             return []
         examples = [{"prompt": q.prompt, "completion": q.first, "negatives": [q.second]} for q in questions]
-        limits = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
+        limits: dict[str, Any] = {"max_length": self.max_length, "max_prompt_length": max(1, self.max_length // 2)}
+        limits["disable_tqdm"] = True  # whoever asks the judge shows how far it is
         tokens = tokenize_examples(examples, self.tokenizer, eos_token_id=self._ends, **limits)
         assert tokens.negatives is not None
         return [

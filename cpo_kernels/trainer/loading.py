@@ -1,21 +1,27 @@
-"""Load examples from JSON lines, Parquet, plain text, a saved data set, or a data set on the hub."""
+"""Load examples from JSON lines, CSV, Parquet, plain text, a saved data set, or a data set on the hub."""
 
 from __future__ import annotations
 
 import glob
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
+from cpo_kernels.negatives.progress import progress_bar
+from cpo_kernels.options import argument_names, refuse_unknown
+
+from .csv_rows import read_csv
 from .formats import check_encodable, check_example
 
 logger = logging.get_logger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+LISTS = ("negatives", "ranks", "kinds")  # fields that a table of texts holds as JSON
 Row = Mapping[str, Any]
 Place = Callable[[int], str]  # Names the place of the row of a number, for messages.
 
@@ -54,6 +60,7 @@ def load_examples(
     tokenizer: Any = None,
     max_examples: int | None = None,
     vocab_size: int | None = None,
+    disable_tqdm: bool = False,
     **options: Any,
 ) -> Sequence[Row]:
     r"""Load examples for training, and check every one of them.
@@ -62,7 +69,8 @@ def load_examples(
         source: what to read:
 
             - a file, or several by a pattern such as ``data/*.jsonl``: JSON lines (``.jsonl``, one object a line),
-              ``.json`` (a list of objects), ``.parquet``, or ``.txt`` (documents separated by blank lines);
+              ``.json`` (a list of objects), ``.csv`` (names of columns in the first line, an empty cell for an absent
+              field), ``.parquet``, or ``.txt`` (documents separated by blank lines);
             - a directory that ``datasets`` saved;
             - any other name: a data set on the hub.
         split: part of a data set; slices such as ``train[:1000]`` work for data sets from the hub.
@@ -70,6 +78,7 @@ def load_examples(
         tokenizer: needed for cutting by tokens.
         max_examples: most rows to use, from the first on.
         vocab_size: number of embeddings of the model; None leaves token ids in the rows unchecked.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
         options: how a row becomes an example.
 
             - ``columns``: new names to the row's own, as ``{"completion": "answer"}``.
@@ -80,6 +89,9 @@ def load_examples(
               consecutive pieces of that many tokens, without an end that is no longer than a prompt. Documents too
               short to cut are left out and counted in a warning.
 
+    ``negatives``, ``ranks`` and ``kinds`` may be JSON, as ``["b", "c"]`` in a cell of a CSV file; all other texts are
+    taken as they are.
+
     Returns:
         A ``datasets.Dataset`` or a list of mappings, in one of the forms of :func:`.formats.normalize_example`.
 
@@ -87,7 +99,10 @@ def load_examples(
         ValueError: a source that does not exist, options that contradict each other, or a row that is no example; the
             message names the file, the line and the field.
         RuntimeError: a data set that could not be loaded from the hub; the message names it.
+        TypeError: an option that does not exist; the message names the nearest one.
     """
+    own = argument_names(ExampleOptions)
+    refuse_unknown(load_examples, options.keys() - {*own}, also=own)
     how = ExampleOptions(**options)
     if how.prompt_tokens is not None and tokenizer is None:
         raise ValueError("prompt_tokens and completion_tokens cut by tokens; pass the tokenizer")
@@ -96,7 +111,8 @@ def load_examples(
         rows = rows[:max_examples] if isinstance(rows, list) else rows.select(range(min(max_examples, len(rows))))
     if not len(rows):
         raise ValueError(f"{source} has no examples")
-    return _to_examples(rows, place, how, tokenizer, vocab_size)
+    with progress_bar("Reading examples", "row", len(rows), disable_tqdm) as bar:
+        return _to_examples(rows, place, how, tokenizer, vocab_size, bar)
 
 
 # Rows
@@ -134,6 +150,8 @@ def _read_lines(file: str) -> Iterator[tuple[int, Row]]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield number, _parse(line, f"{file}:{number}")
+    elif suffix == ".csv":
+        yield from read_csv(file)
     elif suffix == ".json":
         values = _parse_json(Path(file).read_bytes(), file)
         if not isinstance(values, list):
@@ -230,13 +248,15 @@ def _read_hub(source: str, split: str, name: str | None) -> Any:
 # From rows to examples
 
 
-def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, vocab_size: int | None) -> Sequence[Row]:
+def _to_examples(
+    rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, vocab_size: int | None, bar: Any
+) -> Sequence[Row]:
     render = _Templates(how)
     examples: list[Row] = []
     changed, uncut = False, []
     for index, row in enumerate(rows):
         where = place(index)
-        example = render(row, where)
+        example = _with_lists(render(row, where))
         if _is_document(example, how.text_column):
             pieces = _cut(example, how, tokenizer, where)
             if not pieces:
@@ -247,11 +267,23 @@ def _to_examples(rows: Any, place: Place, how: ExampleOptions, tokenizer: Any, v
         for piece in pieces:
             _check(piece, index, where, vocab_size)
         examples.extend(pieces)
+        bar.update()
     if uncut:
         logger.warning(f"{len(uncut)} of {len(rows)} texts are too short to cut and left out, the first at {uncut[0]}")
     if not examples:
         raise ValueError(f"all {len(rows)} texts are too short to cut, the first at {uncut[0]}")
     return examples if changed or isinstance(rows, list) else rows
+
+
+def _with_lists(example: Row) -> Row:
+    """Read the fields of an example that hold lists where they are JSON; what is not is refused with the example."""
+    read = {}
+    for name in LISTS:
+        text = example.get(name)
+        if isinstance(text, str):
+            with suppress(ValueError):
+                read[name] = json.loads(text)
+    return {**example, **read} if read else example
 
 
 def _check(example: Row, index: int, where: str, vocab_size: int | None) -> None:

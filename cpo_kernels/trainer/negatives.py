@@ -119,7 +119,8 @@ class Negatives:
         self.special = special_tokens(self.tokenizer, self.sources.policy())
         self._writer: ModelWriter | EndpointWriter
         if self.config.autoregressive_url is None:
-            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus)
+            quiet = self.config.hides_progress
+            self._writer = ModelWriter(self.sources.policy, self.tokenizer, self.sources.synced_gpus, quiet)
         else:
             self._writer = EndpointWriter(self.config, self.tokenizer)
 
@@ -140,7 +141,7 @@ class Negatives:
             examples=examples,
             eos_token_id=self.ends,
             seed=self.seed,
-            max_length=self.config.max_length,
+            max_length=self.config.length_budget,
             **{name: counts[kind.name] for name, kind in counted_kinds().items()},
         )
 
@@ -210,7 +211,7 @@ class Negatives:
         """Add to each example those of its texts that are wrong as far as they fit behind the prompt, as negatives."""
         for group, own, index in zip(drawn, texts, indices, strict=True):
             truth, rank = examples.completions[index], sampler.rank_of_drawn(index)
-            room = self.config.max_length - len(examples.prompts[index])
+            room = self.config.length_budget - len(examples.prompts[index])
             wrong = [text for text in own if is_wrong(text[:room], truth, self.ends)]
             group.negatives += [Negative(kind, text, rank=rank) for text in wrong]
 

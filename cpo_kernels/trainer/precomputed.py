@@ -16,7 +16,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import trange
+
+from cpo_kernels.negatives.progress import progress_bar
 
 from .builder import BatchBuilder
 from .data import TokenizedExamples
@@ -74,7 +75,8 @@ def precompute(
         assert logps is not None
         return list(logps.cpu().split([end - start for start, end in pairwise(batch.groups)]))
 
-    return load_or_compute(directory, key, len(examples), config.per_device_eval_batch_size, score, accelerator)
+    size, quiet = config.per_device_eval_batch_size, config.hides_progress
+    return load_or_compute(directory, key, len(examples), size, score, accelerator, quiet)
 
 
 def cache_key(**parts: Any) -> str:
@@ -83,7 +85,13 @@ def cache_key(**parts: Any) -> str:
 
 
 def load_or_compute(
-    directory: Path, key: str, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator
+    directory: Path,
+    key: str,
+    num_examples: int,
+    batch_size: int,
+    score: ScoreExamples,
+    accelerator: Accelerator,
+    disable_tqdm: bool = False,
 ) -> ReferenceScores:
     """Load the scores cached under ``key``; if there are none, compute them in all processes together.
 
@@ -94,6 +102,7 @@ def load_or_compute(
         batch_size: examples scored at a time by each process.
         score: maps indices of examples to the log-likelihoods of their candidates, one tensor per example.
         accelerator: the accelerator of the run, through which processes share scores.
+        disable_tqdm: show no progress bar.
 
     Raises:
         ValueError: a file that is cut off or is not what was written; the message names it.
@@ -102,7 +111,7 @@ def load_or_compute(
     # One process decides: a shared file system may show a file to other processes later.
     (found,) = gather_object([path.is_file()])[:1]
     if not found:
-        _compute(path, num_examples, batch_size, score, accelerator)
+        _compute(path, num_examples, batch_size, score, accelerator, disable_tqdm)
         accelerator.wait_for_everyone()
     return _load(path, num_examples)
 
@@ -124,13 +133,23 @@ def _digest(starts: Tensor, logps: Tensor) -> str:
     return xxhash.xxh3_128_hexdigest(starts.numpy().tobytes() + logps.numpy().tobytes())
 
 
-def _compute(path: Path, num_examples: int, batch_size: int, score: ScoreExamples, accelerator: Accelerator) -> None:
+def _compute(
+    path: Path,
+    num_examples: int,
+    batch_size: int,
+    score: ScoreExamples,
+    accelerator: Accelerator,
+    disable_tqdm: bool,
+) -> None:
     mine = range(accelerator.process_index, num_examples, accelerator.num_processes)
     scores: list[tuple[int, list[float]]] = []
-    for start in trange(0, len(mine), batch_size, desc="reference", disable=not accelerator.is_local_main_process):
-        indices = mine[start : start + batch_size]
-        own = score(indices)
-        scores += [(index, logps.tolist()) for index, logps in zip(indices, own, strict=True)]
+    hidden = disable_tqdm or not accelerator.is_local_main_process
+    with progress_bar("Reference scores", "example", len(mine), hidden) as bar:
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            own = score(indices)
+            scores += [(index, logps.tolist()) for index, logps in zip(indices, own, strict=True)]
+            bar.update(len(indices))
     scores = sorted(gather_object(scores))
     if not accelerator.is_main_process:
         return

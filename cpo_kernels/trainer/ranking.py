@@ -76,7 +76,7 @@ class Ranking:
         size = self.config.per_device_eval_batch_size
         for start in range(0, len(negatives), size):
             some = slice(start, start + size)
-            batch = ContrastBatch(eos_token_id=(), max_length=self.config.max_length)  # without truncations to end
+            batch = ContrastBatch(eos_token_id=(), max_length=self.config.length_budget)  # without truncations to end
             for prompt, truth, own in zip(prompts[some], truths[some], negatives[some], strict=True):
                 batch.add_group(prompt, truth, [Negative("autoregressive", ids) for ids in own])
             inputs = batch.tensors()

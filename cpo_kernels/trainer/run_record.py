@@ -42,6 +42,8 @@ EVALUATIONS = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_mod
 STEPS, EPOCHS = "settings.max_steps", "settings.num_train_epochs"
 # What a run did whose record lacks a setting of ours, and the setting without which that has no meaning.
 ADDED = {"settings.mean_field_fraction": (1.0, "settings.num_mean_field_negatives")}
+# A setting that is None until a model decides it, so that None says nothing of a change.
+DECIDED_LATER = "settings.max_length"
 MODELS = {
     "reference": "the reference of this trainer is not the one that {checkpoint} was trained with; construct "
     "CPOTrainer with the model that the run began with, or pass it as ref_model",
@@ -156,6 +158,8 @@ def differences(
             old.setdefault(name, value)
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name] or (name == EPOCHS and old[STEPS] > 0 and new[STEPS] > 0):
+            continue
+        if name == DECIDED_LATER and None in (old[name], new[name]):
             continue
         shown = name.removeprefix("settings.").removeprefix("options.")
         text = f"{shown}: {json.dumps(old[name])} before, {json.dumps(new[name])} now"

@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from cpo_kernels.models import CPORequest, LinearLossOutput, attach_linear_loss, check_prefix_sharing
 from cpo_kernels.negatives import KINDS
 from cpo_kernels.negatives.endings import special_tokens
+from cpo_kernels.options import argument_names, refuse_unknown
 
 from .batch import body_inputs, layout_of
 from .builder import BatchBuilder
@@ -94,10 +95,12 @@ class CPOTrainer(ResumableTrainer):
         loss_fn: LossFn | None = None,
         **kwargs: Any,
     ) -> None:
+        of_trainer = argument_names(Trainer)
+        refuse_unknown(type(self), kwargs.keys() - {*of_trainer}, also=of_trainer)
         for name in ("model_init", "data_collator", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"CPOTrainer makes its own batches and loss, without logits; {name} is not supported")
-        self._check_max_length(model, args)
+        args = args.fitted_to(model.config)
         if loss_fn is not None:
             check_own_loss(args)
         self._loss_fn = loss_fn
@@ -147,26 +150,21 @@ class CPOTrainer(ResumableTrainer):
 
     # Examples and batches
 
-    def _check_max_length(self, model: PreTrainedModel, args: CPOConfig) -> None:
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and args.max_length > positions:
-            name = type(model).__name__
-            raise ValueError(f"max_length={args.max_length} exceeds the {positions} positions of {name}")
-
     def _tokenize(self, examples: Any) -> TokenizedExamples:
         if isinstance(examples, TokenizedExamples):
-            examples.check_lengths(self._config.max_length)
+            examples.check_lengths(self._config.length_budget)
             if self._vocab_size is not None:
                 examples.check_token_ids(self._vocab_size)
             return examples
         return tokenize_examples(
             examples,
             self._tokenizer,
-            max_length=self._config.max_length,
+            max_length=self._config.length_budget,
             max_prompt_length=self._config.prompt_budget,
             eos_token_id=self._special.ends,
             bos_token_id=self._special.bos,
             vocab_size=self._vocab_size,
+            disable_tqdm=self._config.hides_progress,
         )
 
     def _tokenize_all(self, datasets: Any) -> Any:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
+from cpo_kernels.negatives.progress import progress_bar
 from cpo_kernels.negatives.redaction import without_credentials
+from cpo_kernels.options import suggests_arguments
 
 from .judges import Judge, Question, Verdict
 
@@ -20,6 +20,7 @@ Z95 = 1.959963984540054  # The 97.5 % quantile of the standard normal distributi
 VALUES = (0.0, 0.5, 1.0)
 
 
+@suggests_arguments
 def judge_pairs(
     judge: Judge,
     prompts: Sequence[str],
@@ -27,6 +28,7 @@ def judge_pairs(
     truths: Sequence[str],
     *,
     cache: str | Path | None = None,
+    disable_tqdm: bool = False,
 ) -> list[Verdict]:
     """Judge whether each generated continuation is better than the true one.
 
@@ -41,6 +43,7 @@ def judge_pairs(
         truths: (P,) texts, the true continuations.
         cache: a JSONL file that gets every verdict as soon as it is known and is read first, so that an interrupted
             run asks only new questions. Answers without a verdict are in it too, and these questions not asked again.
+        disable_tqdm: show no progress bar, which otherwise is shown on a terminal after some seconds.
 
     Returns:
         (P,) 1 where the generated continuation is better, 0 where the true one is, 0.5 for a tie, None where one of
@@ -65,7 +68,8 @@ def judge_pairs(
         for swapped in ((False,) if getattr(judge, "symmetric", False) else (False, True))
     }
     keys = {place: _key(identity, question) for place, question in questions.items()}
-    answers = _answers(judge, identity, {keys[place]: question for place, question in questions.items()}, cache)
+    asked = {keys[place]: question for place, question in questions.items()}
+    answers = _answers(judge, identity, asked, cache, disable_tqdm)
     verdicts: list[Verdict] = []
     for pair in range(len(prompts)):
         places = [place for place in ((pair, False), (pair, True)) if place in questions]
@@ -98,31 +102,31 @@ def _key(identity: str, question: Question) -> str:
 
 
 def _answers(
-    judge: Judge, identity: str, questions: dict[str, Question], cache: str | Path | None
+    judge: Judge, identity: str, questions: dict[str, Question], cache: str | Path | None, disable_tqdm: bool
 ) -> dict[str, Verdict]:
     """Find a verdict for every key, in the cache or by asking the judge."""
     if cache is None:
-        return dict(_ask(judge, questions))
+        return dict(_ask(judge, questions, disable_tqdm))
     known = _read_cache(Path(cache))
     missing = {key: question for key, question in questions.items() if key not in known}
     if missing:
         with Path(cache).open("a", encoding="utf-8") as file:
-            for key, verdict in _ask(judge, missing):
+            for key, verdict in _ask(judge, missing, disable_tqdm):
                 known[key] = verdict
                 file.write(json.dumps({"key": key, "verdict": verdict, "judge": identity}) + "\n")
                 file.flush()
     return known
 
 
-def _ask(judge: Judge, questions: dict[str, Question]) -> Iterator[tuple[str, Verdict]]:
+def _ask(judge: Judge, questions: dict[str, Question], disable_tqdm: bool) -> Iterator[tuple[str, Verdict]]:
     keys, asked = list(questions), list(questions.values())
     many: Callable[..., Any] | None = getattr(judge, "verdicts", None)
     answers = ((i, judge(*q[1:])) for i, q in enumerate(asked)) if many is None else many(asked)
     given = set()
-    with logging.tqdm(total=len(asked), desc="Judging", disable=None) as progress:  # None shows it on a terminal only
+    with progress_bar("Judging", "question", len(asked), disable_tqdm) as bar:
         for index, verdict in answers:
             given.add(index)
-            progress.update()
+            bar.update()
             yield keys[index], _checked(verdict, f"the judge's verdict on pair {asked[index].pair}")
     if len(given) < len(asked):
         raise ValueError(f"the judge answered {len(given)} of {len(asked)} questions; None stands for no verdict")

@@ -65,7 +65,7 @@ class Store:
 
 def room_for(config: CPOConfig, examples: TokenizedExamples) -> int:
     """Return how many tokens, at least 1, ``max_length`` leaves behind the longest prompt of the data."""
-    return max(1, config.max_length - examples.longest_prompt)
+    return max(1, config.length_budget - examples.longest_prompt)
 
 
 def sampling_of(config: CPOConfig, examples: TokenizedExamples, *key: int) -> Sampling:
@@ -91,10 +91,14 @@ class ModelWriter:
         model: returns a causal language model.
         tokenizer: its tokenizer, or None.
         synced_gpus: whether all processes have to run the same number of forward passes, as with sharded parameters.
+        disable_tqdm: whether to show no progress bar.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False) -> None:
+    def __init__(
+        self, model: Callable[[], nn.Module], tokenizer: Any, synced_gpus: bool = False, disable_tqdm: bool = False
+    ) -> None:
         self.model, self.synced_gpus, self.special = model, synced_gpus, special_tokens(tokenizer, model())
+        self.disable_tqdm = disable_tqdm
 
     @property
     def identity(self) -> str:
@@ -112,6 +116,7 @@ class ModelWriter:
             sampling=sampling,
             keys=keys,
             synced_gpus=self.synced_gpus,
+            disable_tqdm=self.disable_tqdm,
         )
 
 
@@ -133,6 +138,7 @@ class EndpointWriter:
             raise ValueError(f"the server at autoregressive_url={url!r} reads and writes text; pass the tokenizer")
         self.tokenizer, self._turn_end = tokenizer, turn_end(tokenizer)
         self.endpoint = CompletionsEndpoint(url, model, api_key=os.environ.get(KEY_VARIABLE))
+        self.endpoint.disable_tqdm = config.hides_progress
 
     @property
     def identity(self) -> str:

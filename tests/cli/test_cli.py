@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 
@@ -76,6 +78,70 @@ def test_train_is_the_trainer(shared, tmp_path, capsys):
     again = str(tmp_path / "run" / "cpo_kernels.yaml")
     assert main(["train", again, "--output_dir", str(tmp_path / "again")]) == 0
     assert_equal(weights(tmp_path / "run"), weights(tmp_path / "again"))
+
+
+def test_no_command_needs_a_length(shared, tmp_path):
+    """The model has 64 positions, and examples are longer; the finished run is known as the same one."""
+    rows = [{"prompt": "the cat " * 40, "completion": f"{word} sat " * 40} for word in tiny_models.WORDS[:8]]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"model": shared["model"], "data": str(tmp_path / "long.jsonl"), "max_length": None, "eval_fraction": 0.25}
+    config = write_config(tmp_path / "run.yaml", **values, per_device_train_batch_size=2, eval_max_new_tokens=2)
+    file = str(tmp_path / "negatives.jsonl")
+    assert main(["negatives", config, "--negatives_file", file, "--autoregressive_max_new_tokens", "2"]) == 0
+    written = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    assert {(len(row["prompt"]), len(row["completion"])) for row in written} == {(32, 32)}
+    assert main(["train", config]) == 0
+    assert main(["train", config]) == 0
+    assert main(["evaluate", config]) == 0
+    assert main(["train", config, "--tiny"]) == 0
+
+
+@pytest.mark.parametrize("bars", [False, True])
+def test_metrics_are_lines_and_a_table(shared, tmp_path, capsys, monkeypatch, bars):
+    """One line a log, one line a metric at the end; the numbers are those of the records."""
+    config = write_config(tmp_path / "run.yaml", **shared, eval_fraction=0.25, logging_steps=1, eval_strategy="steps")
+    if bars:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(["train", config, "--disable_tqdm", str(not bars), "--eval_steps", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "{" not in out
+    lines = out.splitlines()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    steps = [line for line in lines if line.startswith("step ")]
+    logged = [entry for entry in history if "train_runtime" not in entry][: len(steps)]
+    assert [line.split("  ")[0] for line in steps] == ["step 1/2", "step 1/2", "step 2/2", "step 2/2"]
+    for line, entry in zip(steps, logged, strict=True):
+        name = "eval_loss" if "eval_loss" in entry else "loss"
+        assert f"  {name} {entry[name]:.4g}  " in line
+    metrics = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    for name, value in metrics.items():
+        (line,) = [line for line in lines if line.split()[0] == name]
+        assert float(line.split()[1]) == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("use_cpu", [True, False])
+def test_no_library_warns_of_what_the_command_does(shared, tmp_path, caplog, use_cpu):
+    """Of a LoRA run with checkpoints and evaluation; on the default device, for which there may be no pinned memory."""
+    values = {"eval_fraction": 0.25, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    values |= {
+        "eval_max_new_tokens": 2,
+        "lora_r": 2,
+        "lora_targets": ["c_attn"],
+        "gradient_checkpointing": True,
+        "use_cpu": use_cpu,
+    }
+    config = write_config(tmp_path / "run.yaml", **shared, **values)
+    transformers_log = logging.getLogger("transformers")
+    transformers_log.addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert main(["train", config]) == 0
+            assert main(["evaluate", config]) == 0
+    finally:
+        transformers_log.removeHandler(caplog.handler)
+    assert [str(own.message) for own in warned if own.category is not DeprecationWarning] == []
+    assert "attention_mask" not in caplog.text
 
 
 def test_what_is_kept_of_a_run_holds_no_secrets(shared, tmp_path):
@@ -453,6 +519,13 @@ def test_ensemble(tmp_path, capsys):
 # Recipes
 
 RECIPES = sorted(ROOT.glob("examples/recipes/*.yaml"))
+
+
+def test_recipes_write_where_git_looks_away():
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for recipe in RECIPES:
+        output = Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["output_dir"])
+        assert f"/{output.parts[0]}/" in ignored
 
 
 def test_there_is_a_recipe_for_each_of_the_papers_settings():

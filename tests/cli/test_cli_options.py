@@ -18,6 +18,7 @@ from cpo_kernels.cli.errors import InputError
 from cpo_kernels.cli.options import RunConfig
 from cpo_kernels.cli.parsing import parse
 from cpo_kernels.cli.tiny import tiny_model, tiny_rows, tiny_tokenizer
+from cpo_kernels.options import Head, Objective
 
 pytestmark = pytest.mark.cpu
 
@@ -262,6 +263,84 @@ def test_help_is_what_the_fields_say(command, capsys, monkeypatch):
             assert f"(default: {default})" in words
     options = {name for name in re.findall(r"^  --(\w+)", shown, re.MULTILINE) if not name.startswith("no_")}
     assert options == {item.name for item in fields}
+
+
+def test_help_is_grouped(capsys):
+    """Every field stands under the title that says what it is about, wherever it is defined."""
+    assert main(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    titles = re.findall(r"^([A-Z][^\n]*):$", shown, re.MULTILINE)
+    for name, title in {
+        "model": "Model",
+        "data": "Data",
+        "beta": "Objective and reference (CPOConfig)",
+        "scheduled_sampling_passes": "Objective and reference (CPOConfig)",
+        "num_mean_field_negatives": "Negatives (CPOConfig)",
+        "embedding_model": "Negatives (CPOConfig)",
+        "max_length": "Lengths, memory and kernels (CPOConfig)",
+        "prefix_sharing": "Lengths, memory and kernels (CPOConfig)",
+        "allow_changed_resume": "Resuming (CPOConfig)",
+        "negatives_file": "Negatives made ahead of time",
+        "judge": "Evaluation",
+        "learning_rate": "Training (transformers.TrainingArguments)",
+        "weight_decay": "Training (transformers.TrainingArguments)",
+    }.items():
+        before = shown[: re.search(rf"^  --{name}\b", shown, re.MULTILINE).start()]
+        assert max(titles, key=lambda own: before.rfind(f"\n{own}:\n")) == title, name
+
+
+# Search
+
+
+def entries(capsys, *words):
+    """The names that a search shows, each with the whole of its entry."""
+    assert main(["options", *words]) == 0
+    shown = capsys.readouterr().out.strip().split("\n\n")
+    return [(entry.partition(" = ")[0], entry) for entry in shown]
+
+
+def test_a_search_finds_names_and_texts(capsys, monkeypatch):
+    """By hand, over the fields and the docstrings: whatever has the word, with the word in its name first."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    found = [name for name, _ in entries(capsys, "softcap")]
+    assert found[0] == "softcap" and "softcap" not in found[1:]
+    names = [name for name, _ in entries(capsys, "Mean-Field")]
+    named = [name for name in names if "mean_field" in name]
+    fields = [item.name for item in dataclasses.fields(CPOConfig) if "mean_field" in item.name]
+    assert named == names[: len(named)] == fields
+    assert "num_batch_negatives" in names[len(named) :]  # whose text says when it is 0
+    assert [name for name, _ in entries(capsys, "mean", "share", "replaces")] == ["mean_field_fraction"]
+    (beta, own), (again, config), *_ = entries(capsys, "beta")
+    assert (beta, again) == ("beta", "beta")
+    assert own.startswith("beta = 0.1    [linear_cpo_loss") and "inverse temperature of the contrast, > 0." in own
+    assert config.startswith("beta = None    [Objective and reference (CPOConfig)]")
+
+
+def test_a_search_without_words_shows_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    shown = entries(capsys)
+    expected = [
+        item.name for cls in (Objective, Head, RunConfig, CPOConfig) for item in dataclasses.fields(cls) if item.init
+    ]
+    assert sorted(name for name, _ in shown) == sorted(expected)
+    for name, entry in shown:
+        assert entry.splitlines()[1].strip(), name
+        if "linear_cpo_loss" in entry.splitlines()[0]:
+            assert not re.search("``|:[a-z]+:`", entry), name
+
+
+def test_a_search_for_nothing_names_the_nearest(capsys):
+    assert main(["options", "betaa"]) == 2
+    assert "there is no option 'betaa'; did you mean 'beta'?" in capsys.readouterr().err
+    assert main(["options", "--help"]) == 0
+    assert "usage: cpo-kernels options [WORD ...]" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    for option in ("--version", "-V"):
+        assert main([option]) == 0
+        assert capsys.readouterr().out == f"cpo-kernels {version}\n"
 
 
 def test_overview_and_unknown_commands(capsys):

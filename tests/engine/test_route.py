@@ -134,3 +134,13 @@ def test_a_misspelled_option_gets_the_right_one(function):
     count = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in required)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'temprature'; did you mean 'temperature'\?"):
         function(*[None] * count, temprature=2.0)
+
+
+def test_a_misspelled_argument_of_one_function_gets_the_right_one():
+    """What only this function has is known to it, and what only others have is not."""
+    with pytest.raises(TypeError, match=r"^contrastive_loss\(\) .* 'reducton'; did you mean 'reduction'\?"):
+        cpo_kernels.contrastive_loss(None, reducton="sum")
+    with pytest.raises(TypeError, match=r"^linear_token_statistics\(\) .* 'num_sample'; did you mean 'num_samples'\?"):
+        cpo_kernels.linear_token_statistics(None, None, None, num_sample=2)
+    with pytest.raises(TypeError, match=r"^token_logps\(\) .* 'num_sample'$"):
+        cpo_kernels.token_logps(None, None, num_sample=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import re
@@ -61,6 +62,77 @@ def test_parquet(tmp_path):
     assert other == PAIRS[1]
     datasets.Dataset.from_list(PAIRS[1:]).to_parquet(str(tmp_path / "b.parquet"))
     assert [row["prompt"] for row in load_examples(str(tmp_path / "*.parquet"))] == ["a", "c", "c"]
+
+
+def test_csv(tmp_path):
+    """Written by Python's own writer and by hand: quotes, commas and line breaks in cells, and a byte order mark."""
+    path = tmp_path / "a.csv"
+    rows = [
+        {"prompt": 'say "a, b"', "completion": " two\nlines\r\n", "note": ""},
+        {"prompt": "NA", "completion": "None", "note": "0.10"},
+    ]
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion", "note"])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert load_examples(str(path)) == [rows[0] | {"note": None}, rows[1]]
+    path.write_bytes(b'prompt , chosen,rejected,\n\n"a\n\nb", c,d,\n')
+    assert load_examples(str(path)) == [{"prompt": "a\n\nb", "chosen": " c", "rejected": "d"}]
+
+
+def test_lists_in_cells_are_json(tmp_path):
+    """Also under the name that the file has for them; texts that look like lists stay texts."""
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion,wrong,ranks\n[1],[2],"[""e"", ""f""]","[1, 2]"\nc,d,,\n')
+    assert load_examples(str(path), columns={"negatives": "wrong"}) == [
+        {"prompt": "[1]", "completion": "[2]", "negatives": ["e", "f"], "ranks": [1, 2]},
+        {"prompt": "c", "completion": "d", "negatives": None, "ranks": None},
+    ]
+
+
+def test_long_cells_and_other_readers(tmp_path):
+    """Python's reader refuses cells beyond a limit, which belongs to the process."""
+    path, limit = tmp_path / "a.csv", csv.field_size_limit()
+    path.write_text(f"text,title\n{'word ' * limit},t\n")
+    (row,) = load_examples(str(path))
+    assert len(row["prompt"]) + len(row["completion"]) == 5 * limit - 1
+    assert csv.field_size_limit() == limit
+
+
+def test_a_csv_file_meets_templates_and_texts(tmp_path):
+    """An empty cell is an empty text in a template, and a column of texts is cut as everywhere."""
+    path = tmp_path / "a.csv"
+    path.write_text("question,context,answer\nWhy?,,So.\n")
+    templates = {"prompt_template": "{{ question }}{{ context }}", "completion_template": " {{ answer }}"}
+    assert load_examples(str(path), **templates)[0] == {"question": "Why?", "context": None, "answer": "So."} | {
+        "prompt": "Why?",
+        "completion": " So.",
+    }
+    path.write_text("text\none two\n")
+    assert load_examples(str(path)) == [{"prompt": "one", "completion": " two"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a.csv has no header"),
+        ("prompt,completion\n", "a.csv has no examples"),
+        ("question,answer\na,b\n", "a.csv:2: example 0 has no 'prompt', only ['answer', 'question']"),
+        ('prompt,completion\n"a\n\nb",c\nd,\n', "a.csv:5: example 1 has no 'completion', only ['prompt']"),
+        ("prompt,completion\na,b\n\nc\n", "a.csv:4 has 1 cells; expected 2, those of 'prompt', 'completion'"),
+        ("prompt,completion\na, b, and c\n", "a.csv:2 has 3 cells; expected 2"),
+        ('prompt,completion\na,b\nc,"d\n', "a.csv:3 is not CSV: unexpected end of data"),
+        ('prompt,completion\na,"b" c\n', "a.csv:2 is not CSV: "),
+        ("prompt,prompt\na,b\n", "a.csv:1 names the column 'prompt' twice"),
+        ("prompt,completion,negatives\na,b,c\n", "a.csv:2: 'negatives' of example 0 must be a list"),
+        ('prompt,completion,negatives,ranks\na,b,"[""c""]",[-1]\n', "a.csv:2: 'ranks' of example 0"),
+        ("prompt,completion\na,\udcff\n", "a.csv is not UTF-8"),
+    ],
+)
+def test_a_bad_line_of_a_csv_file_names_itself(tmp_path, text, message):
+    (tmp_path / "a.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_examples(str(tmp_path / "a.csv"))
 
 
 def test_saved_data_set(tmp_path):
@@ -222,9 +294,9 @@ def test_files_that_are_not_there(source):
 
 
 def test_files_of_unknown_kinds(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,completion\n")
-    with pytest.raises(ValueError, match=r"a.csv: expected a file of type .jsonl, .json, .parquet, .txt, got .csv"):
-        load_examples(str(tmp_path / "a.csv"))
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\n")
+    with pytest.raises(ValueError, match=r"a.tsv: expected a file of type .jsonl, .json, .csv, .*, .txt, got .tsv"):
+        load_examples(str(tmp_path / "a.tsv"))
     with pytest.raises(ValueError, match="is not a directory that datasets saved"):
         load_examples(str(tmp_path))
     (tmp_path / "a.parquet").write_text("no table")

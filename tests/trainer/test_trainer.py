@@ -325,8 +325,30 @@ def test_a_configuration_that_contradicts_itself(tmp_path, kwargs, message):
 
 
 def test_more_positions_than_the_model_has(tmp_path):
-    with pytest.raises(ValueError, match="max_length=65 exceeds the 64 positions of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="max_length=65 exceeds the 64 positions of a llama model"):
         trainer(tmp_path, max_length=65)
+
+
+@pytest.mark.parametrize(("positions", "length"), [(64, 64), (1024, 1024), (4096, 1024), (-1, 1024)])
+def test_the_length_is_the_models_where_none_is_given(tmp_path, positions, length):
+    """Of a long example as many tokens are kept, half of them of the prompt; -1 is XLNet's for no limit."""
+    long = {"prompt": "the cat " * 2000, "completion": "sat on " * 2000}
+    args = config(tmp_path, max_length=None)
+    model = tiny_models.llama(max_position_embeddings=max(positions, length))
+    model.config.max_position_embeddings = positions
+    run = CPOTrainer(model, args, [long, *tiny_models.examples(3)], processing_class=tiny_models.tokenizer())
+    data = run.train_dataset
+    assert (len(data.prompts[0]), len(data.completions[0])) == (length // 2, length // 2)
+    assert (run.args.max_length, args.max_length) == (length, None)  # args may make a trainer of another model
+    with pytest.raises(ValueError, match=r"max_length is None, the model's own"):
+        _ = args.prompt_budget
+
+
+def test_a_prompt_as_long_as_the_model(tmp_path):
+    with pytest.raises(ValueError, match=r"max_prompt_length must be in \[1, max_length\) = \[1, 64\), got 64"):
+        trainer(tmp_path, max_length=None, max_prompt_length=64)
+    with pytest.raises(ValueError, match="max_prompt_length must be at least 1, got 0"):
+        config(tmp_path, max_length=None, max_prompt_length=0)
 
 
 def test_arguments_that_have_no_place(tmp_path):

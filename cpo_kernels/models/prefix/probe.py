@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cpo_kernels.models.adapters import find_base
-from cpo_kernels.models.head import evaluating, find_body
+from cpo_kernels.models.head import evaluating, find_body, positions_of
 from cpo_kernels.models.sharded import is_sharded
 
 from .masks import IMPLEMENTATIONS, layer_windows, tree_inputs
@@ -107,7 +107,7 @@ def _probe_lengths(model: PreTrainedModel, window: int | None) -> tuple[int, int
 
     The result is None for a model of fewer than 2 positions, which cannot share any.
     """
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
+    positions = positions_of(model.config) or 2**31
     candidate = min((window or 8) // 2 + 4, positions // 2)
     prompt = min((window or 8) + 3, positions - candidate)
     return (prompt, candidate) if candidate else None
@@ -144,7 +144,8 @@ def _separate_states(body: nn.Module, prompts: list[list[int]], completions: lis
     for prompt, candidates in zip(prompts, completions, strict=True):
         for candidate in candidates:
             ids = torch.tensor([[*prompt, *candidate[:-1]]], device=device)
-            hidden = body(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+            mask = torch.ones_like(ids)
+            hidden = body(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).last_hidden_state
             states.append(hidden[0, len(prompt) - 1 :].float())
     return torch.cat(states)
 
