@@ -176,6 +176,7 @@ def _plot_differences(protocol: Protocol, compared: Mapping[Any, dict[str, Compa
             colour = "0.6" if arms[name].q >= 0.05 else "tab:green" if own.mean > 0 else "tab:red"
             axis.errorbar(own.mean, place, xerr=[[own.mean - own.low], [own.high - own.mean]], fmt="o", color=colour)
         axis.axvline(0, color="black", linewidth=0.8)
+        axis.locator_params(axis="x", nbins=4)
         axis.set_title(f"{task}: {regime.name}", fontsize=9)
         axis.set_xlabel(QUALITY[task], fontsize=8)
         axis.tick_params(labelsize=8)
