@@ -161,7 +161,7 @@ def _json(protocol: Protocol, results: Results, compared: Mapping[Any, dict[str,
             for part in ("bases", "tries", "runs")
         },
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content) + "\n"
 
 
 def _plot_differences(protocol: Protocol, compared: Mapping[Any, dict[str, Comparison]]) -> Any:
