@@ -222,16 +222,17 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
     return [name for name, own in signature(function).parameters.items() if own.kind in by_keyword]
 
 
-def suggests_arguments(function: Callable[P, R]) -> Callable[P, R]:
+def suggests_arguments(function: Callable[P, R], passes_to: Callable[..., Any] | None = None) -> Callable[P, R]:
     """Let a function name the argument that was probably meant where a keyword is none of its own.
 
-    Python itself does so from 3.13 on.
+    Python itself does so from 3.13 on. ``passes_to`` is the function that gets the keywords that are not named.
     """
-    known = {*argument_names(function)}
+    passed = [] if passes_to is None else argument_names(passes_to)
+    known = {*argument_names(function), *passed}
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_unknown(function, kwargs.keys() - known)
+        refuse_unknown(function, kwargs.keys() - known, also=passed)
         return function(*args, **kwargs)
 
     return checked

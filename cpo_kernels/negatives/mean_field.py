@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.engine.statistics import device_seeds, linear_token_statistics
+from cpo_kernels.functional import linear_token_logps
 from cpo_kernels.kernels import counter_random
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import check_boundaries
@@ -43,7 +45,7 @@ class MeanField(NamedTuple):
     samples: Tensor
 
 
-@suggests_arguments
+@partial(suggests_arguments, passes_to=linear_token_logps)
 def mean_field_negatives(
     hidden: Tensor,
     weight: Tensor,
@@ -92,7 +94,7 @@ def mean_field_negatives(
     return negatives
 
 
-@suggests_arguments
+@partial(suggests_arguments, passes_to=linear_token_logps)
 def mean_field_samples(
     hidden: Tensor,
     weight: Tensor,
