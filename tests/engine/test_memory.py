@@ -115,8 +115,7 @@ def measure(kind: str, dtype: torch.dtype, num_tokens: int) -> dict[str, int]:
 
 def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
     """Run in a process of its own: for 1,024 and for 4,096 tokens."""
-    if kind in (*FILTERS, "statistics") or kind.startswith("tight"):
-        # Of many small tensors, and of tiles, glibc's heap keeps megabytes: not the call's.
+    if kind in (*FILTERS, "statistics"):  # of many small tensors, glibc's heap keeps megabytes: not the call's
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
     torch.set_num_threads(2)
     torch.set_default_device(DEVICE)
