@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.backend import Backend
-from cpo_kernels.kernels.device import row_width
+from cpo_kernels.kernels.device import mapped, row_width
 from cpo_kernels.kernels.numerics import narrow_view
 from cpo_kernels.options import Head
 
@@ -80,7 +80,13 @@ class LinearHead:
         """Allocate memory for the logits (rows, V) of ``rows`` rows."""
         vocab = self.weight.shape[0]
         width = row_width(vocab, self.hidden.device)
-        return self.hidden.new_empty((rows, width), dtype=self.logits_dtype)[:, :vocab]
+        return self.scratch(rows * width).view(rows, width)[:, :vocab]
+
+    def scratch(self, elements: int) -> Tensor:
+        """Allocate memory for some logits; that of an explicit budget goes back to the system when it is freed."""
+        if self.head.max_logits_bytes is None:
+            return self.hidden.new_empty(elements, dtype=self.logits_dtype)
+        return mapped(elements, self.logits_dtype, self.hidden.device)
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
         """Run the forward of a block; ``keep`` says that :meth:`gradient_` follows before the next block's forward."""

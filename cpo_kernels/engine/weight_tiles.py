@@ -41,7 +41,7 @@ class TiledWeightGrad:
         linear, blocks = self.linear, split_blocks(self.tokens, 0, self.tokens.targets.numel(), self.tiles.rows)
         weight = linear.weight[:, trained]
         grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        memory = linear.hidden.new_empty(self.tiles.rows * self.tiles.words, dtype=linear.logits_dtype)
+        memory = linear.scratch(self.tiles.rows * self.tiles.words)
         for start in range(0, weight.shape[0], self.tiles.words):
             words = slice(start, min(start + self.tiles.words, weight.shape[0]))
             part = products.WeightGrad(linear.backend, weight[words], len(blocks), out=grad[words])
