@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import shutil
 import textwrap
@@ -66,8 +67,10 @@ def every_option() -> Iterator[Option]:
 
 def argument_texts(cls: type) -> dict[str, str]:
     """Return what a docstring says of each argument, without its markup."""
-    section = re.search(r"^    Args:\n(.*?)(?=^ {0,4}\S|\Z)", cls.__doc__ or "", re.MULTILINE | re.DOTALL)
-    entries = re.findall(r"^ {8}(\w+): (.*\n(?: {9,}.*\n)*)", section[1] if section else "", re.MULTILINE)
+    # Python 3.13 and later keep docstrings without their indentation.
+    text = inspect.cleandoc(cls.__doc__ or "") + "\n"
+    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^ {4}(\w+): (.*\n(?: {5,}.*\n)*)", section[1] if section else "", re.MULTILINE)
     return {name: _without_markup(text) for name, text in entries}
 
 

@@ -185,6 +185,7 @@ def plan_chunks(
         default_bytes=default if shard is None else shard.logits_bytes,
         accumulator_bytes=accumulator_bytes,
         gathered_row_bytes=copies * weight.shape[1] * hidden.dtype.itemsize if copied else 0,
+        sums_row_bytes=way.sums_row_bytes(backend, held),
         # The workspace depends on a process's threads, and processes that share a head need the same chunks.
         workspace_bytes=workspace if shard is None else 0,
         least_workspace_bytes=workspace_with(1, 1) if asked else None,
@@ -193,6 +194,7 @@ def plan_chunks(
         buffers=way.buffers,
         block_rows=way.block_rows,
         tiled_vocab=held if shard is None and way.keeps_statistics else 0,
+        logit_bytes=way.tile_dtype(head.logits_dtype or hidden.dtype).itemsize,
     )
     left_out = needs[1] * head.frozen_columns / weight.shape[1]
     plan = replace(plan, workspace_bytes=plan.workspace_bytes if asked else workspace, gemms=plan.gemms - left_out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels.backend import Backend
-from cpo_kernels.kernels.device import mapped, row_width
+from cpo_kernels.kernels.device import row_width
 from cpo_kernels.kernels.numerics import narrow_view
+from cpo_kernels.kernels.scratch import lasting, scratch
 from cpo_kernels.options import Head
 
 from .tokens import Block
@@ -71,22 +74,37 @@ class LinearHead:
         """Count the bytes that one row takes in the workspace."""
         return row_width(vocab, hidden.device) * logits_dtype.itemsize
 
+    @classmethod
+    def sums_row_bytes(cls, backend: Backend, vocab: int) -> int:
+        """Count the bytes of a row's partial sums, where its logits are not kept."""
+        return 0
+
+    @classmethod
+    def tile_dtype(cls, logits_dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of logits that are computed once more, for :mod:`cpo_kernels.engine.weight_tiles`."""
+        return logits_dtype
+
     @property
     def transform(self) -> tuple[Tensor | None, float, float, float]:
         """The bias and the numbers after it, as kernels take them."""
         return self.bias, *self.head.transform
 
-    def workspace(self, rows: int) -> Any:
-        """Allocate memory for the logits (rows, V) of ``rows`` rows."""
-        vocab = self.weight.shape[0]
-        width = row_width(vocab, self.hidden.device)
-        return self.scratch(rows * width).view(rows, width)[:, :vocab]
+    @contextmanager
+    def workspace(self, rows: int) -> Iterator[Any]:
+        """Provide memory for the logits (rows, V) of ``rows`` rows within the context."""
+        width = row_width(self.weight.shape[0], self.hidden.device)
+        with self.scratch(rows * width, self.logits_dtype) as memory:
+            yield memory.view(rows, width)[:, : self.weight.shape[0]]
 
-    def scratch(self, elements: int) -> Tensor:
-        """Allocate memory for some logits; that of an explicit budget goes back to the system when it is freed."""
-        if self.head.max_logits_bytes is None:
-            return self.hidden.new_empty(elements, dtype=self.logits_dtype)
-        return mapped(elements, self.logits_dtype, self.hidden.device)
+    def lasting_workspace(self, rows: int) -> Any:
+        """Allocate memory for ``rows`` rows that lives as long as what refers to it."""
+        width, own_pages = row_width(self.weight.shape[0], self.hidden.device), self.head.max_logits_bytes is not None
+        memory = lasting(rows * width, self.logits_dtype, self.hidden.device, own_pages=own_pages)
+        return memory.view(rows, width)[:, : self.weight.shape[0]]
+
+    def scratch(self, elements: int, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+        """Provide memory for some logits; that of an explicit budget goes back to the system afterwards."""
+        return scratch(elements, dtype, self.hidden.device, keep=self.head.max_logits_bytes is None)
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
         """Run the forward of a block; ``keep`` says that :meth:`gradient_` follows before the next block's forward."""
@@ -113,6 +131,6 @@ class LinearHead:
         self.backend.rows.backward_(logits, *tokens, done.stats, coef, *self.transform, dtype)
         return LogitGradients(narrow_view(logits, dtype))
 
-    def unit_gradient_(self, block: Block, done: Forward) -> Tensor:
-        """Write the gradient (r, V) of the sum of all log-probabilities over its source; each row has one token."""
-        return self.gradient_(block, done, torch.ones_like(done.logps)).dlogits
+    def unit_gradient_(self, block: Block, done: Forward) -> LogitGradients:
+        """Write the gradient of the sum of all log-probabilities over its source; each row has one token."""
+        return self.gradient_(block, done, torch.ones_like(done.logps))

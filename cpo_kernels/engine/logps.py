@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -39,33 +40,33 @@ def run_token_logps(call: Call, linear: LinearHead) -> TokenLogps:
     Otherwise the logits are kept if all of them fit the budget (three GEMMs), and recomputed if not (four GEMMs).
     """
     tokens, blocks = call.tokens, call.blocks()
-    keep = any(call.needs) and len(blocks) == 1
+    keep = any(call.needs) and len(blocks) == 1 and not call.scales_rows
     unscaled = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if call.scales_rows else None
-    workspace, done = linear.workspace(call.plan.rows_held), None
     logps = linear.hidden.new_empty(tokens.targets.shape, dtype=accumulate_dtype(linear.logits_dtype))
-    if not any(call.needs):
-        linear.log_probabilities(blocks, workspace, logps)
-        blocks = []
-    for block in blocks:
-        done = linear.forward(block, workspace, keep=keep or call.scales_rows)
-        logps[block.order] = done.logps
-        if unscaled is not None:
-            dlogits = linear.unit_gradient_(block, done)
-            products.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, once=True)
+    done, rows = None, call.plan.rows_held
+    with nullcontext(linear.lasting_workspace(rows)) if keep else linear.workspace(rows) as workspace:
+        if not any(call.needs):
+            linear.log_probabilities(blocks, workspace, logps)
+            blocks = []
+        for block in blocks:
+            done = linear.forward(block, workspace, keep=keep or call.scales_rows)
+            logps[block.order] = done.logps
+            if unscaled is not None:
+                dlogits, scale = linear.unit_gradient_(block, done)
+                products.hidden_grad(linear.backend, dlogits, linear.weight, unscaled, block.rows, scale, once=True)
     tokens.check()
     everywhere = tokens.among_all(logps, call.targets.numel())
     unscaled = call.summed((unscaled, None, None))[0]
-    return TokenLogps(everywhere, done if keep and unscaled is None else None, unscaled)
+    return TokenLogps(everywhere, done if keep else None, unscaled)
 
 
 def token_logps_grads(call: Call, linear: LinearHead, kept: Forward | None, grad_logps: Tensor) -> Grads:
     """Compute the gradients of ``sum_n grad_logps_n * logp_n`` from the kept forward, overwritten, or a new one."""
     blocks = call.blocks()
     grads = Gradients(linear, call, num_blocks=len(blocks), rows_once=True)
-    workspace = linear.workspace(call.plan.rows_held) if kept is None else None
-    add_blocks(
-        grads, blocks, workspace, kept, call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
-    )
+    coef = call.tokens.of_slots(grad_logps).to(accumulate_dtype(linear.logits_dtype))
+    with linear.workspace(call.plan.rows_held) if kept is None else nullcontext() as workspace:
+        add_blocks(grads, blocks, workspace, kept, coef)
     del workspace, kept
     return call.summed(grads.result())
 

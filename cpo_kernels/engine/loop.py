@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class Gradients:
     def __init__(self, linear: LinearHead, call: Call, *, num_blocks: int, rows_once: bool) -> None:
         self.linear, needs, tiles = linear, call.needs, call.plan.tiles
         self.rows_once = rows_once
+        self.scaled: Tensor | None = None
         self.hidden = torch.zeros_like(linear.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.trained = slice(linear.head.frozen_columns, None)
         self.weight = (
@@ -97,7 +98,10 @@ class Gradients:
         if self.hidden is not None:
             products.hidden_grad(backend, dlogits, linear.weight, self.hidden, rows, scale, once=once)
         if self.weight is not None:
-            hidden = products.scaled_hidden(linear.hidden[rows, self.trained], scale, kept.absent)
+            hidden = linear.hidden[rows, self.trained]
+            if scale is not None and (self.scaled is None or len(self.scaled) < len(hidden)):
+                self.scaled = torch.empty_like(hidden)  # for all blocks: of the next ones malloc would keep each
+            hidden = products.scaled_hidden(hidden, scale, kept.absent, self.scaled)
             self.weight.add(dlogits, hidden)
         if self.bias is not None:
             products.add_bias_grad(backend, dlogits, scale, self.bias)
@@ -149,12 +153,19 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
     The coefficients of a chunk come with its contrast. Gradients that need them wait for it, unless they are known
     before; where only hidden states need a gradient, its rows are built without them, and multiplied at the end.
     """
-    tokens, plan, needs_any = call.tokens, call.plan, any(call.needs)
-    num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in plan.chunks)
-    grads = Gradients(linear, call, num_blocks=num_blocks, rows_once=tokens.one_per_row)
-    workspace, dtype = linear.workspace(plan.rows_held), accumulate_dtype(linear.logits_dtype)
+    num_blocks = sum(-(-c.num_rows // c.rows_per_block) for c in call.plan.chunks)
+    grads = Gradients(linear, call, num_blocks=num_blocks, rows_once=call.tokens.one_per_row)
+    with linear.workspace(call.plan.rows_held) as workspace:
+        sums = add_chunks(call, linear, loss, grads, workspace)
+    return sums[0] if len(sums) == 1 else torch.cat(sums), grads
+
+
+def add_chunks(call: Call, linear: LinearHead, loss: SequenceLoss, grads: Gradients, workspace: Any) -> list[Tensor]:
+    """Add all chunks to the gradients, one after the other, and return the sums (s,) of each chunk's segments."""
+    tokens, needs_any = call.tokens, any(call.needs)
+    dtype = accumulate_dtype(linear.logits_dtype)
     sums, checks = list[Tensor](), [tokens.check, loss.check]  # to be run once the device is busy
-    for chunk in plan.chunks:
+    for chunk in call.plan.chunks:
         first, last = tokens.group_starts[chunk.groups.start], tokens.group_starts[chunk.groups.stop]
         blocks, part = split_blocks(tokens, first, last, chunk.rows_per_block), chunk_tokens(tokens, chunk.groups)
         logps, known = linear.hidden.new_empty(last - first, dtype=dtype), None
@@ -168,7 +179,8 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
             logps[block.order] = forward.logps
             known = loss.coefficients(part) if known is None else known
             if call.scales_rows:
-                grads.add(Kept(linear.unit_gradient_(block, forward), block.rows))
+                dlogits, scale = linear.unit_gradient_(block, forward)
+                grads.add(Kept(dlogits, block.rows, scale=scale))
             elif known is not None:
                 grads.keep(block, forward, known[block.order], first)
                 grads.add(gradient(linear, block, forward, known[block.order]))
@@ -190,7 +202,7 @@ def run(call: Call, linear: LinearHead, loss: SequenceLoss) -> tuple[Tensor, Gra
                 kept = loss.filters.compact(linear.backend, block, whole.dlogits, coef[block.order])
             if kept is not None:
                 grads.add(kept)
-    return sums[0] if len(sums) == 1 else torch.cat(sums), grads
+    return sums
 
 
 def run_all(checks: list[Callable[[], None]]) -> None:

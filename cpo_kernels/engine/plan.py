@@ -59,8 +59,9 @@ class Plan:
         accumulator_bytes: memory beyond a half-precision gradient of the weight when it is summed over several chunks:
             for its low halves, or on a GPU for a float32 sum.
         workspace_bytes: the most that the backend's products take beyond their operands, and filters beyond the logits.
-        gathered_bytes: copies of the hidden states, or of their gradient, of one chunk, where rows that predict
-            nothing lie between those that do, where rows serve several groups, or where a filter may leave rows out.
+        gathered_bytes: what rows of one chunk take besides their logits: partial sums, and copies of the hidden states,
+            or of their gradient, where rows that predict nothing lie between those that do, where rows serve several
+            groups, where a filter may leave rows out, or where they are multiplied by a number each.
         budget_bytes: the budget that was asked for. The default is 256 MiB for logits (on a GPU up to 2 GiB, by
             its memory; a row, if that is more) plus the accumulator, the workspace and the copies that go with them.
         gemms: products of (rows, V, H) over all rows: 3 for a trainable head, 2 for a frozen one, 1 without
@@ -98,7 +99,7 @@ class Plan:
     def __str__(self) -> str:
         """Return the sum that the peak of memory is, and what it is held against."""
         terms = {"logits": self.logits_bytes, "accumulator": self.accumulator_bytes, "workspace": self.workspace_bytes}
-        terms["copies of rows"] = self.gathered_bytes
+        terms["beside the rows"] = self.gathered_bytes
         total = " + ".join(f"{name} {size / MIB:.1f}" for name, size in terms.items() if size)
         lines = [f"{len(self.chunks)} chunks of {self.num_rows} rows in all, {self.gemms:.3g} GEMMs"]
         lines.append(
@@ -125,6 +126,8 @@ class Needs:
         accumulator: of the gradient of the weight over several chunks.
         workspace: of products and filters.
         vocab: V where the gradient of the weight may be made in tiles of the vocabulary, else 0.
+        logit: of one in a tile.
+        sums_row: of a row's partial sums, where its logits are not kept.
     """
 
     row: int
@@ -132,20 +135,22 @@ class Needs:
     accumulator: int
     workspace: int
     vocab: int
+    logit: int
+    sums_row: int = 0
+
+    @property
+    def whole_row(self) -> int:
+        """Bytes of a row of logits with what is copied and summed for it."""
+        return self.row + self.gathered_row + self.sums_row
 
     @property
     def word(self) -> int:
         """Bytes of a word of the vocabulary in the sum of a tile."""
         return -(-self.accumulator // self.vocab)
 
-    @property
-    def logit(self) -> int:
-        """Bytes of a logit, with its share of what pads a row."""
-        return -(-self.row // self.vocab)
-
     def rows_within(self, size: int) -> int:
         """Count the rows of logits, with what is copied for them, that so many bytes hold."""
-        return max(0, size) // (self.row + self.gathered_row)
+        return max(0, size) // self.whole_row
 
     def share(self, asked: int, *, explicit: bool, total: int, largest: int) -> Share:
         """Divide ``asked`` bytes for ``total`` rows, of which the ``largest`` group should be held at once.
@@ -183,9 +188,10 @@ class Needs:
     def rows_beside_small_change(self, asked: int) -> int:
         """Count the rows that a budget holds if all the rest comes on top, which is no more than small change."""
         rows, left = asked // self.row, SMALL_CHANGE - self.workspace - self.accumulator
-        if left < self.gathered_row:
+        beside = self.whole_row - self.row
+        if left < beside:
             return 0
-        return min(rows, left // self.gathered_row) if self.gathered_row else rows
+        return min(rows, left // beside) if beside else rows
 
     def tile_fits(self, size: int) -> bool:
         """Tell whether so many bytes hold a word of the vocabulary for a row, with its sum."""
@@ -195,9 +201,9 @@ class Needs:
         """Return the smallest budget that can be kept for ``total`` rows."""
         if self.rows_beside_small_change(self.row):
             return self.row
-        one, beside = self.row + self.gathered_row, self.accumulator
+        one, beside = self.whole_row, self.accumulator
         if self.vocab and self.accumulator:
-            beside = max(0, self.word + self.logit + self.gathered_row - one)
+            beside = min(beside, max(0, self.word + self.logit + self.gathered_row - one))
         return self.workspace + min(one + beside, total * one)
 
     def tiles(self, size: int, total: int) -> Tiles:
@@ -228,6 +234,8 @@ def make_plan(
     buffers: int = 1,
     block_rows: int | None = None,
     tiled_vocab: int = 0,
+    logit_bytes: int = 0,
+    sums_row_bytes: int = 0,
 ) -> Plan:
     """Plan whole groups into chunks that keep to a budget, of which logits are the largest part.
 
@@ -251,15 +259,20 @@ def make_plan(
         buffers: blocks of rows whose logits are held at once, if they fit.
         block_rows: the most rows of a block; None for what fits.
         tiled_vocab: V where the gradient of the weight may be made in tiles of the vocabulary, else 0.
+        logit_bytes: of a logit in such a tile.
+        sums_row_bytes: bytes of a row's partial sums, where its logits are not kept, else 0.
 
     Raises:
         ValueError: a budget that no way can keep.
     """
     waits = waits and any(needs)
     total = (tokens if waits else tokens.as_one_group()).num_rows
-    sizes = Needs(row_bytes, gathered_row_bytes, accumulator_bytes if needs[1] else 0, workspace_bytes, tiled_vocab)
+    accumulator_bytes *= needs[1]
+    sizes = Needs(
+        row_bytes, gathered_row_bytes, accumulator_bytes, workspace_bytes, tiled_vocab, logit_bytes, sums_row_bytes
+    )
     default = max(default_bytes, row_bytes)
-    beside = sizes.accumulator + workspace_bytes + default * gathered_row_bytes // row_bytes
+    beside = sizes.accumulator + workspace_bytes + default * (gathered_row_bytes + sums_row_bytes) // row_bytes
     explicit, asked = max_logits_bytes is not None, max_logits_bytes or default + beside
     if explicit and least_workspace_bytes is not None:
         sizes = sizes.kept_to(asked, least_workspace_bytes, total)
@@ -283,7 +296,7 @@ def make_plan(
             f"made in tiles of {tiles.words} words, from logits that are computed once more"
         )
     held = max(min(chunk.num_rows, buffers * chunk.rows_per_block) for chunk in chunks)
-    gathered = held * gathered_row_bytes
+    gathered = held * (gathered_row_bytes + sums_row_bytes)
     on_top = held * row_bytes + accumulator + workspace_bytes + gathered - asked
     if on_top > 0:
         notes.append(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cpo_kernels.kernels.device import float32_sums
 from cpo_kernels.kernels.numerics import accumulate_pair_, long_slices, tile_elements
+from cpo_kernels.kernels.scratch import lasting
 
 if TYPE_CHECKING:
     from cpo_kernels.kernels.registry import Backend
@@ -46,10 +47,13 @@ def hidden_grad(
         grad[rows] += term
 
 
-def scaled_hidden(hidden: Tensor, scale: Tensor | None, absent: Tensor | None) -> Tensor:
-    """Return what enters GEMM 3: hidden (r, H) times ``scale`` (r,), and 0 in the rows that are ``absent`` (r,)."""
+def scaled_hidden(hidden: Tensor, scale: Tensor | None, absent: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return what enters GEMM 3: hidden (r, H) times ``scale`` (r,), and 0 in the rows that are ``absent`` (r,).
+
+    ``out`` is memory for at least as many rows, or None.
+    """
     if scale is not None:
-        hidden = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden))
+        hidden = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden) if out is None else out[: len(hidden)])
     # Padding may hold NaN, and 0 * NaN is NaN.
     return hidden if absent is None else hidden.masked_fill(absent[:, None], 0.0)
 
@@ -96,7 +100,10 @@ class WeightGrad:
         here = None if out is None or out.dtype != sum_dtype else out
         contiguous = torch.contiguous_format
         self.value = torch.empty_like(weight, dtype=sum_dtype, memory_format=contiguous) if here is None else here
-        self.low = torch.empty_like(self.value) if half_sum and not wide else None
+        self.low: Tensor | None = None
+        if half_sum and not wide:
+            size = weight.numel(), weight.dtype, weight.device
+            self.low = lasting(*size, own_pages=True).view(weight.shape)
         self.empty = True
         self.rest: list[tuple[Tensor, Tensor]] = []
 

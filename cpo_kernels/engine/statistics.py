@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -208,16 +209,16 @@ def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, shape: torch.
     call = resolve(inputs, (False, False, False), whole_groups=False, **given)
     linear, blocks = call.bind(*inputs.tensors), call.blocks()
     fused = not plain and call.backend.linear_statistics is not None
-    buffer = None if fused else linear.workspace(call.plan.rows_held)
     draws = None if draws is None else draws.of_slots(call.tokens)
     parts = [] if blocks else [no_tokens(linear, draws, entropy)]
-    for index, block in enumerate(blocks):
-        mine = None if draws is None else draws.of_block(index, block)
-        if fused:
-            parts.append(fused_block(linear, block, mine, entropy))
-        else:
-            elements = sampling.elements_within(call.plan.workspace_bytes, inputs.hidden.device)
-            parts.append(block_of(linear, block, buffer, mine, entropy, elements))
+    elements = sampling.elements_within(call.plan.workspace_bytes, inputs.hidden.device)
+    with nullcontext() if fused else linear.workspace(call.plan.rows_held) as buffer:
+        for index, block in enumerate(blocks):
+            mine = None if draws is None else draws.of_block(index, block)
+            if fused:
+                parts.append(fused_block(linear, block, mine, entropy))
+            else:
+                parts.append(block_of(linear, block, buffer, mine, entropy, elements))
     call.tokens.check()
     return gather(call, parts, tuple(shape))
 

@@ -7,14 +7,17 @@ The loop calls the head's methods and names no way.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.backend import Backend, UnitGradient
+from cpo_kernels.kernels.backend import Backend, LinearSoftmax, UnitGradient
 from cpo_kernels.kernels.device import SideStream, is_gpu
 from cpo_kernels.kernels.numerics import narrow_view
+from cpo_kernels.kernels.scratch import lasting
 from cpo_kernels.options import Head
 
 from .head import Forward, LinearHead, LogitGradients
@@ -26,8 +29,10 @@ class ForwardWithoutLogits(LinearHead):
 
     holds_logits = False
 
-    def workspace(self, rows: int) -> None:
-        """Return None: this way needs no workspace."""
+    @contextmanager
+    def workspace(self, rows: int) -> Iterator[None]:
+        """Provide nothing: this way needs no workspace."""
+        yield None
 
     def forward(self, block: Block, workspace: Any, *, keep: bool = True) -> Forward:
         """Run the backend's fused forward; it leaves nothing that a gradient could be made of."""
@@ -47,7 +52,12 @@ class KeptInPlaceOfLogits(LinearHead):
         """Count the bytes that are kept for a row."""
         return backend.ways["linear_kept"].row_elements(vocab) * hidden.dtype.itemsize
 
-    def workspace(self, rows: int) -> Any:
+    @contextmanager
+    def workspace(self, rows: int) -> Iterator[Any]:
+        """Provide memory for what is kept for ``rows`` rows."""
+        yield self.lasting_workspace(rows)
+
+    def lasting_workspace(self, rows: int) -> Any:
         """Allocate memory for what is kept for ``rows`` rows."""
         return self.backend.ways["linear_kept"].room(rows, self.hidden, self.weight.shape[0])
 
@@ -128,9 +138,9 @@ class UnitGradients(LinearHead):
         scale = self.kernels.finish_(logits, *tokens, done.stats, coef, *self.transform, dtype)
         return LogitGradients(narrow_view(logits, dtype), scale)
 
-    def unit_gradient_(self, block: Block, done: Forward) -> Tensor:
-        """Return the gradient (r, V) that the forward left."""
-        return narrow_view(done.source, self.hidden.dtype)
+    def unit_gradient_(self, block: Block, done: Forward) -> LogitGradients:
+        """Return the gradient that the forward left."""
+        return LogitGradients(narrow_view(done.source, self.hidden.dtype))
 
     @property
     def kernels(self) -> UnitGradient:
@@ -139,14 +149,122 @@ class UnitGradients(LinearHead):
         return self.backend.unit_gradient
 
 
+class Powers(NamedTuple):
+    """The workspace of :class:`SoftmaxOfProduct`.
+
+    Attributes:
+        powers: (R, V), what is kept in place of logits.
+        sums: float32, the partial sums of the rows.
+    """
+
+    powers: Tensor
+    sums: Tensor
+
+
+class SoftmaxOfProduct(LinearHead):
+    """No logits: the forward leaves powers in the dtype of hidden, which are the gradient up to a number for each row.
+
+    Log-probabilities are those of float32 logits, whatever the dtype. The numbers multiply the rows around GEMMs 2 and
+    3; only a row that predicts several different tokens is read and written once more.
+    """
+
+    scales_hidden = True
+
+    @classmethod
+    def row_bytes(cls, backend: Backend, vocab: int, hidden: Tensor, logits_dtype: torch.dtype) -> int:
+        """Count the bytes of a row of powers."""
+        return vocab * hidden.dtype.itemsize
+
+    @classmethod
+    def sums_row_bytes(cls, backend: Backend, vocab: int) -> int:
+        """Count the bytes of a row's partial sums."""
+        return kernels_of(backend).floats_per_row(vocab) * torch.float32.itemsize
+
+    @classmethod
+    def tile_dtype(cls, logits_dtype: torch.dtype) -> torch.dtype:
+        """Return float32, so that tiles give what powers do."""
+        return torch.float32
+
+    @contextmanager
+    def workspace(self, rows: int) -> Iterator[Powers]:
+        """Provide memory for the powers (rows, V) of ``rows`` rows, and for their partial sums."""
+        with self.scratch(*self.size_of(rows)) as memory:
+            yield self.parts(memory, rows)
+
+    def lasting_workspace(self, rows: int) -> Powers:
+        """Allocate such memory that lives as long as what refers to it."""
+        elements, dtype = self.size_of(rows)
+        own_pages = self.head.max_logits_bytes is not None
+        return self.parts(lasting(elements, dtype, self.hidden.device, own_pages=own_pages), rows)
+
+    def size_of(self, rows: int) -> tuple[int, torch.dtype]:
+        """Return what all that takes, in numbers of float32."""
+        bytes_per_row = self.weight.shape[0] * self.hidden.dtype.itemsize
+        return -(-rows * bytes_per_row // 4) + rows * kernels_of(self.backend).floats_per_row(
+            self.weight.shape[0]
+        ), torch.float32
+
+    def parts(self, memory: Tensor, rows: int) -> Powers:
+        """Divide memory into powers and sums."""
+        vocab = self.weight.shape[0]
+        floats = rows * kernels_of(self.backend).floats_per_row(vocab)
+        powers = memory[floats:].view(self.hidden.dtype)[: rows * vocab].view(rows, vocab)
+        return Powers(powers, memory[:floats])
+
+    def forward(self, block: Block, workspace: Powers, *, keep: bool = True) -> Forward:
+        """Run the product with its softmax; without ``keep`` nothing is left of it."""
+        out = workspace.powers[: block.num_rows] if keep else None
+        given = self.hidden[block.rows], self.weight, block.targets, block.row_starts
+        stats, logps = kernels_of(self.backend).forward(*given, *self.transform, out=out, memory=workspace.sums)
+        return Forward(stats, logps, out)
+
+    def recompute(self, block: Block, workspace: Powers, before: Forward) -> Forward:
+        """Run the forward a second time, and keep what the gradient needs."""
+        return self.forward(block, workspace)
+
+    def gradient_(self, block: Block, done: Forward, coef: Tensor) -> LogitGradients:
+        """Return the powers, and what their rows are to be multiplied by; for filters, which compare, their product."""
+        given = done.source, block.targets, block.row_starts, done.stats, done.logps, coef
+        filtered = self.head.filtered
+        scale = kernels_of(self.backend).scale(*given, *self.head.transform, in_place=filtered)
+        return LogitGradients(done.source, None if filtered else scale)
+
+
+class LogProbabilitiesOfProduct(SoftmaxOfProduct):
+    """Log-probabilities without logits in memory, where no gradient is to follow."""
+
+    holds_logits = False
+
+    def size_of(self, rows: int) -> tuple[int, torch.dtype]:
+        """Return what partial sums take, in numbers of float32."""
+        return rows * kernels_of(self.backend).floats_per_row(self.weight.shape[0]), torch.float32
+
+    def parts(self, memory: Tensor, rows: int) -> Powers:
+        """Return the memory: all of it is for sums."""
+        return Powers(memory[:0], memory)
+
+    def forward(self, block: Block, workspace: Powers, *, keep: bool = True) -> Forward:
+        """Run the product with its softmax, of which nothing is left."""
+        return super().forward(block, workspace, keep=False)
+
+
+def kernels_of(backend: Backend) -> LinearSoftmax:
+    """Return the backend's softmax of a product."""
+    assert backend.linear_softmax is not None
+    return backend.linear_softmax
+
+
 def choose_way(
     backend: Backend, head: Head, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> type[LinearHead]:
     """Choose the way that serves a call; product and row kernels, :class:`LinearHead`, where no other does."""
+    softmax = backend.linear_softmax is not None and backend.linear_softmax.takes(hidden, weight)
     if any(needs):
         kept, unit = backend.ways.get("linear_kept"), backend.unit_gradient
         if kept is not None and kept.takes(hidden, weight):
             return KeptInPlaceOfLogits
+        if softmax:
+            return SoftmaxOfProduct
         # Filters compare gradients with their thresholds, which a gradient without its coefficient cannot be.
         takes = unit is not None and unit.takes(weight.shape[0], head.logits_dtype or hidden.dtype, hidden.device)
         # A hidden state times a coefficient may be infinite in float16 where their gradient is tiny.
@@ -155,5 +273,7 @@ def choose_way(
     fused = backend.ways.get("linear_forward")
     if fused is not None and fused.takes(hidden, weight):
         return ForwardWithoutLogits
+    if softmax:
+        return LogProbabilitiesOfProduct
     # The processes of a vocabulary-parallel head exchange numbers between product and log-probabilities.
     return BesideTheNextProduct if is_gpu(hidden.device) and head.vocab_shard is None else LinearHead

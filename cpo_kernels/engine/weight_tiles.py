@@ -41,14 +41,14 @@ class TiledWeightGrad:
         linear, blocks = self.linear, split_blocks(self.tokens, 0, self.tokens.targets.numel(), self.tiles.rows)
         weight = linear.weight[:, trained]
         grad = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        memory = linear.scratch(self.tiles.rows * self.tiles.words)
-        for start in range(0, weight.shape[0], self.tiles.words):
-            words = slice(start, min(start + self.tiles.words, weight.shape[0]))
-            part = products.WeightGrad(linear.backend, weight[words], len(blocks), out=grad[words])
-            for block in blocks:
-                size = block.num_rows * (words.stop - start)
-                self.add(part, block, words, trained, memory[:size].view(block.num_rows, -1))
-            part.result()
+        with linear.scratch(self.tiles.rows * self.tiles.words, linear.tile_dtype(linear.logits_dtype)) as memory:
+            for start in range(0, weight.shape[0], self.tiles.words):
+                words = slice(start, min(start + self.tiles.words, weight.shape[0]))
+                part = products.WeightGrad(linear.backend, weight[words], len(blocks), out=grad[words])
+                for block in blocks:
+                    size = block.num_rows * (words.stop - start)
+                    self.add(part, block, words, trained, memory[:size].view(block.num_rows, -1))
+                part.result()
         return grad
 
     def add(self, part: products.WeightGrad, block: Block, words: slice, trained: slice, logits: Tensor) -> None:

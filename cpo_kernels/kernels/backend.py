@@ -48,6 +48,25 @@ class KeptLinear(NamedTuple):
     backward_: Callable[..., Tensor]
 
 
+class LinearSoftmax(NamedTuple):
+    """The softmax of a head's rows, made while their product is in the cache, without logits in memory.
+
+    Attributes:
+        takes: ``(hidden, weight)`` to whether the functions can compute with these matrices.
+        floats_per_row: V to the float32 numbers that a row takes besides ``out``.
+        forward: ``(hidden, weight, targets, row_starts, *transform, out=, memory=)`` to stats (2, R) and logps (N,);
+            ``out`` (R, V), where given, becomes what the gradient needs, and ``memory`` has those numbers.
+        scale: ``(out, targets, row_starts, stats, logps, coef, *transform, in_place=)`` to the number (R,) by which
+            the products multiply each row of ``out`` to have its gradient; rows of several targets, or all
+            ``in_place``, get it there, and the number 1.
+    """
+
+    takes: Callable[[Tensor, Tensor], bool]
+    floats_per_row: Callable[[int], int]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    scale: Callable[..., Tensor]
+
+
 class UnitGradient(NamedTuple):
     """Row kernels that read and write the logits once: gradients for a coefficient of 1, to be multiplied later.
 
@@ -83,6 +102,7 @@ class Backend:
         scale_rows_: ``(grad, rows, targets, coef)``, rows of (R, H) times the coefficients of their slots, in place.
         scale_: ``(tensor, factor)``, in place, free for a factor of 1 if it can be.
         unit_gradient: row kernels that read and write the logits once, or None.
+        linear_softmax: the softmax of a head's rows inside their product, or None.
         contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
         summarize: loss and metrics from the sums of all segments; where None, :mod:`cpo_kernels.objective` computes
             them.
@@ -107,6 +127,7 @@ class Backend:
     scale_rows_: Callable[[Tensor, Tensor | None, Tensor, Tensor], None] = plain.scale_rows_
     scale_: Callable[[Tensor, Tensor], None] = plain.scale_
     unit_gradient: UnitGradient | None = None
+    linear_softmax: LinearSoftmax | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     summarize: Callable[..., tuple[Tensor, ...]] | None = None
     contrast_candidates: int = 0
@@ -134,4 +155,4 @@ class Backend:
 
     def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
         """Return this backend with other row kernels and without any kernel that would go around them."""
-        return replace(self, rows=rows, unit_gradient=None, linear_statistics=None, ways={})
+        return replace(self, rows=rows, unit_gradient=None, linear_softmax=None, linear_statistics=None, ways={})

@@ -6,7 +6,6 @@ A new kind of GPU is described in this module. AMD's GPUs are devices of type "c
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from threading import get_ident
@@ -29,8 +28,6 @@ ROW_ALIGNMENT = 16
 SMALLEST_PADDED = 1024
 # Large enough that GEMM 3 amortises its pass over grad_weight (about 1,000 rows of GPT-2's vocabulary in float32).
 DEFAULT_LOGITS_BYTES = 256 * 2**20
-# From here on a buffer of a CPU may have pages of its own; mapping them costs more than a smaller one is worth.
-SMALLEST_MAPPED = 2**20
 # The default budget on a GPU, whose products need thousands of rows: this share of its memory, up to the limit. Half of
 # it loses nothing where no gradient of a weight is summed over chunks and no row waits for its group.
 GPU_MEMORY_SHARE = 1 / 32
@@ -109,18 +106,6 @@ def row_width(vocab: int, device: torch.device) -> int:
     """Return the elements from one row of logits to the next; on a GPU padded so that rows begin at whole vectors."""
     padded = not is_host(device) and vocab >= SMALLEST_PADDED
     return -(-vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT if padded else vocab
-
-
-def mapped(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Allocate a buffer (elements,) whose memory the process gives back at once when it is freed.
-
-    On a CPU malloc may keep what is freed, up to tens of megabytes, so that the next buffer comes on top of it; pages
-    of its own cannot be kept. A GPU's allocator counts what is freed as free, so that nothing has to be done there.
-    """
-    size = elements * dtype.itemsize
-    if not is_host(device) or size < SMALLEST_MAPPED or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.empty(elements, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=dtype)
 
 
 def float32_sums(device: torch.device) -> bool:

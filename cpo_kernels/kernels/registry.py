@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from . import ops, plain, selection
-from .backend import Backend, FusedForward, KeptLinear, UnitGradient, no_workspace
+from .backend import Backend, FusedForward, KeptLinear, LinearSoftmax, UnitGradient, no_workspace
 from .cpu import extension as cpu_extension
 from .cpu import gemm as cpu_gemm
+from .cpu import linear as cpu_linear
 from .cpu import rows as cpu_rows
 from .cuda import extension as cuda_extension
 from .cuda import groups as cuda_groups
@@ -152,6 +153,9 @@ BACKENDS = {
         gemms_within=gemms_within,
         column_stats=ops.column_stats,
         take_columns=ops.take_columns,
+        linear_softmax=LinearSoftmax(
+            cpu_linear.takes, cpu_linear.floats_per_row, cpu_linear.linear_forward, cpu_linear.linear_scale
+        ),
     ),
 }
 

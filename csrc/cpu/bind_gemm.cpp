@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/gemm.h"
+#include "cpu/softmax.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -25,9 +26,17 @@ const GemmKernel& kernel_for(const std::string& isa, const GemmArgs& args) {
   return *kernel;
 }
 
-Size workspace_bytes(const std::string& isa, Size m, Size n, Size k, int a_dtype, int b_dtype, int out_dtype, int threads) {
-  const GemmArgs args{m, n, k, operand(0, a_dtype, k, 1), operand(0, b_dtype, n, 1), nullptr, static_cast<DType>(out_dtype), n, nullptr, false, threads};
-  return kernel_for(isa, args).workspace_bytes(args);
+Size workspace_bytes(const std::string& isa, Size m, Size n, Size k, int a_dtype, int b_dtype, int out_dtype, int threads, bool softmax) {
+  const SoftmaxArgs any{};
+  GemmArgs args{m, n, k, operand(0, a_dtype, k, 1), operand(0, b_dtype, n, 1), nullptr, static_cast<DType>(out_dtype), n, nullptr, false, threads,
+                softmax ? &any : nullptr};
+  const GemmKernel& kernel = kernel_for(isa, args);
+  const Size whole = kernel.workspace_bytes(args);
+  if (!softmax) return whole;
+  args.n = std::min(n, kSampleColumns);  // the product that references are chosen from
+  args.out_dtype = DType::kF32;
+  args.softmax = nullptr;
+  return std::max(whole, kernel.workspace_bytes(args));
 }
 
 // The most that the three products of a call take, whichever blocks of its rows and tiles of its vocabulary they are of: a
@@ -38,8 +47,9 @@ Size most_workspace_bytes(const std::string& isa, Size rows, Size vocab, Size hi
   Size most = 0;
   const auto take = [&](Size r, Size w) {
     for (const auto& [m, n, k] : {std::array<Size, 3>{r, w, hidden}, {r, hidden, w}, {w, hidden, r}}) {
-      most = std::max(most, workspace_bytes(isa, m, n, k, dtype, dtype, dtype, threads));
+      most = std::max(most, workspace_bytes(isa, m, n, k, dtype, dtype, dtype, threads, false));
     }
+    most = std::max(most, workspace_bytes(isa, r, w, hidden, dtype, dtype, dtype, threads, true));
   };
   take(rows, vocab);
   for (Size r = kStep; r < std::min(rows, kFew); r += kStep) take(r, vocab);
@@ -59,16 +69,57 @@ void gemm(const std::string& isa, Size m, Size n, Size k, Address a, int a_dtype
   kernel.run(args, reinterpret_cast<void*>(workspace));
 }
 
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Size softmax_forward(const std::string& isa, Size rows, Size vocab, Size hidden_size, int dtype, Address hidden, Size hidden_row_stride,
+                        Size hidden_col_stride, Address weight, Size weight_row_stride, Size weight_col_stride, Address targets,
+                        Address row_starts, Size tokens, Address bias, float mult, float cap, float slope, Address out, Size out_stride,
+                        Address reference, Address logsum, Address logps, Address sums, Address target_y, Address sample, int threads,
+                        Address workspace) {
+  const RowBatch batch{at<void>(out), rows, vocab, out_stride, at<Size>(targets), at<Size>(row_starts), tokens, at<float>(bias)};
+  const SoftmaxArgs softmax{batch, {mult, cap, slope}, at<float>(reference), at<float>(sums), at<float>(target_y)};
+  const GemmArgs args{rows, vocab, hidden_size, operand(hidden, dtype, hidden_row_stride, hidden_col_stride),
+                      operand(weight, dtype, weight_col_stride, weight_row_stride), at<void>(out), static_cast<DType>(dtype), out_stride,
+                      nullptr, false, threads, &softmax};
+  const GemmKernel& kernel = kernel_for(isa, args);
+  py::gil_scoped_release release;
+  return softmax_of_product(kernel, args, {at<void>(out), out_stride, at<float>(logsum), at<float>(logps)}, at<float>(sample), at<void>(workspace));
+}
+
+void softmax_scale(const std::string& isa, Size rows, Size vocab, int dtype, Address targets, Address row_starts, Size tokens, float mult,
+                   float cap, float slope, Address out, Size out_stride, Address reference, Address logsum, Address logps, Address coef,
+                   Address coef_sum, Address token_coef, Address scale, bool in_place, int threads) {
+  const RowBatch batch{at<void>(out), rows, vocab, out_stride, at<Size>(targets), at<Size>(row_starts), tokens, nullptr};
+  const ScaleArgs args{batch, {mult, cap, slope}, at<float>(reference), at<float>(logsum), at<float>(logps), at<float>(coef_sum),
+                       at<float>(token_coef), at<void>(out), out_stride, at<float>(scale), in_place};
+  const GemmArgs of_dtype{0, 0, 0, operand(0, dtype, 0, 1), operand(0, dtype, 0, 1), nullptr, static_cast<DType>(dtype), 0, nullptr, false, 1};
+  const GemmKernel& kernel = kernel_for(isa, of_dtype);
+  py::gil_scoped_release release;
+  scale_softmax(kernel, static_cast<DType>(dtype), args, at<float>(coef), at<float>(coef_sum), at<float>(token_coef), threads);
+}
+
 }  // namespace
 
 void bind_gemm(py::module_& m) {
   m.def("has_amx_bf16", &machine_has_amx_bf16);
   m.def("gemm_available", [](const std::string& isa) { return gemm_kernel(parse_isa(isa), DType::kF32, DType::kF32) != nullptr; }, "isa"_a);
   m.def("gemm_workspace_bytes", &workspace_bytes, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "a_dtype"_a, "b_dtype"_a, "out_dtype"_a,
-        "threads"_a);
+        "threads"_a, "softmax"_a = false);
+  m.attr("softmax_sum_columns") = kSumColumns;
+  m.attr("softmax_sample_columns") = kSampleColumns;
   m.def("most_workspace_bytes", &most_workspace_bytes, py::kw_only(), "isa"_a, "rows"_a, "vocab"_a, "hidden"_a, "dtype"_a, "threads"_a);
   m.def("gemm", &gemm, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "a"_a, "a_dtype"_a, "a_row_stride"_a, "a_col_stride"_a, "b"_a,
         "b_dtype"_a, "b_row_stride"_a, "b_col_stride"_a, "out"_a, "out_dtype"_a, "out_stride"_a, "low"_a, "accumulate"_a, "threads"_a, "workspace"_a);
+  m.def("softmax_forward", &softmax_forward, py::kw_only(), "isa"_a, "rows"_a, "vocab"_a, "hidden_size"_a, "dtype"_a, "hidden"_a,
+        "hidden_row_stride"_a, "hidden_col_stride"_a, "weight"_a, "weight_row_stride"_a, "weight_col_stride"_a, "targets"_a, "row_starts"_a,
+        "tokens"_a, "bias"_a, "mult"_a, "cap"_a, "slope"_a, "out"_a, "out_stride"_a, "reference"_a, "logsum"_a, "logps"_a, "sums"_a,
+        "target_y"_a, "sample"_a, "threads"_a, "workspace"_a);
+  m.def("softmax_scale", &softmax_scale, py::kw_only(), "isa"_a, "rows"_a, "vocab"_a, "dtype"_a, "targets"_a, "row_starts"_a, "tokens"_a,
+        "mult"_a, "cap"_a, "slope"_a, "out"_a, "out_stride"_a, "reference"_a, "logsum"_a, "logps"_a, "coef"_a, "coef_sum"_a, "token_coef"_a,
+        "scale"_a, "in_place"_a, "threads"_a);
 }
 
 }  // namespace cpo

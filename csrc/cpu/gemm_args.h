@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "cpu/softmax_args.h"
 
 namespace cpo {
 
@@ -25,12 +26,14 @@ struct GemmArgs {
   std::uint16_t* low;       // (m, n) like a bf16 `out`, or null: the sum is out + low, two bf16 numbers with `out` its rounding
   bool accumulate;          // add to `out`, which is fp32 then, or to out + low
   int threads;
+  const SoftmaxArgs* softmax = nullptr;  // what is made of the rows instead of storing them; `out` may be null then, fp32 or bf16
 };
 
 // One instruction set's product. The packed panels live in `workspace`, of workspace_bytes(args) bytes at any alignment.
 struct GemmKernel {
   std::int64_t (*workspace_bytes)(const GemmArgs& args);
   void (*run)(const GemmArgs& args, void* workspace);
+  const SoftmaxKernels* softmax;
 };
 
 #if defined(__x86_64__)

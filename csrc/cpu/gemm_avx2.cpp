@@ -2,12 +2,25 @@
 // precision, for which torch has no vectorised product without AVX-512, is widened when packed.
 #include <cstring>
 
+#include "cpu/row_args.h"
+#include "cpu/simd_avx2.h"
+
+// Written in terms of the Vec above, so the order matters.
+#include "cpu/vec_math.h"
+
+#include "cpu/row_transform.h"
+
+#include "cpu/row_backward.h"
+#include "cpu/row_forward.h"
+
+#include "cpu/softmax_rows.h"
+
 #include "cpu/gemm_driver.h"
 #include "cpu/x86_intrinsics.h"
 
 namespace {
 
-constexpr int kLanes = 8, kTileRows = 6, kTileCols = 2 * kLanes;
+constexpr int kTileRows = 6, kTileCols = 2 * kLanes;
 
 // ---- packing ----
 
@@ -139,16 +152,13 @@ struct Avx2Kernel {
 #pragma GCC unroll 6
     for (int i = 0; i < kTileRows; ++i) {
       sum[i][0] = sum[i][1] = _mm256_setzero_ps();
-      if (i < t.rows) __builtin_prefetch(static_cast<const char*>(t.out) + i * t.out_stride * bytes_of(t.out_dtype), 1);
     }
     const float *a = reinterpret_cast<const float*>(t.a), *b = t.b;
-    Prefetch next = *t.next;
+    Prefetch next = *t.next, written = t.written;
     for (Size u = 0; u < t.units; ++u, a += kTileRows, b += kTileCols) {
-      if (u % 8 == 0 && next.left > 0) {
-        __builtin_prefetch(next.line, 0, 2);
-        next.line += kLineBytes;
-        if (--next.left_in_run == 0) next.line += next.skip, next.left_in_run = next.run_lines;
-        --next.left;
+      if (u % 8 == 0) {
+        next.fetch<0>();
+        written.fetch<1>();
       }
       const __m256 right[2] = {_mm256_loadu_ps(b), _mm256_loadu_ps(b + kLanes)};
 #pragma GCC unroll 6
@@ -172,6 +182,6 @@ struct Avx2Kernel {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx2 = {workspace_bytes<Avx2Kernel>, run<Avx2Kernel>};
+extern const GemmKernel kGemmAvx2 = {workspace_bytes<Avx2Kernel>, run<Avx2Kernel>, &kSoftmaxKernels};
 
 }  // namespace cpo

@@ -1,4 +1,17 @@
 // setup.py compiles this file for the instruction set in its name. Products in fp32: half precision is widened when packed.
+#include "cpu/row_args.h"
+#include "cpu/simd_avx512.h"
+
+// Written in terms of the Vec above, so the order matters.
+#include "cpu/vec_math.h"
+
+#include "cpu/row_transform.h"
+
+#include "cpu/row_backward.h"
+#include "cpu/row_forward.h"
+
+#include "cpu/softmax_rows.h"
+
 #include "cpu/gemm_driver.h"
 #include "cpu/gemm_tile_avx512.h"
 
@@ -28,6 +41,6 @@ struct Fp32Arithmetic {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx512 = {workspace_bytes<TileKernel<Fp32Arithmetic>>, run<TileKernel<Fp32Arithmetic>>};
+extern const GemmKernel kGemmAvx512 = {workspace_bytes<TileKernel<Fp32Arithmetic>>, run<TileKernel<Fp32Arithmetic>>, &kSoftmaxKernels};
 
 }  // namespace cpo

@@ -1,5 +1,18 @@
 // setup.py compiles this file for the instruction set in its name. vdpbf16ps adds two products of bf16 to an fp32 sum; it
 // takes subnormals as zero.
+#include "cpu/row_args.h"
+#include "cpu/simd_avx512.h"
+
+// Written in terms of the Vec above, so the order matters.
+#include "cpu/vec_math.h"
+
+#include "cpu/row_transform.h"
+
+#include "cpu/row_backward.h"
+#include "cpu/row_forward.h"
+
+#include "cpu/softmax_rows.h"
+
 #include "cpu/gemm_driver.h"
 #include "cpu/gemm_tile_avx512.h"
 
@@ -30,6 +43,6 @@ struct Bf16PairArithmetic {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx512Bf16 = {workspace_bytes<TileKernel<Bf16PairArithmetic>>, run<TileKernel<Bf16PairArithmetic>>};
+extern const GemmKernel kGemmAvx512Bf16 = {workspace_bytes<TileKernel<Bf16PairArithmetic>>, run<TileKernel<Bf16PairArithmetic>>, &kSoftmaxKernels};
 
 }  // namespace cpo

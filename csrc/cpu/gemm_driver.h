@@ -45,6 +45,13 @@ struct Grid {
   Size size() const { return rows * cols; }
 };
 
+// Columns of C that stay together: sums over them are added up by one thread, in one order.
+template <class Kernel>
+Size column_step(const GemmArgs& args) {
+  static_assert(cpo::kSumColumns % Kernel::kCols == 0);
+  return args.softmax ? cpo::kSumColumns : Kernel::kColStep;
+}
+
 template <class Kernel>
 Grid choose_grid(const GemmArgs& args) {
   constexpr Size kPackCost = 32;          // of packing an element, in multiply-adds
@@ -54,7 +61,7 @@ Grid choose_grid(const GemmArgs& args) {
   Size best_cost = INT64_MAX;
   for (Size rows = 1; rows <= args.threads; ++rows) {
     const Size cols = args.threads / rows;
-    const Size m = largest_part(args.m, rows, Kernel::kRows), n = largest_part(args.n, cols, Kernel::kColStep);
+    const Size m = largest_part(args.m, rows, Kernel::kRows), n = largest_part(args.n, cols, column_step<Kernel>(args));
     const Size cost = m * n + kPackCost * (m + n);
     if (cost < best_cost) best = {rows, cols}, best_cost = cost;
   }
@@ -72,23 +79,24 @@ struct Blocking {
   Size cols;            // of B in a block
   Size span;            // columns of C finished before the next are begun
   bool staged;          // sums wait in fp32 until the last block of k
-  Size a_floats, b_floats, c_floats;
+  Size a_floats, b_floats, c_floats, stripe_floats;
 
   Blocking(const GemmArgs& args, const Grid& grid) {
-    const Size m = largest_part(args.m, grid.rows, Kernel::kRows), n = largest_part(args.n, grid.cols, Kernel::kColStep);
+    const Size m = largest_part(args.m, grid.rows, Kernel::kRows), n = largest_part(args.n, grid.cols, column_step<Kernel>(args));
     total_units = ceil_div(args.k, Kernel::kUnit);
     units = even_block(total_units, kUnits, 16);
     const bool one_pass = total_units <= units;
-    staged = !one_pass && args.out_dtype != cpo::DType::kF32;
+    staged = !one_pass && (args.out_dtype != cpo::DType::kF32 || args.softmax);
     rows = even_block(m, staged ? smaller(kSpan, kFloatsOfA / units) : kFloatsOfA / units, 2 * Kernel::kRows);
-    cols = even_block(n, kFloatsOfB / units, Kernel::kCols);
+    cols = even_block(n, kFloatsOfB / units, args.softmax ? cpo::kSumColumns : Kernel::kCols);
     span = one_pass ? round_up(n, cols) : even_block(n, kSpan, cols);
     a_floats = rows / Kernel::kRows * panel_floats<Kernel::kRows>(units);
     b_floats = cols / Kernel::kCols * panel_floats<Kernel::kCols>(units);
     c_floats = staged ? round_up(rows * span, 16) : 0;
+    stripe_floats = args.softmax ? Kernel::kRows * cols : 0;
   }
 
-  Size bytes() const { return sizeof(float) * (a_floats + b_floats + c_floats); }
+  Size bytes() const { return sizeof(float) * (a_floats + b_floats + c_floats + stripe_floats); }
 };
 
 inline const char* address(const GemmOperand& x, Size row, Size col) {
@@ -100,7 +108,7 @@ template <class Kernel>
 class Worker {
  public:
   Worker(const GemmArgs& args, const Blocking<Kernel>& blocking, float* workspace)
-      : args_(args), blocking_(blocking), a_(workspace), b_(a_ + blocking.a_floats), c_(b_ + blocking.b_floats) {}
+      : args_(args), blocking_(blocking), a_(workspace), b_(a_ + blocking.a_floats), c_(b_ + blocking.b_floats), stripe_(c_ + blocking.c_floats) {}
 
   void run(Range rows, Range cols) {
     for (Size j = cols.begin; j < cols.end; j += blocking_.span)
@@ -164,7 +172,7 @@ class Worker {
   // Packed A times packed B onto these columns of C, in a span that starts at column `origin`.
   void multiply(Range rows, Range cols, Size origin, Range units) {
     const bool first = units.begin == 0, last = units.end == blocking_.total_units;
-    const bool to_stage = blocking_.staged && !last;
+    const bool to_stage = blocking_.staged && !last, to_stripe = args_.softmax && last;
     const bool in_place = this->in_place(units);
     Tile t;
     t.units = units.size();
@@ -173,9 +181,9 @@ class Worker {
     t.next = &next_;
     t.read = !first || (args_.accumulate && args_.low == nullptr);
     t.add_pair = args_.accumulate;
-    t.out_dtype = to_stage ? cpo::DType::kF32 : args_.out_dtype;
+    t.out_dtype = to_stage || to_stripe ? cpo::DType::kF32 : args_.out_dtype;
     t.in_stride = blocking_.staged ? blocking_.span : args_.out_stride;
-    t.out_stride = to_stage ? blocking_.span : args_.out_stride;
+    t.out_stride = to_stage ? blocking_.span : to_stripe ? blocking_.cols : args_.out_stride;
     for (Size i = rows.begin; i < rows.end; i += Kernel::kRows) {
       t.rows = static_cast<int>(smaller(Kernel::kRows, rows.end - i));
       t.a = in_place ? address(args_.a, i, units.begin * Kernel::kUnit)
@@ -186,16 +194,32 @@ class Worker {
         char* const out = static_cast<char*>(args_.out) + (i * args_.out_stride + j) * bytes_of(args_.out_dtype);
         float* const stage = c_ + (i - rows.begin) * blocking_.span + (j - origin);
         t.in = blocking_.staged ? stage : reinterpret_cast<const float*>(out);
-        t.out = to_stage ? reinterpret_cast<void*>(stage) : out;
+        t.out = to_stage ? reinterpret_cast<void*>(stage) : to_stripe ? reinterpret_cast<void*>(stripe_ + (j - cols.begin)) : out;
+        t.written = to_stage ? lines(stage, blocking_.span * sizeof(float), t.rows, t.cols * sizeof(float))
+                             : lines(args_.out ? out : nullptr, args_.out_stride * bytes_of(args_.out_dtype), t.rows, t.cols * bytes_of(args_.out_dtype));
         t.low = to_stage || args_.low == nullptr ? nullptr : args_.low + i * args_.out_stride + j;
         Kernel::multiply(t);
       }
+      if (to_stripe) softmax(i, t.rows, cols);
     }
+  }
+
+  // The lines of some rows, `stride` bytes apart; none at null.
+  static Prefetch lines(const void* first, Size stride, Size rows, Size row_bytes) {
+    const Size per_row = (row_bytes + kLineBytes - 1) / kLineBytes;
+    return {static_cast<const char*>(first), per_row, per_row, stride - per_row * kLineBytes, first ? rows * per_row : 0};
+  }
+
+  // The logits in the stripe are turned into what is kept of them.
+  void softmax(Size row, Size rows, Range cols) {
+    char* const out = static_cast<char*>(args_.out) + (row * args_.out_stride + cols.begin) * bytes_of(args_.out_dtype);
+    softmax_of(*args_.softmax, {stripe_, blocking_.cols, row, rows, cols.begin, cols.size(), args_.out ? out : nullptr, args_.out_stride},
+               args_.out_dtype);
   }
 
   const GemmArgs& args_;
   const Blocking<Kernel>& blocking_;
-  float *a_, *b_, *c_;
+  float *a_, *b_, *c_, *stripe_;
   Prefetch next_ = {};
 };
 
@@ -219,7 +243,7 @@ struct Rectangles {
   static void compute(const void* rectangles, Size index) {
     const auto& [args, grid, blocking, workspace, bytes] = *static_cast<const Rectangles*>(rectangles);
     Worker<Kernel> worker(args, blocking, reinterpret_cast<float*>(workspace + index * bytes));
-    worker.run(part(args.m, grid.rows, index / grid.cols, Kernel::kRows), part(args.n, grid.cols, index % grid.cols, Kernel::kColStep));
+    worker.run(part(args.m, grid.rows, index / grid.cols, Kernel::kRows), part(args.n, grid.cols, index % grid.cols, column_step<Kernel>(args)));
   }
 };
 

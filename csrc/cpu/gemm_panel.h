@@ -32,6 +32,16 @@ struct Prefetch {
   Size run_lines, left_in_run;
   Size skip;  // bytes from the end of a run to the next
   Size left;  // lines in all
+
+  // For reading, or for writing.
+  template <int kWrite>
+  [[gnu::always_inline]] void fetch() {
+    if (left <= 0) return;
+    __builtin_prefetch(line, kWrite, 2 + kWrite);
+    line += kLineBytes;
+    if (--left_in_run == 0) line += skip, left_in_run = run_lines;
+    --left;
+  }
 };
 
 // A product of rows and a panel, and where it goes: `in` is read where sums over earlier blocks of k, or C itself, are added.
@@ -50,6 +60,7 @@ struct Tile {
   std::uint16_t* low;  // what rounding to a bf16 `out` leaves over; null where nothing keeps it
   bool add_pair;       // add out + low to the product
   Prefetch* next;
+  Prefetch written;  // where the tile, or what is made of it, goes
 };
 
 }  // namespace

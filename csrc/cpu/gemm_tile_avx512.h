@@ -84,12 +84,8 @@ void multiply_tile(const Tile& t) {
   __m512 sum[R][V];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
-    const char* row = static_cast<const char*>(t.out) + i * t.out_stride * bytes_of(t.out_dtype);
 #pragma GCC unroll 3
-    for (int j = 0; j < V; ++j) {
-      __builtin_prefetch(row + kLineBytes * j, 1);
-      sum[i][j] = _mm512_setzero_ps();
-    }
+    for (int j = 0; j < V; ++j) sum[i][j] = _mm512_setzero_ps();
   }
   const char* a[R];
 #pragma GCC unroll 8
@@ -109,19 +105,16 @@ void multiply_tile(const Tile& t) {
     at += t.a_unit;
     b += kTileCols;
   };
+  // A line at a time: all at once they would take the buffers that lines of B wait in.
+  Prefetch next = *t.next, written = t.written;
   Size u = 0;
-  if (t.next->left > 0) {
-    Prefetch next = *t.next;
-    for (; u + kUnitsPerLine <= t.units; u += kUnitsPerLine) {
-      __builtin_prefetch(next.line, 0, 2);
-      next.line += kLineBytes;
-      if (--next.left_in_run == 0) next.line += next.skip, next.left_in_run = next.run_lines;
+  for (; u + kUnitsPerLine <= t.units; u += kUnitsPerLine) {
+    next.fetch<0>();
+    written.fetch<1>();
 #pragma GCC unroll 4
-      for (int i = 0; i < kUnitsPerLine; ++i) multiply_unit();
-    }
-    next.left -= t.units / kUnitsPerLine;
-    *t.next = next;
+    for (int i = 0; i < kUnitsPerLine; ++i) multiply_unit();
   }
+  *t.next = next;
 #pragma GCC unroll 4
   for (; u < t.units; ++u) multiply_unit();
   store_tile<Arithmetic>(t, sum);

@@ -35,15 +35,19 @@ void check_indices(const char* what, const std::int64_t* indices, std::int64_t c
 
 template <class Args>
 void for_rows(void (*kernel)(const Args&, std::int64_t, std::int64_t), const Args& args, int threads) {
-  const std::int64_t rows = args.batch.rows;
-  const int team = team_for(rows * args.batch.vocab, rows, threads);
-  if (team == 1) return kernel(args, 0, rows);
-  const std::int64_t share = std::max<std::int64_t>(1, rows / (team * kSharesPerThread));
-  const std::int64_t shares = (rows + share - 1) / share;
-  for_shares(shares, team, [&](std::int64_t i) { kernel(args, i * share, std::min(rows, (i + 1) * share)); });
+  for_row_shares(args.batch, threads, [&](std::int64_t begin, std::int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace
+
+void for_row_shares(const RowBatch& batch, int threads, const std::function<void(std::int64_t, std::int64_t)>& work) {
+  const std::int64_t rows = batch.rows;
+  const int team = team_for(rows * batch.vocab, rows, threads);
+  if (team == 1) return work(0, rows);
+  const std::int64_t share = std::max<std::int64_t>(1, rows / (team * kSharesPerThread));
+  const std::int64_t shares = (rows + share - 1) / share;
+  for_shares(shares, team, [&](std::int64_t i) { work(i * share, std::min(rows, (i + 1) * share)); });
+}
 
 void row_forward(Isa isa, DType dtype, const ForwardArgs& args, int threads) {
   check_tokens(args.batch);

@@ -1,6 +1,8 @@
 // The row kernels over all rows, on an instruction set and a number of threads.
 #pragma once
 
+#include <functional>
+
 #include "cpu/isa.h"
 #include "cpu/row_args.h"
 
@@ -16,6 +18,9 @@ void row_backward(Isa isa, DType dtype, DType out_dtype, const BackwardArgs& arg
 
 // Each column is summed by one thread, in the order of the rows.
 void column_stats(Isa isa, DType dtype, const ColumnArgs& args, int threads);
+
+// Calls work(begin, end) for shares of the rows, each once.
+void for_row_shares(const RowBatch& batch, int threads, const std::function<void(std::int64_t, std::int64_t)>& work);
 
 // Throws std::invalid_argument for a row or a column that there is not, before anything is written.
 void take_columns(Isa isa, DType dtype, const TakeArgs& args, int threads);

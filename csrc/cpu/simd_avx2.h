@@ -19,6 +19,7 @@ struct Vec {
 };
 
 inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -44,6 +45,11 @@ inline float reduce_max(Vec a) {
   float most = lanes[0];
   for (int i = 1; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
   return most;
+}
+inline float reduce_add(Vec a) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 // The bits of 2^(i/8) less i << 20, which the shifted step count adds again.
@@ -97,6 +103,11 @@ inline __m256i round_upper(Vec a) {
 inline void store2(bf16* p, Vec a, Vec b) {
   const __m256i even = _mm256_srli_epi32(round_upper(a), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, round_upper(b), 0xaa));
+}
+inline void store(bf16* p, Vec a) {
+  const __m256i high = _mm256_srli_epi32(round_upper(a), 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 inline void match2(const float* p, Vec& a, Vec& b, bf16) {
   const __m256 low = _mm256_loadu_ps(p);

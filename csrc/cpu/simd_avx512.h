@@ -19,6 +19,7 @@ struct Vec {
 };
 
 inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -39,6 +40,7 @@ inline Vec where_less(Vec x, Vec y, Vec a, Vec b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LT_OQ), b.v, a.v)};
 }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 // 2^(i/32), i = 0..31.
 alignas(64) constexpr float kExp2Table[32] = {
@@ -89,6 +91,9 @@ inline void store2(bf16* p, Vec a, Vec b) {
                                                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), packed));
 }
+inline void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+}
 #else
 // Rounds to the nearest bf16, ties to even, in the upper 16 bits of each lane.
 inline __m512i round_upper(Vec a) {
@@ -102,6 +107,9 @@ inline void store2(bf16* p, Vec a, Vec b) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   const __m512i even = _mm512_srli_epi32(round_upper(a), 16);
   _mm512_storeu_si512(p, _mm512_or_si512(even, _mm512_and_si512(round_upper(b), upper)));
+}
+inline void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_upper(a), 16)));
 }
 #endif
 inline void match2(const float* p, Vec& a, Vec& b, bf16) {

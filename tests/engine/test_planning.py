@@ -13,6 +13,7 @@ from problems import budget_of, packed_problem, random_problem
 from cpo_kernels import linear_cpo_loss, plan
 from cpo_kernels.engine.plan import Plan, fill_chunks, make_plan
 from cpo_kernels.engine.tokens import find_tokens
+from cpo_kernels.kernels.cpu import linear as cpu_linear
 from cpo_kernels.kernels.device import DEFAULT_LOGITS_BYTES
 
 
@@ -38,11 +39,16 @@ def test_default_budget_and_nothing_to_say():
     problem = random_problem().to(torch.float32)
     result = plan(**problem.arguments())
     present = int((problem.targets != -100).sum())
-    gathered = DEFAULT_LOGITS_BYTES * problem.weight.shape[1] // problem.weight.shape[0]  # absent rows lie in between
-    assert result.budget_bytes == DEFAULT_LOGITS_BYTES + result.workspace_bytes + gathered
+    # Absent rows lie in between, so that hidden states are copied; what is not kept of logits is summed in parts.
+    beside = result.gathered_bytes // present
+    assert result.budget_bytes == DEFAULT_LOGITS_BYTES + result.workspace_bytes + (
+        DEFAULT_LOGITS_BYTES * beside // (4 * problem.weight.shape[0])
+    )
     assert (result.num_rows, result.num_tokens) == (present, present)
     assert result.logits_bytes == budget_of(problem, present)
-    assert result.gathered_bytes == present * problem.weight.shape[1] * 4
+    copies = 2 if softmax_inside(problem) else 1  # the third product reads a scaled one
+    sums = 4 * cpu_linear.floats_per_row(problem.weight.shape[0]) if softmax_inside(problem) else 0
+    assert result.gathered_bytes == present * (copies * problem.weight.shape[1] * 4 + sums)
     assert result.bytes == result.logits_bytes + result.workspace_bytes + result.gathered_bytes
     assert result.note == ""
     assert result.gemms == 3
@@ -142,10 +148,17 @@ def test_bias_alone_is_one_product_and_recomputes_where_it_must():
     assert plan(**problem.arguments(), max_logits_bytes=budget_of(problem, 2)).gemms == 2
 
 
-def test_logits_dtype_counts():
+def softmax_inside(problem) -> bool:
+    """Tell whether no logits are held of this problem here."""
+    return cpu_linear.takes(problem.hidden, problem.weight)
+
+
+def test_logits_dtype_counts_where_logits_are_held():
     problem = random_problem().to(torch.bfloat16)
-    plain, exact = (plan(**problem.arguments(), logits_dtype=dtype) for dtype in (None, torch.float32))
-    assert exact.logits_bytes == 2 * plain.logits_bytes
+    for backend, factor in (("torch", 2), ("auto", 1 if softmax_inside(problem) else 2)):
+        arguments = problem.arguments() | {"backend": backend}
+        plain, exact = (plan(**arguments, logits_dtype=dtype) for dtype in (None, torch.float32))
+        assert exact.logits_bytes == factor * plain.logits_bytes
 
 
 def test_a_plan_computes_nothing_and_takes_the_arguments_of_the_loss():

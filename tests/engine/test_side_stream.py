@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from problems import BACKENDS, budget_of, packed_problem, random_problem
 
 from cpo_kernels import linear_cpo_loss, linear_sequence_logps, plan
 from cpo_kernels.engine import ways
+from cpo_kernels.kernels import registry
 
 
 class Streams:
@@ -41,6 +43,8 @@ def streams(monkeypatch):
     """The way of a GPU on CPU tensors, in blocks of at most 3 rows."""
     Streams.made = []
     monkeypatch.setattr(ways, "is_gpu", lambda device: True)
+    cpu = registry.BACKENDS["cpu"]
+    monkeypatch.setitem(registry.BACKENDS, "cpu", replace(cpu, linear_softmax=None))  # which no GPU has
     monkeypatch.setattr(ways, "SideStream", Streams)
     monkeypatch.setattr(ways.BesideTheNextProduct, "block_rows", 3)
     return Streams.made

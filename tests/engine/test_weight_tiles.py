@@ -28,6 +28,7 @@ from cpo_kernels import linear_cpo_loss, linear_sequence_loss, plan
 from cpo_kernels.engine import plan as planning
 from cpo_kernels.engine.plan import Needs
 from cpo_kernels.kernels.cpu import gemm as cpu_gemm
+from cpo_kernels.kernels.cpu import linear as cpu_linear
 
 HALF = (torch.bfloat16, torch.float16)
 ROWS = (1, 3, 5)  # of logits that the budget holds beside what comes with every call
@@ -78,7 +79,9 @@ def test_tiles_of_all_rows_and_tiles_that_are_summed_over_blocks(backend, logits
     problem = random_problem(G=16, C=3, T=5, H=24, V=211, bias=True, mle_weight=0.3, softcap=4.0)
     monkeypatch.setattr(planning, "LEAST_TILE", least)
     rounded = problem.to(torch.bfloat16)
-    head = tiled(rounded, 20 if logits_dtype else 40, backend=backend, logits_dtype=logits_dtype)
+    inside = backend == "cpu" and cpu_linear.takes(rounded.hidden, rounded.weight)  # a row takes more beside its logits
+    rows = (34 if least == 1 else 20) if inside else 20 if logits_dtype else 40
+    head = tiled(rounded, rows, backend=backend, logits_dtype=logits_dtype)
     tiles = plan(**rounded.arguments(), **head).tiles
     assert 1 <= tiles.words < 211 and (tiles.rows >= (problem.targets != -100).sum()) == (least == 1)
     assert_problem_accurate(problem, torch.bfloat16, upstream=0.7, **head)
@@ -166,6 +169,7 @@ def test_the_smallest_budget_is_named_and_works(make, backend, dtype):
         accumulator=st.integers(0, 10**7),
         workspace=st.integers(0, 10**6),
         vocab=st.sampled_from([0, 1, 31, 50257]),
+        logit=st.integers(1, 4),
     ),
     st.integers(1, 4000),
     st.integers(1, 4000),
@@ -201,6 +205,7 @@ def test_every_budget_is_kept_or_refused(needs, total, largest, more, small):
         accumulator=st.integers(0, 10**7),
         workspace=st.integers(10**5, 10**8),
         vocab=st.sampled_from([0, 31, 50257]),
+        logit=st.integers(1, 4),
     ),
     st.integers(1, 4000),
     st.floats(0.01, 1.0),

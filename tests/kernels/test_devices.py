@@ -6,8 +6,6 @@ an error comes: what would otherwise be noticed on a GPU only.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from devices import DEVICE
@@ -16,14 +14,12 @@ from problems import BACKENDS, Problem, fused_loss, loss_and_grads, packed_probl
 
 from cpo_kernels import (
     cpo_loss,
-    linear_cpo_loss,
     linear_sequence_logps,
     linear_sequence_loss,
     linear_token_logps,
     plan,
     token_logps,
 )
-from cpo_kernels.engine import head
 from cpo_kernels.kernels import device
 
 PROBLEMS = {
@@ -115,43 +111,3 @@ def test_a_cpu_keeps_its_settings(monkeypatch):
     monkeypatch.setattr(device, "float32_accumulation", lambda: pytest.fail("a CPU has no such settings"))
     with torch.autocast("cpu"), device.own_arithmetic(torch.device("cpu")):
         assert not torch.is_autocast_enabled("cpu")
-
-
-def resident_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory as Linux tells it")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_memory_of_a_mapped_buffer_goes_back_although_later_allocations_stand_behind_it(dtype):
-    size = 24 * 2**20
-    before = resident_bytes()
-    buffer = device.mapped(size // dtype.itemsize, dtype, torch.device("cpu"))
-    assert (buffer.dtype, buffer.nbytes) == (dtype, size)
-    row = buffer.fill_(1).view(16, -1)[3]  # its memory lives as long as any view of it
-    later = torch.ones(2**18)
-    del buffer
-    assert resident_bytes() - before > 0.9 * size
-    assert row.double().sum() == row.numel()
-    del row
-    assert resident_bytes() - before < 0.1 * size
-    del later
-
-
-def test_a_small_mapped_buffer_is_an_ordinary_tensor():
-    small = device.mapped(7, torch.float32, torch.device("cpu"))
-    assert small.shape == (7,)
-    assert device.mapped(0, torch.float32, torch.device("cpu")).numel() == 0
-
-
-def test_logits_of_an_explicit_budget_are_mapped_and_those_of_the_default_are_not(monkeypatch):
-    hidden, weight = torch.randn(1, 2, 32, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
-    targets, sizes = torch.randint(0, 8192, (1, 2, 32)), []
-    real = head.mapped
-    monkeypatch.setattr(head, "mapped", lambda elements, *rest: sizes.append(elements) or real(elements, *rest))
-    default = linear_cpo_loss(hidden, weight, targets)
-    assert sizes == []
-    asked = linear_cpo_loss(hidden, weight, targets, max_logits_bytes=2**24)
-    assert sizes == [64 * 8192]
-    assert torch.equal(asked.loss, default.loss)

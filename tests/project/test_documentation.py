@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -180,7 +181,11 @@ def check_make(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(goals[:1]) <= targets, f"there is no target {goals[0]}"
     old = [word for name in ("dev", "trainer", "docs") for word in ("-o", f"{given.get('VENV', '.venv')}/.{name}")]
     dry = ["make", "-n", "-f", str(ROOT / "Makefile"), *old, *command.arguments[1:]]
-    said = subprocess.run(dry, capture_output=True, text=True, check=False)
+    # What is given to a make that runs this test, such as ARGS, is not given to the command of the page.
+    environment = {
+        name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKEOVERRIDES", "ARGS"}
+    }
+    said = subprocess.run(dry, capture_output=True, text=True, check=False, env=environment)
     assert said.returncode == 0, said.stderr
     for line in said.stdout.replace("\\\n", " ").splitlines():
         words = line.split("#")[0].split()

@@ -234,9 +234,30 @@ class GemmCounter(TorchDispatchMode):
         super().__init__()
         self.shapes: list[tuple[int, int, int]] = []
 
+    def __enter__(self):
+        self.before = cpu = registry.BACKENDS["cpu"]
+        self.softmax = cpu.linear_softmax.forward
+        counted = cpu.linear_softmax._replace(forward=self.softmax_of_product)
+        registry.BACKENDS["cpu"] = replace(cpu, linear_softmax=counted)
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        registry.BACKENDS["cpu"] = self.before
+        return super().__exit__(*raised)
+
+    def softmax_of_product(self, hidden, weight, *rest, **options):
+        """Count the product inside the softmax, which is no operator."""
+        self.shapes.append((hidden.shape[0], weight.shape[0], hidden.shape[1]))
+        self.read(hidden, weight)
+        return self.softmax(hidden, weight, *rest, **options)
+
+    def read(self, *operands: Tensor) -> None:
+        """Take note of what a product reads, in subclasses."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name in self.FACTORS:
+            self.read(*(args[i] for i in self.FACTORS[name]))
             left, right = (args[i] for i in self.FACTORS[name])
             if right.shape[1] > 2:  # the gradient of a bias is no product of the head, though it may be written as one
                 self.shapes.append((left.shape[0], right.shape[1], left.shape[1]))

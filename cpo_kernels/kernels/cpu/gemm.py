@@ -5,7 +5,6 @@ Checks and addresses as in :mod:`cpo_kernels.kernels.cpu.rows`.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cpo_kernels.kernels import plain
 from cpo_kernels.kernels.checks import DTYPE_CODES, check, share_memory
+from cpo_kernels.kernels.scratch import pages
 
 from . import extension as cpu_extension
 from .extension import extension, isa_or_default
@@ -90,14 +90,11 @@ def gemm(
         "a_dtype": DTYPE_CODES[a.dtype],
         "b_dtype": DTYPE_CODES[b.dtype],
         "out_dtype": DTYPE_CODES[out.dtype],
-        "threads": torch.get_num_threads() if threads is None else threads,
     }
-    limit = getattr(_kept, "limit", None)
-    while limit is not None and int(size["threads"]) > 1 and _workspace_bytes(**size) > limit:
-        size["threads"] = int(size["threads"]) * 3 // 4
-    workspace = _workspace(_workspace_bytes(**size))
+    workspace, threads = workspace_for(threads=torch.get_num_threads() if threads is None else threads, **size)
     extension().gemm(
         **size,
+        threads=threads,
         a=a.data_ptr(),
         a_row_stride=a.stride(0),
         a_col_stride=a.stride(1),
@@ -110,6 +107,14 @@ def gemm(
         accumulate=accumulate,
         workspace=workspace.data_ptr(),
     )
+
+
+def workspace_for(*, threads: int, **size: str | int) -> tuple[Tensor, int]:
+    """Return memory for a product of this size, and its threads: fewer than ``threads`` where a limit asks for it."""
+    limit = getattr(_kept, "limit", None)
+    while limit is not None and threads > 1 and _workspace_bytes(threads=threads, **size) > limit:
+        threads = threads * 3 // 4
+    return _workspace(_workspace_bytes(threads=threads, **size)), threads
 
 
 @lru_cache(maxsize=256)
@@ -130,9 +135,8 @@ _kept = threading.local()
 def _workspace(size: int) -> Tensor:
     """Return at least ``size`` bytes, kept for this thread's next product: fresh pages would cost it page faults."""
     if getattr(_kept, "workspace", None) is None or _kept.workspace.nbytes < size:
-        _kept.workspace = None
-        # Mapped pages, so that a workspace that has become too small returns to the system at once.
-        _kept.workspace = torch.frombuffer(private_pages(size), dtype=torch.uint8)
+        _kept.workspace = None  # one that has become too small returns to the system first
+        _kept.workspace = pages(size, huge=True)
     workspace: Tensor = _kept.workspace
     return workspace
 
@@ -148,13 +152,6 @@ def limited(product_: Callable[..., None], workspace: int) -> Callable[..., None
             _kept.limit = None
 
     return run_
-
-
-def private_pages(size: int) -> mmap.mmap | bytearray:
-    """Return zeroed memory that a forked process writes to a copy of."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return bytearray(size)
 
 
 def gemm_workspace(rows: int, vocab: int, hidden_size: int, dtype: torch.dtype, threads: int | None = None) -> int:

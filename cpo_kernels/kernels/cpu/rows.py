@@ -225,6 +225,14 @@ class _RowBatch:
         self.tensors = tensors  # kept alive until the kernel has returned
 
 
+def float_bias(bias: Tensor | None, vocab: int) -> Tensor | None:
+    """Return a bias (V,) in float32, as the kernels take it; raises ``ValueError`` for another shape or dtype."""
+    if bias is None:
+        return None
+    check("bias", bias, (vocab,), BIAS_DTYPES)
+    return bias.detach().to(torch.float32).contiguous()
+
+
 def _row_batch(
     logits: Tensor,
     targets: Tensor,
@@ -246,9 +254,7 @@ def _row_batch(
     if row_starts is not None:
         check("row_starts", row_starts, (rows + 1,), (torch.int64,))
         row_starts = row_starts.contiguous()
-    if bias is not None:
-        check("bias", bias, (vocab,), BIAS_DTYPES)
-        bias = bias.detach().to(torch.float32).contiguous()
+    bias = float_bias(bias, vocab)
     targets = targets.contiguous()
     mult, cap, slope = fold_transform(logit_scale, softcap, temperature)
     arguments: dict[str, str | int | float] = {
