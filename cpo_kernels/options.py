@@ -43,7 +43,8 @@ class Head:
             logits; None for the backend's default. :func:`cpo_kernels.plan` tells how it is used.
         logits_dtype: None (the dtype of ``hidden``) or ``torch.float32``: logits kept as float32, as the products
             accumulate them, so that log-likelihoods of half-precision inputs are exact to float32. The gradient of the
-            logits is rounded to the dtype of ``hidden``, as without it. Costs memory traffic and twice the budget.
+            logits is rounded to the dtype of ``hidden``, as without it. Costs memory traffic and twice the budget on a
+            GPU; bfloat16 on a CPU with AVX2 or AVX-512 is exact without it, at no cost.
         grad_filter_eps: leave vocabulary columns out of GEMMs 2 and 3 in which no gradient of the chunk's logits is
             above ``grad_filter_eps`` times the largest coefficient of a token (``beta / num_groups`` for the contrast
             alone), all of them entering as one column, their sum; None for exact gradients. ``CPOOutput.dropped`` says
