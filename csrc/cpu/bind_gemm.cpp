@@ -1,9 +1,12 @@
 #include "cpu/bind_gemm.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu/gemm.h"
 #include "cpu/softmax.h"
@@ -37,6 +40,16 @@ Size workspace_bytes(const std::string& isa, Size m, Size n, Size k, int a_dtype
   args.out_dtype = DType::kF32;
   args.softmax = nullptr;
   return std::max(whole, kernel.workspace_bytes(args));
+}
+
+// Bounds of rows and columns, as GemmKernel::shares gives them.
+std::vector<std::array<Size, 4>> shares(const std::string& isa, Size m, Size n, Size k, int dtype, int threads, bool softmax) {
+  const SoftmaxArgs any{};
+  const GemmArgs args{m, n, k, operand(0, dtype, k, 1), operand(0, dtype, n, 1), nullptr, static_cast<DType>(dtype), n, nullptr, false, threads,
+                      softmax ? &any : nullptr};
+  std::vector<std::array<Size, 4>> found(static_cast<std::size_t>(threads));
+  found.resize(static_cast<std::size_t>(kernel_for(isa, args).shares(args, found[0].data())));
+  return found;
 }
 
 // The most that the three products of a call take, whichever blocks of its rows and tiles of its vocabulary they are of: a
@@ -108,6 +121,7 @@ void bind_gemm(py::module_& m) {
   m.def("gemm_available", [](const std::string& isa) { return gemm_kernel(parse_isa(isa), DType::kF32, DType::kF32) != nullptr; }, "isa"_a);
   m.def("gemm_workspace_bytes", &workspace_bytes, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "a_dtype"_a, "b_dtype"_a, "out_dtype"_a,
         "threads"_a, "softmax"_a = false);
+  m.def("gemm_shares", &shares, py::kw_only(), "isa"_a, "m"_a, "n"_a, "k"_a, "dtype"_a, "threads"_a, "softmax"_a);
   m.attr("softmax_sum_columns") = kSumColumns;
   m.attr("softmax_sample_columns") = kSampleColumns;
   m.def("most_workspace_bytes", &most_workspace_bytes, py::kw_only(), "isa"_a, "rows"_a, "vocab"_a, "hidden"_a, "dtype"_a, "threads"_a);

@@ -33,6 +33,8 @@ struct GemmArgs {
 struct GemmKernel {
   std::int64_t (*workspace_bytes)(const GemmArgs& args);
   void (*run)(const GemmArgs& args, void* workspace);
+  // Which rows and columns of the result each thread makes, four bounds for each of args.threads at most; returns how many do.
+  std::int64_t (*shares)(const GemmArgs& args, std::int64_t* out);
   const SoftmaxKernels* softmax;
 };
 

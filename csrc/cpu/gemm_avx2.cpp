@@ -182,6 +182,6 @@ struct Avx2Kernel {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx2 = {workspace_bytes<Avx2Kernel>, run<Avx2Kernel>, &kSoftmaxKernels};
+extern const GemmKernel kGemmAvx2 = {workspace_bytes<Avx2Kernel>, run<Avx2Kernel>, shares<Avx2Kernel>, &kSoftmaxKernels};
 
 }  // namespace cpo

@@ -41,6 +41,6 @@ struct Fp32Arithmetic {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx512 = {workspace_bytes<TileKernel<Fp32Arithmetic>>, run<TileKernel<Fp32Arithmetic>>, &kSoftmaxKernels};
+extern const GemmKernel kGemmAvx512 = {workspace_bytes<TileKernel<Fp32Arithmetic>>, run<TileKernel<Fp32Arithmetic>>, shares<TileKernel<Fp32Arithmetic>>, &kSoftmaxKernels};
 
 }  // namespace cpo

@@ -43,6 +43,6 @@ struct Bf16PairArithmetic {
 
 namespace cpo {
 
-extern const GemmKernel kGemmAvx512Bf16 = {workspace_bytes<TileKernel<Bf16PairArithmetic>>, run<TileKernel<Bf16PairArithmetic>>, &kSoftmaxKernels};
+extern const GemmKernel kGemmAvx512Bf16 = {workspace_bytes<TileKernel<Bf16PairArithmetic>>, run<TileKernel<Bf16PairArithmetic>>, shares<TileKernel<Bf16PairArithmetic>>, &kSoftmaxKernels};
 
 }  // namespace cpo

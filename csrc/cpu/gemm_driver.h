@@ -231,6 +231,16 @@ Size workspace_bytes(const GemmArgs& args) {
   return grid.size() * round_up(Blocking<Kernel>(args, grid).bytes(), kWorkspaceAlignment) + kWorkspaceAlignment;
 }
 
+template <class Kernel>
+Range rows_of(const GemmArgs& args, const Grid& grid, Size index) {
+  return part(args.m, grid.rows, index / grid.cols, Kernel::kRows);
+}
+
+template <class Kernel>
+Range cols_of(const GemmArgs& args, const Grid& grid, Size index) {
+  return part(args.n, grid.cols, index % grid.cols, column_step<Kernel>(args));
+}
+
 // The rectangles of C, each with a workspace of its own.
 template <class Kernel>
 struct Rectangles {
@@ -243,9 +253,22 @@ struct Rectangles {
   static void compute(const void* rectangles, Size index) {
     const auto& [args, grid, blocking, workspace, bytes] = *static_cast<const Rectangles*>(rectangles);
     Worker<Kernel> worker(args, blocking, reinterpret_cast<float*>(workspace + index * bytes));
-    worker.run(part(args.m, grid.rows, index / grid.cols, Kernel::kRows), part(args.n, grid.cols, index % grid.cols, column_step<Kernel>(args)));
+    worker.run(rows_of<Kernel>(args, grid, index), cols_of<Kernel>(args, grid, index));
   }
 };
+
+template <class Kernel>
+Size shares(const GemmArgs& args, Size* out) {
+  const Grid grid = choose_grid<Kernel>(args);
+  for (Size index = 0; index < grid.size(); ++index) {
+    const Range rows = rows_of<Kernel>(args, grid, index), cols = cols_of<Kernel>(args, grid, index);
+    *out++ = rows.begin;
+    *out++ = rows.end;
+    *out++ = cols.begin;
+    *out++ = cols.end;
+  }
+  return grid.size();
+}
 
 template <class Kernel>
 void run(const GemmArgs& args, void* workspace) {

@@ -10,6 +10,7 @@ from cpu_rows import BUILD, DTYPES, NO_PRODUCT
 from pairwise import pairwise
 from tolerance import assert_accurate, relative_error
 
+from cpo_kernels.kernels.checks import DTYPE_CODES
 from cpo_kernels.kernels.cpu import extension as cpu_extension
 from cpo_kernels.kernels.cpu import gemm as cpu_gemm
 
@@ -327,3 +328,26 @@ def test_a_pair_must_be_two_like_tensors():
         cpu_gemm.gemm(A, B, high, low=high)
     with pytest.raises(ValueError, match=r"out has dtype torch\.float32; expected torch\.bfloat16"):
         cpu_gemm.gemm(A, B, OUT, low=high)
+
+
+# Products of heads: (rows, V, H), of a step of GPT-2's, of Llama 3's, of a small one.
+HEADS_OF_MODELS = {"gpt2": (1024, 50257, 768), "llama3": (512, 128256, 4096), "small": (512, 8192, 256)}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS_OF_MODELS)
+def test_no_thread_of_many_has_much_more_than_its_share(isa, name, dtype, threads):
+    """A simulation: what each of 64 threads would make, on a machine that has two. None waits before the end."""
+    R, V, H = HEADS_OF_MODELS[name]
+    products = {"logits": (R, V, H, True), "grad_hidden": (R, H, V, False), "grad_weight": (V, H, R, False)}
+    for product, (m, n, k, softmax) in products.items():
+        sizes = {"m": m, "n": n, "k": k, "dtype": DTYPE_CODES[dtype], "threads": threads, "softmax": softmax}
+        shares = cpu_extension.extension().gemm_shares(isa=isa, **sizes)
+        areas = [(rows_end - rows) * (cols_end - cols) for rows, rows_end, cols, cols_end in shares]
+        assert sum(areas) == m * n, f"{product}: the shares are not the whole"
+        corners = {(rows, cols) for rows, _, cols, _ in shares}
+        assert len(corners) == len(shares) <= threads
+        assert max(areas) <= 1.1 * m * n / threads, f"{product}: {max(areas) / (m * n / threads):.2f} of a share"
+        # Neighbours begin at whole vectors, and what they add up together is never one sum.
+        assert all(cols % (48 if softmax else 16) == 0 for _, _, cols, _ in shares)
