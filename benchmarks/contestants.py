@@ -7,12 +7,13 @@ from functools import partial
 
 import torch
 
-from benchmarks.floor import PRODUCTS, Floor, has_products_of_ours, plan_of
+from benchmarks.floor import PRODUCTS, Floor, has_products_of_ours
 from benchmarks.measure import Case, Contestant, not_here
 from benchmarks.oracle import Oracles
 from benchmarks.peers import BUILDERS, Peer, build, ours
 from benchmarks.problem import Problem, draw
 from benchmarks.shapes import CPO, NLL, PAIRS, Shape, tiny
+from cpo_kernels.kernels.device import row_width
 
 FLOOR = "floor (bare torch.mm)"
 FLOOR_OURS = "floor (our bare products)"
@@ -99,9 +100,8 @@ def asked_of(shape: Shape) -> tuple[str, ...]:
 
 def smallest_budget(problem: Problem) -> int:
     """Return the bytes of the logits of one group: the least that needs no second pass."""
-    plan, shape = plan_of(problem, None), problem.shape
-    row_bytes = plan.logits_bytes // max(min(chunk.num_rows, chunk.rows_per_block) for chunk in plan.chunks)
-    return row_bytes * (shape.predicted_tokens // shape.groups)
+    row_bytes = row_width(len(problem.weight), problem.hidden.device) * problem.hidden.element_size()
+    return row_bytes * (problem.shape.predicted_tokens // problem.shape.groups)
 
 
 def rates(shape: Shape, ceilings: Ceilings, seconds: float) -> dict[str, float]:

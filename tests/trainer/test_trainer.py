@@ -161,9 +161,15 @@ def test_two_processes_equal_one(tmp_path, how):
     for name, value in parameters(whole).items():
         torch.testing.assert_close(parts["parameters"][name], value, rtol=1e-5, atol=1e-6)
     if how == "fsdp2":
-        one = trainer(tmp_path, tiny_models.adapted(), bf16=True, **kwargs)
-        one.train()
-        assert parts["adapted_losses"] == pytest.approx([entry["loss"] for entry in steps(one)], rel=0.02)
+        # In bfloat16 two runs part after a few steps: each may be off as far as the rule of tolerance.py allows.
+        losses = {}
+        for bf16 in (False, True):
+            one = trainer(tmp_path, tiny_models.adapted(), bf16=bf16, **kwargs)
+            one.train()
+            losses[bf16] = torch.tensor([entry["loss"] for entry in steps(one)])
+        allowed = 2 * (losses[True] - losses[False]).abs().max()
+        assert allowed < 0.05 * losses[False].max()
+        assert (torch.tensor(parts["adapted_losses"]) - losses[False]).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
