@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cpu_rows import BUILD, HEADS, NO_PRODUCT, tokens_for
+from pairwise import pairwise
 
 from cpo_kernels.kernels.cpu import linear
 
@@ -58,11 +59,15 @@ def run(given, coef, head, isa=None, in_place=False, threads=None):
     return stats, logps, out, scale
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("shared", [False, True], ids=["one token a row", "any number"])
-@pytest.mark.parametrize("in_place", [False, True])
+@pairwise(
+    {
+        "size": [*SIZES],
+        "name": [*HEADS],
+        "dtype": DTYPES,
+        "shared": {"one token a row": False, "any number": True},
+        "in_place": {"scaled later": False, "in place": True},
+    }
+)
 def test_log_probabilities_and_gradient(isa, size, dtype, name, shared, in_place):
     R, _, V = SIZES[size]
     counts = [(1, 0, 3, 2, 40)[row % 5] for row in range(R)] if shared else None
