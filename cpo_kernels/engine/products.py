@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from cpo_kernels.kernels.registry import Backend
 
 
-def logits(backend: Backend, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Run GEMM 1, ``out[:] = hidden @ weight.T``: (r, H), (V, H) -> (r, V), in the dtype of ``out``."""
-    backend.gemm_(hidden, weight.t(), out, False)
-
-
 def hidden_grad(
     backend: Backend,
     dlogits: Tensor,

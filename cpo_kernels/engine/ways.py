@@ -188,26 +188,27 @@ class SoftmaxOfProduct(LinearHead):
     @contextmanager
     def workspace(self, rows: int) -> Iterator[Powers]:
         """Provide memory for the powers (rows, V) of ``rows`` rows, and for their partial sums."""
-        with self.scratch(*self.size_of(rows)) as memory:
+        with self.scratch(self.floats_of(rows), torch.float32) as memory:
             yield self.parts(memory, rows)
 
     def lasting_workspace(self, rows: int) -> Powers:
         """Allocate such memory that lives as long as what refers to it."""
-        elements, dtype = self.size_of(rows)
         own_pages = self.head.max_logits_bytes is not None
-        return self.parts(lasting(elements, dtype, self.hidden.device, own_pages=own_pages), rows)
+        memory = lasting(self.floats_of(rows), torch.float32, self.hidden.device, own_pages=own_pages)
+        return self.parts(memory, rows)
 
-    def size_of(self, rows: int) -> tuple[int, torch.dtype]:
-        """Return what all that takes, in numbers of float32."""
-        bytes_per_row = self.weight.shape[0] * self.hidden.dtype.itemsize
-        return -(-rows * bytes_per_row // 4) + rows * kernels_of(self.backend).floats_per_row(
-            self.weight.shape[0]
-        ), torch.float32
+    def floats_of(self, rows: int) -> int:
+        """Count what all that takes, in numbers of float32."""
+        powers = rows * self.weight.shape[0] * self.hidden.dtype.itemsize
+        return -(-powers // torch.float32.itemsize) + self.sums_of(rows)
+
+    def sums_of(self, rows: int) -> int:
+        """Count the partial sums of ``rows`` rows."""
+        return rows * kernels_of(self.backend).floats_per_row(self.weight.shape[0])
 
     def parts(self, memory: Tensor, rows: int) -> Powers:
         """Divide memory into powers and sums."""
-        vocab = self.weight.shape[0]
-        floats = rows * kernels_of(self.backend).floats_per_row(vocab)
+        vocab, floats = self.weight.shape[0], self.sums_of(rows)
         powers = memory[floats:].view(self.hidden.dtype)[: rows * vocab].view(rows, vocab)
         return Powers(powers, memory[:floats])
 
@@ -235,9 +236,9 @@ class LogProbabilitiesOfProduct(SoftmaxOfProduct):
 
     holds_logits = False
 
-    def size_of(self, rows: int) -> tuple[int, torch.dtype]:
-        """Return what partial sums take, in numbers of float32."""
-        return rows * kernels_of(self.backend).floats_per_row(self.weight.shape[0]), torch.float32
+    def floats_of(self, rows: int) -> int:
+        """Count the partial sums: there is nothing else."""
+        return self.sums_of(rows)
 
     def parts(self, memory: Tensor, rows: int) -> Powers:
         """Return the memory: all of it is for sums."""

@@ -1,7 +1,7 @@
 """Memory that calls write to and forget: the logits of a pass, and what products pack.
 
-On a CPU fresh pages take as long as a pass over them, a tenth of a call in all, and small pages slow down the products
-that read them. So a thread keeps what its last call has used, in huge pages where Linux gives them to those who ask.
+On a CPU the system zeroes fresh pages one at a time, and small ones slow down the products that read them. So a thread
+keeps what its last call has used, in huge pages where Linux gives them to those who ask.
 A GPU's memory comes from torch, which keeps it likewise.
 """
 

@@ -22,6 +22,7 @@ def _only_where_it_runs(isa: str) -> pytest.MarkDecorator:
 ISAS = [pytest.param(isa, marks=_only_where_it_runs(isa)) for isa in BUILD.compiled_isas]
 
 NO_PRODUCT = ["scalar", "neon"]  # instruction sets without a matrix product of ours
+PRODUCT_ISAS = [pytest.param(i, marks=_only_where_it_runs(i)) for i in BUILD.compiled_isas if i not in NO_PRODUCT]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK = 4096  # columns that the forward sums at a time
 
