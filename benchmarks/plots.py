@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.contestants import OURS
-from benchmarks.records import Part, Parts, Record, by_case
+from benchmarks.records import Part, Parts, by_case
 
 # One colour and one marker a contestant in all pictures; ours stands out, floors are grey.
 COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#8c564b", "#7f5fb0", "#b5bd00", "#17becf", "#555555")
@@ -78,40 +78,53 @@ def growth(part: Part, style: Style) -> Figure:
     return figure
 
 
-def ranked(
-    part: Part, style: Style, value: str, xlabel: str, shown: Callable[[Record], str], *, least_first: bool
-) -> Figure:
-    """Draw a bar a contestant with its number, the best on top, a panel a case."""
-    cases = by_case(sorted(part.select(having=value), key=lambda r: r.values[value] * (1 if least_first else -1)))
+def lengths(part: Part, style: Style) -> Figure:
+    """Draw seconds of all batches, the fewest on top; a bound from below where someone was stopped."""
+    cases = by_case(sorted(part.select(having="total"), key=lambda record: record.values["total"]))
     heights = [0.9 + 0.3 * len(records) for records in cases.values()]
     options = {"layout": "constrained", "squeeze": False, "height_ratios": heights}
     figure, grid = plt.subplots(len(cases), 1, figsize=(WIDTH, sum(heights)), **options)
     for axes, (case, records) in zip(grid[:, 0], cases.items(), strict=True):
         colours = [style.line(record.contestant)["color"] for record in records]
-        drawn = axes.barh(range(len(records)), [record.values[value] for record in records], color=colours)
-        axes.bar_label(drawn, [shown(record) for record in records], padding=3)
+        drawn = axes.barh(range(len(records)), [record.values["total"] for record in records], color=colours)
+        told = [f"{'>= ' * r.stopped}{r.values['total']:.3g}{' (stopped)' * r.stopped}" for r in records]
+        axes.bar_label(drawn, told, padding=3)
         again = [" (again)" * (record.conditions.get("run") == "last") for record in records]
         list_names(axes, [record.contestant + word for record, word in zip(records, again, strict=True)])
-        axes.set(xlabel=xlabel, title=case)
+        axes.set(xlabel="seconds of all batches, first call included", title=case)
     return figure
 
 
-def lengths(part: Part, style: Style) -> Figure:
-    """Draw seconds of all batches; a bound from below where someone was stopped."""
+STEPS = {  # ways of ours to run a step, with their contestants
+    "CPOTrainer": ("cpo-kernels",),
+    "CPOTrainer, prefix sharing off": ("cpo-kernels, sharing off",),
+    "FusedDPOTrainer, FusedCPOTrainer": ("FusedDPOTrainer", "FusedCPOTrainer"),
+    "TRL with patch_fused_head()": ("TRL, patch_fused_head()",),
+}
 
-    def shown(record: Record) -> str:
-        return f"{'>= ' * record.stopped}{record.values['total']:.3g}{' (stopped)' * record.stopped}"
 
-    return ranked(part, style, "total", "seconds of all batches, first call included", shown, least_first=True)
-
-
-def steps(part: Part, style: Style) -> Figure:
-    """Draw tokens per second of every trainer."""
-
-    def shown(record: Record) -> str:
-        return f"{record.values['tokens_per_second']:.0f}/s, {record.values.get('peak_mib', 0):.0f} MiB"
-
-    return ranked(part, style, "tokens_per_second", "tokens of the pairs per second", shown, least_first=False)
+def steps(part: Part, _style: Style) -> Figure:
+    """Draw speed and peak memory of whole steps over TRL's, a group of bars a case."""
+    cases = by_case(part.select(having="tokens_per_second"))
+    figure, both = plt.subplots(1, 2, figsize=(WIDTH, 1.0 + 0.62 * len(cases)), layout="constrained", sharey=True)
+    thick = 0.8 / len(STEPS)
+    for index, (label, names) in enumerate(STEPS.items()):
+        speed, memory = [], []
+        for records in cases.values():
+            stock = next(record for record in records if record.contestant == "TRL")
+            own = [record for record in records if record.contestant in names]
+            speed.append(own[0].values["of_trl"] if own else 0.0)
+            memory.append(own[0].values["peak_mib"] / stock.values["peak_mib"] if own else 0.0)
+        for axes, values in zip(both, (speed, memory), strict=True):
+            places = [row + (index - (len(STEPS) - 1) / 2) * thick for row in range(len(cases))]
+            drawn = axes.barh(places, values, thick, label=label, color=(OUR_COLOUR, *COLOURS)[index])
+            axes.bar_label(drawn, [f"{value:.2f}" if value else "" for value in values], padding=3, fontsize=7)
+    for axes, xlabel in zip(both, ("times as fast as TRL", "peak memory over TRL's"), strict=True):
+        list_names(axes, [case.replace(", float32", "") for case in cases], margin=0.12)
+        axes.axvline(1.0, color=FLOOR_COLOUR, linestyle="--")
+        axes.set(xlabel=xlabel)
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
 
 
 def negatives(part: Part, _style: Style) -> Figure:
