@@ -45,6 +45,7 @@ class Contestant:
     build: Callable[[], Call]  # makes the call that is timed; what it raises is why the contestant is absent
     check: Callable[[Any], Mapping[str, float]] | None = None  # returns errors of the first timed result, or raises
     warm_up: Call | None = None  # runs before anything is timed, in place of a call
+    steps: int = 1  # that a call takes, and by which its seconds are divided
     needed: bool = False  # whether nothing can be compared without it, so that its failure ends the case
     ratios: Mapping[str, str] | None = None  # in place of the case's
     conditions: Mapping[str, Any] = field(default_factory=dict)  # of its record, besides those of the case
@@ -131,7 +132,7 @@ class Measurement:
         if first and self.case.peaks:
             self.meter.start()
         seconds, result = self.clock(self.calls[name])
-        self.times[name].append(seconds)
+        self.times[name].append(seconds / self.contestants[name].steps)
         if not first:
             return
         contestant = self.contestants[name]

@@ -7,7 +7,7 @@ truncations and other kinds of negatives add. Every step but MLE's has a frozen 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from cpo_kernels.trainer import TokenizedExamples
 
 POOL = 16  # examples to draw batch negatives from, for every one of a step
 MLE, BASE, OFF = "MLE", "K = 1", ", sharing off"
+NO_MORE: dict[str, Any] = {}
 TRUNCATED = {f"truncation {count}": count for count in (1, 4, 16)}
 
 
@@ -38,13 +39,17 @@ class Way:
     shared: bool = True
 
 
-def contrasting(name: str, *, shared: bool = True, source: str = "reference", c: float = 0.25, **counts: int) -> Way:
-    """Describe a step with so many negatives of each kind; c is the share of mean-field negatives' replaced tokens."""
+def contrasting(name: str, *, shared: bool = True, options: Mapping[str, Any] = NO_MORE, **counts: int) -> Way:
+    """Describe a step with so many negatives of each kind."""
     kinds = {f"num_{kind}_negatives": 0 for kind in ("batch", "truncation", "mean_field", "autoregressive")}
-    options = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
-    options |= {"prefix_sharing": "required" if shared else "off"}
-    options |= {"mean_field_source": source, "mean_field_fraction": c}
-    return Way(name + OFF * (not shared), sum(counts.values()), options, shared)
+    chosen = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
+    chosen |= {"prefix_sharing": "required" if shared else "off", "mean_field_source": "reference"} | options
+    return Way(name + OFF * (not shared), sum(counts.values()), chosen, shared)
+
+
+def mean_field(name: str, **options: Any) -> Way:
+    """Describe a step with a mean-field negative."""
+    return contrasting(f"mean-field 1, {name}", mean_field=1, options=options)
 
 
 WAYS = {
@@ -57,9 +62,10 @@ WAYS = {
         Way(MLE, 0, {"objective": "mle"}),
         contrasting(BASE, batch=1),
         *(contrasting(name, batch=1, truncation=count) for name, count in TRUNCATED.items()),
-        *(contrasting(f"mean-field 1, by the {who}", mean_field=1, source=who) for who in ("reference", "model")),
-        *(contrasting(f"mean-field 1, c = {c}", mean_field=1, c=c) for c in (0.1, 0.5, 1.0)),
-        contrasting("autoregressive 1", autoregressive=1),
+        *(mean_field(f"by the {who}", mean_field_source=who) for who in ("reference", "model")),
+        *(mean_field(f"c = {c}", mean_field_fraction=c) for c in (0.1, 0.5, 1.0)),
+        *(contrasting(f"autoregressive {count}", autoregressive=count) for count in (1, 2)),
+        contrasting("autoregressive 1, written every step", autoregressive=1, options={"autoregressive_every": 1}),
     ],
 }
 
@@ -88,9 +94,13 @@ def beside_mle(steps: Given, setting: Setting) -> Iterator[Record]:
         contestants = []
         for way in WAYS[steps.kind]:
             step, shared = made[way.name], {"K": way.k, "sharing": "on" if way.shared else "off"}
-            options = {"needed": way.name in (MLE, BASE), "conditions": shared}
-            own = Contestant(way.name, lambda step=step: step, values=lambda s, step=step: step.values(), **options)
-            contestants.append(own)
+            options = {"needed": way.name in (MLE, BASE), "conditions": shared, "steps": step.at_once}
+
+            def values(_seconds: float, way: Way = way, step: OwnStep = step) -> dict[str, float]:
+                least = multiply_adds(steps, way, step) / multiply_adds(steps, WAYS[steps.kind][0], made[MLE])
+                return step.values() | {"multiply_adds": least}
+
+            contestants.append(Contestant(way.name, lambda step=step: step, values=values, **options))
         case = Case(
             f"{steps.kind}, {steps.sizes.name}",
             contestants,
@@ -113,9 +123,21 @@ def make_steps(steps: Given, model: PreTrainedModel, reference: PreTrainedModel,
         config = CPOConfig(**shared, max_length=2 * steps.tokens, **way.options)
         frozen = reference if config.contrasts else None
         trainer = CPOTrainer(model, config, train_dataset=examples, processing_class=tokenizer, ref_model=frozen)
-        return OwnStep(trainer, steps.groups)
+        return OwnStep(trainer, steps.groups, trainer.steps_written_at_once)
 
     return {way.name: step(way) for way in WAYS[steps.kind]}
+
+
+def multiply_adds(steps: Given, way: Way, step: OwnStep) -> float:
+    """Count those of a step's products with parameters: forward, backward, reference, and writing with one prompt."""
+    sizes, written = steps.sizes, way.options.get("num_autoregressive_negatives", 0)
+    layer = (14.5 if sizes.llama else 12) * sizes.width**2  # parameters; a Llama of ours has a quarter of the keys
+    body, head = sizes.layers * layer, sizes.vocabulary * sizes.width
+    total = (3 + (way.k > 0)) * (body * step.positions + head * step.tokens)
+    if written:
+        positions = steps.groups * (steps.tokens + written * (steps.tokens - 1))
+        total += body * positions + head * steps.groups * written * steps.tokens
+    return total
 
 
 def make_examples(steps: Given) -> TokenizedExamples:

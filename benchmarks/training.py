@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import repeat
 from random import Random
 
 import torch
@@ -114,16 +115,23 @@ class OwnStep:
 
     trainer: CPOTrainer  # with its model in training mode
     groups: int  # the first so many examples are those of every step
-    making: list[float] = field(default_factory=list)  # seconds of each call until the batch was there
+    at_once: int = 1  # steps that a call runs: those whose negatives are written together
+    making: list[float] = field(default_factory=list)  # seconds of each step until the batch was there
     positions: int = 0  # that the body ran on in the last call, padding included
     tokens: int = 0  # N of the last call
 
+    def __post_init__(self) -> None:
+        self.batches = repeat({"index": torch.arange(self.groups)})
+
     def __call__(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run a step without an optimizer; its gradients are added to those that are there."""
+        """Run the steps without an optimizer; their gradients are added to those that are there."""
+        return [self.one() for _ in range(self.at_once)][-1]
+
+    def one(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run one of them."""
         begun, trainer = time.perf_counter(), self.trainer
         trainer.state.global_step += 1  # new negatives
-        examples = iter([{"index": torch.arange(self.groups)}])
-        (inputs,), tokens = trainer.get_batch_samples(examples, 1, trainer.args.device)
+        (inputs,), tokens = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
         self.making.append(time.perf_counter() - begun)
         self.positions, self.tokens = inputs["input_ids"].numel(), inputs["targets"].numel()
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(inputs), num_items_in_batch=tokens)

@@ -123,14 +123,15 @@ def autoregressive_negatives(
         batches += [[]] * (_most_of_all(len(batches), model.device) - len(batches))
     negatives: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
     ends = list(as_ids(eos_token_id))
-    options: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": pad_token_id, "synced_gpus": synced_gpus}
+    generator = _Generator(model, sampling, ends, pad_token_id, synced_gpus, reads_once=count > 1)
     bar = progress_bar("Generating", "text", len(jobs), disable_tqdm)
     with bar, _ready_to_generate(model):
         for batch in batches:
+            own = list(dict.fromkeys(index for index, _ in batch))
+            owners = [own.index(index) for index, _ in batch]
+            keyed = [seeds[index * count + sample] for index, sample in batch]
             # A process without prompts generates for any prompt, in step with the other processes' batches.
-            texts = [prompts[index] for index, _ in batch] or [ends[:1]]
-            keyed = torch.tensor([seeds[index * count + sample] for index, sample in batch] or [0], device="cpu")
-            drawn = _generate(model, texts, keyed, sampling, **options)
+            drawn = generator([prompts[index] for index in own] or [ends[:1]], owners or [0], keyed or [0])
             for (index, sample), completion in zip(batch, drawn[: len(batch)], strict=True):
                 negatives[index][sample] = completion
             bar.update(len(batch))
@@ -162,41 +163,83 @@ def _most_of_all(number: int, device: torch.device) -> int:
     return int(most)
 
 
-def _generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    seeds: Tensor,
-    sampling: Sampling,
-    *,
-    eos_token_id: list[int],
-    pad_token_id: int,
-    synced_gpus: bool,
-) -> list[list[int]]:
-    """Generate one completion of each prompt (B), drawn with its seed (B,)."""
-    from transformers import GenerationConfig, LogitsProcessorList
+class _Generator:
+    """Generates completions of prompts with a model.
 
-    device, width = model.device, max(map(len, prompts))
-    ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    # The last processor draws a token and rules out all others, so that greedy search returns it.
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=sampling.max_new_tokens,
-        use_cache=True,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-    )
-    processors = LogitsProcessorList([*_warpers(sampling), _SeededChoice(seeds.to(device), width)])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=config,
-        logits_processor=processors,
-        synced_gpus=synced_gpus,
-    )
-    # What follows the end of a completion is padding.
-    return [until_end(completion, eos_token_id) for completion in out[:, width:].tolist()]
+    Args:
+        model: as for :func:`autoregressive_negatives`.
+        sampling: how to sample.
+        eos_token_id: the tokens that end a completion.
+        pad_token_id: the token that fills up.
+        synced_gpus: whether processes run in step.
+        reads_once: whether a prompt is read once for all of its completions, where the model's cache can be repeated.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampling: Sampling,
+        eos_token_id: list[int],
+        pad_token_id: int,
+        synced_gpus: bool,
+        reads_once: bool,
+    ) -> None:
+        self.model, self.sampling, self.ends, self.pad = model, sampling, eos_token_id, pad_token_id
+        self.synced_gpus, self.reads_once = synced_gpus, reads_once
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], owners: Sequence[int], seeds: Sequence[int]
+    ) -> list[list[int]]:
+        """Generate a completion of prompt ``owners[b]`` with ``seeds[b]``, for all b."""
+        from transformers import LogitsProcessorList
+
+        device, width = self.model.device, max(map(len, prompts))
+        ids = [[self.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        read = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (P, T) each
+        which = torch.tensor(owners, device=device)  # (B,)
+        drawing = [*_warpers(self.sampling), _SeededChoice(torch.tensor(seeds, device=device), width)]
+        # The last processor draws a token and rules out all others, so that greedy search returns it.
+        processors, tokens = LogitsProcessorList(drawing), self.sampling.max_new_tokens
+        text, mask = (part[which] for part in read)  # (B, T) each
+        state: dict[str, Any] = {}
+        if self.reads_once:
+            first = self._generate(*read, 1, LogitsProcessorList())
+            self.reads_once = _can_be_repeated(first.past_key_values)
+            if self.reads_once:
+                chosen = processors(text, first.logits[0][which]).argmax(-1, keepdim=True)
+                text, mask = torch.cat([text, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
+                first.past_key_values.batch_select_indices(which)
+                tokens, state = tokens - 1, {"past_key_values": first.past_key_values}
+        if tokens:
+            text = self._generate(text, mask, tokens, processors, **state).sequences
+        # What follows the end of a completion is padding, or what nobody reads.
+        return [until_end(completion, self.ends) for completion in text[:, width:].tolist()]
+
+    def _generate(self, ids: Tensor, mask: Tensor, tokens: int, processors: Any, **state: Any) -> Any:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=tokens,
+            use_cache=True,
+            return_dict_in_generate=True,
+            output_logits=tokens == 1,
+            eos_token_id=self.ends,
+            pad_token_id=self.pad,
+        )
+        options = {"generation_config": config, "logits_processor": processors, "synced_gpus": self.synced_gpus}
+        return self.model.generate(input_ids=ids, attention_mask=mask, **options, **state)
+
+
+def _can_be_repeated(cache: Any) -> bool:
+    """Tell whether a cache holds keys and values of every token it has read and nothing else, a row a text."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    rows = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in rows for layer in cache.layers)
 
 
 def _warpers(sampling: Sampling) -> list[Any]:

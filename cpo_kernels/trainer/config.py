@@ -178,7 +178,11 @@ class CPOConfig(TrainingArguments):
         "The share of the ground truth's tokens, in (0, 1], that a mean-field negative replaces: at least one, and "
         "never the token that ends it. 1: every token, that end too.",
     )
-    autoregressive_every: int = _option(1, "Write autoregressive negatives for so many steps at once.")
+    autoregressive_every: int | None = _option(
+        None,
+        "Write autoregressive negatives for so many steps at once, by the model as it is at the first of them. None: as "
+        "many as autoregressive_batch_size holds, since a token of few texts takes as long as one of many.",
+    )
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
     autoregressive_top_p: float = _option(1.0, "Nucleus (top-p) that autoregressive negatives are sampled from.")
     autoregressive_max_new_tokens: int | None = _option(

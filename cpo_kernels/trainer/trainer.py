@@ -229,12 +229,24 @@ class CPOTrainer(ResumableTrainer):
 
     def _look_ahead(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> None:
         """Fetch the examples of the coming steps whose negatives are written together."""
-        every = self.args.autoregressive_every if self.args.num_autoregressive_negatives else 1
+        every = self.steps_written_at_once
         for _ in range(every - self.state.global_step % every):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             if not batches and self._upcoming:
                 return
             self._upcoming.append([batch["index"].tolist() for batch in batches])
+
+    @property
+    def steps_written_at_once(self) -> int:
+        """The number of steps whose autoregressive negatives are written together; 1 where none are written."""
+        args, count = self.args, self.args.num_autoregressive_negatives
+        if not count:
+            return 1
+        if args.autoregressive_every is not None:
+            return args.autoregressive_every
+        # Of all processes, so that a run does not depend on their number.
+        prompts = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        return max(1, args.autoregressive_batch_size // (prompts * count))
 
     # The loss
 

@@ -11,16 +11,30 @@ import torch
 from generating_worker import EOS, PAD, PROMPTS
 from processes import run_script
 from project import SUPPORT
+from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from cpo_kernels import CandidateLayout, attach_linear_loss, linear_cpo_loss
 from cpo_kernels.negatives import Completion, Sampling, autoregressive_negatives, write_negatives
 
 pytestmark = pytest.mark.cpu
 
+SIZES = {"vocab_size": tiny_models.VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
+
 
 def draw(model, count=3, prompts=PROMPTS, keys=None, completions=None, **sampling):
     options = {"sampling": Sampling(**{"max_new_tokens": 12, **sampling}), "keys": keys, "completions": completions}
     return autoregressive_negatives(model, prompts, count, eos_token_id=EOS, pad_token_id=PAD, **options)
+
+
+def mistral():
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "sliding_window": 4}
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**SIZES, **heads, initializer_range=0.3))
+
+
+def mamba():
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(**SIZES, state_size=4, initializer_range=0.3))
 
 
 def test_completions_end_with_eos_or_are_cut_off():
@@ -88,6 +102,24 @@ def test_a_draw_depends_on_its_own_prompt_alone(make_model):
     assert draw(model, keys=[10, 1, 2, 3, 4])[0] != expected[0]
     samples = draw(model, 8, [[3, 4, 5], [3, 4, 5]])
     assert len({tuple(c) for of_prompt in samples for c in of_prompt}) > 10
+
+
+@pytest.mark.parametrize("make_model", [tiny_models.llama, tiny_models.gpt2, mistral, mamba])
+def test_a_prompt_is_read_once_for_all_its_draws(make_model):
+    """Draws of one completion, which read prompts as they are, are the first of several; also where nothing can be shared.
+
+    Of the models here, Mistral attends to its last tokens alone, and Mamba has a state in place of keys.
+    """
+    model, rows = make_model(), []
+    expected = draw(model, 1)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
+    drawn = draw(model, 4)
+    assert [own[:1] for own in drawn] == expected
+    assert rows[0] == (len(PROMPTS), max(map(len, PROMPTS)))
+    again = rows[1] == (4 * len(PROMPTS), max(map(len, PROMPTS)))
+    assert again == (make_model is mamba)
+    assert [own[:1] for own in draw(model, 3, max_new_tokens=1)] == [[own[0][:1]] for own in expected]
+    assert [own[:1] for own in draw(model, 4, batch_size=3)] == expected
 
 
 def test_nothing_changes_but_what_is_returned():

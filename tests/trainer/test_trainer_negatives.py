@@ -90,6 +90,21 @@ def test_autoregressive_negatives_are_written_for_several_steps_at_once(tmp_path
     assert len(steps(run)) == 5
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [(12, [(0, 12), (3, 4), (4, 8)]), (7, [(step, 4) for step in range(5)]), (3, [(step, 4) for step in range(5)])],
+)
+def test_steps_whose_texts_fill_a_batch_are_written_at_once_by_default(tmp_path, monkeypatch, batch_size, expected):
+    """Four texts a step, four steps an epoch; a window of three steps ends with the epoch."""
+    options = {"autoregressive_batch_size": batch_size, "num_autoregressive_negatives": 1, "max_steps": 5, **NONE}
+    run = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
+    calls = []
+    write = run._negatives._write
+    monkeypatch.setattr(run._negatives, "_write", lambda e, i, s: calls.append((s, len(i))) or write(e, i, s))
+    run.train()
+    assert calls == expected
+
+
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_resumed_within_a_window_has_the_negatives_of_the_uninterrupted_one(tmp_path, stop):
     kwargs = {
