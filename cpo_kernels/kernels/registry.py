@@ -19,6 +19,7 @@ from . import ops, plain, selection
 from .backend import Backend, FusedForward, KeptLinear, LinearSoftmax, UnitGradient, no_workspace
 from .cpu import extension as cpu_extension
 from .cpu import gemm as cpu_gemm
+from .cpu import groups as cpu_groups
 from .cpu import linear as cpu_linear
 from .cpu import rows as cpu_rows
 from .cuda import extension as cuda_extension
@@ -156,6 +157,9 @@ BACKENDS = {
         linear_softmax=LinearSoftmax(
             cpu_linear.takes, cpu_linear.floats_per_row, cpu_linear.linear_forward, cpu_linear.linear_scale
         ),
+        contrast=cpu_groups.contrast,
+        summarize=cpu_groups.summarize,
+        contrast_candidates=cpu_groups.MAX_CANDIDATES,
     ),
 }
 

@@ -180,8 +180,8 @@ class CPOConfig(TrainingArguments):
     )
     autoregressive_every: int | None = _option(
         None,
-        "Write autoregressive negatives for so many steps at once, by the model as it is at the first of them. None: as "
-        "many as autoregressive_batch_size holds, since a token of few texts takes as long as one of many.",
+        "Write autoregressive negatives for so many steps at once, by the model as it is at the first of them. None: "
+        "as many as autoregressive_batch_size holds, since a token of few texts takes as long as one of many.",
     )
     autoregressive_temperature: float = _option(1.0, "Temperature of autoregressive negatives.")
     autoregressive_top_p: float = _option(1.0, "Nucleus (top-p) that autoregressive negatives are sampled from.")

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/bind_gemm.h"
+#include "cpu/contrast.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/peak.h"
@@ -72,6 +73,37 @@ void take_columns(const std::string& isa, int dtype, Address grad, Size rows, Si
   cpo::take_columns(chosen, type, args, threads);
 }
 
+cpo::GroupArgs group_args(Address segment_starts, Address lengths, Address ref_logps, Address ranks, Size segments, Size groups,
+                          Size max_candidates, int loss, double beta, double label_smoothing, double margin, bool length_normalized) {
+  if (loss < 0 || loss >= cpo::kNumLosses) throw std::invalid_argument("loss code " + std::to_string(loss));
+  const cpo::Preference preference{static_cast<cpo::Loss>(loss), beta, label_smoothing};
+  return {at<Size>(segment_starts), at<Size>(lengths), at<float>(ref_logps), at<Size>(ranks), segments, groups,
+          max_candidates,           preference,        margin,               length_normalized};
+}
+
+void contrast(Address segment_starts, Address lengths, Address ref_logps, Address ranks, Size segments, Size groups,
+              Size max_candidates, int loss, double beta, double label_smoothing, double margin, bool length_normalized, Address logps,
+              Address token_starts, Size slots, double contrast_scale, double mle_scale, Address sums, Address coef) {
+  const cpo::GroupArgs of_groups = group_args(segment_starts, lengths, ref_logps, ranks, segments, groups, max_candidates, loss, beta,
+                                              label_smoothing, margin, length_normalized);
+  const cpo::ContrastArgs args{at<float>(logps), at<Size>(token_starts), slots,          contrast_scale,
+                               mle_scale,        at<float>(sums),        at<float>(coef)};
+  py::gil_scoped_release release;
+  cpo::contrast(of_groups, args);
+}
+
+void summarize(Address segment_starts, Address lengths, Address ref_logps, Address ranks, Size segments, Size groups,
+               Size max_candidates, int loss, double beta, double label_smoothing, double margin, bool length_normalized, Address sums,
+               double contrast_weight, double mle_weight, double num_groups, double num_target_tokens, Address logps, Address rewards,
+               Address numbers) {
+  const cpo::GroupArgs of_groups = group_args(segment_starts, lengths, ref_logps, ranks, segments, groups, max_candidates, loss, beta,
+                                              label_smoothing, margin, length_normalized);
+  const cpo::SummaryArgs args{at<float>(sums),   contrast_weight,   mle_weight,         num_groups,
+                              num_target_tokens, at<float>(logps), at<float>(rewards), at<float>(numbers)};
+  py::gil_scoped_release release;
+  cpo::summarize(of_groups, args);
+}
+
 double peak_multiply_adds(int dtype, int threads, double seconds) {
   const cpo::DType type = parse_dtype(dtype);
   py::gil_scoped_release release;
@@ -114,4 +146,10 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
         "threads"_a);
   m.def("take_columns", &take_columns, py::kw_only(), "isa"_a, "dtype"_a, "grad"_a, "rows"_a, "vocab"_a, "row_stride"_a,
         "row_indices"_a, "num_rows"_a, "columns"_a, "count"_a, "out"_a, "threads"_a);
+  m.def("contrast", &contrast, py::kw_only(), "segment_starts"_a, "lengths"_a, "ref_logps"_a, "ranks"_a, "segments"_a, "groups"_a,
+        "max_candidates"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "length_normalized"_a, "logps"_a, "token_starts"_a,
+        "slots"_a, "contrast_scale"_a, "mle_scale"_a, "sums"_a, "coef"_a);
+  m.def("summarize", &summarize, py::kw_only(), "segment_starts"_a, "lengths"_a, "ref_logps"_a, "ranks"_a, "segments"_a, "groups"_a,
+        "max_candidates"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "length_normalized"_a, "sums"_a, "contrast_weight"_a,
+        "mle_weight"_a, "num_groups"_a, "num_target_tokens"_a, "logps"_a, "rewards"_a, "numbers"_a);
 }

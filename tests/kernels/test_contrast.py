@@ -1,4 +1,4 @@
-"""The contrast in one launch, by Triton and by CUDA, against objective.py in float64.
+"""The contrast in one launch, by Triton, CUDA and the compiled CPU backend, against objective.py in float64.
 
 What CUDA compiles runs thread by thread on the CPU, as tests/simt/simt_host.h has it.
 """
@@ -33,6 +33,7 @@ from pairwise import pairwise
 from tolerance import assert_accurate
 from torch import Tensor
 
+from cpo_kernels.kernels.cpu import groups
 from cpo_kernels.loss_table import KERNEL_CODES
 from cpo_kernels.options import Objective
 
@@ -66,8 +67,13 @@ class Kernel:
         return out
 
 
-@pytest.fixture(params=[pytest.param("triton", marks=pytest.mark.triton), pytest.param("cuda", marks=pytest.mark.cpu)])
+KERNELS = [("triton", pytest.mark.triton), ("cuda", pytest.mark.cpu), ("cpu", pytest.mark.cpu)]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=mark) for name, mark in KERNELS])
 def kernel(request) -> Kernel:
+    if request.param == "cpu":
+        return Kernel(groups.contrast, groups.MAX_CANDIDATES, {}, {})
     if request.param == "cuda":
         request.getfixturevalue("emulator")
         module = import_module("cpo_kernels.kernels.cuda.groups")

@@ -1,8 +1,10 @@
-"""Loss and metrics in two launches against ``objective.summarize`` in float64."""
+"""Loss and metrics by Triton and by the compiled CPU backend against ``objective.summarize`` in float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise as neighbours
 
 import pytest
@@ -10,11 +12,10 @@ import torch
 from pairwise import pairwise
 from tolerance import assert_accurate
 
-from cpo_kernels.kernels.triton import summary
 from cpo_kernels.objective import make_groups, make_problem, summarize
 from cpo_kernels.options import Objective
 
-pytestmark = pytest.mark.triton
+MODULES = {"triton": "cpo_kernels.kernels.triton.summary", "cpu": "cpo_kernels.kernels.cpu.groups"}
 
 LOSSES = {
     "plackett_luce": {},
@@ -26,10 +27,15 @@ WEIGHTS = {"contrast": {}, "both": {"mle_weight": 0.3}, "likelihood": {"contrast
 FIELDS = ("loss", "contrastive_loss", "nll_loss", "accuracy", "margin", "dropped")
 
 
-def launch(objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=None):
+@pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in MODULES])
+def summarize_groups(request) -> Callable:
+    return import_module(MODULES[request.param]).summarize
+
+
+def launch(summarize_groups, objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=None):
     """Run the kernels, and return their results by the names of ``CPOOutput``."""
     sizes = {end - start for start, end in neighbours(cu_groups)}
-    *numbers, logps, rewards = summary.summarize(
+    *numbers, logps, rewards = summarize_groups(
         sums.float(),
         None if len(sizes) == 1 else torch.tensor(cu_groups),
         lengths,
@@ -56,8 +62,8 @@ def reference(objective, cu_groups, lengths, sums, ref, ranks):
     return summarize(problem, problem.loss(sums), sums, tuple(sums.shape))._asdict()
 
 
-def check(objective, cu_groups, lengths, sums, ref=None, ranks=None):
-    found = launch(objective, cu_groups, lengths, sums, ref, ranks)
+def check(summarize_groups, objective, cu_groups, lengths, sums, ref=None, ranks=None):
+    found = launch(summarize_groups, objective, cu_groups, lengths, sums, ref, ranks)
     sums = sums.float()
     eager = reference(objective, cu_groups, lengths, sums, ref, ranks)
     oracle = reference(objective, cu_groups, lengths, sums.double(), ref, ranks)
@@ -81,29 +87,29 @@ def problem(candidates, groups=5, ranked=False):
 
 
 @pairwise({"loss": LOSSES, "weights": WEIGHTS, "means": [False, True], "reference_given": [False, True]})
-def test_pairs(loss, weights, means, reference_given):
+def test_pairs(summarize_groups, loss, weights, means, reference_given):
     objective = Objective(beta=0.2, margin=0.3, length_normalized=means, **loss, **weights)
     cu_groups, lengths, sums, ref, _ = problem(2)
-    check(objective, cu_groups, lengths, sums, ref if reference_given else None)
+    check(summarize_groups, objective, cu_groups, lengths, sums, ref if reference_given else None)
 
 
 @pairwise({"candidates": [1, 3, 4, 17], "ranked": [False, True], "weights": WEIGHTS, "means": [False, True]})
-def test_groups(candidates, ranked, weights, means):
+def test_groups(summarize_groups, candidates, ranked, weights, means):
     cu_groups, lengths, sums, ref, ranks = problem(candidates, ranked=ranked)
-    check(Objective(length_normalized=means, **weights), cu_groups, lengths, sums, ref, ranks)
+    check(summarize_groups, Objective(length_normalized=means, **weights), cu_groups, lengths, sums, ref, ranks)
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-def test_groups_of_unequal_sizes(ranked):
+def test_groups_of_unequal_sizes(summarize_groups, ranked):
     _, lengths, sums, ref, _ = problem(4, groups=3)
     cu_groups = [0, 2, 3, 9, 12]
     ranks = torch.tensor([0, 1, 0, 0, 1, 2, 3, 1, 0, 0, 1, 1]) if ranked else None
-    check(Objective(mle_weight=0.5), cu_groups, lengths, sums, ref, ranks)
+    check(summarize_groups, Objective(mle_weight=0.5), cu_groups, lengths, sums, ref, ranks)
 
 
-def test_more_groups_than_are_added_at_a_time():
+def test_more_groups_than_are_added_at_a_time(summarize_groups):
     cu_groups, lengths, sums, ref, _ = problem(2, groups=700)
-    check(Objective(mle_weight=0.5), cu_groups, lengths, sums, ref)
+    check(summarize_groups, Objective(mle_weight=0.5), cu_groups, lengths, sums, ref)
 
 
 ODD = {
@@ -119,18 +125,18 @@ ODD = {
 
 
 @pairwise({"odd": ODD, "loss": LOSSES, "weights": WEIGHTS})
-def test_odd_numbers(odd, loss, weights):
+def test_odd_numbers(summarize_groups, odd, loss, weights):
     cu_groups, lengths, sums, ref, _ = problem(2, groups=3)
     for place, value in odd:
         sums[place] = value
-    check(Objective(**loss, **weights), cu_groups, lengths, sums, ref)
+    check(summarize_groups, Objective(**loss, **weights), cu_groups, lengths, sums, ref)
 
 
 @pytest.mark.parametrize("tokens", [37.0, torch.tensor(37.0, dtype=torch.float64)], ids=["number", "tensor"])
-def test_denominators_that_are_given(tokens):
+def test_denominators_that_are_given(summarize_groups, tokens):
     objective = Objective(mle_weight=0.5, num_groups=11.0, num_target_tokens=37.0)
     cu_groups, lengths, sums, ref, ranks = problem(3)
-    found = launch(objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=tokens)
+    found = launch(summarize_groups, objective, cu_groups, lengths, sums, ref, ranks, num_target_tokens=tokens)
     expected = reference(objective, cu_groups, lengths, sums.double(), ref, ranks)
     counted = reference(replace(objective, num_target_tokens=None), cu_groups, lengths, sums.double(), ref, ranks)
     torch.testing.assert_close(found["loss"].double(), expected["loss"], rtol=1e-6, atol=0)
