@@ -158,8 +158,19 @@ class CPOLossOfCall:
         return make_problem(self.objective, groups, tokens.host_lengths, None, ranks)
 
     @cached_property
+    def counted_targets(self) -> int | None:
+        """The tokens of the candidates of rank 0 as the backend counts them; None where it does not or finds a fault."""
+        count, tokens = self.call.backend.count_targets, self.call.tokens
+        if count is None or tokens.host_lengths is None:
+            return None
+        options = {"max_candidates": self.max_candidates, "contrasts": self.objective.contrast_weight > 0}
+        return count(self.groups.starts, tokens.lengths, self.ranks, **options)
+
+    @cached_property
     def known_target_tokens(self) -> float | None:
         """The denominator of the negative log-likelihood, if the host knows it."""
+        if self.objective.num_target_tokens is None and self.counted_targets is not None:
+            return float(max(self.counted_targets, 1))
         if self.objective.num_target_tokens is not None or self.host_problem is None:
             return self.objective.num_target_tokens
         counted = self.host_problem.num_target_tokens
@@ -191,7 +202,8 @@ class CPOLossOfCall:
 
     def check(self) -> None:
         """Check the groups: on the host if it knows them."""
-        check_problem(self.problem if self.host_problem is None else self.host_problem)
+        if self.counted_targets is None:
+            check_problem(self.problem if self.host_problem is None else self.host_problem)
 
     def contrast(self, logps: Tensor, part: loop.ChunkTokens, wanted: bool) -> tuple[Tensor, Tensor | None]:
         """Return the sums of a chunk's segments and the coefficients of its slots."""

@@ -106,6 +106,8 @@ class Backend:
         contrast: coefficients of a chunk in one launch; where None, :mod:`cpo_kernels.objective` computes them.
         summarize: loss and metrics from the sums of all segments; where None, :mod:`cpo_kernels.objective` computes
             them.
+        count_targets: the tokens of the candidates of rank 0 of groups that are as they should be, else None; where
+            None, :mod:`cpo_kernels.objective` counts them and looks at the groups.
         contrast_candidates: largest group that ``contrast`` and ``summarize`` take.
         logits_loss: loss and gradient of stored logits in one launch, for groups as for ``contrast``, or None.
         linear_statistics: log-probabilities, entropies and samples without logits in memory, or None.
@@ -130,6 +132,7 @@ class Backend:
     linear_softmax: LinearSoftmax | None = None
     contrast: Callable[..., tuple[Tensor, Tensor]] | None = None
     summarize: Callable[..., tuple[Tensor, ...]] | None = None
+    count_targets: Callable[..., int | None] | None = None
     contrast_candidates: int = 0
     logits_loss: Callable[..., tuple[Tensor, Tensor]] | None = None
     linear_statistics: Callable[..., Any] | None = None

@@ -154,31 +154,6 @@ row_forward, row_backward, row_backward_ = declare_rows(
 )
 
 
-@custom_op("cpo_kernels::gemm_", mutates_args=("out",))
-def gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Write ``a @ b`` to ``out``, or add it if ``accumulate``; (m, k), (k, n), (m, n) of floating-point dtypes."""
-    plain.gemm_(a, b, out, accumulate)
-
-
-@gemm_.register_fake
-def _(a, b, out, accumulate):
-    return None
-
-
-@custom_op("cpo_kernels::gemm_pair_", mutates_args=("high", "low"))
-def gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
-    """Write or add ``a @ b`` to the sum ``high + low``, two tensors of one half-precision dtype.
-
-    ``high`` is the sum rounded to that dtype.
-    """
-    plain.gemm_pair_(a, b, high, low, accumulate)
-
-
-@gemm_pair_.register_fake
-def _(a, b, high, low, accumulate):
-    return None
-
-
 @custom_op("cpo_kernels::column_stats", mutates_args=())
 def column_stats(grad: Tensor) -> Tensor:
     """Return the largest absolute value and the absolute sum of each column: (r, V) -> (2, V).

@@ -47,14 +47,15 @@ def triton_backend() -> Backend:
     summary = import_module("cpo_kernels.kernels.triton.summary")
     gradients = import_module("cpo_kernels.kernels.triton.gradients")
     linear = import_module("cpo_kernels.kernels.triton.linear")
+    on_cpu = triton_support.interpreted()
     return Backend(
         name="triton",
-        devices=(CPU, *GPUS) if triton_support.interpreted() else GPUS,
+        devices=(CPU, *GPUS) if on_cpu else GPUS,
         dtypes=HALF_AND_SINGLE,
         rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
-        gemm_=ops.gemm_,
-        gemm_pair_=ops.gemm_pair_,
-        gemm_workspace=cpu_gemm.gemm_workspace if triton_support.interpreted() else no_workspace,
+        gemm_=cpu_gemm.fastest_gemm_ if on_cpu else plain.gemm_,
+        gemm_pair_=cpu_gemm.fastest_gemm_pair_ if on_cpu else plain.gemm_pair_,
+        gemm_workspace=cpu_gemm.gemm_workspace if on_cpu else no_workspace,
         column_stats=gradients.column_stats,
         scale_rows_=gradients.scale_rows_,
         scale_=gradients.scale_,
@@ -76,8 +77,8 @@ def cuda_backend() -> Backend:
         devices=("cuda",),
         dtypes=HALF_AND_SINGLE,
         rows=ops.declare_rows("cuda_", kernels),
-        gemm_=ops.gemm_,
-        gemm_pair_=ops.gemm_pair_,
+        gemm_=plain.gemm_,
+        gemm_pair_=plain.gemm_pair_,
         scale_=cuda_rows.scale_,
         unit_gradient=UnitGradient(cuda_rows.unit_takes, cuda_rows.unit_forward_, cuda_rows.unit_finish_),
         contrast=cuda_groups.contrast,
@@ -114,8 +115,6 @@ def register_cpu_kernels() -> None:
     ops.row_forward.register_kernel("cpu")(cpu_rows.row_forward)
     ops.row_backward.register_kernel("cpu")(cpu_rows.row_backward)
     ops.row_backward_.register_kernel("cpu")(cpu_rows.row_backward_)
-    ops.gemm_.register_kernel("cpu")(cpu_gemm.fastest_gemm_)
-    ops.gemm_pair_.register_kernel("cpu")(cpu_gemm.fastest_gemm_pair_)
     ops.column_stats.register_kernel("cpu")(cpu_rows.column_stats)
     ops.take_columns.register_kernel("cpu")(cpu_rows.take_columns)
 
@@ -131,7 +130,8 @@ class Status:
 
 def gemms_within(workspace: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """Return the products of the compiled CPU kernels in a workspace of at most so many bytes."""
-    return cpu_gemm.limited(ops.gemm_, workspace), cpu_gemm.limited(ops.gemm_pair_, workspace)
+    products = cpu_gemm.fastest_gemm_, cpu_gemm.fastest_gemm_pair_
+    return cpu_gemm.limited(products[0], workspace), cpu_gemm.limited(products[1], workspace)
 
 
 BACKENDS = {
@@ -148,8 +148,8 @@ BACKENDS = {
         devices=("cpu",),
         dtypes=HALF_AND_SINGLE,
         rows=ops.RowOperators(ops.row_forward, ops.row_backward, ops.row_backward_),
-        gemm_=ops.gemm_,
-        gemm_pair_=ops.gemm_pair_,
+        gemm_=cpu_gemm.fastest_gemm_,
+        gemm_pair_=cpu_gemm.fastest_gemm_pair_,
         gemm_workspace=cpu_gemm.gemm_workspace,
         gemms_within=gemms_within,
         column_stats=ops.column_stats,
@@ -159,6 +159,7 @@ BACKENDS = {
         ),
         contrast=cpu_groups.contrast,
         summarize=cpu_groups.summarize,
+        count_targets=cpu_groups.count_targets,
         contrast_candidates=cpu_groups.MAX_CANDIDATES,
     ),
 }

@@ -104,6 +104,12 @@ void summarize(Address segment_starts, Address lengths, Address ref_logps, Addre
   cpo::summarize(of_groups, args);
 }
 
+Size count_targets(Address segment_starts, Address lengths, Address ranks, Size segments, Size groups, Size max_candidates,
+                   bool contrasts) {
+  const cpo::GroupArgs args = group_args(segment_starts, lengths, 0, ranks, segments, groups, max_candidates, 0, 1.0, 0.0, 0.0, false);
+  return cpo::count_targets(args, contrasts);
+}
+
 double peak_multiply_adds(int dtype, int threads, double seconds) {
   const cpo::DType type = parse_dtype(dtype);
   py::gil_scoped_release release;
@@ -149,6 +155,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("contrast", &contrast, py::kw_only(), "segment_starts"_a, "lengths"_a, "ref_logps"_a, "ranks"_a, "segments"_a, "groups"_a,
         "max_candidates"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "length_normalized"_a, "logps"_a, "token_starts"_a,
         "slots"_a, "contrast_scale"_a, "mle_scale"_a, "sums"_a, "coef"_a);
+  m.def("count_targets", &count_targets, py::kw_only(), "segment_starts"_a, "lengths"_a, "ranks"_a, "segments"_a, "groups"_a,
+        "max_candidates"_a, "contrasts"_a);
   m.def("summarize", &summarize, py::kw_only(), "segment_starts"_a, "lengths"_a, "ref_logps"_a, "ranks"_a, "segments"_a, "groups"_a,
         "max_candidates"_a, "loss"_a, "beta"_a, "label_smoothing"_a, "margin"_a, "length_normalized"_a, "sums"_a, "contrast_weight"_a,
         "mle_weight"_a, "num_groups"_a, "num_target_tokens"_a, "logps"_a, "rewards"_a, "numbers"_a);

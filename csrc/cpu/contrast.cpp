@@ -179,6 +179,25 @@ void contrast(const GroupArgs& groups, const ContrastArgs& args) {
   });
 }
 
+std::int64_t count_targets(const GroupArgs& groups, bool contrasts) {
+  std::int64_t tokens = 0;
+  bool sound = true;
+  for_groups(groups, [&](const Group& group) {
+    bool best = false, behind = false;
+    for (std::int64_t c = 0; c < group.count; ++c) {
+      const std::int64_t length = groups.lengths[group.first + c];
+      if (length <= 0) continue;
+      const std::int64_t rank = groups.ranks ? groups.ranks[group.first + c] : (c > 0 ? 1 : 0);
+      sound &= rank >= 0;
+      best |= rank == 0;
+      behind |= rank > 0;
+      tokens += rank == 0 ? length : 0;
+    }
+    sound &= best && (behind || !contrasts);
+  });
+  return sound ? tokens : -1;
+}
+
 void summarize(const GroupArgs& groups, const SummaryArgs& args) {
   std::vector<double> sums(groups.max_candidates);
   double contrastive = 0.0, likelihood = 0.0, wins = 0.0, counted = 0.0, margin = 0.0, tokens = 0.0;

@@ -38,7 +38,11 @@ struct SummaryArgs {
   float* numbers;            // (5,) out: loss, contrastive loss, negative log-likelihood, accuracy, margin
 };
 
-// Both throw std::invalid_argument for starts that do not count the segments and slots.
+// The tokens of the candidates of rank 0; -1 if a present candidate has a rank below 0, or a group has no present one of rank 0, or,
+// if it `contrasts`, none behind. Of the groups it reads the starts, lengths and ranks.
+std::int64_t count_targets(const GroupArgs& groups, bool contrasts);
+
+// All throw std::invalid_argument for starts that do not count the segments and slots.
 void contrast(const GroupArgs& groups, const ContrastArgs& args);
 void summarize(const GroupArgs& groups, const SummaryArgs& args);
 

@@ -89,17 +89,6 @@ def test_opcheck_of_the_checks():
     torch.library.opcheck(OPS.checked_lengths.default, (lengths, None, 2, False))
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_of_the_products(dtype, accumulate):
-    a, b = torch.randn(5, 7).to(dtype), torch.randn(3, 7).to(dtype).t()
-    torch.library.opcheck(OPS.gemm_.default, (a, b, torch.randn(5, 3), accumulate))
-    high, low = torch.randn(5, 3).bfloat16(), torch.zeros(5, 3).bfloat16()
-    torch.library.opcheck(
-        OPS.gemm_pair_.default, (torch.randn(5, 4).to(dtype), torch.randn(4, 3).to(dtype), high, low, True)
-    )
-
-
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_opcheck_of_the_fused_logps(packed):
     tensors, tokens = inputs_of(packed)

@@ -106,7 +106,7 @@ def test_a_draw_depends_on_its_own_prompt_alone(make_model):
 
 @pytest.mark.parametrize("make_model", [tiny_models.llama, tiny_models.gpt2, mistral, mamba])
 def test_a_prompt_is_read_once_for_all_its_draws(make_model):
-    """Draws of one completion, which read prompts as they are, are the first of several; also where nothing can be shared.
+    """A single draw, which reads its prompt for itself, is the first of several; also where nothing can be shared.
 
     Of the models here, Mistral attends to its last tokens alone, and Mamba has a state in place of keys.
     """

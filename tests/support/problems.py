@@ -11,7 +11,7 @@ import torch
 from devices import DEVICE
 from tolerance import assert_accurate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from cpo_kernels import CandidateLayout, linear_cpo_loss
 from cpo_kernels.kernels import reference, registry
@@ -222,28 +222,44 @@ class GemmCounter(TorchDispatchMode):
     """A mode that records (m, n, k) of every matrix product."""
 
     # Position of the left and the right factor among the arguments.
-    FACTORS: ClassVar = {
-        "aten::mm": (0, 1),
-        "aten::addmm": (1, 2),
-        "aten::addmm_": (1, 2),
-        "cpo_kernels::gemm_": (0, 1),
-        "cpo_kernels::gemm_pair_": (0, 1),
-    }
+    FACTORS: ClassVar = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, int, int]] = []
 
     def __enter__(self):
-        self.before = cpu = registry.BACKENDS["cpu"]
-        self.softmax = cpu.linear_softmax.forward
-        counted = cpu.linear_softmax._replace(forward=self.softmax_of_product)
-        registry.BACKENDS["cpu"] = replace(cpu, linear_softmax=counted)
+        self.before = dict(registry.BACKENDS)
+        for name, backend in self.before.items():
+            products = {"gemm_": self.counted(backend.gemm_), "gemm_pair_": self.counted(backend.gemm_pair_)}
+            within, softmax = backend.gemms_within, backend.linear_softmax
+            if within is not None:
+                products["gemms_within"] = lambda size, within=within: tuple(map(self.counted, within(size)))
+            if softmax is not None:
+                products["linear_softmax"] = softmax._replace(forward=self.softmax_of_product)
+                self.softmax = softmax.forward
+            registry.BACKENDS[name] = replace(backend, **products)
         return super().__enter__()
 
     def __exit__(self, *raised):
-        registry.BACKENDS["cpu"] = self.before
+        registry.BACKENDS.update(self.before)
         return super().__exit__(*raised)
+
+    def counted(self, product: Callable[..., None]) -> Callable[..., None]:
+        """Wrap a backend's product, which may be no operator of torch."""
+
+        def count(left: Tensor, right: Tensor, *rest: Any) -> None:
+            self.count(left, right)
+            with _disable_current_modes():
+                product(left, right, *rest)
+
+        return count
+
+    def count(self, left: Tensor, right: Tensor) -> None:
+        """Record one product."""
+        self.read(left, right)
+        if right.shape[1] > 2:  # the gradient of a bias is no product of the head, though it may be written as one
+            self.shapes.append((left.shape[0], right.shape[1], left.shape[1]))
 
     def softmax_of_product(self, hidden, weight, *rest, **options):
         """Count the product inside the softmax, which is no operator."""
@@ -257,10 +273,7 @@ class GemmCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         if name in self.FACTORS:
-            self.read(*(args[i] for i in self.FACTORS[name]))
-            left, right = (args[i] for i in self.FACTORS[name])
-            if right.shape[1] > 2:  # the gradient of a bias is no product of the head, though it may be written as one
-                self.shapes.append((left.shape[0], right.shape[1], left.shape[1]))
+            self.count(*(args[i] for i in self.FACTORS[name]))
         else:
             assert not any(word in name for word in ("mm", "matmul", "linear", "einsum")), f"{name} is not counted"
         return func(*args, **(kwargs or {}))

@@ -176,7 +176,7 @@ def peak_flops(dtype: torch.dtype, seconds: float) -> float:
 
 
 def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
-    """Run ``cpo_kernels::gemm_`` on CPU tensors: by :func:`gemm` where it measured faster than torch's product."""
+    """Write or add ``a @ b`` to ``out``: by :func:`gemm` where it measured faster than torch's product."""
     if gemm_supported(a.dtype, out.dtype) and gemm_supported(b.dtype, out.dtype):
         gemm(a, b, out, accumulate=accumulate)
     else:
@@ -184,7 +184,7 @@ def fastest_gemm_(a: Tensor, b: Tensor, out: Tensor, accumulate: bool) -> None:
 
 
 def fastest_gemm_pair_(a: Tensor, b: Tensor, high: Tensor, low: Tensor, accumulate: bool) -> None:
-    """Run ``cpo_kernels::gemm_pair_`` on CPU tensors: by :func:`gemm` for bfloat16 pairs where it is faster."""
+    """Write or add ``a @ b`` to the sum ``high + low``: by :func:`gemm` for bfloat16 pairs where it is faster."""
     if high.dtype == torch.bfloat16 and gemm_supported(a.dtype, high.dtype) and gemm_supported(b.dtype, high.dtype):
         gemm(a, b, high, low=low, accumulate=accumulate)
     else:

@@ -141,8 +141,46 @@ def summarize(
     return (*scalars, logps, rewards)
 
 
-class _Groups:
-    """The checked arguments that both functions share, and the tensors whose addresses are among them."""
+def count_targets(
+    segment_starts: Tensor | None, lengths: Tensor, ranks: Tensor | None, *, max_candidates: int, contrasts: bool
+) -> int | None:
+    """Count the tokens of the candidates of rank 0; the arguments are those of :func:`contrast`.
+
+    Returns:
+        None if :func:`cpo_kernels.objective.check_problem` would refuse a group: a present candidate has a rank below
+        0, or a group has no present candidate of rank 0 or, if it ``contrasts``, none behind.
+
+    Raises:
+        ValueError: as :func:`contrast`.
+    """
+    groups = _Segments(segment_starts, lengths, ranks, max_candidates)
+    counted: int = extension().count_targets(**groups.arguments, contrasts=contrasts)
+    return None if counted < 0 else counted
+
+
+class _Segments:
+    """The checked segments of some groups, as arguments, and the tensors whose addresses are among them."""
+
+    def __init__(
+        self, segment_starts: Tensor | None, lengths: Tensor, ranks: Tensor | None, max_candidates: int
+    ) -> None:
+        count = lengths.numel()
+        self.tensors = {"segment_starts": segment_starts, "lengths": lengths}
+        self.tensors["ranks"] = None if ranks is None else ranks.to(torch.int64)
+        for name, tensor in self.tensors.items():
+            if tensor is not None:
+                check(name, tensor, (None if name == "segment_starts" else count,), (torch.int64,))
+                self.tensors[name] = tensor.contiguous()
+        self.arguments: dict[str, Any] = {
+            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in self.tensors.items()},
+            "segments": count,
+            "groups": count // max_candidates if segment_starts is None else segment_starts.numel() - 1,
+            "max_candidates": max_candidates,
+        }
+
+
+class _Groups(_Segments):
+    """The same with a reference and the numbers of the objective."""
 
     def __init__(
         self,
@@ -162,21 +200,12 @@ class _Groups:
             raise ValueError(f"max_candidates must be at least 1 and at most {MAX_CANDIDATES}, got {max_candidates}")
         if loss_type not in KERNEL_CODES:
             raise ValueError(f"loss_type must be one of {tuple(KERNEL_CODES)}, got {loss_type!r}")
-        count = lengths.numel()
-        check("lengths", lengths, (count,), (torch.int64,))
-        self.tensors: dict[str, Tensor | None] = {"segment_starts": segment_starts, "lengths": lengths}
-        self.tensors |= {"ref_logps": ref_logps, "ranks": None if ranks is None else ranks.to(torch.int64)}
-        shapes = {"segment_starts": (None,), "lengths": (count,), "ref_logps": (count,), "ranks": (count,)}
-        for name, tensor in self.tensors.items():
-            if tensor is not None:
-                check(name, tensor, shapes[name], (torch.float32 if name == "ref_logps" else torch.int64,))
-                self.tensors[name] = tensor.contiguous()
-        groups = count // max_candidates if segment_starts is None else segment_starts.numel() - 1
-        self.arguments: dict[str, Any] = {
-            **{name: 0 if tensor is None else tensor.data_ptr() for name, tensor in self.tensors.items()},
-            "segments": count,
-            "groups": groups,
-            "max_candidates": max_candidates,
+        super().__init__(segment_starts, lengths, ranks, max_candidates)
+        if ref_logps is not None:
+            check("ref_logps", ref_logps, tuple(lengths.shape), (torch.float32,))
+        self.ref_logps = None if ref_logps is None else ref_logps.contiguous()
+        self.arguments |= {
+            "ref_logps": 0 if self.ref_logps is None else self.ref_logps.data_ptr(),
             "loss": KERNEL_CODES[loss_type],
             "beta": beta,
             "label_smoothing": label_smoothing,
