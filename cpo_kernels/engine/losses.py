@@ -159,7 +159,7 @@ class CPOLossOfCall:
 
     @cached_property
     def counted_targets(self) -> int | None:
-        """The tokens of the candidates of rank 0 as the backend counts them; None where it does not or finds a fault."""
+        """Tokens of the candidates of rank 0 as the backend counts them; None where it does not or finds a fault."""
         count, tokens = self.call.backend.count_targets, self.call.tokens
         if count is None or tokens.host_lengths is None:
             return None
