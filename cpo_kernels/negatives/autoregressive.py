@@ -122,10 +122,12 @@ def autoregressive_negatives(
     if synced_gpus:
         batches += [[]] * (_most_of_all(len(batches), model.device) - len(batches))
     negatives: list[list[list[int]]] = [[[] for _ in range(count)] for _ in prompts]
+    from cpo_kernels.models.linear_layers import by_our_products
+
     ends = list(as_ids(eos_token_id))
     generator = _Generator(model, sampling, ends, pad_token_id, synced_gpus, reads_once=count > 1)
     bar = progress_bar("Generating", "text", len(jobs), disable_tqdm)
-    with bar, _ready_to_generate(model):
+    with bar, _ready_to_generate(model), by_our_products(model):
         for batch in batches:
             own = list(dict.fromkeys(index for index, _ in batch))
             owners = [own.index(index) for index, _ in batch]
