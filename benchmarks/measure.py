@@ -45,12 +45,12 @@ class Contestant:
     build: Callable[[], Call]  # makes the call that is timed; what it raises is why the contestant is absent
     check: Callable[[Any], Mapping[str, float]] | None = None  # returns errors of the first timed result, or raises
     warm_up: Call | None = None  # runs before anything is timed, in place of a call
-    steps: int = 1  # that a call takes, and by which its seconds are divided
     needed: bool = False  # whether nothing can be compared without it, so that its failure ends the case
     ratios: Mapping[str, str] | None = None  # in place of the case's
     conditions: Mapping[str, Any] = field(default_factory=dict)  # of its record, besides those of the case
     values: Callable[[float], Mapping[str, float]] = lambda seconds: {}  # makes more values from its seconds
     absent: str = ""  # why it does not run, where that is known beforehand
+    steps: int = 1  # that a call takes, and by which its seconds are divided
 
 
 def ready(name: str, call: Call, **options: Any) -> Contestant:
