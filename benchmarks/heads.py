@@ -1,8 +1,7 @@
-"""Parts `heads` and `wide`: the head's loss and gradients beside every peer, on the heads of real models.
+"""Part `heads`: the head's loss and gradients beside every peer, on the heads of real models.
 
 Every contestant is held against float64 before its time counts. Ratios are to the floor and to ours on the same work,
-taken in turns in one process. `wide` has the largest heads, in more rounds than a run of all parts has time for: a call
-takes seconds and its gradient a gigabyte of fresh memory, which a virtual machine may or may not have at hand.
+taken in turns in one process.
 """
 
 from __future__ import annotations
@@ -36,14 +35,6 @@ def run(setting: Setting) -> Iterator[Record]:
     cases = {shape.name: partial(beside_peers, shape, setting) for shape in chosen}
     accuracy = setting.choose(shapes.QUICK_ACCURACY, shapes.ACCURACY, shapes.ACCURACY)
     yield from each(cases | {LOGPS: partial(beside_peers, accuracy, setting), "peak memory": partial(peaks, setting)})
-
-
-def run_wide(setting: Setting) -> Iterator[Record]:
-    """Measure products and the largest heads; nothing on a GPU, where they are cases of the part `heads`."""
-    if not setting.on_gpu:
-        yield from ceilings(setting)
-        chosen = setting.choose(shapes.QUICK_CASES[:1], shapes.WIDE, ())
-        yield from each({shape.name: partial(beside_peers, shape, setting) for shape in chosen})
 
 
 def beside_peers(shape: Shape, setting: Setting) -> Iterator[Record]:

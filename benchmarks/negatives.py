@@ -25,7 +25,8 @@ from cpo_kernels.trainer import TokenizedExamples
 
 POOL = 16  # examples to draw batch negatives from, for every one of a step
 MLE, BASE, OFF = "MLE", "K = 1", ", sharing off"
-NO_MORE: dict[str, Any] = {}
+MEAN_FIELD = {f"by the {who}": {"mean_field_source": who} for who in ("reference", "model")}
+MEAN_FIELD |= {f"c = {c}": {"mean_field_fraction": c} for c in (0.1, 0.5, 1.0)}
 TRUNCATED = {f"truncation {count}": count for count in (1, 4, 16)}
 
 
@@ -39,17 +40,12 @@ class Way:
     shared: bool = True
 
 
-def contrasting(name: str, *, shared: bool = True, options: Mapping[str, Any] = NO_MORE, **counts: int) -> Way:
+def contrasting(name: str, *, shared: bool = True, options: Mapping[str, Any] = {}, **counts: int) -> Way:
     """Describe a step with so many negatives of each kind."""
     kinds = {f"num_{kind}_negatives": 0 for kind in ("batch", "truncation", "mean_field", "autoregressive")}
     chosen = kinds | {f"num_{kind}_negatives": count for kind, count in counts.items()}
     chosen |= {"prefix_sharing": "required" if shared else "off", "mean_field_source": "reference"} | options
     return Way(name + OFF * (not shared), sum(counts.values()), chosen, shared)
-
-
-def mean_field(name: str, **options: Any) -> Way:
-    """Describe a step with a mean-field negative."""
-    return contrasting(f"mean-field 1, {name}", mean_field=1, options=options)
 
 
 WAYS = {
@@ -62,8 +58,7 @@ WAYS = {
         Way(MLE, 0, {"objective": "mle"}),
         contrasting(BASE, batch=1),
         *(contrasting(name, batch=1, truncation=count) for name, count in TRUNCATED.items()),
-        *(mean_field(f"by the {who}", mean_field_source=who) for who in ("reference", "model")),
-        *(mean_field(f"c = {c}", mean_field_fraction=c) for c in (0.1, 0.5, 1.0)),
+        *(contrasting(f"mean-field 1, {name}", mean_field=1, options=more) for name, more in MEAN_FIELD.items()),
         *(contrasting(f"autoregressive {count}", autoregressive=count) for count in (1, 2)),
         contrasting("autoregressive 1, written every step", autoregressive=1, options={"autoregressive_every": 1}),
     ],

@@ -129,11 +129,6 @@ CASES = (
     fp32("openllama-3b 512", OPENLLAMA_3B, 2, 64, **ALONE),
     *(make("llama3 512 frozen", LLAMA3, 4, 32, mode=FROZEN, **ALONE) for make in (fp32, bf16)),
 )
-WIDE = (
-    bf16("llama3-8b 256", LLAMA3_8B, 2, 32, rounds=8, **NEXT),
-    bf16("qwen3 256", QWEN3, 2, 32, rounds=8, **NEXT),  # the shape of TRL's issue 7244
-    bf16("gemma3 256", GEMMA3, 2, 32, rounds=8, **NEXT),  # the largest vocabulary
-)
 _TEN = {"rounds": 10}
 # Besides those of the part `gpu`, which has the bars' shapes.
 GPU_CASES = (

@@ -32,19 +32,15 @@ PARTS = {
     "steps": "whole training steps beside TRL's trainers",
     "negatives": "what negatives cost a training step",
     "sharing": "prefix sharing: the transformer body",
-    "wide": "the heads of the largest models, in more rounds",
     "adapters": "heads that are trained, frozen, low-rank or tied",
     "liger": "Liger's losses by their own signatures",
 }
-ON_REQUEST = ("wide", "adapters", "liger", "gpu")  # not in a run of all, which is long enough
-# Where a part is no module of its name with a function run(setting), which yields records.
-ELSEWHERE = {"wide": ("benchmarks.heads", "run_wide"), "gpu": ("benchmarks.kernels.gpu_cases", "run")}
+ON_REQUEST = ("adapters", "liger", "gpu")  # not in a run of all, which is long enough
 
 
 def part_function(name: str) -> Callable[[Setting], Iterator[Record]]:
-    """Import what measures a part."""
-    module, function = ELSEWHERE.get(name, (f"benchmarks.{name}", "run"))
-    return getattr(import_module(module), function)
+    """Import what measures a part: the function run(setting) of its module, which yields records."""
+    return import_module("benchmarks.kernels.gpu_cases" if name == "gpu" else f"benchmarks.{name}").run
 
 
 def measure(name: str, setting: Setting, out: Path, argv: list[str]) -> Part:
