@@ -15,7 +15,8 @@ PARTS ?=
 OUT ?= gpu-results
 
 .PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
-	check-resolution constraints bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
+	check-resolution check-hub-kernel constraints bench bench-docs bench-compare gpu-check hub-kernel wheels time-install \
+	lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -85,6 +86,15 @@ check-triton: $(VENV)/.dev
 # environments. ARGS="--pythons 3.11 3.12 --smoke 3.12 --no-cuda" does part of it.
 wheels:
 	$(PYTHON) build_tools/wheels.py $(ARGS)
+
+# The losses and Triton's kernels in build/hub-kernel, as the library kernels loads them from the Hub; needs no package.
+hub-kernel:
+	$(PYTHON) -m build_tools.hub_kernel $(ARGS)
+
+# Whether that library loads them, in a folder of its own: what it needs beyond ours is for signatures of other kernels.
+check-hub-kernel: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/kernels kernels tomlkit
+	PYTHONPATH=build/kernels $(BIN)/python -m pytest tests/project/test_hub_kernel.py $(ARGS)
 
 # How long `pip install .` takes where everything is downloaded; with CPO_KERNELS_CUDA=1, with the CUDA kernels.
 time-install:
