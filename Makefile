@@ -15,8 +15,8 @@ PARTS ?=
 OUT ?= gpu-results
 
 .PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
-	check-resolution check-hub-kernel constraints bench bench-docs bench-compare gpu-check hub-kernel wheels time-install \
-	lint-workflows info clean
+	check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check hub-kernel \
+	wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -93,8 +93,17 @@ hub-kernel:
 
 # Whether that library loads them, in a folder of its own: what it needs beyond ours is for signatures of other kernels.
 check-hub-kernel: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/kernels kernels tomlkit
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/kernels kernels tomlkit
 	PYTHONPATH=build/kernels $(BIN)/python -m pytest tests/project/test_hub_kernel.py $(ARGS)
+
+# QLoRA, with the newest bitsandbytes in a folder of its own.
+check-quantized: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/bitsandbytes bitsandbytes
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest $(ARGS) tests/models/test_quantised.py \
+		tests/trainer/test_trainer_quantised.py \
+		"tests/project/test_documentation.py::test_python_runs_as_it_stands[quantised.md]"
 
 # How long `pip install .` takes where everything is downloaded; with CPO_KERNELS_CUDA=1, with the CUDA kernels.
 time-install:

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 needs_bitsandbytes = pytest.mark.skipif(
-    not any(distributions(name="bitsandbytes")), reason="bitsandbytes is not installed: pip install '.[quantized]'"
+    not any(distributions(name="bitsandbytes")), reason="bitsandbytes is not installed: make check-quantized"
 )
 # Blocks of 64 numbers have one scale.
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
