@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether a layer's frozen weight is in 4 or 8 bits of bitsandbytes."""
-    return _is(module, "Linear4bit") or (_is(module, "Linear8bitLt") and not module.state.has_fp16_weights)
+    layer: Any = module
+    return _is(module, "Linear4bit") or (_is(module, "Linear8bitLt") and not layer.state.has_fp16_weights)
 
 
 def head_weight(head: nn.Module, dtype: torch.dtype) -> Tensor:
