@@ -148,7 +148,8 @@ check-resolution: $(VENV)/.dev
 # Writes constraints.txt anew: what stands there stays where it still resolves. Torch pins triton and CUDA's libraries.
 constraints: $(VENV)/.dev
 	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --extra quantized --universal \
-		--python-version 3.10 --only-binary :all: --no-config --no-python-downloads --quiet --no-annotate --no-header --output-file constraints.txt
+		--python-version 3.10 --only-binary :all: --no-config --no-python-downloads --quiet \
+		--no-annotate --no-header --output-file constraints.txt
 	sed -i -E '/^(triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+|sympy|mpmath|colorama)==/d' constraints.txt
 	sed -i '1i # Versions this project is developed and tested with, by `make constraints`; users may ignore this file.' \
 		constraints.txt

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+ROWS = 4096  # of an 8-bit weight that are in float32 at once
+
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether a layer's frozen weight is in 4 or 8 bits of bitsandbytes."""
@@ -29,12 +31,14 @@ def head_weight(head: nn.Module, dtype: torch.dtype) -> Tensor:
         return layer.weight
     functional = sys.modules["bitsandbytes.functional"]
     if _is(head, "Linear4bit"):
-        weight = functional.dequantize_4bit(layer.weight.data, _state(head))
-    else:  # until its first call the layer keeps its numbers at its weight
-        codes = layer.weight.data if layer.state.CB is None else layer.state.CB
-        scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
-        weight = functional.int8_vectorwise_dequant(codes, scales)
-    return weight.detach().to(dtype)
+        return functional.dequantize_4bit(layer.weight.data, _state(head)).detach().to(dtype)
+    # Until its first call the layer keeps its numbers at its weight.
+    codes = layer.weight.data if layer.state.CB is None else layer.state.CB
+    scales = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows, some, scale in zip(weight.split(ROWS), codes.split(ROWS), scales.split(ROWS), strict=True):
+        rows.copy_(functional.int8_vectorwise_dequant(some, scale))  # of float32
+    return weight
 
 
 def rounds_by_batch(model: nn.Module) -> bool:

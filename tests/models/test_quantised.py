@@ -13,6 +13,7 @@ from torch import nn
 
 from cpo_kernels import attach_linear_loss
 from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
+from cpo_kernels.models import quantised as quantised_layers
 from cpo_kernels.models.adapters import apply_head
 from cpo_kernels.models.head import find_head
 
@@ -94,7 +95,8 @@ def test_loss_and_gradients_are_close_to_those_of_the_model(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bits", ["4bit", "4bit, nested", "8bit"])
-def test_the_weight_of_a_head(bits, dtype):
+def test_the_weight_of_a_head(bits, dtype, monkeypatch):
+    monkeypatch.setattr(quantised_layers, "ROWS", 7)
     head = quantised(bits, dtype=dtype, **HEAD_TOO).lm_head
     before = {name: value.clone() for name, value in head.state_dict().items() if isinstance(value, torch.Tensor)}
     hidden = torch.randn(5, 64, dtype=dtype, requires_grad=True)
@@ -134,7 +136,7 @@ def test_other_requests_read_a_quantised_head(bits):
     torch.testing.assert_close(tokens.entropy, -(logits.exp() * logits).sum(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_a_merged_adapter_is_the_weight():
+def test_a_copy_and_disabled_adapters():
     model = attach_linear_loss(TRAINED["4bit head"]())
     base = model.get_base_model()
     before = fused(model)
