@@ -121,10 +121,7 @@ class Inputs:
         import peft
 
         if getattr(model, "is_quantized", False):
-            training = self.settings.training
-            model = peft.prepare_model_for_kbit_training(
-                model, training.gradient_checkpointing, training.gradient_checkpointing_kwargs
-            )
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to it
 
         targets: Any = self.run.lora_targets
         config = peft.LoraConfig(

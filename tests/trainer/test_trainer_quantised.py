@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from trainer_runs import parameters, steps, trainer
 
 from cpo_kernels.__main__ import main
+from cpo_kernels.cli.inputs import quantisation
+from cpo_kernels.cli.options import RunConfig
 
 pytestmark = [pytest.mark.cpu, needs_bitsandbytes]
 RUN = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps", "eval_steps": 1, "eval_strategy": "steps"}
@@ -138,6 +140,17 @@ def test_the_command_trains_evaluates_and_goes_on(shared, tmp_path, capsys):
     assert state["global_step"] == 3
     told = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert told["r"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_what_the_options_ask_for(bits, dtype):
+    run = RunConfig(torch_dtype=dtype, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True, **{bits: True})
+    config = quantisation(run)["quantization_config"]
+    assert (config.load_in_4bit, config.load_in_8bit) == (bits == "load_in_4bit", bits == "load_in_8bit")
+    assert config.bnb_4bit_quant_type == "fp4" and config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    assert quantisation(RunConfig()) == {}
 
 
 @pytest.mark.parametrize(
