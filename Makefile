@@ -15,7 +15,8 @@ PARTS ?=
 OUT ?= gpu-results
 
 .PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
-	check-resolution constraints bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
+	check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check hub-kernel \
+	wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -86,6 +87,24 @@ check-triton: $(VENV)/.dev
 wheels:
 	$(PYTHON) build_tools/wheels.py $(ARGS)
 
+# The losses and Triton's kernels in build/hub-kernel, as the library kernels loads them from the Hub; needs no package.
+hub-kernel:
+	$(PYTHON) -m build_tools.hub_kernel $(ARGS)
+
+# Whether that library loads them, in a folder of its own: what it needs beyond ours is for signatures of other kernels.
+check-hub-kernel: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/kernels kernels tomlkit
+	PYTHONPATH=build/kernels $(BIN)/python -m pytest tests/project/test_hub_kernel.py $(ARGS)
+
+# QLoRA, with the newest bitsandbytes in a folder of its own.
+check-quantized: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target build/bitsandbytes bitsandbytes
+	PYTHONPATH=build/bitsandbytes $(BIN)/python -m pytest $(ARGS) tests/models/test_quantised.py \
+		tests/trainer/test_trainer_quantised.py \
+		"tests/project/test_documentation.py::test_python_runs_as_it_stands[quantised.md]"
+
 # How long `pip install .` takes where everything is downloaded; with CPO_KERNELS_CUDA=1, with the CUDA kernels.
 time-install:
 	$(PYTHON) build_tools/time_install.py
@@ -128,8 +147,9 @@ check-resolution: $(VENV)/.dev
 
 # Writes constraints.txt anew: what stands there stays where it still resolves. Torch pins triton and CUDA's libraries.
 constraints: $(VENV)/.dev
-	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --universal --python-version 3.10 --only-binary :all: --no-config \
-		--no-python-downloads --quiet --no-annotate --no-header --output-file constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --extra quantized --universal \
+		--python-version 3.10 --only-binary :all: --no-config --no-python-downloads --quiet \
+		--no-annotate --no-header --output-file constraints.txt
 	sed -i -E '/^(triton|nvidia-[a-z0-9-]+|cuda-[a-z-]+|sympy|mpmath|colorama)==/d' constraints.txt
 	sed -i '1i # Versions this project is developed and tested with, by `make constraints`; users may ignore this file.' \
 		constraints.txt

@@ -190,7 +190,7 @@ def flatten_logits(
     flat_targets = targets.reshape(-1).contiguous()
     vocab = logits.shape[-1]
     if torch.compiler.is_compiling():
-        flat_targets = torch.ops.cpo_kernels.checked_targets(flat_targets, vocab)
+        flat_targets = compiled.checked_targets(flat_targets, vocab)
     elif not flat.is_meta:
         check_targets_in(flat_targets, vocab)
     backend = registry.select(options.backend, logits.device, logits.dtype, Sizes(vocab, logits.dtype))
@@ -297,7 +297,7 @@ def checked_problem(
     """Bind the objective to groups (G, C) and check them, also in compiled code."""
     groups = Groups(None, shape)
     if torch.compiler.is_compiling():
-        lengths = torch.ops.cpo_kernels.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight > 0)
+        lengths = compiled.checked_lengths(lengths, ranks, shape[1], objective.contrast_weight > 0)
         return make_problem(objective, groups, lengths, ref_logps, ranks)
     problem = make_problem(objective, groups, lengths, ref_logps, ranks)
     check_problem(problem)

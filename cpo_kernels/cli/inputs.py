@@ -112,10 +112,16 @@ class Inputs:
 
     def adapted_model(self) -> Any:
         """Make the model to train, with LoRA adapters if ``lora_r`` is not 0."""
+        bits = "load_in_4bit" if self.run.load_in_4bit else "load_in_8bit" if self.run.load_in_8bit else None
+        if bits is not None and self.run.lora_r == 0:
+            raise InputError(f"{bits} freezes the weights; give lora_r, the rank of the adapters to train")
         model = self.model()
         if self.run.lora_r == 0:
             return model
         import peft
+
+        if getattr(model, "is_quantized", False):
+            model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to it
 
         targets: Any = self.run.lora_targets
         config = peft.LoraConfig(
@@ -229,4 +235,21 @@ def load_model(name: str, run: RunConfig) -> Any:
             dtype=run.torch_dtype,
             attn_implementation=run.attn_implementation,
             trust_remote_code=run.trust_remote_code,
+            **quantisation(run),
         )
+
+
+def quantisation(run: RunConfig) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes to quantise a model with bitsandbytes; nothing where none is asked for."""
+    if not (run.load_in_4bit or run.load_in_8bit):
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=run.load_in_4bit,
+        load_in_8bit=run.load_in_8bit,
+        bnb_4bit_quant_type=run.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=run.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=None if run.torch_dtype == "auto" else run.torch_dtype,
+    )
+    return {"quantization_config": config}

@@ -35,6 +35,15 @@ class ModelOptions:
         None, "Implementation of attention: sdpa, eager, flex_attention, flash_attention_2, ..."
     )
     trust_remote_code: bool = _option(False, "Run code that comes with the model.")
+    load_in_4bit: bool = _option(
+        False,
+        "Load the model with its weights in 4 bits of bitsandbytes, but for the head (QLoRA); training needs lora_r.",
+    )
+    load_in_8bit: bool = _option(
+        False, "Load the model with its weights in 8 bits of bitsandbytes, but for the head; training needs lora_r."
+    )
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _option("nf4", "Type of weights in 4 bits.")
+    use_bnb_nested_quant: bool = _option(False, "Also quantise the scales of weights in 4 bits.")
     lora_r: int = _option(0, "Train LoRA adapters of this rank in place of the weights; 0 trains the weights.")
     lora_alpha: int = _option(16, "Scale of the adapters, which is divided by their rank.")
     lora_dropout: float = _option(0.0, "Dropout in front of the adapters.")
@@ -202,6 +211,8 @@ class RunConfig(ModelOptions, DataOptions, NegativesOptions, EvaluationOptions, 
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; give one")
         if self.judge not in JUDGES and ":" not in self.judge:
             raise ValueError(f"judge must be one of {', '.join(JUDGES)} or MODULE:FUNCTION, got {self.judge!r}")
         if self.judge == "chat" and not (self.judge_url and self.judge_model):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from cpo_kernels.kernels.numerics import accumulate_dtype
+from cpo_kernels.kernels.ops import NAMESPACE
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.objective import CPOOutput, Groups, check_problem, make_problem
 from cpo_kernels.options import HEAD_OPTIONS, OBJECTIVE_OPTIONS, Head, Objective
@@ -130,7 +131,7 @@ class AllGroups(Sequence[int]):
 # Checks of values cannot be traced, so they are operators. Their results are used, so the compiler keeps them.
 
 
-@custom_op("cpo_kernels::checked_targets", mutates_args=())
+@custom_op(f"{NAMESPACE}::checked_targets", mutates_args=())
 def checked_targets(targets: Tensor, vocab: int) -> Tensor:
     """Copy targets (N,); raises ``ValueError`` for one outside [0, V) other than -100."""
     check_targets_in(targets, vocab)
@@ -142,7 +143,7 @@ def _(targets, vocab):
     return torch.empty_like(targets)
 
 
-@custom_op("cpo_kernels::checked_lengths", mutates_args=())
+@custom_op(f"{NAMESPACE}::checked_lengths", mutates_args=())
 def checked_lengths(lengths: Tensor, ranks: Tensor | None, candidates: int, contrasted: bool) -> Tensor:
     """Copy lengths (S,) of groups of so many candidates; raises ``ValueError`` as :func:`check_problem` does."""
     groups = Groups(None, (lengths.numel() // candidates, candidates))
@@ -187,7 +188,7 @@ def linear_cpo_loss(
     return CPOOutput(*outputs[: len(CPOOutput._fields)])
 
 
-@custom_op("cpo_kernels::linear_cpo", mutates_args=())
+@custom_op(f"{NAMESPACE}::linear_cpo", mutates_args=())
 def linear_cpo(
     hidden: Tensor,
     weight: Tensor,
@@ -245,7 +246,7 @@ def save_grads(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:3], *output[-4:])
 
 
-@custom_op("cpo_kernels::scale_grads", mutates_args=())
+@custom_op(f"{NAMESPACE}::scale_grads", mutates_args=())
 def scale_grads(grads: Sequence[Tensor], scale: Tensor, hidden: Tensor) -> list[Tensor]:
     """Scale gradients; ``hidden`` is not read.
 
@@ -284,7 +285,7 @@ def token_logps(
     return linear_token_logps(hidden, weight, bias, targets, *layout_tensors(layout), *pack(head))
 
 
-@custom_op("cpo_kernels::linear_token_logps", mutates_args=())
+@custom_op(f"{NAMESPACE}::linear_token_logps", mutates_args=())
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -308,7 +309,7 @@ def _(hidden, weight, bias, targets, rows, cu_tokens, cu_groups, head, numbers):
     return hidden.new_empty(targets.shape, dtype=sums_dtype(head, hidden))
 
 
-@custom_op("cpo_kernels::linear_token_logps_backward", mutates_args=())
+@custom_op(f"{NAMESPACE}::linear_token_logps_backward", mutates_args=())
 def linear_token_logps_backward(
     grad_logps: Tensor,
     hidden: Tensor,

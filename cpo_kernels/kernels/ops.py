@@ -18,6 +18,9 @@ from torch.library import CustomOpDef, custom_op
 from . import plain
 from .numerics import accumulate_dtype
 
+# The name that the package was imported by: a copy of it under another name, as on the Hub, has operators of its own.
+NAMESPACE = __name__.partition(".")[0]
+
 # By device type, a check of targets (N,) against V that lets later work on the device fail with the token's name.
 # Backends enter their checks here; a check returns False where it cannot serve a device.
 TARGET_CHECKS: dict[str, Callable[[Tensor, int], bool]] = {}
@@ -42,7 +45,7 @@ class RowOperators(NamedTuple):
 def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
     """Declare the operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
 
-    @custom_op(f"cpo_kernels::{prefix}row_forward", mutates_args=())
+    @custom_op(f"{NAMESPACE}::{prefix}row_forward", mutates_args=())
     def row_forward(
         logits: Tensor,
         targets: Tensor,
@@ -55,7 +58,7 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         """Compute stats (2, R), max and log-sum-exp minus max, and log-probabilities (N,), 0 for a target of -100."""
         return body.forward(logits, targets, row_starts, bias, logit_scale, softcap, temperature)
 
-    @custom_op(f"cpo_kernels::{prefix}row_backward", mutates_args=())
+    @custom_op(f"{NAMESPACE}::{prefix}row_backward", mutates_args=())
     def row_backward(
         logits: Tensor,
         targets: Tensor,
@@ -70,7 +73,7 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         """Compute the gradient of ``sum_n coef_n * logp_n`` by the raw logits, a new (R, V) tensor of their dtype."""
         return body.backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
 
-    @custom_op(f"cpo_kernels::{prefix}row_backward_", mutates_args=("logits",))
+    @custom_op(f"{NAMESPACE}::{prefix}row_backward_", mutates_args=("logits",))
     def row_backward_(
         logits: Tensor,
         targets: Tensor,
@@ -154,7 +157,7 @@ row_forward, row_backward, row_backward_ = declare_rows(
 )
 
 
-@custom_op("cpo_kernels::column_stats", mutates_args=())
+@custom_op(f"{NAMESPACE}::column_stats", mutates_args=())
 def column_stats(grad: Tensor) -> Tensor:
     """Return the largest absolute value and the absolute sum of each column: (r, V) -> (2, V).
 
@@ -168,7 +171,7 @@ def _(grad):
     return grad.new_empty((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
 
 
-@custom_op("cpo_kernels::take_columns", mutates_args=())
+@custom_op(f"{NAMESPACE}::take_columns", mutates_args=())
 def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return some columns (c,) of some rows (k,) of (r, V), and behind them each row's sum of the rest: (k, c + 1)."""
     return plain.take_columns(grad, rows, columns)

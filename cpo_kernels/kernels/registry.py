@@ -41,12 +41,12 @@ def takes_all(*_of_call: Any) -> bool:
 
 def triton_backend() -> Backend:
     """Return Triton's kernels with the device's own matrix products; imports triton."""
-    rows = import_module("cpo_kernels.kernels.triton.rows")
-    unit = import_module("cpo_kernels.kernels.triton.unit")
-    contrast = import_module("cpo_kernels.kernels.triton.contrast")
-    summary = import_module("cpo_kernels.kernels.triton.summary")
-    gradients = import_module("cpo_kernels.kernels.triton.gradients")
-    linear = import_module("cpo_kernels.kernels.triton.linear")
+    rows = import_module(".triton.rows", __package__)
+    unit = import_module(".triton.unit", __package__)
+    contrast = import_module(".triton.contrast", __package__)
+    summary = import_module(".triton.summary", __package__)
+    gradients = import_module(".triton.gradients", __package__)
+    linear = import_module(".triton.linear", __package__)
     on_cpu = triton_support.interpreted()
     return Backend(
         name="triton",

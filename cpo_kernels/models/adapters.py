@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .quantised import head_weight, is_quantised
+
+# Of a head in floating point, and of one that bitsandbytes has quantised.
+LORA_LAYERS = (("tuners.lora", "Linear"), ("tuners.lora.bnb", "Linear4bit"), ("tuners.lora.bnb", "Linear8bitLt"))
+
 
 @dataclass(frozen=True)
 class AppliedHead:
@@ -85,7 +90,7 @@ def plain_head(head: nn.Module) -> nn.Module:
     chosen: Any = selected_head(head)
     if not _is_wrapped(chosen):
         return chosen
-    if not _is_peft(chosen, "tuners.lora", "Linear"):
+    if not any(_is_peft(chosen, package, kind) for package, kind in LORA_LAYERS):
         kind = f"{type(chosen).__module__}.{type(chosen).__name__}"
         raise RuntimeError(
             f"the head is wrapped in an adapter ({kind}), which the fused loss does not apply; use LoRA or "
@@ -143,9 +148,11 @@ def apply_head(head: nn.Module, hidden: Tensor) -> AppliedHead:
     check_adapters(head)
     plain: Any = plain_head(head)
     chosen: Any = selected_head(head)
-    weight, bias = plain.weight, getattr(plain, "bias", None)
     if chosen is not plain and chosen.disable_adapters and chosen.merged:
         chosen.unmerge()  # as the layer's own forward does
+    weight, bias = head_weight(plain, hidden.dtype), getattr(plain, "bias", None)
+    if bias is not None and is_quantised(plain):
+        bias = bias.to(weight.dtype)  # as the layer's own forward does
     features, columns = [hidden], [weight]
     for name in _active(chosen):
         inner, outer, scaling = chosen.lora_A[name], chosen.lora_B[name], chosen.scaling[name]

@@ -18,6 +18,7 @@ from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head
 from .prefix.masks import with_prefix_tree
 from .prefix.tree import PrefixTree
+from .quantised import keep_trainable
 from .reading import read_head
 from .replay import one_logit, replay, router_losses
 from .requests import CPORequest, LinearLossOutput, LogpsRequest, SequenceLossRequest, StatisticsRequest
@@ -54,7 +55,9 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     Args:
         model: a decoder-only model of ``transformers`` with a body and a linear head, tied or not; or a ``PeftModel``
             of one, whose base model is changed. Adapters of the body work as ever. Of the head's adapters, LoRA, DoRA
-            and ``modules_to_save`` are applied if active at the call; disabled adapters leave the base head.
+            and ``modules_to_save`` are applied if active at the call; disabled adapters leave the base head. A body
+            may be quantised in any way. A head that bitsandbytes has quantised is read as a weight in the dtype of the
+            hidden states, made anew in each call beside its budget.
         verify: also run the body on a few tokens, to check that the model gives its head what the body returns and
             that no hidden state depends on later tokens. Skipped on the meta device and once the model is sharded.
 
@@ -62,9 +65,10 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
         ``model``.
 
     Raises:
-        RuntimeError: no recognisable body or head, a head with other adapters or quantised weights, prompt learning,
-            an encoder-decoder, logits that differ from this head's by more than a scale and a softcap, a model that is
-            not causal, or a ``forward`` that has been replaced on the object.
+        RuntimeError: no recognisable body or head, a head with other adapters or otherwise quantised weights, prompt
+            learning, an encoder-decoder, logits that differ from this head's by more than a scale and a softcap, a
+            model that is not causal, a ``forward`` that has been replaced on the object, or 4-bit layers that
+            bitsandbytes has put into a form without gradients.
     """
     base: Any = find_base(model)
     if getattr(type(base), "_computes_linear_loss", False):
@@ -76,6 +80,7 @@ def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
         )
     find_body(base)
     check_head(find_head(base))
+    keep_trainable(base)
     base._head_reading = read_head(base, verify=verify)
     kind: Any = type(base)
     base.__class__ = _with_linear_loss(kind)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .adapters import check_adapters, plain_head
+from .quantised import is_quantised
 from .sharded import is_sharded
 from .tied import find_embedding
 
@@ -63,6 +64,8 @@ def check_head(head: nn.Module) -> None:
     """Raise ``RuntimeError`` for a head beyond a weight (V, H), a bias (V,) and adapters that can be applied."""
     check_adapters(head)
     plain = plain_head(head)
+    if is_quantised(plain):
+        return
     kind = type(plain).__name__
     weight = getattr(plain, "weight", None)
     emptied = isinstance(weight, Tensor) and weight.numel() == 0  # by ZeRO-3, which keeps the shape elsewhere
@@ -71,8 +74,9 @@ def check_head(head: nn.Module) -> None:
     known = type(weight) in (nn.Parameter, Tensor) or is_sharded(plain)
     if not weight.is_floating_point() or not known:
         raise RuntimeError(
-            f"the head ({kind}, weight {type(weight).__name__} of {weight.dtype}) is quantised, which the fused loss "
-            "does not read; keep the head in floating point (llm_int8_skip_modules, modules_to_not_convert)"
+            f"the head ({kind}, weight {type(weight).__name__} of {weight.dtype}) is quantised in a way that the fused "
+            "loss does not read; expected frozen weights in 4 or 8 bits of bitsandbytes, or a head in floating point "
+            "(llm_int8_skip_modules=['lm_head'], modules_to_not_convert=['lm_head'])"
         )
 
 

@@ -15,6 +15,7 @@ from cpo_kernels.kernels.transform import transform_logits
 
 from .adapters import plain_head
 from .head import evaluating, find_body, find_head, positions_of
+from .quantised import is_quantised, rounds_by_batch
 from .replay import Replayed, replay
 from .sharded import is_sharded
 
@@ -22,6 +23,7 @@ PROBED_TOKENS = 16
 TINY, HUGE = 2.0**-40, 2.0**40  # a logit far below any softcap, and one far above
 # Largest change of a hidden state, relative to its norm, that rounding explains when later tokens change.
 LEAKS = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+LEAK_OF_INT8 = 1e-1  # later tokens decide which columns are rounded to 8 bits
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,16 @@ def read_head(model: PreTrainedModel, *, verify: bool) -> HeadReading:
                 f"{type(error).__name__}: {error}"
             ) from error
     hidden = outputs.last_hidden_state
-    _check_input(kind.__name__, found, own, moved, hidden)
+    allowed = LEAK_OF_INT8 if rounds_by_batch(model) else LEAKS.get(hidden.dtype, LEAKS[torch.bfloat16])
+    _check_input(kind.__name__, found, own, moved, hidden, allowed)
     return HeadReading(_read_options(kind.__name__, found.out.logits, chosen), _same(found.head_input, hidden))
 
 
-def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hidden: Tensor) -> None:
-    """Raise ``RuntimeError`` unless the head's input comes from the body's output, and from no later tokens."""
+def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hidden: Tensor, allowed: float) -> None:
+    """Raise ``RuntimeError`` unless the head's input comes from the body's output, and from no later tokens.
+
+    ``allowed`` is how far it may move by rounding when those change, relative to its norm.
+    """
     given = found.head_input
     if given is None or given.shape[:-1] != hidden.shape[:-1] or not _same(own.head_input, given):
         raise RuntimeError(
@@ -87,7 +93,7 @@ def _check_input(name: str, found: Replayed, own: Replayed, moved: Replayed, hid
             "the model's own"
         )
     leak = _distance(own.head_input, moved.head_input)
-    if not leak <= LEAKS.get(hidden.dtype, LEAKS[torch.bfloat16]):
+    if not leak <= allowed:
         raise RuntimeError(
             f"{name} is not causal: on a probe its hidden states move by {leak:.2g} of their norm when later tokens "
             "change; expected a decoder (some are one by is_decoder=True or causal=True)"
@@ -138,9 +144,10 @@ def _distance(first: Any, second: Any) -> float:
 
 
 def _head_size(model: PreTrainedModel, head: nn.Module) -> int:
-    """Find the number V of logits, also where ZeRO has emptied the weight."""
+    """Find the number V of logits, also where ZeRO has emptied the weight or its rows are packed."""
     plain: Any = plain_head(head)
-    return int(plain.weight.shape[0] if plain.weight.numel() else plain.out_features)
+    whole = plain.weight.numel() and not is_quantised(plain)
+    return int(plain.weight.shape[0] if whole else plain.out_features)
 
 
 def _plain_tokens(model: PreTrainedModel, vocab: int) -> list[int]:

@@ -36,7 +36,7 @@ COMMANDS += [command for document in DOCUMENTS for command in document.mentioned
 # Where a page says what model and tokenizer its examples take; without it, its blocks are given nothing.
 GIVEN = "index.md#a-model-and-a-tokenizer"
 # Libraries that are not there for every supported Python, or that no test depends on.
-OPTIONAL = ("trl", "lightning")
+OPTIONAL = ("trl", "lightning", "bitsandbytes")
 
 
 def commands_of(program: str) -> list:

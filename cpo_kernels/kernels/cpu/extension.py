@@ -36,7 +36,7 @@ def _openmp() -> dict[str, int] | None:
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the extension, or None and the reason why it cannot be used."""
     try:
-        module = import_module("cpo_kernels._cpu")
+        module = import_module("..._cpu", __package__)
     except ImportError as error:
         return None, f"the compiled extension cannot be loaded ({error}); run `pip install .` where g++ is installed"
     openmp = _openmp()

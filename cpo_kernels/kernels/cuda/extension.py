@@ -16,7 +16,7 @@ from cpo_kernels.kernels.device import count_gpus, current_stream, is_amd, is_gp
 def _load() -> tuple[ModuleType | None, str | None]:
     """Return the extension, or None and the reason why it cannot be used."""
     try:
-        return import_module("cpo_kernels._cuda"), None
+        return import_module("..._cuda", __package__), None
     except ModuleNotFoundError:
         return None, (
             f"this installation has no CUDA extension: it was {cpu_extension.cuda_summary()}; backend='triton' runs on "

@@ -33,7 +33,7 @@ def unavailable_reason() -> str | None:
     if not interpreted() and count_gpus() == 0:
         return "no NVIDIA or AMD GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"
     try:
-        import_module("cpo_kernels.kernels.triton.linear")
+        import_module(".linear", __package__)
     except Exception as error:  # whatever a triton that does not fit raises
         return f"its kernels cannot be imported ({type(error).__name__}: {error}); install triton 3.4 or newer"
     return interpreter_failure() if interpreted() else None
@@ -45,7 +45,7 @@ def interpreter_failure() -> str | None:
     The interpreter computes with NumPy and not every pair of versions fits: from 2.4 on, NumPy no longer takes the
     array of one element, which the interpreter of triton 3.6 has for a scalar, as the bound of a loop.
     """
-    gradients = import_module("cpo_kernels.kernels.triton.gradients")
+    gradients = import_module(".gradients", __package__)
     try:
         gradients.scale_(torch.ones(1, device="cpu"), torch.zeros(1, device="cpu"))
     except Exception as error:  # whatever NumPy raises
