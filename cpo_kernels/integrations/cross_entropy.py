@@ -83,7 +83,8 @@ def cross_entropy(
     absent = targets == IGNORE_INDEX
     tokens, mean = (~absent).sum(), reduction == "mean"
     smoothing, vocab, dtype = kind.label_smoothing, len(weight), accumulate_dtype(hidden.dtype)
-    of_tokens, total, all_words = (~absent).to(dtype), tokens.clamp(min=1), vocab
+    of_tokens, total = (~absent).to(dtype), tokens.clamp(min=1)
+    all_words: float | Tensor = vocab
     if kind.class_weights is not None:
         of_words = kind.class_weights.to(dtype)
         of_tokens = of_words[targets.masked_fill(absent, 0)].masked_fill(absent, 0.0)

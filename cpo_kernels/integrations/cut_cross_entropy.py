@@ -25,10 +25,12 @@ from .cross_entropy import group_size, head_options, sum_in_one_pass
 from .target_logits import target_logits
 from .targets import without_ignored
 
-# The implementations that its ``impl`` names, and which gradients of each the filter leaves exact.
-IMPLEMENTATIONS = ("cce", "torch_compile", "cce_exact", "cce_kahan_full", "cce_kahan_full_c", "cce_kahan_full_e")
-IMPLEMENTATIONS += ("cce_kahan_full_c_full_e",)
+# The one of its implementations that takes the filter it is given, and the others.
 FILTERED = "cce"
+IMPLEMENTATIONS = (
+    *(FILTERED, "torch_compile", "cce_exact", "cce_kahan_full"),
+    *("cce_kahan_full_c", "cce_kahan_full_e", "cce_kahan_full_c_full_e"),
+)
 
 
 @dataclass
@@ -137,16 +139,15 @@ def linear_cross_entropy(
     eps = None if exact or shard is not None else threshold(filter_eps)
     aligned = shifted(without_ignored(targets, ignore_index), int(shift))
     e, c, bias = autocast(e, c, bias)
-    given = e.flatten(0, -2), c, aligned.flatten()
-    tokens = (given[2] != IGNORE_INDEX).sum()
+    rows, words = e.flatten(0, -2), aligned.flatten()
+    tokens = (words != IGNORE_INDEX).sum()
     head = {**head_options(e, bias, softcap, exact=return_lse), "vocab_shard": shard}
     with torch.autocast(e.device.type, enabled=False):
         if reduction != "none" and not return_lse and not torch.compiler.is_compiling():
             divisor = tokens if reduction == "mean" else 1
-            return sum_in_one_pass(
-                *given, lambda part, logps: -logps / divisor, (), **head, **filtered(eps, len(given[2]), reduction)
-            )[0]
-        logps = linear_token_logps(*given, **head)
+            head |= filtered(eps, len(words), reduction)
+            return sum_in_one_pass(rows, c, words, lambda part, logps: -logps / divisor, (), **head)[0]
+        logps = linear_token_logps(rows, c, words, **head)
         width = aligned.shape[-1] - int(shift)
         if reduction == "none":
             loss = -logps.view(aligned.shape)[..., :width]
@@ -154,7 +155,7 @@ def linear_cross_entropy(
             loss = -logps.sum() / (tokens if reduction == "mean" else 1)
         if not return_lse:
             return loss
-        lse = target_logits(*given, bias, softcap, shard) - logps
+        lse = target_logits(rows, c, words, bias, softcap, shard) - logps
         return loss, lse.view(aligned.shape)[..., :width]
 
 

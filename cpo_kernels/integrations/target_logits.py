@@ -57,7 +57,7 @@ class TargetDots(torch.autograd.Function):
         ctx.shard = shard
         dtype = accumulate_dtype(hidden.dtype)
         dots = hidden.new_zeros(len(hidden), dtype=dtype)
-        for part in long_slices(*hidden.shape, tile_elements(hidden.device)):
+        for part in long_slices(len(hidden), hidden.shape[1], tile_elements(hidden.device)):
             dots[part] = (hidden[part].to(dtype) * weight[words[part]].to(dtype)).sum(-1)
         dots = dots.masked_fill(~here, 0.0)
         return dots if shard is None else shard.sum_(dots)
@@ -69,7 +69,7 @@ class TargetDots(torch.autograd.Function):
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros_like(hidden)
-            for part in long_slices(*hidden.shape, tile_elements(hidden.device)):
+            for part in long_slices(len(hidden), hidden.shape[1], tile_elements(hidden.device)):
                 grad_hidden[part] = grad[part, None] * weight[words[part]].to(grad.dtype)
             if ctx.shard is not None:
                 grad_hidden = ctx.shard.sum_grad_hidden(grad_hidden)

@@ -208,8 +208,9 @@ def test_functions_take_what_ligers_take(name):
 
 
 def test_the_function_of_cross_entropy_takes_what_ligers_takes():
-    mine, liger = (m.liger_fused_linear_cross_entropy for m in (ours, liger_functional))
-    assert arguments_of(mine) == arguments_of(liger)
+    mine, liger = (arguments_of(m.liger_fused_linear_cross_entropy) for m in (ours, liger_functional))
+    newest = ("chunk_mem_const", 1)  # Liger 0.8.1 lacks it
+    assert mine == (liger if newest in liger else [*liger, newest])
 
 
 def test_functions_compute_what_the_modules_compute():

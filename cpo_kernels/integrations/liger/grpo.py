@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self.check(_input, selected_token_ids, attention_mask, advantages, vllm_is_ratio)
         absent = (attention_mask == 0) & (self.loss_type != "luspo")
         targets = mark_absent(selected_token_ids, absent, "a token that attention_mask leaves out")
-        head = {"bias": bias, "temperature": self.temperature}
+        head: dict[str, Any] = {"bias": bias, "temperature": self.temperature}
         ref = self.ref_logps(targets, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         dtype = accumulate_dtype(_input.dtype)
 
