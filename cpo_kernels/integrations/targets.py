@@ -16,8 +16,9 @@ def without_ignored(targets: Tensor, ignore_index: int) -> Tensor:
         ValueError: targets that are no integers, or -100 where that is not the ``ignore_index``: it would silently
             count as no token. On a GPU the check is a device assertion, which does not wait.
     """
+    targets = as_int64(targets)
     if ignore_index == IGNORE_INDEX:
-        return as_int64(targets)
+        return targets
     return mark_absent(targets, targets == ignore_index, f"ignore_index={ignore_index}")
 
 

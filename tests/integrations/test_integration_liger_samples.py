@@ -272,6 +272,16 @@ def test_grpo_compiled_without_a_break():
         assert_close(value, expected[name])
 
 
+def test_kto_compiled_without_a_break():
+    leaves, target = leaves_of(torch.float32), kto_target(V - 1)
+    module = ours.LigerFusedLinearKTOLoss(ignore_index=V - 1, use_ref_model=True)
+    arguments = kto_arguments(leaves, target, 0.3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    expected, got = (with_grads(*m(*arguments), leaves) for m in (module, compiled))
+    for name, value in got.items():
+        assert_close(value, expected[name])
+
+
 def test_both_kinds_of_reference_are_a_warning():
     samples = Samples("bnpo", torch.float32)
     hidden, weight, bias = samples.leaves
