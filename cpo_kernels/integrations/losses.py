@@ -77,11 +77,16 @@ def orpo(lengths: Tensor, *, beta: float = 0.1, nll_weight: float = 1.0) -> Loss
     def loss_fn(logps: Tensor, groups: range) -> Tensor:
         logps, tokens = of_groups(logps, groups, lengths=lengths)
         means = logps / tokens
-        log_odds = means - (-means.expm1()).log()
-        contrast = -logsigmoid(log_odds[:, 0] - log_odds[:, 1]).sum() / len(lengths)
+        odds = log_odds(means)
+        contrast = -logsigmoid(odds[:, 0] - odds[:, 1]).sum() / len(lengths)
         return beta * contrast - nll_weight * logps[:, 0].sum() / lengths[:, 0].sum()
 
     return loss_fn
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """Compute log(p / (1 - p)) from log p."""
+    return logps - (-logps.expm1()).log()
 
 
 def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_temperature: float = 1.0) -> LossFn:

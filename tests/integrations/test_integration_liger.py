@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,16 +19,22 @@ from torch.testing import assert_close
 pytest.importorskip("liger_kernel")
 
 from liger_kernel import chunked_loss as theirs
+from liger_kernel import transformers as liger_transformers
 from liger_kernel.chunked_loss import dpo_loss as liger_dpo
+from liger_kernel.transformers import functional as liger_functional
 
 from benchmarks import liger as bench_liger
 from benchmarks.measure import ContestantError
 from benchmarks.setting import Setting
 from cpo_kernels.integrations import liger as ours
+from cpo_kernels.integrations.liger import pairs
 from cpo_kernels.loss_table import LOSSES
 
 B, T, V, H = 5, 7, 23, 6
-NAMES = ("LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss", "LigerFusedLinearDPOLoss")
+ORPO = "LigerFusedLinearORPOLoss"
+NAMES = ("LigerFusedLinearCPOLoss", "LigerFusedLinearSimPOLoss", "LigerFusedLinearDPOLoss", ORPO)
+OTHERS = ("LigerFusedLinearKTOLoss", "LigerFusedLinearGRPOLoss", "LigerFusedLinearCrossEntropyLoss")
+FUNCTIONS = {"cpo": "CPO", "simpo": "SimPO", "dpo": "DPO", "orpo": "ORPO", "kto": "KTO", "grpo": "GRPO"}
 AUX = (
     "chosen_logps",
     "rejected_logps",
@@ -36,11 +44,14 @@ AUX = (
     "chosen_rewards",
     "rejected_rewards",
 )
+AUX_OF_ORPO = (*AUX, "log_odds_ratio", "log_odds_chosen")
 BETA = 0.3
 
 
-def make_inputs(dtype: torch.dtype, *, bias: bool, reference: bool, ignore_index: int = -100) -> list[Tensor | None]:
-    """lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias in the order of the call."""
+def make_inputs(
+    dtype: torch.dtype, *, bias: bool, reference: bool, ignore_index: int = -100, nll_target: bool = False
+) -> list[Tensor | None]:
+    """lin_weight, _input, target, bias, ref_input, ref_weight, ref_bias in the order of the call, or nll_target."""
     weight, hidden = torch.randn(V, H), torch.randn(2 * B, T, H)
     target = torch.randint(V - 1, (2 * B, T))  # the last word is left for an ignore_index within the vocabulary
     prompt = torch.randint(4, (2 * B, 1))
@@ -53,6 +64,8 @@ def make_inputs(dtype: torch.dtype, *, bias: bool, reference: bool, ignore_index
         others = (torch.randn(2 * B, T, H), weight.detach().float() + 0.1 * torch.randn(V, H), torch.randn(V))
         ref_hidden, ref_weight, ref_bias = (tensor.to(dtype) for tensor in others)
         inputs += [ref_hidden, ref_weight, ref_bias if bias else None]
+    if nll_target:  # of prompts too, but not of the last position
+        inputs += [torch.randint(V - 1, (2 * B, T)).masked_fill(torch.arange(T) == T - 1, ignore_index)]
     return inputs
 
 
@@ -71,21 +84,24 @@ def values(module: torch.nn.Module, inputs: list[Tensor | None], upstream: float
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
     grads = torch.autograd.grad(loss * upstream, list(leaves.values()))
     assert not any(x.requires_grad for x in aux)
-    return {"loss": loss.detach(), **dict(zip(AUX, aux, strict=True)), **dict(zip(leaves, grads, strict=True))}
+    names = AUX_OF_ORPO if type(module).__name__ == ORPO else AUX
+    return {"loss": loss.detach(), **dict(zip(names, aux, strict=True)), **dict(zip(leaves, grads, strict=True))}
 
 
 def dense(module: torch.nn.Module, inputs: list[Tensor | None], upstream: float = 1.0) -> dict[str, Tensor]:
     """The same from logits in the dtype of the inputs, by no code of Liger's or ours."""
     weight, hidden, target, bias, *reference = inputs
 
-    def log_likelihoods(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def log_likelihoods(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor = target
+    ) -> tuple[Tensor, Tensor]:
         logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
         present = target != module.ignore_index
         wide = logits if logits.dtype == torch.float64 else logits.float()
         logps = wide.log_softmax(-1).gather(-1, target.where(present, 0).unsqueeze(-1)).squeeze(-1) * present
         return logits, logps
 
-    present = target != module.ignore_index
+    present, orpo = target != module.ignore_index, type(module).__name__ == ORPO
     logits, tokens = log_likelihoods(hidden, weight, bias)
     average = getattr(module, "average_log_prob", True)
     divisor = present.sum(-1) if average else 1
@@ -99,18 +115,26 @@ def dense(module: torch.nn.Module, inputs: list[Tensor | None], upstream: float 
         options = {"tau": module.discopop_tau, "smoothing": 0.0 if sigmoid else module.label_smoothing}
         name = "plackett_luce" if sigmoid else module.loss_type
         losses = loss_of_pairs(name, good, bad, module.beta, **options)
+    elif orpo:
+        odds = (good.exp() / (1 - good.exp())).log() - (bad.exp() / (1 - bad.exp())).log()
+        losses = module.beta * (1 + (-odds).exp()).log()
     else:
         difference = module.beta * (good - bad) - getattr(module, "gamma", 0.0)
         losses = (1 - module.label_smoothing) * (1 + (-difference).exp()).log()
         losses = losses + module.label_smoothing * (1 + difference.exp()).log()
-    nll = -tokens[:B].sum() / present[:B].sum() if module.compute_nll_loss else logps.new_zeros(())
+    counted = present[:B]
+    if orpo and reference:
+        target = reference[0]
+        counted, tokens = target[:B] != module.ignore_index, log_likelihoods(hidden, weight, bias, target)[1]
+    nll = -tokens[:B].sum() / counted.sum() if module.compute_nll_loss else logps.new_zeros(())
     loss = losses.mean() + (module.alpha * nll if module.compute_nll_loss else 0.0)
     means = [half.to(logps.dtype).mean() for half in logits.detach().chunk(2)]
     rewards = module.beta * (logps - ref)
     leaves = {name: x for name, x in (("weight", weight), ("input", hidden), ("bias", bias)) if x is not None}
     grads = torch.autograd.grad(loss * upstream, list(leaves.values()))
     aux = (*logps.chunk(2), *means, nll, *rewards.chunk(2))
-    out = {"loss": loss, **dict(zip(AUX, aux, strict=True))}
+    aux += (-losses.mean() / module.beta, odds.mean()) if orpo else ()
+    out = {"loss": loss, **dict(zip(AUX_OF_ORPO if orpo else AUX, aux, strict=True))}
     return {name: x.detach() for name, x in out.items()} | dict(zip(leaves, grads, strict=True))
 
 
@@ -121,6 +145,9 @@ CASES = {
     "cpo, pad token": ("LigerFusedLinearCPOLoss", {"ignore_index": V - 1}),
     "simpo": ("LigerFusedLinearSimPOLoss", {"gamma": 0.7}),
     "simpo, smoothed": ("LigerFusedLinearSimPOLoss", {"label_smoothing": 0.1, "alpha": 0.4, "ignore_index": V - 1}),
+    "orpo": (ORPO, {}),
+    "orpo, no nll": (ORPO, {"compute_nll_loss": False, "ignore_index": V - 1}),
+    "orpo, nll of other targets": (ORPO, {"ignore_index": V - 1}),
     "dpo": ("LigerFusedLinearDPOLoss", {}),
     "dpo, nll": ("LigerFusedLinearDPOLoss", {"compute_nll_loss": True, "alpha": 0.5}),
     "dpo, means": ("LigerFusedLinearDPOLoss", {"average_log_prob": True, "ignore_index": V - 1}),
@@ -137,8 +164,8 @@ def make_case(name: str, dtype: torch.dtype, bias: bool) -> tuple[str, dict, lis
     kind, options = CASES[name]
     options = {"beta": BETA} | options
     reference = kind == NAMES[2] and options.get("use_ref_model", True)
-    inputs = make_inputs(dtype, bias=bias, reference=reference, ignore_index=options.get("ignore_index", -100))
-    return kind, options, inputs
+    given = {"ignore_index": options.get("ignore_index", -100), "nll_target": "other targets" in name}
+    return kind, options, make_inputs(dtype, bias=bias, reference=reference, **given)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -159,14 +186,58 @@ def test_equals_liger(name, dtype, bias):
         assert dtype != torch.float32 or relative_error(expected[field], oracle[field]) < 2e-5, f"Liger's {field}"
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", [*NAMES, *OTHERS])
 def test_constructors_and_calls_take_what_ligers_take(kind):
+    source = theirs if hasattr(theirs, kind) else liger_transformers
     for function in ("__init__", "forward"):
-        mine, liger = (inspect.signature(getattr(getattr(m, kind), function)) for m in (ours, theirs))
-        assert [(p.name, p.default) for p in mine.parameters.values()] == [
-            (p.name, p.default) for p in liger.parameters.values()
-        ]
+        mine, liger = (getattr(getattr(m, kind), function) for m in (ours, source))
+        assert arguments_of(mine) == arguments_of(liger)
     assert vars(getattr(ours, kind)()).keys() >= set(inspect.signature(getattr(ours, kind)).parameters)
+
+
+def arguments_of(function: Callable) -> list[tuple[str, object]]:
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_take_what_ligers_take(name):
+    """Liger's are an autograd function's ``apply``, which takes the arguments of its ``forward`` behind the context."""
+    functions = importlib.import_module(f"liger_kernel.chunked_loss.{name}_loss")
+    forward = getattr(functions, f"LigerFusedLinear{FUNCTIONS[name]}Function").forward
+    assert arguments_of(getattr(ours, f"liger_fused_linear_{name}")) == arguments_of(forward)[1:]
+
+
+def test_the_function_of_cross_entropy_takes_what_ligers_takes():
+    mine, liger = (arguments_of(m.liger_fused_linear_cross_entropy) for m in (ours, liger_functional))
+    newest = ("chunk_mem_const", 1)  # Liger 0.8.1 lacks it
+    assert mine == (liger if newest in liger else [*liger, newest])
+
+
+def test_functions_compute_what_the_modules_compute():
+    """Every argument reaches the module: each differs from its default."""
+    weight, hidden, target, _, *reference = make_inputs(torch.float32, bias=True, reference=True, ignore_index=V - 1)
+    shared = {"ignore_index": V - 1, "beta": BETA, "compiled": False, "chunk_size": 3}
+    cases = {
+        "cpo": {"alpha": 0.3, "label_smoothing": 0.1, "compute_nll_loss": False, "average_log_prob": True},
+        "simpo": {"alpha": 0.3, "label_smoothing": 0.1, "compute_nll_loss": True, "gamma": 0.9},
+        "orpo": {"compute_nll_loss": False},
+        "dpo": {"alpha": 0.3, "compute_nll_loss": True, "average_log_prob": True, "loss_type": "discopop"},
+    }
+    cases["dpo"] |= {"discopop_tau": 0.4, "label_smoothing": 0.1, "use_ref_model": True}
+    for name, own in cases.items():
+        options, more = shared | own, reference if name == "dpo" else []
+        module = getattr(ours, f"LigerFusedLinear{FUNCTIONS[name]}Loss")(**options)
+        expected = module(weight, hidden, target, None, *more)
+        got = getattr(ours, f"liger_fused_linear_{name}")(hidden, weight, target, None, *more, **options)
+        assert_close((got[0], *got[1]), (expected[0], *expected[1]), rtol=0, atol=0)
+
+
+def test_what_compares_distributions_is_refused_by_name():
+    for name in ("LigerFusedLinearJSDLoss", "liger_fused_linear_cosine"):
+        with pytest.raises(ImportError, match=f"{name} compares whole distributions"):
+            getattr(ours, name)
+    with pytest.raises(AttributeError, match="no attribute 'LigerFusedLinearPPOLoss'"):
+        ours.LigerFusedLinearPPOLoss  # noqa: B018
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -182,7 +253,7 @@ def test_several_chunks_put_their_log_likelihoods_in_order(monkeypatch):
     """The log-likelihoods are collected from the calls of a Python function, one for each chunk of groups."""
     inputs = make_inputs(torch.float32, bias=True, reference=False)
     module = ours.LigerFusedLinearCPOLoss()
-    expected, whole, calls = values(module, inputs), ours.linear_sequence_loss, []
+    expected, whole, calls = values(module, inputs), pairs.linear_sequence_loss, []
 
     def in_chunks(hidden, weight, targets, loss_fn, **options):
         def counted(logps, groups):
@@ -191,7 +262,7 @@ def test_several_chunks_put_their_log_likelihoods_in_order(monkeypatch):
 
         return whole(hidden, weight, targets, counted, max_logits_bytes=2 * T * V * 4, **options)
 
-    monkeypatch.setattr(ours, "linear_sequence_loss", in_chunks)
+    monkeypatch.setattr(pairs, "linear_sequence_loss", in_chunks)
     got = values(module, inputs)
     assert len(calls) == B
     for field, value in expected.items():
@@ -258,6 +329,24 @@ def test_a_sequence_without_tokens_has_log_likelihood_zero_as_in_liger():
     assert got["rejected_logps"][1] == 0
     for field, value in expected.items():
         assert_close(got[field], value)
+
+
+def test_a_token_of_minus_100_is_refused_where_another_index_is_ignored():
+    """It would silently count as no token."""
+    inputs = make_inputs(torch.float32, bias=False, reference=False, ignore_index=V - 1)
+    inputs[2][3, 5] = -100
+    with pytest.raises(ValueError, match=rf"target \(3, 5\) is -100, expected a word or ignore_index={V - 1}"):
+        ours.LigerFusedLinearCPOLoss(ignore_index=V - 1)(*inputs)
+    with pytest.raises(ValueError, match=r"targets must be integers, got torch\.float32"):
+        ours.LigerFusedLinearCPOLoss()(*inputs[:2], inputs[2].float())
+
+
+def test_targets_of_32_bits_are_taken():
+    kind, options, inputs = make_case("orpo, nll of other targets", torch.float32, bias=False)
+    module = getattr(ours, kind)(**options)
+    expected = values(module, inputs)
+    got = values(module, [x.int() if x is not None and not x.is_floating_point() else x for x in inputs])
+    assert all(torch.equal(got[field], value) for field, value in expected.items())
 
 
 def test_importing_needs_neither_liger_nor_transformers():
