@@ -15,6 +15,7 @@ from torch import Tensor, tensor
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
 
+from .host import WAY_OUT
 from .padded_rows import candidate_rows
 
 GROUP = "candidate_group"
@@ -85,7 +86,7 @@ class CandidateCollator:
         sizes, ref_logps = [], []
         for example in examples:
             if "prompt_ids" not in example:
-                raise ValueError(f"expected tokenized text, got an example with {', '.join(example)}")
+                raise ValueError(f"expected tokenized text, got an example with {', '.join(example)}. {WAY_OUT}")
             negatives = as_list(example["rejected_ids"], of=list)
             candidates = [example["chosen_ids"], *negatives]
             rows += [{"prompt_ids": example["prompt_ids"], "chosen_ids": c, "rejected_ids": []} for c in candidates]

@@ -19,10 +19,10 @@ from cpo_kernels.models import CPORequest, LinearLossOutput, LogpsRequest, Stati
 from cpo_kernels.models.adapters import find_base
 from cpo_kernels.objective import log_ratios
 
-from .host import replaced, require_names
+from .host import WAY_OUT, replaced, require_names
 from .padded_rows import MeanLogitsRequest, exact_head
 from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, regrouped, scored_rows, to_pairs
-from .trl_losses import WAY_OUT, PairLosses, PairLossRequest
+from .trl_losses import PairLosses, PairLossRequest
 
 TESTED = "1.16"
 
@@ -39,10 +39,10 @@ class FusedDPOTrainer(DPOTrainer):
     (S-DPO, Chen et al. 2024, arXiv 2406.09215), with means per token for ``sigmoid_norm``.
 
     Loss types are all of TRL's, ``sft`` included, in any mixture by ``loss_weights``, with every ``f_divergence_type``,
-    ``ld_alpha`` and ``use_weighting``: one option of :func:`cpo_kernels.linear_cpo_loss` where it has TRL's loss, else
+    ``ld_alpha`` and ``use_weighting``: by options of :func:`cpo_kernels.linear_cpo_loss` where it has the loss, else by
     a function of log-likelihoods (:mod:`cpo_kernels.integrations.trl_losses`), which takes K = 1. ``aot`` and
-    ``aot_unpaired`` sort over the batch, so that their gradient takes the logits twice. K > 1 is for ``sigmoid`` and
-    ``sigmoid_norm``, and for ``sft`` beside one or alone. Means per token are over the predicted tokens; TRL also
+    ``aot_unpaired`` sort over the batch, so that their backward pass computes the logits anew. K > 1 is for ``sigmoid``
+    and ``sigmoid_norm``, and for ``sft`` beside one or alone. Means per token are over the predicted tokens; TRL also
     counts a first token without a prompt, which ``truncation_mode="keep_end"`` can leave.
 
     ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`, or, where a function computes the loss, of
@@ -56,7 +56,7 @@ class FusedDPOTrainer(DPOTrainer):
     Args:
         *args: TRL's arguments.
         token_metrics: also log TRL's ``entropy`` (of all candidates' tokens) and ``mean_token_accuracy`` (of the chosen
-            ones'; the most probable of equally probable words counts), for one more product of the head.
+            ones'; any of several most probable words is right), for one more product of the head.
         **kwargs: TRL's arguments.
 
     Raises:

@@ -19,9 +19,9 @@ from cpo_kernels.models import LinearLossOutput, LogpsRequest
 from cpo_kernels.models.adapters import AppliedHead
 from cpo_kernels.options import Objective
 
+from .host import WAY_OUT
 from .padded_rows import ObservedLossRequest, exact_head
 
-WAY_OUT = "trl.DPOTrainer takes what TRL has, with patch_fused_head() on our products"
 # Losses that sort over the batch: Melnyk et al. 2024, arXiv 2406.05882, algorithms 1 and 2.
 SORTED = ("aot", "aot_unpaired")
 NAMES = (*TRL_NAMES, *SORTED, "sft")
