@@ -70,7 +70,7 @@ class PairLosses:
         if self.f_divergence_type not in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
             raise ValueError(f"f_divergence_type={self.f_divergence_type!r} is not computed here. {WAY_OUT}")
 
-    def _options(self, name: str, **weights: float) -> dict[str, Any]:
+    def _options(self, name: str, **weights: Any) -> dict[str, Any]:
         """Return the options of the objective for one loss, checked; ``sft`` has those of no contrast."""
         named = {} if name == "sft" else {"label_smoothing": self.label_smoothing}
         options = {"beta": self.beta} | (named if name in (*SORTED, "sft") else trl_options(name, self.label_smoothing))
