@@ -86,7 +86,9 @@ class MeanLogitsRequest:
     """
 
     def __init__(self, request: Any, *row_sets: Tensor, statistics: StatisticsRequest | None = None) -> None:
-        self.request, self.row_sets, self.statistics = request, row_sets, statistics
+        self.request, self.row_sets = request, row_sets
+        # They are no part of a compiled graph, and the compiler stops at how their tokens are found.
+        self.statistics = None if statistics is None else torch.compiler.disable(statistics.compute)
         self.router_share = 0.0  # trainers add the router's loss with their own coefficient
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
@@ -97,5 +99,5 @@ class MeanLogitsRequest:
             means = features @ head.weight.mean(0, dtype=torch.float32)
             means = (means + (0 if head.bias is None else head.bias.float().mean())) * transform.get("logit_scale", 1.0)
             means = means * torch.nan if transform.get("softcap") else means
-        more = {} if self.statistics is None else self.statistics.compute(hidden, head, transform)
+        more = {} if self.statistics is None else self.statistics(hidden, head, transform)
         return OutputWithMeanLogits(**out, **more, mean_logits=means)

@@ -185,6 +185,20 @@ def test_a_run_logs_what_stock_logs(tmp_path, precomputed):
     assert_histories_equal(*logged)
 
 
+def test_a_compiled_model(tmp_path):
+    """Token metrics are no part of the graph."""
+    trainer = dpo(FusedDPOTrainer, tmp_path, CASES["ld_alpha"], token_metrics=True)
+    batch = first_batch(trainer)
+    expected, logged = step(trainer, batch), metrics_of(trainer)
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(torch.compile(trainer.model, backend="eager"), batch)
+    loss.backward()
+    grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert_step_equals((loss.detach(), grads), expected)
+    assert metrics_of(trainer) == pytest.approx(logged | {"num_tokens": 2 * logged["num_tokens"]}, rel=1e-5)
+    torch.compiler.reset()
+
+
 def test_experts_with_a_router_loss(tmp_path):
     made = [
         dpo(trainer, tmp_path, CASES["WPO"], model=experts(), ref_model=experts())
