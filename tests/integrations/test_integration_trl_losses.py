@@ -17,9 +17,11 @@ from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
 from trl_runs import assert_histories_equal, first_batch, history, make, preferences, step, untied, untimed
 
+from cpo_kernels import CandidateLayout, attach_linear_loss
+from cpo_kernels.integrations.padded_rows import MeanLogitsRequest
 from cpo_kernels.integrations.trl import FusedDPOTrainer
 from cpo_kernels.integrations.trl_losses import PairLosses
-from cpo_kernels.models import CPORequest
+from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
 
 pytestmark = pytest.mark.cpu
 OF_DIVERGENCES = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"]
@@ -185,18 +187,17 @@ def test_a_run_logs_what_stock_logs(tmp_path, precomputed):
     assert_histories_equal(*logged)
 
 
-def test_a_compiled_model(tmp_path):
-    """Token metrics are no part of the graph."""
-    trainer = dpo(FusedDPOTrainer, tmp_path, CASES["ld_alpha"], token_metrics=True)
-    batch = first_batch(trainer)
-    expected, logged = step(trainer, batch), metrics_of(trainer)
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(torch.compile(trainer.model, backend="eager"), batch)
-    loss.backward()
-    grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
-    assert_step_equals((loss.detach(), grads), expected)
-    assert metrics_of(trainer) == pytest.approx(logged | {"num_tokens": 2 * logged["num_tokens"]}, rel=1e-5)
+def test_statistics_are_no_part_of_a_compiled_graph():
+    model = attach_linear_loss(tiny_models.gpt2(n_layer=1))
+    targets, layout = torch.tensor([3, 5, -100, 7]), CandidateLayout([0, 2, 4], [0, 2])
+    requests = LogpsRequest(targets, layout), StatisticsRequest(targets, torch.arange(4), entropy=True, top1=True)
+    request = MeanLogitsRequest(requests[0], torch.arange(4), statistics=requests[1])
+    given = {"input_ids": torch.tensor([[1, 3, 5, 7]]), "linear_loss": request}
+    want, out = model(**given), torch.compile(model, backend="eager")(**given)
     torch.compiler.reset()
+    for name in ("logps", "entropy", "mean_logits"):
+        torch.testing.assert_close(out[name], want[name])
+    assert torch.equal(out.top1, want.top1)
 
 
 def test_experts_with_a_router_loss(tmp_path):
