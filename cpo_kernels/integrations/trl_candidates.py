@@ -23,7 +23,7 @@ GROUP = "candidate_group"
 
 def has_lists(example: Mapping[str, Any]) -> bool:
     """Tell whether ``rejected`` is a list of texts or of conversations; one conversation is a list of messages."""
-    rejected = example["rejected"]
+    rejected = example.get("rejected", "")  # TRL says what is wrong with data that have none
     return not isinstance(rejected, str) and not (rejected and isinstance(rejected[0], Mapping))
 
 

@@ -397,6 +397,16 @@ def test_an_example_without_negatives_is_named(tmp_path):
         dpo(FusedDPOTrainer, tmp_path, data=Dataset.from_list(rows))
 
 
+def test_data_without_rejected_answers_fail_as_in_stock(tmp_path):
+    data = preferences().remove_columns("rejected")
+    raised = []
+    for trainer in (trl.DPOTrainer, FusedDPOTrainer):
+        with pytest.raises(KeyError) as error:
+            dpo(trainer, tmp_path, data=data)
+        raised.append(str(error.value))
+    assert raised[0] == raised[1]
+
+
 def test_a_model_that_stock_has_patched_is_refused(tmp_path):
     """Its own forward would hide the one that computes the loss."""
     model = dpo(trl.DPOTrainer, tmp_path).model
