@@ -31,8 +31,9 @@ class FusedDPOTrainer(DPOTrainer):
     """``trl.DPOTrainer`` whose loss and gradients come from hidden states in one pass, by :func:`attach_linear_loss`.
 
     Arguments, configuration, data sets and reference (a model, a path, a PEFT model without its adapters, precomputed
-    log-probabilities) are TRL's, and with one negative so are loss, gradients and metrics. ``rejected`` may also be a
-    list, of texts or of conversations, whose length may differ between examples; with K > 1 the loss is
+    log-probabilities) are TRL's, and with one negative so are loss, gradients and metrics, of text and of text with
+    images. Without images, ``rejected`` may also be a list, of texts or of conversations, whose length may differ
+    between examples; with K > 1 the loss is
 
         log(1 + sum_k exp(beta * (r_k - r_chosen))),  r = logp - ref_logp
 

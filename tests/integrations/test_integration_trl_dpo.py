@@ -27,7 +27,6 @@ from trl_runs import assert_histories_equal, dense_logps, first_batch, history, 
 from cpo_kernels import attach_linear_loss, contrastive_loss
 from cpo_kernels.integrations.host import require_names
 from cpo_kernels.integrations.trl import FusedDPOTrainer
-from cpo_kernels.integrations.trl_candidates import CandidateCollator
 from cpo_kernels.loss_table import TRL_NAMES
 from cpo_kernels.models import requests
 
@@ -406,13 +405,6 @@ def test_data_without_rejected_answers_fail_as_in_stock(tmp_path):
             dpo(trainer, tmp_path, data=data)
         raised.append(str(error.value))
     assert raised[0] == raised[1]
-
-
-def test_images_are_refused_with_the_way_out():
-    with pytest.raises(
-        ValueError, match=r"expected tokenized text, got an example with prompt, images\. trl\.DPOTrainer "
-    ):
-        CandidateCollator(dict)([{"prompt": "a cat", "images": []}])
 
 
 def test_a_model_that_stock_has_patched_is_refused(tmp_path):
