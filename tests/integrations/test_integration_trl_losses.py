@@ -17,11 +17,12 @@ from tolerance import assert_accurate
 from torch.nn.functional import logsigmoid
 from trl_runs import assert_histories_equal, first_batch, history, make, preferences, step, untied, untimed
 
-from cpo_kernels import CandidateLayout, attach_linear_loss
+from cpo_kernels import CandidateLayout
 from cpo_kernels.integrations.padded_rows import MeanLogitsRequest
 from cpo_kernels.integrations.trl import FusedDPOTrainer
 from cpo_kernels.integrations.trl_losses import PairLosses
 from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
+from cpo_kernels.models.adapters import AppliedHead
 
 pytestmark = pytest.mark.cpu
 OF_DIVERGENCES = ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"]
@@ -188,12 +189,15 @@ def test_a_run_logs_what_stock_logs(tmp_path, precomputed):
 
 
 def test_statistics_are_no_part_of_a_compiled_graph():
-    model = attach_linear_loss(tiny_models.gpt2(n_layer=1))
-    targets, layout = torch.tensor([3, 5, -100, 7]), CandidateLayout([0, 2, 4], [0, 2])
-    requests = LogpsRequest(targets, layout), StatisticsRequest(targets, torch.arange(4), entropy=True, top1=True)
-    request = MeanLogitsRequest(requests[0], torch.arange(4), statistics=requests[1])
-    given = {"input_ids": torch.tensor([[1, 3, 5, 7]]), "linear_loss": request}
-    want, out = model(**given), torch.compile(model, backend="eager")(**given)
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([3, 5, -100, 7])
+    logps = LogpsRequest(targets, CandidateLayout([0, 2, 4], [0, 2]))
+    statistics = StatisticsRequest(targets, torch.arange(4), entropy=True, top1=True)
+    request = MeanLogitsRequest(logps, torch.arange(4), statistics=statistics)
+
+    def compute(hidden):
+        return request.compute(hidden, AppliedHead(hidden, weight, None), {})
+
+    want, out = compute(hidden), torch.compile(compute, backend="eager")(hidden)
     torch.compiler.reset()
     for name in ("logps", "entropy", "mean_logits"):
         torch.testing.assert_close(out[name], want[name])
