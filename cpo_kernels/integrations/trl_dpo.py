@@ -42,8 +42,8 @@ class FusedDPOTrainer(DPOTrainer):
     Loss types are all of TRL's, ``sft`` included, in any mixture by ``loss_weights``, with every ``f_divergence_type``,
     ``ld_alpha`` and ``use_weighting``: by options of :func:`cpo_kernels.linear_cpo_loss` where it has the loss, else by
     a function of log-likelihoods (:mod:`cpo_kernels.integrations.trl_losses`), which takes K = 1. ``aot`` and
-    ``aot_unpaired`` sort over the batch, so that their backward pass computes the logits anew. K > 1 is for ``sigmoid``
-    and ``sigmoid_norm``, and for ``sft`` beside one or alone. Means per token are over the predicted tokens; TRL also
+    ``aot_unpaired`` sort over the batch: logits beyond the budget are computed twice. K > 1 is for ``sigmoid`` and
+    ``sigmoid_norm``, and for ``sft`` beside one or alone. Means per token are over the predicted tokens; TRL also
     counts a first token without a prompt, which ``truncation_mode="keep_end"`` can leave.
 
     ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`, or, where a function computes the loss, of

@@ -20,7 +20,7 @@ from trl_runs import assert_histories_equal, first_batch, history, make, prefere
 from cpo_kernels import CandidateLayout
 from cpo_kernels.integrations.padded_rows import MeanLogitsRequest
 from cpo_kernels.integrations.trl import FusedDPOTrainer
-from cpo_kernels.integrations.trl_losses import PairLosses
+from cpo_kernels.integrations.trl_losses import PairLosses, PairLossRequest
 from cpo_kernels.models import CPORequest, LogpsRequest, StatisticsRequest
 from cpo_kernels.models.adapters import AppliedHead
 
@@ -202,6 +202,28 @@ def test_statistics_are_no_part_of_a_compiled_graph():
     for name in ("logps", "entropy", "mean_logits"):
         torch.testing.assert_close(out[name], want[name])
     assert torch.equal(out.top1, want.top1)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "products"),
+    [
+        ({"ld_alpha": 0.3}, None, 3),
+        ({"f_divergence_type": "forward_kl"}, None, 3),
+        ({"use_weighting": True}, None, 4),
+        ({"weights": (("aot", 1.0),)}, None, 3),
+        ({"weights": (("aot", 1.0),)}, 5, 4),
+        ({"weights": (("sft", 1.0),), "use_weighting": True}, 5, 5),
+    ],
+)
+def test_products_of_the_head_are_those_of_the_documentation(options, rows, products):
+    losses = PairLosses(**{"weights": (("sigmoid", 1.0),), "beta": 0.1} | options)
+    hidden, weight, targets = torch.randn(12, 8), torch.randn(31, 8), torch.randint(31, (12,))
+    layout = losses.split(CandidateLayout([0, 4, 6, 9, 12], [0, 2, 4]))
+    request = PairLossRequest(losses, targets, layout, torch.zeros(4), max_logits_bytes=rows and rows * 31 * 4)
+    head = AppliedHead(hidden.requires_grad_(), weight.requires_grad_(), None)
+    with GemmCounter() as counter:
+        request.compute(hidden, head, {}).loss.backward()
+    assert counter.products(12, weight) == products
 
 
 def test_experts_with_a_router_loss(tmp_path):
