@@ -1,4 +1,4 @@
-"""Log-probabilities with entropies and samples of the same forward pass: evaluation, and mean-field negatives."""
+"""Log-probabilities with more statistics of the same forward pass: evaluation, metrics, mean-field negatives."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ class TokenStatistics(NamedTuple):
         entropy: entropies (...) of the next-token distributions in nats, 0 where the target is -100; None if not asked.
         samples: words (...), or (..., num_samples), drawn from these distributions, int64, -100 where the target is and
             where ``sample_mask`` is false; None if not asked.
+        top1: (...) bool, whether no word is more probable than the target, False where that is -100; None if not asked.
     """
 
     logps: Tensor
     entropy: Tensor | None
     samples: Tensor | None
+    top1: Tensor | None = None
 
 
 @torch.no_grad()
@@ -46,6 +48,7 @@ def linear_token_statistics(
     targets: Tensor,
     *,
     entropy: bool = False,
+    top1: bool = False,
     seed: int | Tensor | None = None,
     num_samples: int | None = None,
     sample_mask: Tensor | None = None,
@@ -63,7 +66,7 @@ def linear_token_statistics(
     frozen_columns: int = 0,
     **unknown: NoReturn,
 ) -> TokenStatistics:
-    """Compute log-probabilities under ``hidden @ weight.T`` and, on request, entropies and samples of each token.
+    """Compute log-probabilities under ``hidden @ weight.T`` and, on request, more statistics of each token.
 
     Every sample is drawn independently of the others and of the target; put in place of some of the targets, they make
     a mean-field negative (Feng et al. 2025). All samples come from one product: Triton's fused kernel writes no logits,
@@ -74,6 +77,7 @@ def linear_token_statistics(
         weight: (V, H), same dtype.
         targets: (...) int64; rows of targets -100 enter no GEMM.
         entropy: whether to compute entropies.
+        top1: whether to tell which targets are most probable words. It costs nothing besides entropies or samples.
         seed: of the samples; None: no samples. They repeat for the same seed, backend, sizes and library version.
             An integer, or an int64 tensor of one element on the device (a captured CUDA graph draws anew when it is
             overwritten): one seed for the call. An int64 tensor (...) of the shape of ``targets``: one for each token,
@@ -104,7 +108,7 @@ def linear_token_statistics(
     head.check_exact("a call without gradients")
     draws = None if seed is None else Draws.of(seed, num_samples, sample_mask, targets)
     with own_arithmetic(hidden.device):
-        out = statistics(inputs, draws, entropy, targets.shape)
+        out = statistics(inputs, draws, entropy, top1, targets.shape)
     if num_samples is None and out.samples is not None:
         out = out._replace(samples=out.samples.squeeze(-1))
     return out
@@ -201,47 +205,57 @@ def device_seeds(seed: int | Tensor, targets: Tensor) -> Tensor:
     return seed.to(device=targets.device, dtype=torch.int64).reshape(-1 if per_token else ())
 
 
-def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, shape: torch.Size) -> TokenStatistics:
+def statistics(inputs: Inputs, draws: Draws | None, entropy: bool, top1: bool, shape: torch.Size) -> TokenStatistics:
     """Run :func:`linear_token_statistics` on checked inputs; samples come as (..., num_samples)."""
-    plain = draws is None and not entropy
-    # Entropies and samples are computed from logits.
+    plain = draws is None and not (entropy or top1)
+    # Entropies and samples are computed from logits; a way that leaves no statistics of rows cannot tell the largest.
     given: dict[str, Any] = {} if plain else {"way": LinearHead, "scratch_bytes": sampling.scratch_bytes}
     call = resolve(inputs, (False, False, False), whole_groups=False, **given)
     linear, blocks = call.bind(*inputs.tensors), call.blocks()
     fused = not plain and call.backend.linear_statistics is not None
     draws = None if draws is None else draws.of_slots(call.tokens)
-    parts = [] if blocks else [no_tokens(linear, draws, entropy)]
+    parts = [] if blocks else [no_tokens(linear, draws, entropy, top1)]
     elements = sampling.elements_within(call.plan.workspace_bytes, inputs.hidden.device)
     with nullcontext() if fused else linear.workspace(call.plan.rows_held) as buffer:
         for index, block in enumerate(blocks):
             mine = None if draws is None else draws.of_block(index, block)
             if fused:
-                parts.append(fused_block(linear, block, mine, entropy))
+                parts.append(fused_block(linear, block, mine, entropy, top1))
             else:
-                parts.append(block_of(linear, block, buffer, mine, entropy, elements))
+                parts.append(block_of(linear, block, buffer, mine, entropy, top1, elements))
     call.tokens.check()
     return gather(call, parts, tuple(shape))
 
 
-def no_tokens(linear: LinearHead, draws: Draws | None, entropy: bool) -> TokenStatistics:
+def no_tokens(linear: LinearHead, draws: Draws | None, entropy: bool, top1: bool) -> TokenStatistics:
     """Return the statistics of no rows."""
     nothing = linear.hidden.new_zeros(0, dtype=numerics.accumulate_dtype(linear.logits_dtype))
     samples = None if draws is None else nothing.new_zeros((0, draws.count), dtype=torch.int64)
-    return TokenStatistics(nothing, nothing if entropy else None, samples)
+    return TokenStatistics(nothing, nothing if entropy else None, samples, nothing.bool() if top1 else None)
 
 
-def fused_block(linear: LinearHead, block: Block, draws: Draws | None, entropy: bool) -> TokenStatistics:
+def is_top1(stats: Tensor, logps: Tensor) -> Tensor:
+    """Tell from the statistics (2, r) of rows whether their one target has the row's largest logit, (r,) bool.
+
+    All kernels subtract first the maximum and then the logarithm from a target's logit, so that equality is exact; sums
+    over shards of the vocabulary may be off by one rounding.
+    """
+    return logps >= -(1 + torch.finfo(logps.dtype).eps) * stats[1]
+
+
+def fused_block(linear: LinearHead, block: Block, draws: Draws | None, entropy: bool, top1: bool) -> TokenStatistics:
     """Compute the statistics of a block's rows by the backend's fused linear path."""
     launch = linear.backend.linear_statistics
     assert launch is not None
     asked: dict[str, Any] = {} if draws is None else {"seed": draws.sample_seeds(), "wanted": draws.wanted}
     arguments = (linear.hidden[block.rows], linear.weight, block.targets, None, *linear.transform)
     result = launch(*arguments, entropy=entropy, **asked)
-    return TokenStatistics(result.logps, result.entropy, result.samples)
+    best = is_top1(result.stats, result.logps) if top1 else None
+    return TokenStatistics(result.logps, result.entropy, result.samples, best)
 
 
 def block_of(
-    linear: LinearHead, block: Block, buffer: Any, draws: Draws | None, entropy: bool, elements: int
+    linear: LinearHead, block: Block, buffer: Any, draws: Draws | None, entropy: bool, top1: bool, elements: int
 ) -> TokenStatistics:
     """Compute the statistics of a block's rows by the way of the call.
 
@@ -256,7 +270,7 @@ def block_of(
     shard = linear.head.vocab_shard
     if entropies is not None and shard is not None:
         entropies = shard.sum_(entropies)
-    return TokenStatistics(logps, entropies, samples)
+    return TokenStatistics(logps, entropies, samples, is_top1(stats, logps) if top1 else None)
 
 
 def gather(call: Call, parts: list[TokenStatistics], shape: tuple[int, ...]) -> TokenStatistics:
@@ -268,9 +282,10 @@ def gather(call: Call, parts: list[TokenStatistics], shape: tuple[int, ...]) -> 
         mask = absent.view(-1, *[1] * (together.dim() - 1))
         return together.masked_fill(mask, absent_value).reshape(*shape, *together.shape[1:])
 
-    logps, entropies, samples = zip(*parts, strict=True)
+    logps, entropies, samples, top1 = zip(*parts, strict=True)
     return TokenStatistics(
         whole(logps, 0.0),
         None if entropies[0] is None else whole(entropies, 0.0),
         None if samples[0] is None else whole(samples, numerics.IGNORE_INDEX),
+        None if top1[0] is None else whole(top1, False),
     )

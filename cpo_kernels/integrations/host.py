@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+# What every refusal of a TRL configuration offers.
+WAY_OUT = "trl.DPOTrainer takes what TRL has, with patch_fused_head() on our products"
+
 
 def require_names(package: str, tested: str, owner: object, *names: str) -> None:
     """Check that an object of another package still has the names that an integration builds on.

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
-from cpo_kernels.models import LinearLossOutput, SequenceLossRequest
+from cpo_kernels.models import LinearLossOutput, SequenceLossRequest, StatisticsRequest
 from cpo_kernels.models.adapters import AppliedHead
+from cpo_kernels.options import HEAD_OPTIONS
 
 
 def candidate_rows(
@@ -39,6 +40,12 @@ def candidate_rows(
     return shifted[present], CandidateLayout(cu_tokens, [0, *accumulate(group_sizes)], rows=rows)
 
 
+def exact_head(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of the head among ``options`` for a call without gradients, which has no filters."""
+    names = [name for name in HEAD_OPTIONS if name not in ("grad_filter_eps", "candidate_eps")]
+    return {name: options[name] for name in names if name in options}
+
+
 class ObservedLossRequest(SequenceLossRequest):
     """A :class:`~cpo_kernels.models.SequenceLossRequest` whose answer also has the log-likelihoods (S,), detached."""
 
@@ -57,7 +64,7 @@ class ObservedLossRequest(SequenceLossRequest):
 
 @dataclass
 class OutputWithMeanLogits(LinearLossOutput):
-    """The answer to a :class:`MeanLogitsRequest`.
+    """The answer to a :class:`MeanLogitsRequest`, with the fields of its statistics.
 
     Attributes:
         mean_logits: (M,) float32, detached.
@@ -75,10 +82,13 @@ class MeanLogitsRequest:
     Args:
         request: the other request, see :mod:`cpo_kernels.models`.
         row_sets: M index tensors; each mean is taken over the whole vocabulary at these rows of the hidden states.
+        statistics: a request for what needs a product of its own, or None.
     """
 
-    def __init__(self, request: Any, *row_sets: Tensor) -> None:
+    def __init__(self, request: Any, *row_sets: Tensor, statistics: StatisticsRequest | None = None) -> None:
         self.request, self.row_sets = request, row_sets
+        # They are no part of a compiled graph, and the compiler stops at how their tokens are found.
+        self.statistics = None if statistics is None else torch.compiler.disable(statistics.compute)
         self.router_share = 0.0  # trainers add the router's loss with their own coefficient
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> OutputWithMeanLogits:
@@ -89,4 +99,5 @@ class MeanLogitsRequest:
             means = features @ head.weight.mean(0, dtype=torch.float32)
             means = (means + (0 if head.bias is None else head.bias.float().mean())) * transform.get("logit_scale", 1.0)
             means = means * torch.nan if transform.get("softcap") else means
-        return OutputWithMeanLogits(**out, mean_logits=means)
+        more = {} if self.statistics is None else self.statistics(hidden, head, transform)
+        return OutputWithMeanLogits(**out, **more, mean_logits=means)

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from datasets.fingerprint import Hasher
-from torch import Tensor, tensor
+from torch import Tensor, arange, tensor
 
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
@@ -22,7 +22,7 @@ GROUP = "candidate_group"
 
 def has_lists(example: Mapping[str, Any]) -> bool:
     """Tell whether ``rejected`` is a list of texts or of conversations; one conversation is a list of messages."""
-    rejected = example["rejected"]
+    rejected = example.get("rejected", "")  # TRL says what is wrong with data that have none
     return not isinstance(rejected, str) and not (rejected and isinstance(rejected[0], Mapping))
 
 
@@ -69,7 +69,8 @@ class CandidateCollator:
     """A collator that puts the candidates of an example in consecutive rows, the chosen one first.
 
     Args:
-        collate: TRL's collator of pairs, which truncates and pads; only the first row of each of its pairs is used.
+        collate: TRL's collator of pairs, which truncates and pads. Of tokenized text, only the first row of each of its
+            pairs is used; text with images is its own batch, with one negative an example.
     """
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]) -> None:
@@ -79,13 +80,17 @@ class CandidateCollator:
         """Return the batch of some examples.
 
         It has ``input_ids``, ``attention_mask`` and ``completion_mask`` (S, L); ``group_sizes``, a list of G integers;
-        and ``ref_logps`` (S,), if they are precomputed.
+        ``ref_logps`` (S,), if they are precomputed; and ``order`` (S,), the rows in the order of the candidates, unless
+        that is theirs.
         """
+        if "prompt_ids" not in examples[0]:  # the rows of images cannot be moved, so they stay in TRL's order
+            if any(map(has_lists, examples)):
+                raise ValueError("rejected is a list, which examples with images cannot have; expected one answer")
+            order = arange(2 * len(examples)).view(2, -1).T.flatten()
+            return {**self.collate(examples), "group_sizes": [2] * len(examples), "order": order}
         rows: list[dict[str, Any]] = []
         sizes, ref_logps = [], []
         for example in examples:
-            if "prompt_ids" not in example:
-                raise ValueError(f"expected tokenized text, got an example with {', '.join(example)}")
             negatives = as_list(example["rejected_ids"], of=list)
             candidates = [example["chosen_ids"], *negatives]
             rows += [{"prompt_ids": example["prompt_ids"], "chosen_ids": c, "rejected_ids": []} for c in candidates]
@@ -104,10 +109,11 @@ def as_list(value: Any, of: type) -> list[Any]:
 
 def body_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the inputs of the body of a model from a batch."""
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    others = ("completion_mask", "group_sizes", "ref_logps", "order")
+    return {name: value for name, value in batch.items() if name not in others}
 
 
 def scored_rows(batch: Mapping[str, Any]) -> tuple[Tensor, CandidateLayout]:
     """Find the completions of a batch as targets (N,), and their layout."""
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORE_INDEX)
-    return candidate_rows(labels, batch["group_sizes"])
+    return candidate_rows(labels, batch["group_sizes"], batch.get("order"))

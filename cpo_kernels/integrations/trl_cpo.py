@@ -37,7 +37,7 @@ class FusedCPOTrainer(CPOTrainer):
         require_names("trl", TESTED, CPOTrainer, "get_batch_loss_metrics", "concatenated_inputs", "cpo_loss")
         super().__init__(*args, **kwargs)
         if self.is_encoder_decoder:
-            raise ValueError("expected a decoder-only model")
+            raise ValueError("expected a decoder-only model; trl.experimental.cpo.CPOTrainer takes encoder-decoders")
         attach_linear_loss(self.model)  # type: ignore[type-var]
         self.head_options: dict[str, Any] = {}
 

@@ -14,53 +14,62 @@ from torch.nn.functional import pad
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer, utils
 
-from cpo_kernels.loss_table import DISCOPOP_TAU, TRL_NAMES, trl_options
-from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
+from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.models import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
-from cpo_kernels.options import HEAD_OPTIONS, Objective
+from cpo_kernels.objective import log_ratios
 
-from .host import replaced, require_names
-from .padded_rows import MeanLogitsRequest
+from .host import WAY_OUT, replaced, require_names
+from .padded_rows import MeanLogitsRequest, exact_head
 from .trl_candidates import CandidateCollator, as_list, body_inputs, has_lists, regrouped, scored_rows, to_pairs
+from .trl_losses import PairLosses, PairLossRequest
 
 TESTED = "1.16"
-# The only values of these options of TRL for which an objective computes TRL's loss.
-PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
 
 class FusedDPOTrainer(DPOTrainer):
     """``trl.DPOTrainer`` whose loss and gradients come from hidden states in one pass, by :func:`attach_linear_loss`.
 
     Arguments, configuration, data sets and reference (a model, a path, a PEFT model without its adapters, precomputed
-    log-probabilities) are TRL's, and with one negative so are loss, gradients and metrics. ``rejected`` may also be a
-    list, of texts or of conversations, whose length may differ between examples; with K > 1 the loss is
+    log-probabilities) are TRL's, and with one negative so are loss, gradients and metrics, of text and of text with
+    images. Without images, ``rejected`` may also be a list, of texts or of conversations, whose length may differ
+    between examples; with K > 1 the loss is
 
         log(1 + sum_k exp(beta * (r_k - r_chosen))),  r = logp - ref_logp
 
     (S-DPO, Chen et al. 2024, arXiv 2406.09215), with means per token for ``sigmoid_norm``.
 
-    Loss types: ``sigmoid`` or ``sigmoid_norm``, with K = 1 also the pair losses of :mod:`cpo_kernels.loss_table`, and
-    ``sft`` in addition to one of these; ``loss_weights`` apply. Means per token are over the
-    predicted tokens; TRL also counts a first token without a prompt, which ``truncation_mode="keep_end"`` can leave.
+    Loss types are all of TRL's, ``sft`` included, in any mixture by ``loss_weights``, with every ``f_divergence_type``,
+    ``ld_alpha`` and ``use_weighting``: by options of :func:`cpo_kernels.linear_cpo_loss` where it has the loss, else by
+    a function of log-likelihoods (:mod:`cpo_kernels.integrations.trl_losses`), which takes K = 1. ``aot`` and
+    ``aot_unpaired`` sort over the batch: logits beyond the budget are computed twice. K > 1 is for ``sigmoid`` and
+    ``sigmoid_norm``, and for ``sft`` beside one or alone. Means per token are over the predicted tokens; TRL also
+    counts a first token without a prompt, which ``truncation_mode="keep_end"`` can leave.
 
-    ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`; more options, such as ``max_logits_bytes``,
-    can be added to it before training. Options of the head hold for the reference too, unless it is precomputed.
+    ``objective`` holds the options of :func:`cpo_kernels.linear_cpo_loss`, or, where a function computes the loss, of
+    :func:`cpo_kernels.linear_sequence_loss`; more of them, such as ``max_logits_bytes``, can be added before training.
+    Options of the head hold for the reference too, unless it is precomputed.
 
     Metrics: ``rewards/chosen``, ``rewards/rejected`` (means over a prompt's negatives first), ``rewards/accuracies``
     (the chosen one above all negatives), ``rewards/margins``, ``logps/*``, ``logits/*`` (NaN for a model with a
-    softcap), ``num_tokens`` and, of a mixture of experts, ``aux_loss``. TRL's ``entropy`` and ``mean_token_accuracy``
-    need the logits, and are missing; TRL's own DPOTrainer has them under
-    :func:`~cpo_kernels.integrations.trl.patch_fused_head`.
+    softcap), ``num_tokens`` and, of a mixture of experts, ``aux_loss``.
+
+    Args:
+        *args: TRL's arguments.
+        token_metrics: also log TRL's ``entropy`` (of all candidates' tokens) and ``mean_token_accuracy`` (of the chosen
+            ones'; any of several most probable words is right), for one more product of the head.
+        **kwargs: TRL's arguments.
 
     Raises:
         RuntimeError: the installed TRL lacks a private name that this class uses; or prompt tuning, p-tuning or another
             adapter that puts virtual tokens before the prompt.
-        ValueError: an option whose loss this class does not compute; the message names it.
+        ValueError: a loss that this class does not compute; the message names it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, token_metrics: bool = False, **kwargs: Any) -> None:
         require_names("trl", TESTED, DPOTrainer, "_prepare_dataset", "compute_ref_log_probs")
         require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
+        self.token_metrics = token_metrics
         self.most_negatives = 1
         self.objective: dict[str, Any] = {}
         # TRL calls it between loading and preparing a model, which is when the loss has to be attached.
@@ -72,9 +81,15 @@ class FusedDPOTrainer(DPOTrainer):
     def _attach_first(self, stock: Any, model: Any, *args: Any, **options: Any) -> None:
         require_names("trl", TESTED, self, "precompute_ref_logps", "loss_weights")
         policy: Any = self.model
-        find_base(policy)  # refuses virtual tokens, which the base model that TRL passes does not show
-        self.objective = objective_of(self)  # before a reference is precomputed
-        stock(attach_linear_loss(model), *args, **options)
+        try:
+            find_base(policy)  # refuses virtual tokens, which the base model that TRL passes does not show
+            attach_linear_loss(model)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}. {WAY_OUT}") from error
+        if not hasattr(self, "losses"):  # before a reference is precomputed
+            self.losses = PairLosses.of(self)
+            self.objective = self.losses.objective or {}
+        stock(model, *args, **options)
 
     @property
     def data_collator(self) -> Any:
@@ -112,9 +127,10 @@ class FusedDPOTrainer(DPOTrainer):
         if self.ref_model is None and is_peft_model(self.model):
             policy: Any = self.accelerator.unwrap_model(self.model)
             adapters = utils.use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        head = {name: value for name, value in self.objective.items() if name in HEAD_OPTIONS}
+        targets, layout = scored_rows(inputs)
+        request = LogpsRequest(targets, self.losses.split(layout), **exact_head(self.objective))
         with torch.no_grad(), adapters, self.accelerator.autocast():
-            return model(**body_inputs(inputs), linear_loss=LogpsRequest(*scored_rows(inputs), **head)).logps
+            return self.losses.weighted_sums(model(**body_inputs(inputs), linear_loss=request).logps)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -125,48 +141,47 @@ class FusedDPOTrainer(DPOTrainer):
         reference = self.model if self.ref_model is None else self.ref_model  # a compiled model has no truth value
         ref = inputs["ref_logps"] if precomputed else self._ref_logps(reference, inputs)
         counts = torch.tensor(layout.cu_tokens, device=targets.device).diff()
-        per_token = counts.clamp(min=1) if self.objective.get("length_normalized") else 1
         chosen = torch.zeros_like(counts, dtype=torch.bool)
         chosen[list(layout.cu_groups[:-1])] = True
         of_chosen = chosen.repeat_interleave(counts)
-        request = CPORequest(targets, layout, ref_logps=ref, **self.objective)
+        rows: Any = layout.rows
+        row_sets = [rows[of_chosen], rows[~of_chosen]]
+        head = exact_head(self.objective)
+        statistics = StatisticsRequest(targets, rows, entropy=True, top1=True, **head) if self.token_metrics else None
+        request = MeanLogitsRequest(self._request(targets, layout, ref), *row_sets, statistics=statistics)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        row_sets = [layout.rows[where] for where in (of_chosen, ~of_chosen)]  # type: ignore[index]
-        out = model(**body_inputs(inputs), **router, linear_loss=MeanLogitsRequest(request, *row_sets))
-        metrics = group_metrics(inputs["group_sizes"], out.logps * per_token, out.rewards * per_token)
+        out = model(**body_inputs(inputs), **router, linear_loss=request)
+        per_token = counts.clamp(min=1) if self.objective.get("length_normalized") else 1
+        logps = self.losses.weighted_sums(out.logps * per_token)
+        rewards = self.objective.get("beta", self.beta) * log_ratios(logps, ref)
+        metrics = group_metrics(inputs["group_sizes"], logps, rewards)
         if self.aux_loss_enabled:
-            out.loss = out.loss + self.router_aux_loss_coef * out.aux_loss
+            out.loss = out.loss + self.router_aux_loss_coef * self._aux_loss(out)
             metrics["aux_loss"] = out.aux_loss.detach()[None]
-        record(self, inputs["attention_mask"], metrics, out.mean_logits, [len(rows) for rows in row_sets])
+        sizes = [len(own) for own in row_sets]
+        means = dict(zip(("logits/chosen", "logits/rejected"), zip(out.mean_logits, sizes, strict=True), strict=True))
+        if self.token_metrics:
+            means["entropy"] = out.entropy.mean(), sum(sizes)
+            means["mean_token_accuracy"] = out.top1[of_chosen].float().mean(), sizes[0]
+        record(self, inputs["attention_mask"], metrics, means)
         return (out.loss, self._logits(model, inputs)) if return_outputs else out.loss
+
+    def _request(self, targets: Tensor, layout: CandidateLayout, ref_logps: Tensor) -> Any:
+        if self.losses.objective is not None:
+            return CPORequest(targets, layout, ref_logps=ref_logps, **self.objective)
+        return PairLossRequest(self.losses, targets, self.losses.split(layout), ref_logps, **self.objective)
+
+    def _aux_loss(self, out: LinearLossOutput) -> Tensor:
+        if out.aux_loss is None:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}, but this model's own forward computes no "
+                "load-balancing loss; set router_aux_loss_coef=0.0. " + WAY_OUT
+            )
+        return out.aux_loss
 
     @torch.no_grad()
     def _logits(self, model: Any, inputs: dict[str, Any]) -> Any:
         return model(**body_inputs(inputs))
-
-
-def objective_of(trainer: Any) -> dict[str, Any]:
-    """Return the options of :func:`cpo_kernels.linear_cpo_loss` for those of a ``trl.DPOTrainer``.
-
-    Raises:
-        ValueError: an option whose loss the objective lacks, or a number that the loss does not take.
-    """
-    for name, value in PLAIN.items():
-        if getattr(trainer, name) != value:
-            raise ValueError(f"{name}={getattr(trainer, name)!r} is not computed here; expected {value!r}")
-    weights = dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))
-    contrasts = [name for name in trainer.loss_types if name != "sft"]
-    if len(contrasts) != 1 or contrasts[0] not in TRL_NAMES or len(weights) < len(trainer.loss_types):
-        raise ValueError(
-            f"loss_type={trainer.loss_types} is not computed here; expected one of {', '.join(TRL_NAMES)}, and sft "
-            "besides it at most. TRL's own DPOTrainer takes patch_fused_head()"
-        )
-    if contrasts == ["discopop"] and trainer.args.discopop_tau != DISCOPOP_TAU:
-        raise ValueError(f"discopop_tau={trainer.args.discopop_tau} is not computed here; expected {DISCOPOP_TAU}")
-    weighted = {"contrast_weight": weights[contrasts[0]], "mle_weight": weights.get("sft", 0.0)}
-    options = {"beta": trainer.beta, **weighted, **trl_options(contrasts[0], trainer.label_smoothing)}
-    Objective(**options)  # checks the numbers before anything runs
-    return options
 
 
 def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[str, Tensor]:
@@ -192,19 +207,21 @@ def group_metrics(sizes: Sequence[int], logps: Tensor, rewards: Tensor) -> dict[
 
 
 def record(
-    trainer: Any, attention_mask: Tensor, metrics: dict[str, Tensor], mean_logits: Tensor, tokens: Sequence[int]
+    trainer: Any, attention_mask: Tensor, metrics: dict[str, Tensor], token_means: dict[str, tuple[Tensor, int]]
 ) -> None:
-    """Log TRL's metrics: ``metrics`` (G,), mean logits (2,) over the numbers of ``tokens``, and the tokens seen.
+    """Log TRL's metrics: ``metrics`` (G,) by name, means over numbers of tokens by name, and the tokens seen.
 
     The arguments are of this process; the logged values are means over all processes.
     """
     train, gather = trainer.model.training, trainer.accelerator.gather
-    counts = torch.tensor(tokens, device=mean_logits.device)
-    sums, counts = (gather(x[None]).sum(0) for x in (mean_logits * counts, counts))
+    means, tokens = zip(*token_means.values(), strict=True)
+    counts = torch.tensor(tokens, device=attention_mask.device)
+    sums = (torch.stack(means) * counts).masked_fill(counts == 0, 0.0)
+    sums, counts = (gather(x[None]).sum(0) for x in (sums, counts))
     logged = trainer._metrics["train" if train else "eval"]
     for name, values in metrics.items():
         logged[name].append(gather(values).mean().item())
-    for name, value in zip(("logits/chosen", "logits/rejected"), (sums / counts).tolist(), strict=True):
+    for name, value in zip(token_means, (sums / counts.clamp(min=1)).tolist(), strict=True):
         logged[name].append(value)
     trainer._total_train_tokens += gather(attention_mask.sum()).sum().item() if train else 0
     logged["num_tokens"] = [trainer._total_train_tokens]

@@ -29,7 +29,7 @@ class LinearLossOutput(ModelOutput):
         rewards: (S,) ``beta * (logp - ref_logp)``.
         contrastive_loss, nll_loss, accuracy, margin, dropped: scalars, see :class:`~cpo_kernels.CPOOutput`.
         embeddings: (S, H) float32, see :class:`LogpsRequest`.
-        token_logps, entropy, samples: (N,), see :class:`StatisticsRequest`.
+        token_logps, entropy, samples, top1: (N,), see :class:`StatisticsRequest`.
         aux_loss: scalar, differentiable, the load-balancing loss of a mixture of experts that outputs router logits.
         router_loss: scalar, detached, the part of ``loss`` that comes from ``aux_loss``: ``router_aux_loss_coef`` times
             ``aux_loss``, as the model adds it with labels, times the ``router_share`` of the request.
@@ -49,6 +49,7 @@ class LinearLossOutput(ModelOutput):
     token_logps: Tensor | None = None
     entropy: Tensor | None = None
     samples: Tensor | None = None
+    top1: Tensor | None = None
     aux_loss: Tensor | None = None
     router_loss: Tensor | None = None
     exact: ExactValues | None = None
@@ -173,6 +174,7 @@ class StatisticsRequest:
         num_samples: None for samples (N,), a number for samples (N, num_samples).
         sample_mask: bool of the shape of the samples, which of them to draw; None: all.
         entropy: whether to compute entropies (N,).
+        top1: whether to tell which targets are most probable words, (N,) bool.
         options: head keywords of ``linear_token_statistics``.
     """
 
@@ -185,17 +187,18 @@ class StatisticsRequest:
         num_samples: int | None = None,
         sample_mask: Tensor | None = None,
         entropy: bool = False,
+        top1: bool = False,
         **options: Any,
     ) -> None:
         self.targets, self.rows = targets, rows
-        own = {"seed": seed, "num_samples": num_samples, "sample_mask": sample_mask, "entropy": entropy}
+        own = {"seed": seed, "num_samples": num_samples, "sample_mask": sample_mask, "entropy": entropy, "top1": top1}
         self.options = options | own
 
     def compute(self, hidden: Tensor, head: AppliedHead, transform: Mapping[str, float]) -> LinearLossOutput:
         """Compute the statistics (N,); arguments as for :meth:`CPORequest.compute`."""
         options = {**head.options, **self.options, **transform}
         out = linear_token_statistics(head.features.detach()[self.rows], head.weight, self.targets, **options)
-        return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples)
+        return LinearLossOutput(token_logps=out.logps, entropy=out.entropy, samples=out.samples, top1=out.top1)
 
 
 def mean_rows(hidden: Tensor, targets: Tensor, layout: CandidateLayout) -> Tensor:

@@ -61,7 +61,7 @@ def options_of(function) -> dict[str, object]:
     return {name: default for name, default in named.items() if name not in TENSORS}
 
 
-TENSORS = ("bias", "layout", "ref_logps", "ranks", "entropy", "seed", "num_samples", "sample_mask")
+TENSORS = ("bias", "layout", "ref_logps", "ranks", "entropy", "top1", "seed", "num_samples", "sample_mask")
 
 
 @pytest.mark.parametrize("function", [*OF_HEAD, *OF_BOTH], ids=lambda function: function.__name__)

@@ -57,6 +57,37 @@ def test_logps_and_entropy(backend, dtype, options):
     assert_accurate(out.entropy, *entropies, "entropy")
 
 
+@pytest.mark.parametrize("asked", [{}, {"entropy": True}], ids=["alone", "entropy"])
+@pytest.mark.parametrize(("backend", "dtype"), BACKEND_DTYPES, ids=BACKEND_DTYPE_IDS)
+def test_top1(backend, dtype, asked):
+    """Half of the targets are the most probable words; a margin keeps what rounding decides out of the comparison."""
+    head = {"softcap": 4.0, "logit_scale": -1.4, "temperature": 0.7}
+    problem = random_problem(G=8, T=6, H=16, V=101, bias=True, **head).to(dtype)
+    exact = distribution(problem, torch.float64).detach()
+    targets = torch.where(torch.rand(problem.targets.shape) < 0.5, exact.argmax(-1), problem.targets)
+    targets = targets.where(problem.targets != -100, -100)
+    best = exact.topk(2, -1).values
+    behind = best[..., 0] - exact.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    clear = torch.where(behind > 0, behind, best[..., 0] - best[..., 1]) > 0.1
+    budget = {"bias": problem.bias, "backend": backend, "max_logits_bytes": budget_of(problem, 7), **head}
+    out = linear_token_statistics(problem.hidden, problem.weight, targets, top1=True, **asked, **budget)
+    assert out.top1.dtype == torch.bool and not out.top1[targets == -100].any()
+    expected = (behind == 0) & (targets != -100)
+    assert torch.equal(out.top1[clear], expected[clear])
+    assert expected[clear].any() and not expected[clear].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_top1_counts_words_that_are_as_probable_as_the_first(backend):
+    hidden, weight = torch.randn(6, 8), torch.randn(40, 8)
+    weight[30:] = weight[:10]
+    first = (hidden @ weight[:10].T).argmax(-1)
+    head = {"bias": torch.where(torch.arange(40) % 30 < 10, 100.0, 0.0), "backend": backend}
+    for targets in (first, first + 30):
+        assert linear_token_statistics(hidden, weight, targets, top1=True, **head).top1.all()
+    assert linear_token_statistics(hidden, weight, first, **head).top1 is None
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_samples_follow_the_softmax(backend):
     """3,000 draws of each of two rows, over chunks that must not repeat each other's random numbers."""

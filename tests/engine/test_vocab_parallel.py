@@ -89,10 +89,12 @@ def test_the_caller_may_sum_the_gradient_of_hidden(world, runs):
 @pytest.mark.parametrize("world", WORLDS)
 def test_entropies_are_of_the_whole_vocabulary(world, runs):
     problem = Case("long").make()
-    want = linear_token_statistics(*problem.tensors[:2], problem.targets, bias=problem.bias, entropy=True)
+    head = {"bias": problem.bias, "entropy": True, "top1": True}
+    want = linear_token_statistics(*problem.tensors[:2], problem.targets, **head)
     for result in (result for group in of_groups(runs, world, "statistics") for result in group):
         torch.testing.assert_close(result["logps"], want.logps, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result["entropy"], want.entropy, rtol=1e-5, atol=1e-6)
+        assert torch.equal(result["top1"], want.top1) and torch.equal(result["best"], problem.targets != -100)
 
 
 @pytest.mark.parametrize("world", WORLDS)

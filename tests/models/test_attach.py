@@ -74,13 +74,14 @@ def test_statistics_equal_the_models_own_logits(model):
     ids, targets, layout, _ = contrast_inputs()
     targets[4] = -100
     attach_linear_loss(model)
-    out = model(ids, linear_loss=StatisticsRequest(targets, layout.rows, seed=3, entropy=True))
+    out = model(ids, linear_loss=StatisticsRequest(targets, layout.rows, seed=3, entropy=True, top1=True))
     logps = model(ids).logits.flatten(0, 1).log_softmax(-1)[layout.rows].detach()
     present = targets != -100
     own = logps.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).where(present, 0.0)
     entropy = -(logps.exp() * logps).sum(-1).where(present, 0.0)
     torch.testing.assert_close(out.token_logps, own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.entropy, entropy, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out.top1, logps.argmax(-1) == targets)
     assert out.samples.shape == targets.shape and bool(((out.samples >= 0) == present).all())
     again = model(ids, linear_loss=StatisticsRequest(targets, layout.rows, seed=3))
     assert torch.equal(again.samples, out.samples) and again.entropy is None

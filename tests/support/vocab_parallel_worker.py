@@ -53,10 +53,13 @@ def share_of_hidden(group: Any) -> dict[str, torch.Tensor]:
 
 def statistics(group: Any) -> dict[str, torch.Tensor]:
     problem, shard = shard_problem(LONG, group)
-    out = linear_token_statistics(
-        *problem.tensors[:2], problem.targets, bias=problem.bias, entropy=True, vocab_shard=shard
-    )
-    return {"logps": out.logps, "entropy": out.entropy}
+    head = {"bias": problem.bias, "top1": True, "vocab_shard": shard}
+    out = linear_token_statistics(*problem.tensors[:2], problem.targets, entropy=True, **head)
+    whole = LONG.make()
+    logits = whole.hidden.detach() @ whole.weight.detach().T + (0 if whole.bias is None else whole.bias.detach())
+    words = logits.argmax(-1).where(problem.targets != -100, -100)
+    best = linear_token_statistics(*problem.tensors[:2], words, **head).top1
+    return {"logps": out.logps, "entropy": out.entropy, "top1": out.top1, "best": best}
 
 
 def twice(group: Any) -> dict[str, torch.Tensor]:
