@@ -331,6 +331,26 @@ def test_a_sequence_without_tokens_has_log_likelihood_zero_as_in_liger():
         assert_close(got[field], value)
 
 
+@pytest.mark.parametrize("options", [{}, {"compute_nll_loss": False}, {"average_log_prob": True}])
+@pytest.mark.parametrize("sequences", [B, 2 * B])
+def test_where_all_chosen_or_all_sequences_are_ignored(sequences, options):
+    """An NLL is 0 / 0, and means are NaN. Without an NLL Liger's loss and NLL are 0 / 0 too, and ours are not."""
+    inputs = make_inputs(torch.float32, bias=True, reference=False)
+    inputs[2][:sequences] = -100
+    with torch.no_grad():
+        loss, aux = ours.LigerFusedLinearCPOLoss(**options)(*inputs)
+        expected, others = theirs.LigerFusedLinearCPOLoss(**options, compiled=False)(*inputs)
+    assert expected.isnan() and others[AUX.index("nll")].isnan()
+    with_nll = options != {"compute_nll_loss": False}
+    assert bool(loss.isnan()) == bool(aux[AUX.index("nll")].isnan()) == with_nll
+    for name, got, value in zip(AUX, aux, others, strict=True):
+        if name != "nll":
+            assert_close(got, value, equal_nan=True)
+    if not with_nll:
+        difference = 0.1 * (aux[0] - aux[1])  # beta is 0.1 by default
+        assert_close(loss, (1 + (-difference).exp()).log().mean())
+
+
 def test_a_token_of_minus_100_is_refused_where_another_index_is_ignored():
     """It would silently count as no token."""
     inputs = make_inputs(torch.float32, bias=False, reference=False, ignore_index=V - 1)

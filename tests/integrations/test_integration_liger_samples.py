@@ -247,6 +247,16 @@ def test_grpo_in_several_chunks(monkeypatch):
             assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dapo", "luspo"])
+def test_without_any_token_the_loss_is_0_as_in_liger(kind):
+    samples = Samples(kind, torch.float32)
+    samples.mask = torch.zeros_like(samples.mask)
+    stock = theirs.LigerFusedLinearGRPOLoss(**samples.options, compiled=False)
+    expected = samples.run(stock)
+    for name, value in samples.run(ours.LigerFusedLinearGRPOLoss(**samples.options)).items():
+        assert not value.any() and not expected[name].any(), name
+
+
 def test_what_masked_positions_hold_has_no_effect():
     samples = Samples("grpo", torch.float32)
     module = ours.LigerFusedLinearGRPOLoss(**samples.options)
