@@ -138,8 +138,9 @@ def test_links_of_the_readme_are_complete_in_the_metadata(source_tree, tmp_path)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     local = [target for target in re.findall(r"\]\(([^)\s]+)\)", readme) if "://" not in target and target[0] != "#"]
     assert local and all((ROOT / target.partition("#")[0]).exists() for target in local)
-    prefix = f"{source}/blob/v{message['Version']}/"
-    assert {target for target in targets if target.startswith(prefix)} == {prefix + target for target in local}
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", readme)
+    whole = {f"{source}/{'raw' if t in pictures else 'blob'}/v{message['Version']}/{t}" for t in local}
+    assert pictures and {target for target in targets if target.startswith(source)} == whole
     assert not [target for target in targets if "://" not in target and target[0] != "#"]
 
 
