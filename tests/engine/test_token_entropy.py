@@ -1,4 +1,4 @@
-"""``linear_token_entropy``: log-probabilities and entropies with gradients through both, against autograd in float64."""
+"""``linear_token_entropy``: both outputs with gradients through both, against autograd in float64."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def test_refusals():
     arguments = *problem.tensors[:2], problem.targets
     with pytest.raises(TypeError, match="did you mean 'temperature'"):
         linear_token_entropy(*arguments, temperatur=0.7)
-    with pytest.raises(ValueError, match="candidate_eps=0.1: an entropy has no filters"):
+    with pytest.raises(ValueError, match=r"candidate_eps=0\.1: an entropy has no filters"):
         linear_token_entropy(*arguments, candidate_eps=0.1)
     with pytest.raises(ValueError, match=r"target of token .* is 31"):
         linear_token_entropy(*arguments[:2], problem.targets.masked_fill(problem.targets == -100, 31))
