@@ -126,7 +126,7 @@ class LinearTokenEntropy(torch.autograd.Function):
     """Log-probabilities (N,) and entropies (N,) of (hidden, weight, bias), whose upstream gradients arrive later."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, call: Call):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities and the entropies."""
         with own_arithmetic(hidden.device):
             logps, entropy, ctx.done = run_token_entropy(call, call.bind(hidden, weight, bias))
@@ -136,7 +136,7 @@ class LinearTokenEntropy(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    def backward(ctx, grad_logps, grad_entropy):
+    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         """Use the logits that forward kept, or compute them again."""
         hidden, weight, bias, entropy, *given = ctx.saved_tensors
         call = ctx.call.with_given(*given)
@@ -146,8 +146,7 @@ class LinearTokenEntropy(torch.autograd.Function):
         with torch.no_grad(), own_arithmetic(hidden.device):
             linear = call.bind(hidden, weight, bias)
             grads = token_entropy_grads(call, linear, done, grad_logps, entropy, grad_entropy)
-        sources = grad_logps, grad_entropy, hidden, weight, bias
-        return (*first_order_only(grads, *sources), None)
+        return (*first_order_only(grads, grad_logps, grad_entropy, hidden, weight, bias), None)
 
 
 def run_token_entropy(call: Call, linear: LinearHead) -> tuple[Tensor, Tensor, Forward | None]:

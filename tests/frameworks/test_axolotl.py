@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 
-# Read when axolotl and its dependencies are imported: nothing is sent, and nothing is asked of a model hub.
-os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 pytest.importorskip("axolotl", reason="needs axolotl: make test-frameworks")
+# Read when what follows is imported: nothing is sent, and nothing is asked of a model hub.
+os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+import tiny_models
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_datasets, load_preference_datasets
