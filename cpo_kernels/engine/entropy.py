@@ -163,8 +163,8 @@ def run_token_entropy(call: Call, linear: LinearHead) -> tuple[Tensor, Tensor, F
             entropies[block.order] = linear.entropy(block, done, elements)
     call.tokens.check()
     entropies.masked_fill_(call.tokens.targets == IGNORE_INDEX, 0.0)
-    among_all = (call.tokens.among_all(values, call.targets.numel()) for values in (logps, entropies))
-    return (*among_all, done if keep else None)
+    logps, entropies = (call.tokens.among_all(values, call.targets.numel()) for values in (logps, entropies))
+    return logps, entropies, done if keep else None
 
 
 def token_entropy_grads(

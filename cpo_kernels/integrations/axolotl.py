@@ -18,8 +18,10 @@ TRAINERS = "cpo_kernels.integrations.axolotl_trainers"
 # By axolotl's ``rl``; None is SFT and pre-training.
 TRAINER_OF = {None: "FusedTrainer", "dpo": "FusedDPOTrainer", "ipo": "FusedDPOTrainer", "simpo": "FusedCPOTrainer"}
 # Settings for which axolotl computes another loss, or the same by another fused head.
-OTHERS = ("reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "dpo_use_liger_kernel")
-OTHERS += ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy")
+OTHERS = [
+    *("reward_model", "process_reward_model", "use_eaft", "orpo_alpha", "dpo_use_liger_kernel", "cut_cross_entropy"),
+    *("liger_fused_linear_cross_entropy", "chunked_cross_entropy", "flash_attn_cross_entropy"),
+]
 
 
 class FusedLossPlugin(BasePlugin):

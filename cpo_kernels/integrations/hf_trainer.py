@@ -42,7 +42,7 @@ class FusedTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Compute the loss of a batch, a scalar; while training its outputs have no logits."""
-        labels = inputs.get("labels")
+        labels: Any = inputs.get("labels")
         smoothed = self.label_smoother is not None or self.compute_loss_func is not None
         plain = model.training and labels is not None and not smoothed and inputs.get("shift_labels") is None
         if plain and bool((labels[:, 1:] != IGNORE_INDEX).any()):
@@ -62,7 +62,5 @@ def nll_request(labels: Tensor, num_items_in_batch: Tensor | int | None = None, 
     """
     targets, layout = candidate_rows(labels, [1] * len(labels))
     whole = CandidateLayout([0, layout.num_tokens], [0, 1], rows=layout.rows)  # rows without a label are no error
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.item()
-    objective = {"contrast_weight": 0.0, "mle_weight": 1.0, "num_target_tokens": num_items_in_batch}
-    return CPORequest(targets, whole, **objective, **head)
+    count = None if num_items_in_batch is None else float(num_items_in_batch)
+    return CPORequest(targets, whole, contrast_weight=0.0, mle_weight=1.0, num_target_tokens=count, **head)

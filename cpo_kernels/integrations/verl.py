@@ -61,9 +61,13 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     targets = labels.reshape(-1).to(torch.int64)
-    shard = shard_of(weight, dist_process_group)
-    options = {"temperature": 1.0 if temperature is None else float(temperature), "vocab_shard": shard}
-    logps, entropy = linear_token_entropy(hidden.reshape(-1, hidden.shape[-1]), weight, targets, **options)
+    logps, entropy = linear_token_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        targets,
+        temperature=1.0 if temperature is None else float(temperature),
+        vocab_shard=shard_of(weight, dist_process_group),
+    )
     if reduction == "none":
         return logps, entropy
     return logps.sum() / (targets.numel() if reduction == "mean" else 1), entropy
@@ -95,7 +99,8 @@ class FusedLinearForPPO(nn.Module):
             temperature: divisor of the logits.
         """
         targets = input_ids.to(torch.int64)
-        return tuple(linear_token_entropy(hidden_states, vocab_weights, targets, temperature=float(temperature)))  # type: ignore[return-value]
+        out = linear_token_entropy(hidden_states, vocab_weights, targets, temperature=float(temperature))
+        return out.logps, out.entropy
 
 
 def patch_fused_kernels() -> None:
