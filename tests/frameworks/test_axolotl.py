@@ -100,11 +100,12 @@ def logged(trainer: Any) -> list[dict[str, float]]:
 RUNS = {
     "sft": {},
     "sft, packed": {"sample_packing": True, "pad_to_sequence_len": True, "micro_batch_size": 1},
-    "sft, lora": LORA,
     "dpo": {"rl": "dpo", "rl_beta": 0.3},
-    "dpo, lora": {"rl": "dpo", "rl_beta": 0.3, **LORA},
     "ipo": {"rl": "ipo", "rl_beta": 0.3},
     "simpo": {"rl": "simpo", "rl_beta": 0.3, "simpo_gamma": 0.2, "cpo_alpha": 0.5},
+    "dpo, lora": {"rl": "dpo", "rl_beta": 0.3, **LORA},
+    # Last: axolotl's kernels for adapters, of SFT, change the attention of all models that the process loads after it.
+    "sft, lora": LORA,
 }
 
 
