@@ -14,9 +14,9 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
-	check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check hub-kernel \
-	wheels time-install lint-workflows info clean
+.PHONY: demo study test test-oldest test-newest test-frameworks lint types check docs docs-pages warnings check-arm \
+	check-triton check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check \
+	hub-kernel wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -140,6 +140,13 @@ test-oldest:
 test-newest:
 	build_tools/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
 	build/newest/bin/python -m pytest $(WORKERS) $(ARGS)
+
+# tests/frameworks, against axolotl and verl themselves: each in an environment of its own with the versions it asks for.
+test-frameworks:
+	build_tools/prepare.sh $(PYTHON) build/axolotl trainer axolotl==0.19.0 pytest pytest-timeout
+	build/axolotl/bin/python -m pytest tests/frameworks/test_axolotl.py $(ARGS)
+	build_tools/prepare.sh $(PYTHON) build/verl trainer verl==0.9.1 torch==2.13.0 pytest pytest-timeout
+	build/verl/bin/python -m pytest tests/frameworks/test_verl.py $(ARGS)
 
 # Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.
 check-resolution: $(VENV)/.dev

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,15 +68,20 @@ class FusedDPOTrainer(DPOTrainer):
 
     def __init__(self, *args: Any, token_metrics: bool = False, **kwargs: Any) -> None:
         require_names("trl", TESTED, DPOTrainer, "_prepare_dataset", "compute_ref_log_probs")
-        require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
         self.token_metrics = token_metrics
         self.most_negatives = 1
         self.objective: dict[str, Any] = {}
-        # TRL calls it between loading and preparing a model, which is when the loss has to be attached.
-        attaching = partial(self._attach_first, dpo_trainer.add_fused_lm_head)
-        with replaced(dpo_trainer, {"add_fused_lm_head": attaching}):
+        with self.attaching():
             super().__init__(*args, **kwargs)
-        require_names("trl", TESTED, self, "_metrics", "_total_train_tokens")
+        require_names("trl", TESTED, self, "_metrics", "_total_train_tokens", "precompute_ref_logps", "loss_weights")
+        self._read_losses()
+
+    def attaching(self) -> AbstractContextManager[Any]:
+        """Return a context in which TRL, while it makes the trainer, attaches the loss to policy and reference."""
+        require_names("trl", TESTED, dpo_trainer, "add_fused_lm_head")
+        # TRL calls it between loading and preparing a model, which is when the loss has to be attached.
+        attach = partial(self._attach_first, dpo_trainer.add_fused_lm_head)
+        return replaced(dpo_trainer, {"add_fused_lm_head": attach})
 
     def _attach_first(self, stock: Any, model: Any, *args: Any, **options: Any) -> None:
         require_names("trl", TESTED, self, "precompute_ref_logps", "loss_weights")
@@ -86,10 +91,13 @@ class FusedDPOTrainer(DPOTrainer):
             attach_linear_loss(model)
         except RuntimeError as error:
             raise RuntimeError(f"{error}. {WAY_OUT}") from error
-        if not hasattr(self, "losses"):  # before a reference is precomputed
+        self._read_losses()  # before a reference is precomputed
+        stock(model, *args, **options)
+
+    def _read_losses(self) -> None:
+        if not hasattr(self, "losses"):
             self.losses = PairLosses.of(self)
             self.objective = self.losses.objective or {}
-        stock(model, *args, **options)
 
     @property
     def data_collator(self) -> Any:

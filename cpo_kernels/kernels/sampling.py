@@ -1,4 +1,4 @@
-"""Entropies and samples of rows of logits, in plain torch."""
+"""Entropies, their gradients and samples of rows of logits, in plain torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpo_kernels.kernels.numerics import IGNORE_INDEX, long_slices, tile_elements
+from cpo_kernels.kernels.numerics import IGNORE_INDEX, long_slices, narrow_view, tile_elements
 
 from .device import is_host
 from .transform import transform_logits
@@ -41,6 +41,57 @@ def row_entropy(
         p = log_p.exp()
         parts.append(-p.mul_(log_p.masked_fill_(p == 0, 0.0)).sum(-1))
     return torch.cat(parts) if parts else stats[0]
+
+
+def row_entropy_backward_(
+    logits: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    entropy: Tensor,
+    entropy_coef: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    grad_dtype: torch.dtype | None = None,
+    *,
+    elements: int | None = None,
+) -> None:
+    """Write the gradient of ``sum_r coef_r * logp_r + entropy_coef_r * H_r`` over the logits (R, V), in ``grad_dtype``.
+
+    With p the softmax of the transformed logits y, dlogp/dy = onehot - p and dH/dy = -p * (log p + H). A row is exactly
+    0 where both coefficients are, whatever it holds.
+
+    Args:
+        logits: (R, V), raw.
+        targets: (R,) columns of ``logits``; -100 where the target is another process's word: no one-hot term.
+        stats: (2, R), of the whole vocabulary, in the dtype of the computation.
+        coef: (R,), in the dtype of the statistics.
+        entropy: (R,), H of the whole vocabulary.
+        entropy_coef: (R,), in the dtype of the statistics.
+        bias: (V,) or None.
+        logit_scale: as in :class:`cpo_kernels.options.Head`, like softcap and temperature.
+        softcap: 0 for none.
+        temperature: as in :class:`cpo_kernels.options.Head`.
+        grad_dtype: of the gradient, no wider than the logits; None: that of the logits.
+        elements: as for :func:`row_entropy`.
+    """
+    grad = narrow_view(logits, grad_dtype or logits.dtype)
+    silent = (coef == 0) & (entropy_coef == 0)
+    own = coef.where(targets != IGNORE_INDEX, 0.0)
+    columns = targets.where(targets != IGNORE_INDEX, 0)
+    for tile in long_slices(logits.shape[0], logits.shape[1], elements or tile_elements(logits.device)):
+        y = transform_logits(logits[tile].to(stats.dtype), bias, logit_scale, softcap, temperature)
+        dy = (y - stats[0, tile, None]).sub_(stats[1, tile, None])  # log p
+        p = dy.exp()
+        dy.masked_fill_(p == 0, 0.0).add_(entropy[tile, None]).mul_(entropy_coef[tile, None]).add_(coef[tile, None])
+        dy.mul_(p).neg_()
+        dy.scatter_add_(1, columns[tile, None], own[tile, None])
+        if softcap:
+            dy.mul_(1 - (y * (temperature / softcap)) ** 2)
+        dy.mul_(logit_scale / temperature).masked_fill_(silent[tile, None], 0.0)
+        grad[tile].copy_(dy)
 
 
 def row_samples(

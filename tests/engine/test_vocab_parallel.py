@@ -14,6 +14,7 @@ from torch import Tensor
 from vocab_parallel_cases import CASES, WORLDS, Case, eager, results
 
 from cpo_kernels import VocabShard, cpo_loss, linear_cpo_loss, linear_token_statistics
+from cpo_kernels.integrations.verl import linear_cross_entropy
 
 pytestmark = pytest.mark.cpu
 
@@ -95,6 +96,18 @@ def test_entropies_are_of_the_whole_vocabulary(world, runs):
         torch.testing.assert_close(result["logps"], want.logps, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result["entropy"], want.entropy, rtol=1e-5, atol=1e-6)
         assert torch.equal(result["top1"], want.top1) and torch.equal(result["best"], problem.targets != -100)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_verls_function_takes_a_group_and_leaves_the_sum_over_it_to_megatron(world, runs):
+    problem = Case("larger_prime_vocab").make()
+    want = linear_cross_entropy(problem.hidden, problem.weight, problem.targets.clamp(min=0), 0.8)
+    hidden, weight = torch.autograd.grad(want[0].sum() - want[1].sum(), problem.tensors[:2])
+    for group in of_groups(runs, world, "verl"):
+        for result in group:
+            torch.testing.assert_close((result["logps"], result["entropy"]), tuple(x.detach() for x in want))
+        torch.testing.assert_close(sum(result["hidden"] for result in group), hidden, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat([result["weight"] for result in group]), weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("world", WORLDS)

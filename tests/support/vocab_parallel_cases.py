@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from cpo_kernels import VocabShard, linear_cpo_loss, linear_sequence_loss
+from cpo_kernels.engine.entropy import linear_token_entropy
+from cpo_kernels.kernels.transform import transform_logits
 
 WORLDS = (2, 4)
 UPSTREAM = 1.7
@@ -27,7 +29,7 @@ class Case:
 
     Attributes:
         problem: by name.
-        kind: "cpo", "loss_fn" or "logps".
+        kind: "cpo", "loss_fn", "logps", or "entropy": of log-probabilities and entropies of tokens.
         dtype: by name.
         rows: rows of logits that the budget holds, or None.
         needs: which of hidden, weight and bias need a gradient.
@@ -117,6 +119,10 @@ OTHERS = {
     "float64": Case("packed_whole_head", dtype="float64", rows=5),
     "float16": Case("long", dtype="float16", rows=130),
     "float32 logits of bfloat16": Case("whole_head", dtype="bfloat16", head={"logits_dtype": torch.float32}),
+    "entropy": Case("whole_head", "entropy"),
+    "entropy of bfloat16, recomputed": Case("larger_prime_vocab", "entropy", "bfloat16", rows=5),
+    "entropy of a padded vocabulary": Case("padded_vocab", "entropy"),
+    "entropy, frozen head": Case("larger_prime_vocab", "entropy", needs=(True, False, False), sizes="reversed"),
     "float32 logits, recomputed": Case("long", dtype="bfloat16", rows=25, head={"logits_dtype": torch.float32}),
 }
 # Of the grids, every second case runs in pairs of processes and the others in all four, so that each problem and each
@@ -179,6 +185,9 @@ def fused(case: Case, problem: Problem, shard: VocabShard | None = None) -> tupl
     if case.kind == "logps":
         logps = fused_logps(problem, **head)
         return weighted(logps), logps
+    if case.kind == "entropy":
+        head |= {"bias": problem.bias, **transform_of(problem)}
+        return of_both(*linear_token_entropy(problem.hidden, problem.weight, problem.targets, **head))
     seen = []
 
     def loss_fn(logps: Tensor, groups: range) -> Tensor:
@@ -192,10 +201,26 @@ def fused(case: Case, problem: Problem, shard: VocabShard | None = None) -> tupl
 
 def eager(case: Case, problem: Problem) -> tuple[Tensor, Tensor]:
     """Compute a scalar by the dense reference, and the log-likelihoods that it comes from."""
+    if case.kind == "entropy":
+        return of_both(*eager_entropy(problem))
     logps = eager_logps(problem)
     if case.kind == "cpo":
         return eager_loss(problem), logps / lengths(problem) if problem.options.get("length_normalized") else logps
     return (weighted if case.kind == "logps" else contrast)(logps), logps
+
+
+def eager_entropy(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Compute log-probabilities and entropies of tokens from dense logits."""
+    logits = transform_logits(problem.hidden @ problem.weight.T, problem.bias, **transform_of(problem))
+    log_p, absent = logits.log_softmax(-1), problem.targets == -100
+    logps = log_p.gather(-1, problem.targets.masked_fill(absent, 0)[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    return logps.masked_fill(absent, 0.0), entropy.masked_fill(absent, 0.0)
+
+
+def of_both(logps: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a scalar that weighs every number, and the numbers."""
+    return weighted(logps) - 0.7 * weighted(entropy), torch.stack([logps, entropy])
 
 
 def lengths(problem: Problem) -> Tensor:

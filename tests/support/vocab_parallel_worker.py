@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from vocab_parallel_cases import CASES, Case, fused, results, shard_problem
 
 from cpo_kernels import VocabShard, linear_cpo_loss, linear_token_statistics, plan
+from cpo_kernels.integrations.verl import linear_cross_entropy
 
 LONG = Case("long")
 
@@ -60,6 +61,15 @@ def statistics(group: Any) -> dict[str, torch.Tensor]:
     words = logits.argmax(-1).where(problem.targets != -100, -100)
     best = linear_token_statistics(*problem.tensors[:2], words, **head).top1
     return {"logps": out.logps, "entropy": out.entropy, "top1": out.top1, "best": best}
+
+
+def verl(group: Any) -> dict[str, torch.Tensor]:
+    """Call verl's function with its group; the gradient of hidden is this process's share."""
+    problem, _ = shard_problem(Case("larger_prime_vocab"), group)
+    labels = problem.targets.clamp(min=0)
+    logps, entropy = linear_cross_entropy(problem.hidden, problem.weight, labels, 0.8, "none", group)
+    grads = torch.autograd.grad(logps.sum() - entropy.sum(), (problem.hidden, problem.weight))
+    return {"logps": logps.detach(), "entropy": entropy.detach(), "hidden": grads[0], "weight": grads[1]}
 
 
 def twice(group: Any) -> dict[str, torch.Tensor]:
@@ -114,6 +124,7 @@ CHECKS = {
     "gemms": gemms,
     "share of hidden": share_of_hidden,
     "statistics": statistics,
+    "verl": verl,
     "twice": twice,
     "plans": plans,
     "errors": errors,
