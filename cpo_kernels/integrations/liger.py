@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cpo_kernels.functional import linear_sequence_logps, linear_sequence_loss
 from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype
 from cpo_kernels.loss_table import LOSSES, TRL_NAMES, Pair, trl_options
+from cpo_kernels.options import suggests_arguments
 
 Output = tuple[Tensor, tuple[Tensor, ...]]
 # Liger's DPO has TRL's names, but neither ipo nor sigmoid_norm, which is ``average_log_prob`` in Liger.
@@ -40,6 +41,7 @@ class Settings(Protocol):
     average_log_prob: bool
 
 
+@suggests_arguments
 class LigerFusedLinearCPOLoss(nn.Module):
     """CPO of Xu et al. 2024 (arXiv 2401.08417): no reference, ``alpha`` weighs the NLL of the chosen sequences."""
 
@@ -69,6 +71,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
 
+@suggests_arguments
 class LigerFusedLinearSimPOLoss(nn.Module):
     """SimPO of Meng et al. 2024 (arXiv 2405.14734): means over tokens, and ``gamma`` as the margin of the scores."""
 
@@ -100,6 +103,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
 
+@suggests_arguments
 class LigerFusedLinearDPOLoss(nn.Module):
     """DPO of Rafailov et al. 2023 (arXiv 2305.18290) and its variants, by Liger's and TRL's names of ``loss_type``."""
 

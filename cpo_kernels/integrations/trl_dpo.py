@@ -17,7 +17,7 @@ from trl.trainer import dpo_trainer, utils
 from cpo_kernels.loss_table import DISCOPOP_TAU, TRL_NAMES, trl_options
 from cpo_kernels.models import CPORequest, LogpsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
-from cpo_kernels.options import HEAD_OPTIONS, Objective
+from cpo_kernels.options import HEAD_OPTIONS, Objective, suggests_arguments
 
 from .host import replaced, require_names
 from .padded_rows import MeanLogitsRequest
@@ -28,6 +28,7 @@ TESTED = "1.16"
 PLAIN = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False}
 
 
+@partial(suggests_arguments, passes_to=DPOTrainer)
 class FusedDPOTrainer(DPOTrainer):
     """``trl.DPOTrainer`` whose loss and gradients come from hidden states in one pass, by :func:`attach_linear_loss`.
 

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from cpo_kernels.options import suggests_arguments
+
 Source = str | os.PathLike[str]
 Weights = Mapping[str, Tensor]
 
 
+@suggests_arguments
 def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Tensor]:
     """Average the states of two models: ``alpha * first + (1 - alpha) * second``, entry by entry.
 
@@ -35,6 +38,7 @@ def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Ten
     return _average_states(_state(first), _state(second), alpha)
 
 
+@suggests_arguments
 def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source, alpha: float) -> None:
     """Write the ensemble of two saved models, with the configuration and the tokenizer of the first.
 
@@ -71,6 +75,7 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
         tokenizer.save_pretrained(out_dir)
 
 
+@suggests_arguments
 class EnsembleCallback(TrainerCallback):
     """A callback that writes an ensemble of the trained and another model to ``output_dir/ensemble`` at the end.
 
