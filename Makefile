@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo study test test-oldest test-newest lint types check docs docs-pages warnings check-arm check-triton \
+.PHONY: demo study test test-oldest test-newest test-deepspeed lint types check docs docs-pages warnings check-arm check-triton \
 	check-resolution constraints bench bench-docs bench-compare gpu-check wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
@@ -121,6 +121,16 @@ test-oldest:
 test-newest:
 	build_tools/prepare.sh $(PYTHON) build/newest dev --upgrade --upgrade-strategy eager
 	build/newest/bin/python -m pytest $(WORKERS) $(ARGS)
+
+# What needs DeepSpeed, which has no wheels. Nothing of it is compiled; the other packages are those of .venv.
+test-deepspeed: build/deepspeed/.ready
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/build/deepspeed $(BIN)/python -m pytest tests/trainer/test_trainer_deepspeed.py \
+		tests/integrations/test_integration_zero3.py $(ARGS)
+
+build/deepspeed/.ready: $(VENV)/.dev
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	@touch $@
 
 # Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.
 check-resolution: $(VENV)/.dev

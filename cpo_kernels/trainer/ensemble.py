@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from cpo_kernels.models.sharded import gathered, whole_shape
 from cpo_kernels.options import suggests_arguments
+
+from .zero import loading_whole
 
 Source = str | os.PathLike[str]
 Weights = Mapping[str, Tensor]
@@ -112,7 +115,8 @@ class EnsembleCallback(TrainerCallback):
             return
         other = self.other
         if not isinstance(other, nn.Module):
-            other = AutoModelForCausalLM.from_pretrained(other)
+            with loading_whole():  # in this process alone
+                other = AutoModelForCausalLM.from_pretrained(other)
         out = os.path.join(args.output_dir, "ensemble")
         _check_not_a_file(out)
         model.save_pretrained(out, state_dict=_average_states(trained, _state(other), self.alpha))
@@ -140,9 +144,10 @@ def check_alike(first: Weights, second: Weights) -> None:
             raise ValueError(f"only the {where} model has {name!r}; expected two models of the same architecture")
     for name, own in first.items():
         other = second[name]
-        if own.shape != other.shape or own.is_floating_point() != other.is_floating_point():
+        shape, of_other = whole_shape(own), whole_shape(other)
+        if shape != of_other or own.is_floating_point() != other.is_floating_point():
             raise ValueError(
-                f"{name!r} is {own.dtype} {tuple(own.shape)} in the first model and {other.dtype} {tuple(other.shape)} "
+                f"{name!r} is {own.dtype} {tuple(shape)} in the first model and {other.dtype} {tuple(of_other)} "
                 "in the second; expected two models of the same architecture"
             )
         if not own.is_floating_point() and not torch.equal(own, other.to(own.device)):
@@ -183,8 +188,9 @@ def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
     whole: dict[Tensor, Tensor] = {}
     for tensor in state.values():
         if tensor not in whole:
-            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            whole[tensor] = gathered.detach().cpu() if keep else gathered.detach().new_empty(0)
+            with gathered(tensor):
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                whole[tensor] = full.detach().cpu() if keep else full.detach().new_empty(0)
     return {name: whole[tensor] for name, tensor in state.items()}
 
 
