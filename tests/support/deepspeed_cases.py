@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+from cli_models import save_model, write_config, write_examples
 from torch import nn
 from trainer_runs import DISTRIBUTED, config, held_out
 from transformers import AutoModelForCausalLM
@@ -73,9 +75,28 @@ ROUNDED = {
 }
 
 
-def save_loaded(folder: Path) -> None:
-    """Save the model that cases load."""
-    tiny_models.gpt2(seed=4).save_pretrained(folder / "loaded")
+def save_inputs(folder: Path) -> None:
+    """Save the model that cases load, and what the command is given."""
+    data = write_examples(folder / "data.jsonl")
+    write_config(folder / "CONFIG.yaml", model=save_model(folder / "loaded", seed=4), data=data, optim="sgd")
+    (folder / "zero3.json").write_text(json.dumps(deepspeed_settings(3)))
+
+
+def deepspeed_settings(stage: int) -> dict[str, Any]:
+    """Return a configuration of DeepSpeed in the form that the documentation shows."""
+    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {name: "auto" for name in auto} | {
+        "bf16": {"enabled": "auto"},
+        # 0: no parameter is too small to be sharded.
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
 def make_trainer(case: Case, folder: Path, output: Path, **options: Any) -> CPOTrainer:

@@ -14,12 +14,13 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 from accelerate.state import AcceleratorState
-from deepspeed_cases import CASES, ROUNDED, Case, make_trainer
+from deepspeed_cases import CASES, ROUNDED, Case, deepspeed_settings, make_trainer
 from safetensors.torch import load_file
 from torch import distributed
 from trainer_runs import steps
 from transformers import TrainerCallback
 
+from cpo_kernels.__main__ import main as command
 from cpo_kernels.models.sharded import gathered
 
 # It would be compiled: messages through shared memory, in place of gloo's.
@@ -33,27 +34,10 @@ class Interrupt(TrainerCallback):
         control.should_training_stop = True
 
 
-def settings(stage: int) -> dict[str, Any]:
-    """Return a configuration of DeepSpeed in the form that the documentation shows."""
-    auto = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {name: "auto" for name in auto} | {
-        "bf16": {"enabled": "auto"},
-        # 0: no parameter is too small to be sharded.
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 0,
-            "stage3_prefetch_bucket_size": "auto",
-            "stage3_gather_16bit_weights_on_model_save": True,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
 def train(case: Case, folder: Path, output: Path) -> dict[str, Any]:
     """Train a case; two processes with two accumulated batches of two take steps of eight examples."""
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    options = batches | {"deepspeed": settings(case.stage)}
+    options = batches | {"deepspeed": deepspeed_settings(case.stage)}
     run = make_trainer(case, folder, output, **options)
     if case.resumed:
         run.add_callback(Interrupt())
@@ -88,6 +72,10 @@ def main(folder: Path, wanted: str = "") -> None:
         gc.collect()
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.save(results, folder / f"{distributed.get_rank()}.pt")
+    options = {"output_dir": folder / "command", "deepspeed": folder / "zero3.json"}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    given = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert command(["train", str(folder / "CONFIG.yaml"), *given]) == 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from project import SUPPORT
 from safetensors.torch import load_file
 from trainer_runs import parameters, steps
 
+from cpo_kernels.__main__ import main
+
 pytestmark = [pytest.mark.cpu, NEEDS_DEEPSPEED]
 TIMES = {"total_flos", "runtime", "samples_per_second", "steps_per_second", "train_runtime", "epoch"}
 
@@ -18,7 +20,7 @@ TIMES = {"total_flos", "runtime", "samples_per_second", "steps_per_second", "tra
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("deepspeed")
-    deepspeed_cases.save_loaded(folder)
+    deepspeed_cases.save_inputs(folder)
     run_script(SUPPORT / "deepspeed_worker.py", str(folder), processes=2)
     return folder
 
@@ -69,3 +71,12 @@ def test_in_bfloat16_the_reference_is_rounded_as_the_model_is(name, runs):
         (step,) = run[name]["steps"]
         assert abs(step["rewards/chosen"]) < 1e-4
         assert abs(step["rewards/rejected"]) < 1e-4
+
+
+def test_the_command(folder, tmp_path):
+    """It loads the model as shards and saves it whole."""
+    given = ["--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"]
+    assert main(["train", str(folder / "CONFIG.yaml"), *given]) == 0
+    saved, wanted = (load_file(where / "model.safetensors") for where in (folder / "command", tmp_path))
+    assert saved.keys() == wanted.keys()
+    torch.testing.assert_close(saved, wanted, rtol=1e-5, atol=1e-6)
