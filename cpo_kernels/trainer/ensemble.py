@@ -110,16 +110,18 @@ class EnsembleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write the ensemble and the tokenizer; sharded parameters are gathered by all processes, one at a time."""
-        trained = _gather(_state(model), keep=state.is_world_process_zero)
-        if not state.is_world_process_zero:
-            return
-        other = self.other
-        if not isinstance(other, nn.Module):
+        keep, other = state.is_world_process_zero, self.other
+        trained = _gather(_state(model), keep)
+        if isinstance(other, nn.Module):
+            given = _gather(_state(other), keep)
+        elif keep:
             with loading_whole():  # in this process alone
-                other = AutoModelForCausalLM.from_pretrained(other)
+                given = _state(AutoModelForCausalLM.from_pretrained(other))
+        if not keep:
+            return
         out = os.path.join(args.output_dir, "ensemble")
         _check_not_a_file(out)
-        model.save_pretrained(out, state_dict=_average_states(trained, _state(other), self.alpha))
+        model.save_pretrained(out, state_dict=_average_states(trained, given, self.alpha))
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(out)
 

@@ -79,6 +79,7 @@ def save_inputs(folder: Path) -> None:
     """Save the model that cases load, and what the command is given."""
     data = write_examples(folder / "data.jsonl")
     write_config(folder / "CONFIG.yaml", model=save_model(folder / "loaded", seed=4), data=data, optim="sgd")
+    tiny_models.llama(seed=2).save_pretrained(folder / "other")
     (folder / "zero3.json").write_text(json.dumps(deepspeed_settings(3)))
 
 
@@ -102,7 +103,8 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
 def make_trainer(case: Case, folder: Path, output: Path, **options: Any) -> CPOTrainer:
     """Make the trainer of a case in any number of processes."""
     args = config(output, **case.options, **options)  # first: transformers shards what is loaded after it
-    made = AutoModelForCausalLM.from_pretrained(folder / "loaded") if case.model is None else case.model()
+    load = AutoModelForCausalLM.from_pretrained
+    made = load(folder / "loaded") if case.model is None else case.model()
     return CPOTrainer(
         made,
         args,
@@ -110,5 +112,5 @@ def make_trainer(case: Case, folder: Path, output: Path, **options: Any) -> CPOT
         eval_dataset=held_out(),
         processing_class=tiny_models.tokenizer(),
         ref_model=tiny_models.llama(seed=1) if case.given_reference else None,
-        callbacks=[EnsembleCallback(tiny_models.llama(seed=2), 0.3)] if case.ensemble else None,
+        callbacks=[EnsembleCallback(load(folder / "other"), 0.3)] if case.ensemble else None,
     )
