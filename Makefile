@@ -14,8 +14,8 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo study test test-oldest test-newest test-frameworks lint types check docs docs-pages warnings check-arm \
-	check-triton check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check \
+.PHONY: demo study test test-oldest test-newest test-frameworks test-deepspeed lint types check docs docs-pages warnings \
+	check-arm check-triton check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check \
 	hub-kernel wheels time-install lint-workflows info clean
 
 demo: $(VENV)/.trainer
@@ -147,6 +147,16 @@ test-frameworks:
 	build/axolotl/bin/python -m pytest tests/frameworks/test_axolotl.py $(ARGS)
 	build_tools/prepare.sh $(PYTHON) build/verl trainer verl==0.9.1 torch==2.13.0 pytest pytest-timeout
 	build/verl/bin/python -m pytest tests/frameworks/test_verl.py $(ARGS)
+
+# What needs DeepSpeed, which has no wheels. Nothing of it is compiled; the other packages are those of .venv.
+test-deepspeed: build/deepspeed/.ready
+	DS_ACCELERATOR=cpu PYTHONPATH=$(CURDIR)/build/deepspeed $(BIN)/python -m pytest tests/trainer/test_trainer_deepspeed.py \
+		tests/integrations/test_integration_zero3.py $(ARGS)
+
+build/deepspeed/.ready: $(VENV)/.dev
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps \
+		--target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	@touch $@
 
 # Whether set-up resolves for every supported Python where there are only the registry's ordinary wheels.
 check-resolution: $(VENV)/.dev

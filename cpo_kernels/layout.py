@@ -9,7 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .options import suggests_arguments
 
+
+@suggests_arguments
 @dataclass(frozen=True)
 class CandidateLayout:
     """The packed form: N tokens in S segments (candidates) of G groups (prompts).

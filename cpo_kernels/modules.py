@@ -70,8 +70,10 @@ class CPOLoss(_CPOModule):
         ref_logps: Tensor | None = None,
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> CPOOutput:
         """Compute the loss of logits (G, C, T, V) and targets (G, C, T)."""
+        refuse_unknown(CPOLoss.forward, unknown)
         return cpo_loss(logits, targets, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options)
 
 
@@ -88,8 +90,10 @@ class LinearCPOLoss(_CPOModule):
         ref_logps: Tensor | None = None,
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> CPOOutput:
         """Compute the loss of hidden (G, C, T, H), weight (V, H) and targets (G, C, T), or of a packed layout."""
+        refuse_unknown(LinearCPOLoss.forward, unknown)
         return linear_cpo_loss(
             hidden, weight, targets, layout=layout, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options
         )

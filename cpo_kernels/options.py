@@ -213,8 +213,7 @@ def refuse_unknown(function: Callable[..., Any], unknown: Iterable[str], also: I
     for name in unknown:
         near = get_close_matches(name, [*argument_names(function), *also], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        called = function.__qualname__.removesuffix(".__init__")
-        raise TypeError(f"{called}() got an unexpected keyword argument {name!r}{hint}")
+        raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def argument_names(function: Callable[..., Any]) -> list[str]:
@@ -224,19 +223,24 @@ def argument_names(function: Callable[..., Any]) -> list[str]:
 
 
 def suggests_arguments(function: Callable[P, R], passes_to: Callable[..., Any] | None = None) -> Callable[P, R]:
-    """Let a function name the argument that was probably meant where a keyword is none of its own.
+    """Let a function or a class name the argument that was probably meant where a keyword is none of its own.
 
     Python itself does so from 3.13 on. ``passes_to`` is the function that gets the keywords that are not named.
     """
+    made: Any = function
+    called: Callable[P, R] = made.__init__ if isinstance(function, type) else function
     passed = [] if passes_to is None else argument_names(passes_to)
     known = {*argument_names(function), *passed}
 
-    @wraps(function)
+    @wraps(called)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         refuse_unknown(function, kwargs.keys() - known, also=passed)
-        return function(*args, **kwargs)
+        return called(*args, **kwargs)
 
-    return checked
+    if not isinstance(function, type):
+        return checked
+    made.__init__ = checked
+    return function
 
 
 def chosen(options: Head | Objective) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cpo_kernels.kernels.device import default_logits_bytes
 from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype, narrow_view
 from cpo_kernels.kernels.ops import RowKernels, RowOperators
 from cpo_kernels.kernels.transform import transform_logits
+from cpo_kernels.options import suggests_arguments
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class VocabShard:
     reduce_grad_hidden: bool = True
 
     @classmethod
+    @suggests_arguments
     def of(
         cls, weight: Tensor, group: Any = None, *, start: int | None = None, reduce_grad_hidden: bool = True
     ) -> VocabShard:

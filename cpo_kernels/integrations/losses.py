@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from cpo_kernels.options import suggests_arguments
+
 LossFn = Callable[[Tensor, range], Tensor]
 
 
+@suggests_arguments
 def kto(
     ref_logps: Tensor,
     desirable: Tensor,
@@ -51,6 +54,7 @@ def kto(
     return loss_fn
 
 
+@suggests_arguments
 def kto_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Compute KTO's estimate of the KL divergence from the reference, a scalar without gradient.
 
@@ -63,6 +67,7 @@ def kto_baseline(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return (logps - ref_logps).detach().mean().clamp(min=0)
 
 
+@suggests_arguments
 def orpo(lengths: Tensor, *, beta: float = 0.1, nll_weight: float = 1.0) -> LossFn:
     """Make ORPO of Hong et al. 2024 (arXiv 2403.07691): odds of means over tokens, without a reference.
 
@@ -89,6 +94,7 @@ def log_odds(logps: Tensor) -> Tensor:
     return logps - (-logps.expm1()).log()
 
 
+@suggests_arguments
 def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_temperature: float = 1.0) -> LossFn:
     """Make InfoNCA of Chen et al. 2024 (arXiv 2402.05369): cross-entropy of the softmaxes of rewards and of scores.
 
@@ -108,6 +114,7 @@ def info_nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_te
     return loss_fn
 
 
+@suggests_arguments
 def nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_temperature: float = 1.0) -> LossFn:
     """Make NCA of Chen et al. 2024 (arXiv 2402.05369): each candidate against noise, so that good ones stay likely.
 
@@ -125,6 +132,7 @@ def nca(ref_logps: Tensor, rewards: Tensor, *, beta: float = 0.1, reward_tempera
     return loss_fn
 
 
+@suggests_arguments
 def gspo(
     old_logps: Tensor, advantages: Tensor, lengths: Tensor, *, clip_low: float = 3e-4, clip_high: float = 4e-4
 ) -> LossFn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from trl.experimental.cpo import CPOTrainer
 
 from cpo_kernels.loss_table import LOSSES, trl_options
 from cpo_kernels.models import CPORequest, attach_linear_loss
+from cpo_kernels.options import suggests_arguments
 
 from .host import require_names
 from .padded_rows import MeanLogitsRequest, ObservedLossRequest, candidate_rows
@@ -17,6 +19,7 @@ from .padded_rows import MeanLogitsRequest, ObservedLossRequest, candidate_rows
 TESTED = "1.16"
 
 
+@partial(suggests_arguments, passes_to=CPOTrainer)
 class FusedCPOTrainer(CPOTrainer):
     """``trl.experimental.cpo.CPOTrainer`` whose loss and gradients come from hidden states in one pass.
 

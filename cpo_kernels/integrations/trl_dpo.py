@@ -18,6 +18,7 @@ from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import CPORequest, LinearLossOutput, LogpsRequest, StatisticsRequest, attach_linear_loss
 from cpo_kernels.models.adapters import find_base
 from cpo_kernels.objective import log_ratios
+from cpo_kernels.options import suggests_arguments
 
 from .host import WAY_OUT, replaced, require_names
 from .padded_rows import MeanLogitsRequest, exact_head
@@ -27,6 +28,7 @@ from .trl_losses import PairLosses, PairLossRequest
 TESTED = "1.16"
 
 
+@partial(suggests_arguments, passes_to=DPOTrainer)
 class FusedDPOTrainer(DPOTrainer):
     """``trl.DPOTrainer`` whose loss and gradients come from hidden states in one pass, by :func:`attach_linear_loss`.
 

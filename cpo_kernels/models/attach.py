@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from cpo_kernels.options import suggests_arguments
+
 from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head
 from .prefix.masks import with_prefix_tree
@@ -37,6 +39,7 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@suggests_arguments
 def attach_linear_loss(model: Model, *, verify: bool = True) -> Model:
     """Teach a causal language model to compute the fused loss in its forward pass.
 

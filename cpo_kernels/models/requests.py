@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cpo_kernels.engine.statistics import linear_token_statistics
 from cpo_kernels.functional import linear_cpo_loss, linear_sequence_logps, linear_sequence_loss
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
 from cpo_kernels.layout import CandidateLayout
+from cpo_kernels.options import suggests_arguments
 
 from .adapters import AppliedHead
 
@@ -77,6 +79,7 @@ class ExactValues:
         self.values = values
 
 
+@partial(suggests_arguments, passes_to=linear_cpo_loss)
 class CPORequest:
     """A request to a model for the loss of :func:`cpo_kernels.linear_cpo_loss`.
 
@@ -112,6 +115,7 @@ class CPORequest:
         )
 
 
+@partial(suggests_arguments, passes_to=linear_sequence_loss)
 class SequenceLossRequest:
     """A request for the loss of :func:`cpo_kernels.linear_sequence_loss`, any function of the log-likelihoods.
 
@@ -143,6 +147,7 @@ class SequenceLossRequest:
         return LinearLossOutput(loss=linear_sequence_loss(*tensors, self.loss_fn, layout=self.layout, **options))
 
 
+@partial(suggests_arguments, passes_to=linear_sequence_logps)
 class LogpsRequest:
     """A request for the log-likelihoods of :func:`cpo_kernels.linear_sequence_logps`, one per segment.
 
@@ -164,6 +169,7 @@ class LogpsRequest:
         return LinearLossOutput(logps=logps, embeddings=embeddings)
 
 
+@partial(suggests_arguments, passes_to=linear_token_statistics)
 class StatisticsRequest:
     """A request for :func:`cpo_kernels.linear_token_statistics` of some rows, without gradient.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,21 @@ def is_managed(module: nn.Module) -> bool:
     if _is_fsdp_module(module):
         return True
     return any(p.numel() == 0 or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def gathered(value: Any) -> Any:
+    """Bring the whole of a parameter that ZeRO-3 has sharded, within the context; all processes have to enter it."""
+    if not hasattr(value, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([value])
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of the whole of a tensor, also of one that ZeRO-3 has emptied."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
 
 
 def run_inside(modules: Sequence[nn.Module], compute: Callable[[Tensor], Any], hidden: Tensor) -> Any:

@@ -28,6 +28,7 @@ from .seeds import token_seeds
 from .wrong import is_wrong
 
 
+@suggests_arguments
 @dataclass(frozen=True)
 class Sampling:
     """How completions are sampled.

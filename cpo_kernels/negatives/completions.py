@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from cpo_kernels.options import suggests_arguments
+
 from .autoregressive import Sampling
 from .endpoint import Endpoint, EndpointError
 from .progress import progress_bar
@@ -23,6 +25,7 @@ class Completion(NamedTuple):
     ended: bool
 
 
+@suggests_arguments
 class CompletionsEndpoint(Endpoint):
     """A language model behind an endpoint ``/completions``; see :class:`~.endpoint.Endpoint` for its arguments.
 

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from cpo_kernels.options import suggests_arguments
+
 from .batch import draw_others
 from .truncation import draw_cuts
 
 
+@suggests_arguments
 @dataclass(frozen=True)
 class Negative:
     """A candidate besides the ground truth.

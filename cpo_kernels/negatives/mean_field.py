@@ -229,6 +229,7 @@ def _split(targets: Tensor, cu_tokens: Sequence[int] | None) -> list[list[int]]:
     return [tokens[start:end] for start, end in pairwise(bounds)]
 
 
+@suggests_arguments
 def finish(samples: Tensor, completion: Sequence[int], eos_token_id: int | Sequence[int]) -> list[list[int]]:
     """Put the tokens drawn for one ground truth in their places, and cut each text behind its first drawn EOS.
 

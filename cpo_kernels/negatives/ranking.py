@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.layout import check_boundaries
+from cpo_kernels.options import suggests_arguments
 
 
+@suggests_arguments
 def similarity_ranks(
     embeddings: Tensor, cu_groups: Sequence[int], base_ranks: Sequence[int] | None = None
 ) -> list[int]:
@@ -79,6 +81,7 @@ def _directions(embeddings: Tensor, cu_groups: Sequence[int]) -> Tensor:
     return scaled / scaled.norm(dim=1, keepdim=True)
 
 
+@suggests_arguments
 def mean_pool(hidden: Tensor, rows: Tensor, cu_tokens: Sequence[int]) -> Tensor:
     """Average the hidden states of each candidate's tokens, an embedding without a pass of its own.
 
@@ -101,6 +104,7 @@ def mean_pool(hidden: Tensor, rows: Tensor, cu_tokens: Sequence[int]) -> Tensor:
     return sums / lengths.clamp(min=1).unsqueeze(1)
 
 
+@suggests_arguments
 class SentenceEmbedder:
     """Embeddings of texts by a model of ``sentence-transformers``.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cpo_kernels.kernels import counter_random
+from cpo_kernels.options import suggests_arguments
 
 REQUEST_MASK = 2**31 - 1  # Servers differ in how many bits of a seed they take; all take 31.
 
@@ -35,6 +36,7 @@ def chosen(seed: int, total: int, count: int) -> list[int]:
     return list(range(total)) if count >= total else sorted(Random(seed).sample(range(total), count))
 
 
+@suggests_arguments
 def token_seeds(seed: int, step: int, example: int | Sequence[int], length: int | Sequence[int]) -> Tensor:
     """Derive seeds (N,), int64 on the CPU, for the N tokens of one or more examples; all bits of them are mixed.
 

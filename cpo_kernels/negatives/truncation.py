@@ -71,6 +71,7 @@ def draw_cuts(completion: Sequence[int], eos_token_id: int | Sequence[int], coun
     return rng.sample(cuts, min(count, len(cuts)))
 
 
+@suggests_arguments
 def truncate(
     completion: Sequence[int], rows: Sequence[Row], cut: int, eos_token_id: int | Sequence[int]
 ) -> tuple[list[int], list[Row]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cpo_kernels.options import suggests_arguments
+
 from .endings import without_end
 
 
+@suggests_arguments
 def is_wrong(negative: Sequence[int], completion: Sequence[int], eos_token_id: int | Sequence[int] = ()) -> bool:
     """Tell whether a drawn completion can be a negative: it has tokens, and they are not those of the ground truth.
 

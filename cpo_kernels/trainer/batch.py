@@ -13,6 +13,7 @@ from torch import Tensor
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import PrefixTree, pack_groups
 from cpo_kernels.negatives import Negative, truncate
+from cpo_kernels.options import suggests_arguments
 
 TRUTH = "truth"
 
@@ -31,6 +32,7 @@ class Segment:
     ref_logp: float | None = None
 
 
+@suggests_arguments
 @dataclass
 class ContrastBatch:
     """A batch to which groups are added one by one, and which :meth:`tensors` packs.

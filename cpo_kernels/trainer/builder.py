@@ -62,7 +62,10 @@ class BatchBuilder:
         if ref_logps is not None:
             inputs["ref_logps"] = ref_logps
         elif not self.ranking.by_reference:  # A reference that ranks candidates has to read all of them.
-            inputs |= batch.reference_tensors()
+            known = batch.reference_tensors()
+            # A sharded reference runs in all processes or in none, and others may have candidates to read.
+            if "unread" in known or not self.negatives.sources.synced_gpus:
+                inputs |= known
         self.ranking.rank_texts(batch, inputs)
         return inputs
 

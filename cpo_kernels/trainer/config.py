@@ -112,6 +112,7 @@ SECTIONS = {
 }
 
 
+@suggests_arguments
 @dataclass(repr=False)
 class CPOConfig(TrainingArguments):
     """Arguments of :class:`~cpo_kernels.trainer.CPOTrainer`: ``L = alpha * contrast + mle_weight * MLE``.
@@ -493,6 +494,3 @@ class CPOConfig(TrainingArguments):
             raise ValueError(
                 f"max_prompt_length must be in [1, max_length) = [1, {self.max_length}), got {self.max_prompt_length}"
             )
-
-
-CPOConfig.__init__ = suggests_arguments(CPOConfig.__init__)  # type: ignore[method-assign]

@@ -23,6 +23,7 @@ from .formats import Example, check_no_text, normalize_example
 TOKENIZER_BATCH = 1000
 
 
+@suggests_arguments
 class TokenizedExamples(Dataset):
     """Prompts, completions and their negatives as token ids; item i holds its own index.
 

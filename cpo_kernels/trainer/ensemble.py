@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from cpo_kernels.models.sharded import gathered, whole_shape
+from cpo_kernels.options import suggests_arguments
+
+from .zero import loading_whole
+
 Source = str | os.PathLike[str]
 Weights = Mapping[str, Tensor]
 
 
+@suggests_arguments
 def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Tensor]:
     """Average the states of two models: ``alpha * first + (1 - alpha) * second``, entry by entry.
 
@@ -35,6 +41,7 @@ def ensemble(first: nn.Module, second: nn.Module, alpha: float) -> dict[str, Ten
     return _average_states(_state(first), _state(second), alpha)
 
 
+@suggests_arguments
 def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source, alpha: float) -> None:
     """Write the ensemble of two saved models, with the configuration and the tokenizer of the first.
 
@@ -71,6 +78,7 @@ def ensemble_checkpoints(first_dir: Source, second_dir: Source, out_dir: Source,
         tokenizer.save_pretrained(out_dir)
 
 
+@suggests_arguments
 class EnsembleCallback(TrainerCallback):
     """A callback that writes an ensemble of the trained and another model to ``output_dir/ensemble`` at the end.
 
@@ -102,15 +110,18 @@ class EnsembleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write the ensemble and the tokenizer; sharded parameters are gathered by all processes, one at a time."""
-        trained = _gather(_state(model), keep=state.is_world_process_zero)
-        if not state.is_world_process_zero:
+        keep, other = state.is_world_process_zero, self.other
+        trained = _gather(_state(model), keep)
+        if isinstance(other, nn.Module):
+            given = _gather(_state(other), keep)
+        elif keep:
+            with loading_whole():  # in this process alone
+                given = _state(AutoModelForCausalLM.from_pretrained(other))
+        if not keep:
             return
-        other = self.other
-        if not isinstance(other, nn.Module):
-            other = AutoModelForCausalLM.from_pretrained(other)
         out = os.path.join(args.output_dir, "ensemble")
         _check_not_a_file(out)
-        model.save_pretrained(out, state_dict=_average_states(trained, _state(other), self.alpha))
+        model.save_pretrained(out, state_dict=_average_states(trained, given, self.alpha))
         if kwargs.get("processing_class") is not None:
             kwargs["processing_class"].save_pretrained(out)
 
@@ -135,9 +146,10 @@ def check_alike(first: Weights, second: Weights) -> None:
             raise ValueError(f"only the {where} model has {name!r}; expected two models of the same architecture")
     for name, own in first.items():
         other = second[name]
-        if own.shape != other.shape or own.is_floating_point() != other.is_floating_point():
+        shape, of_other = whole_shape(own), whole_shape(other)
+        if shape != of_other or own.is_floating_point() != other.is_floating_point():
             raise ValueError(
-                f"{name!r} is {own.dtype} {tuple(own.shape)} in the first model and {other.dtype} {tuple(other.shape)} "
+                f"{name!r} is {own.dtype} {tuple(shape)} in the first model and {other.dtype} {tuple(of_other)} "
                 "in the second; expected two models of the same architecture"
             )
         if not own.is_floating_point() and not torch.equal(own, other.to(own.device)):
@@ -178,8 +190,9 @@ def _gather(state: Weights, keep: bool) -> dict[str, Tensor]:
     whole: dict[Tensor, Tensor] = {}
     for tensor in state.values():
         if tensor not in whole:
-            gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            whole[tensor] = gathered.detach().cpu() if keep else gathered.detach().new_empty(0)
+            with gathered(tensor):
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                whole[tensor] = full.detach().cpu() if keep else full.detach().new_empty(0)
     return {name: whole[tensor] for name, tensor in state.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, nn
+
+from cpo_kernels.models.sharded import gathered
 
 SCHEME = "xxh3-128"  # Begins every fingerprint: fingerprints of other schemes cannot be compared.
 # Keys of configurations that do not affect the computation.
@@ -79,7 +80,7 @@ def _contents(model: nn.Module) -> dict[str, Any]:
 
 def _digest(value: Any, name: str) -> str:
     state = xxhash.xxh3_128()
-    with _gathered(value):
+    with gathered(value):
         for part in _parts(value, name):
             if not isinstance(part, Tensor):
                 state.update(pickle.dumps(part))
@@ -89,15 +90,6 @@ def _digest(value: Any, name: str) -> str:
             for start in range(0, len(values), CHUNK_BYTES):
                 state.update(values[start : start + CHUNK_BYTES].cpu().numpy().data)
     return state.hexdigest()
-
-
-def _gathered(value: Any) -> Any:
-    """Gather a parameter that ZeRO-3 has sharded, within the context."""
-    if not hasattr(value, "ds_id"):
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([value])
 
 
 def _parts(value: Any, name: str) -> Iterator[Any]:

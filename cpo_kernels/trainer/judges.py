@@ -17,6 +17,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cpo_kernels.functional import linear_sequence_logps
 from cpo_kernels.layout import CandidateLayout
 from cpo_kernels.models import LogpsRequest, attach_linear_loss
 from cpo_kernels.models.head import evaluating, positions_of
 from cpo_kernels.negatives.endings import end_token_ids
 from cpo_kernels.negatives.endpoint import Endpoint, EndpointError
+from cpo_kernels.options import suggests_arguments
 
 from .config import default_length
 from .data import tokenize_examples
@@ -60,6 +63,7 @@ class Question(NamedTuple):
     second: str
 
 
+@partial(suggests_arguments, passes_to=Endpoint)
 class ChatJudge(Endpoint):
     """A chat model behind an OpenAI-compatible endpoint.
 
@@ -138,6 +142,7 @@ def parse_verdict(answer: str) -> Verdict:
     return VERDICTS[match[1].lower()] if match else None
 
 
+@partial(suggests_arguments, passes_to=linear_sequence_logps)
 class LikelihoodJudge:
     """A judge that prefers the continuation with the higher log-likelihood per token under a local model.
 

@@ -13,6 +13,7 @@ from cpo_kernels.negatives.endings import special_tokens, without_end
 from cpo_kernels.negatives.kinds import Task, counted_kinds
 from cpo_kernels.negatives.mean_field import replaced_positions
 from cpo_kernels.negatives.seeds import generator, token_seeds
+from cpo_kernels.options import refuse_unknown
 
 from .along_truth import Passage, Reading, read
 from .config import CPOConfig
@@ -50,6 +51,8 @@ class NegativeSampler:
         max_length: int | None = None,
         **more: int,
     ) -> None:
+        further = counted_kinds()
+        refuse_unknown(type(self), more.keys() - further.keys(), also=further)
         self.examples, self.eos_token_id, self.seed, self.max_length = examples, eos_token_id, seed, max_length
         self.counts = more | {
             "num_batch_negatives": num_batch_negatives,

@@ -145,9 +145,10 @@ def _compute(
     scores: list[tuple[int, list[float]]] = []
     hidden = disable_tqdm or not accelerator.is_local_main_process
     with progress_bar("Reference scores", "example", len(mine), hidden) as bar:
-        for start in range(0, len(mine), batch_size):
+        # A model that is sharded runs in all processes or in none: one without examples left scores some example again.
+        for start in range(0, len(range(0, num_examples, accelerator.num_processes)), batch_size):
             indices = mine[start : start + batch_size]
-            own = score(indices)
+            own = score(indices or [0])[: len(indices)]
             scores += [(index, logps.tolist()) for index, logps in zip(indices, own, strict=True)]
             bar.update(len(indices))
     scores = sorted(gather_object(scores))

@@ -13,6 +13,7 @@ from cpo_kernels.negatives import Negative, SentenceEmbedder, similarity_ranks
 from .batch import ContrastBatch
 from .config import CPOConfig
 from .reference import Reference
+from .zero import loading_whole
 
 Ids = Sequence[int]
 
@@ -37,7 +38,8 @@ class Ranking:
         name = config.embedding_model if self.wanted else None
         if name is not None and tokenizer is None:
             raise ValueError(f"embedding_model={name!r} reads text; pass the tokenizer")
-        self._embedder = None if name is None else SentenceEmbedder(name, device=str(device))
+        with loading_whole():
+            self._embedder = None if name is None else SentenceEmbedder(name, device=str(device))
 
     @property
     def by_reference(self) -> bool:

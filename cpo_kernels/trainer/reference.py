@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +20,7 @@ from cpo_kernels.models.head import evaluating
 from .batch import body_inputs, layout_of
 from .config import CPOConfig
 from .fingerprint import fingerprint
+from .zero import copy_model, serve, shards_parameters, under_deepspeed
 
 
 class Reference:
@@ -37,6 +36,7 @@ class Reference:
 
     def __init__(self, model: Callable[[], nn.Module], adapters: bool) -> None:
         self._model, self.adapters = model, adapters
+        self.engine: Any = None  # of DeepSpeed, whose hooks end with it
         self._start = trained_besides_adapters(model()) if adapters else {}
         # Computed before parameters are sharded or trained.
         self.fingerprint = self.take_fingerprint()
@@ -72,7 +72,7 @@ class Reference:
         now = {name: parameters[name].data for name in self._start}
         try:
             for name, value in self._start.items():
-                self._start[name] = parameters[name].data = value.to(now[name].device)
+                self._start[name] = parameters[name].data = value.to(now[name])
             yield
         finally:
             for name, value in now.items():
@@ -157,8 +157,7 @@ def make_reference(
     model = accelerator.unwrap_model(policy())
     if ref_model is None and hasattr(model, "disable_adapter"):
         reference = Reference(policy, adapters=True)
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if sharded and reference.moving:
+        if reference.moving and shards_parameters(accelerator):
             raise ValueError(
                 f"{reference.moving[0]!r} is trained besides the adapters, so the model without them does not stay as "
                 "it was, and sharded parameters cannot be put back; pass ref_model, or train the adapters alone"
@@ -166,11 +165,14 @@ def make_reference(
         return None, reference
     if ref_model is None and config.reference == "precomputed":  # The policy is scored before it is trained.
         return None, Reference(policy, adapters=False)
-    frozen = attach_linear_loss(copy.deepcopy(model) if ref_model is None else ref_model)
+    frozen = attach_linear_loss(copy_model(model) if ref_model is None else ref_model)
     frozen = frozen.eval().requires_grad_(False)
     reference = Reference(lambda: frozen, adapters=False)
     # Sharding moves parameters to the device by itself, one group at a time.
-    frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
+    if under_deepspeed(accelerator):
+        reference.engine = serve(frozen, accelerator)
+    else:
+        frozen = fsdp2_prepare_model(accelerator, frozen) if accelerator.is_fsdp2 else frozen.to(accelerator.device)
     return frozen, reference
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from torch import nn
 
+from cpo_kernels.models.sharded import whole_shape
 from cpo_kernels.negatives.endings import SpecialTokens
 from cpo_kernels.negatives.redaction import without_secrets
 
@@ -85,7 +86,7 @@ def _plain(value: Any) -> Any:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """Return what besides its weights decides how a model trains; a resumed run gets it from its caller."""
-    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(name, tuple(whole_shape(p))) for name, p in model.named_parameters() if p.requires_grad]
     about = {name: _plain(own) for name, own in architecture(model).items()}
     return {
         "class": type(model).__name__.removeprefix("FSDP"),

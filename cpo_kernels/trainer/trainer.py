@@ -33,6 +33,7 @@ from .ranking import Ranking, ranks_by_similarity
 from .reference import Sources, make_reference, not_saved_with_adapters
 from .resumable import ResumableTrainer
 from .run_record import data_record, frozen_fingerprints, model_record, settings_of, tokens_record
+from .zero import serving
 
 logger = logging.get_logger(__name__)
 
@@ -248,6 +249,10 @@ class CPOTrainer(ResumableTrainer):
         prompts = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return max(1, args.autoregressive_batch_size // (prompts * count))
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Move inputs to the device as Trainer does; log-likelihoods stay float32, which it rounds under DeepSpeed."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
     # The loss
 
     def compute_loss(
@@ -381,6 +386,8 @@ class CPOTrainer(ResumableTrainer):
         """Run the loop of Trainer, with exact means over groups and tokens in place of means over batches."""
         self._eval_examples, self._eval_sums = dataloader.dataset, MetricSums()
         output = super().evaluation_loop(dataloader, description, True, *args, **kwargs)
+        if self.is_deepspeed_enabled:  # ZeRO-3 cannot save parameters that it fetched for a backward pass to come
+            cast(Any, self.deepspeed).empty_partition_cache()
         prefix = kwargs.get("metric_key_prefix", "eval") + "_"
         means = self._means(self._eval_sums, prefix)
         nll = means[f"{prefix}nll_loss"]
@@ -419,8 +426,9 @@ class CPOTrainer(ResumableTrainer):
             return {}
         directory = Path(self.args.reference_cache or Path(str(self.args.output_dir), "reference_scores"))
         scores = {}
-        for step, examples in self._own_datasets():
-            scores[examples.digest, step] = precompute(directory, self._batches, examples, step, self.accelerator)
+        with serving(self._policy, self.accelerator):
+            for step, examples in self._own_datasets():
+                scores[examples.digest, step] = precompute(directory, self._batches, examples, step, self.accelerator)
         # The reference is not used any more.
         self.reference, self.ref_model, self._negatives.sources.reference = None, None, None
         return scores

@@ -189,6 +189,7 @@ class WinRate:
     unjudged: int = 0
 
 
+@suggests_arguments
 def win_rate(judgements: Sequence[Verdict]) -> WinRate:
     """Compute the win rate over independent pairs.
 

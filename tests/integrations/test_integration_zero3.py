@@ -1,14 +1,14 @@
-"""The fused loss under DeepSpeed ZeRO-3, in two gloo processes; skipped where DeepSpeed, no dependency, is missing."""
+"""The fused loss under DeepSpeed ZeRO-3, in two gloo processes: `make test-deepspeed`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from deepspeed_cases import NEEDS_DEEPSPEED
 from processes import run_script
 from project import SUPPORT
 
-pytestmark = pytest.mark.cpu
-pytest.importorskip("deepspeed", reason="needs DeepSpeed, which the project does not depend on")
+pytestmark = [pytest.mark.cpu, NEEDS_DEEPSPEED]
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ ALLOWED = {
     "loss_table": set(),
     "kernels": {"loss_table"},
     "options": {"loss_table"},
-    "layout": set(),
+    "layout": {"options"},
     "objective": {"kernels", "loss_table", "options"},
     "engine": LEAVES,
     "functional": LEAVES | {"engine"},

@@ -7,6 +7,7 @@ from torch.nn.functional import logsigmoid
 
 from cpo_kernels.integrations.losses import log_odds
 from cpo_kernels.loss_table import LOSSES, TRL_NAMES, Pair, trl_options
+from cpo_kernels.options import suggests_arguments
 
 from .pairs import Output, run_pairs
 
@@ -14,6 +15,7 @@ from .pairs import Output, run_pairs
 DPO_LOSS_TYPES = tuple(name for name in TRL_NAMES if not trl_options(name)["length_normalized"])
 
 
+@suggests_arguments
 class LigerFusedLinearCPOLoss(nn.Module):
     """CPO of Xu et al. 2024 (arXiv 2401.08417): no reference, ``alpha`` weighs the NLL of the chosen sequences."""
 
@@ -43,6 +45,7 @@ class LigerFusedLinearCPOLoss(nn.Module):
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
 
+@suggests_arguments
 class LigerFusedLinearSimPOLoss(nn.Module):
     """SimPO of Meng et al. 2024 (arXiv 2405.14734): means over tokens, and ``gamma`` as the margin of the scores."""
 
@@ -74,6 +77,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         return run_pairs(self, losses, lin_weight, _input, target, bias)
 
 
+@suggests_arguments
 class LigerFusedLinearDPOLoss(nn.Module):
     """DPO of Rafailov et al. 2023 (arXiv 2305.18290) and its variants, by Liger's and TRL's names of ``loss_type``."""
 

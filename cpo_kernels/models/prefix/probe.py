@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from cpo_kernels.models.adapters import find_base
 from cpo_kernels.models.head import evaluating, find_body, positions_of
 from cpo_kernels.models.sharded import is_sharded
+from cpo_kernels.options import suggests_arguments
 
 from .masks import IMPLEMENTATIONS, layer_windows, tree_inputs
 from .tree import PrefixTree, SharedBatch, pack_groups
@@ -29,6 +30,7 @@ LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "attention_lay
 ATTENTION = ("full_attention", "sliding_attention", "attention", "global")
 
 
+@suggests_arguments
 def check_prefix_sharing(model: nn.Module) -> None:
     """Check that packed rows give a model the hidden states of separate rows.
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from cpo_kernels.options import suggests_arguments
+
 CAPACITIES = (4, 5, 6, 7, 8)  # row capacities to try, in quarters of the longest group
 
 
+@suggests_arguments
 @dataclass
 class PrefixTree:
     """Which position of a packed row belongs to which branch of which group.
@@ -57,6 +60,7 @@ class SharedBatch:
     rows: list[list[list[int]]]
 
 
+@suggests_arguments
 def pack_groups(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[Sequence[int]]],
