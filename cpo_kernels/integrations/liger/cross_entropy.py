@@ -19,7 +19,7 @@ class CrossEntropyOutput:
 
     Attributes:
         loss: a scalar, or (N,) with ``reduction="none"``.
-        z_loss: the part of the loss that is the z-loss, without gradient, or None.
+        z_loss: the part of the loss that is the z-loss, without gradient, in the dtype of the input; or None.
         token_accuracy: share of tokens whose target has the largest logit, or 1 and 0 for each token with
             ``reduction="none"``; or None.
         predicted_tokens: (N,) int64, the word of the largest logit, -1 where there is no token; or None.
@@ -110,7 +110,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             loss, z_loss = cross_entropy(hidden, weight, targets, bias, kind, self.reduction)
             if not (self.return_z_loss or self.return_token_accuracy or self.return_predicted_tokens):
                 return loss
-            out = CrossEntropyOutput(loss, z_loss if self.return_z_loss else None)
+            out = CrossEntropyOutput(loss, z_loss.to(_input.dtype) if self.return_z_loss else None)
             if not (self.return_token_accuracy or self.return_predicted_tokens):
                 return out
             absent = targets == IGNORE_INDEX
