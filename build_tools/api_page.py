@@ -20,10 +20,14 @@ V vocabulary entries, H hidden units. All options in one list: [Options A to Z](
 CONTENTS = {
     "The loss, from hidden states": (
         "cpo_kernels",
-        "linear_cpo_loss linear_sequence_loss linear_sequence_logps linear_token_logps linear_token_statistics plan",
+        "linear_cpo_loss linear_sequence_loss linear_sequence_logps linear_token_logps linear_token_statistics "
+        "linear_token_entropy plan",
     ),
     "From logits and log-likelihoods": ("cpo_kernels", "cpo_loss sequence_logps token_logps contrastive_loss"),
-    "What they take and return": ("cpo_kernels", "CandidateLayout CPOOutput TokenStatistics Plan VocabShard"),
+    "What they take and return": (
+        "cpo_kernels",
+        "CandidateLayout CPOOutput TokenStatistics LogpsAndEntropy Plan VocabShard",
+    ),
     "Modules": ("cpo_kernels", "CPOLoss LinearCPOLoss"),
     "Inside a Hugging Face model": (
         "cpo_kernels.models",
@@ -44,7 +48,12 @@ CONTENTS = {
     ),
     "In place of Liger's losses": (
         "cpo_kernels.integrations.liger",
-        "LigerFusedLinearDPOLoss LigerFusedLinearCPOLoss LigerFusedLinearSimPOLoss",
+        "LigerFusedLinearDPOLoss LigerFusedLinearCPOLoss LigerFusedLinearSimPOLoss LigerFusedLinearORPOLoss "
+        "LigerFusedLinearKTOLoss LigerFusedLinearGRPOLoss LigerFusedLinearCrossEntropyLoss CrossEntropyOutput",
+    ),
+    "In place of Cut Cross-Entropy": (
+        "cpo_kernels.integrations.cut_cross_entropy",
+        "linear_cross_entropy LinearCrossEntropy VocabParallelOptions",
     ),
     "Other losses": ("cpo_kernels.integrations.losses", "kto kto_baseline orpo info_nca nca gspo"),
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 try:
     from . import backends
+    from .engine.entropy import LogpsAndEntropy, linear_token_entropy
     from .engine.plan import Plan
     from .engine.statistics import TokenStatistics, linear_token_statistics
     from .engine.vocab_parallel import VocabShard
@@ -45,6 +46,7 @@ __all__ = [
     "CPOTrainer",
     "CandidateLayout",
     "LinearCPOLoss",
+    "LogpsAndEntropy",
     "Plan",
     "TokenStatistics",
     "VocabShard",
@@ -55,6 +57,7 @@ __all__ = [
     "linear_cpo_loss",
     "linear_sequence_logps",
     "linear_sequence_loss",
+    "linear_token_entropy",
     "linear_token_logps",
     "linear_token_statistics",
     "plan",

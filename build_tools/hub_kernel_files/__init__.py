@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import backends, layers
+from .engine.entropy import LogpsAndEntropy, linear_token_entropy
 from .engine.plan import Plan
 from .engine.statistics import TokenStatistics, linear_token_statistics
 from .engine.vocab_parallel import VocabShard
@@ -26,6 +27,7 @@ __all__ = [
     "CPOOutput",
     "CandidateLayout",
     "LinearCPOLoss",
+    "LogpsAndEntropy",
     "Plan",
     "TokenStatistics",
     "VocabShard",
@@ -36,6 +38,7 @@ __all__ = [
     "linear_cpo_loss",
     "linear_sequence_logps",
     "linear_sequence_loss",
+    "linear_token_entropy",
     "linear_token_logps",
     "linear_token_statistics",
     "plan",

@@ -20,6 +20,7 @@ from cpo_kernels.engine.inputs import autocast
 from cpo_kernels.engine.vocab_parallel import VocabShard
 from cpo_kernels.functional import linear_token_logps
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
+from cpo_kernels.options import suggests_arguments
 
 from .cross_entropy import group_size, head_options, sum_in_one_pass
 from .target_logits import target_logits
@@ -33,6 +34,7 @@ IMPLEMENTATIONS = (
 )
 
 
+@suggests_arguments
 @dataclass
 class VocabParallelOptions:
     """Which vocabulary entries this process holds, by Cut Cross-Entropy's names.
@@ -77,6 +79,7 @@ def shard_of(options: Any, c: Tensor) -> VocabShard | None:
     return kept[1]
 
 
+@suggests_arguments
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,
@@ -193,6 +196,7 @@ def shifted(targets: Tensor, shift: int) -> Tensor:
     return torch.cat([targets[..., shift:], end], -1)
 
 
+@suggests_arguments
 class LinearCrossEntropy(nn.Module):
     """:func:`linear_cross_entropy` as a module; the options are its arguments."""
 

@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 
 from cpo_kernels.engine.entropy import linear_token_entropy
 from cpo_kernels.engine.vocab_parallel import VocabShard
+from cpo_kernels.options import suggests_arguments
 
 from .host import replaced, require_names
 
@@ -32,6 +33,7 @@ USERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forwa
 _shards: dict[Any, VocabShard] = {}
 
 
+@suggests_arguments
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -29,7 +29,7 @@ def by_our_products(model: nn.Module) -> Iterator[None]:
     """
     replaced = [layer for layer in model.modules() if _is_linear(layer) and "forward" not in vars(layer)]
     for layer in replaced:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer)
     try:
         yield
     finally:

@@ -198,12 +198,13 @@ class _Generator:
 
         device, width = self.model.device, max(map(len, prompts))
         ids = [[self.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        read = torch.tensor(ids, device=device), torch.tensor(mask, device=device)  # (P, T) each
+        there = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        read = torch.tensor(ids, device=device), torch.tensor(there, device=device)  # (P, T) each
         which = torch.tensor(owners, device=device)  # (B,)
         drawing = [*_warpers(self.sampling), _SeededChoice(torch.tensor(seeds, device=device), width)]
         # The last processor draws a token and rules out all others, so that greedy search returns it.
-        processors, tokens = LogitsProcessorList(drawing), self.sampling.max_new_tokens
+        processors: Any = LogitsProcessorList(drawing)
+        tokens = self.sampling.max_new_tokens
         text, mask = (part[which] for part in read)  # (B, T) each
         state: dict[str, Any] = {}
         if self.reads_once:

@@ -18,8 +18,8 @@ from cpo_kernels.options import suggests_arguments
 pytestmark = pytest.mark.cpu
 # What calls return, and a row of a table of the package: nobody else makes them.
 RESULTS = {
-    *("CPOOutput", "Completion", "Kind", "LinearLossOutput", "MeanField", "Plan", "Report", "SharedBatch"),
-    *("TokenStatistics", "VocabShard"),
+    *("CPOOutput", "Completion", "CrossEntropyOutput", "Kind", "LinearLossOutput", "LogpsAndEntropy", "MeanField"),
+    *("Plan", "Report", "SharedBatch", "TokenStatistics", "VocabShard"),
 }
 # All of its arguments are TRL's.
 TRL = "cpo_kernels.integrations.trl"

@@ -11,6 +11,7 @@ from cpo_kernels.engine.inputs import autocast
 from cpo_kernels.integrations.cross_entropy import TokenLoss, cross_entropy, predicted_words
 from cpo_kernels.integrations.targets import without_ignored
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
+from cpo_kernels.options import suggests_arguments
 
 
 @dataclass
@@ -31,6 +32,7 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
 
 
+@suggests_arguments
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """The cross-entropy of tokens under ``_input @ lin_weight.T``, whose logits are never stored whole.
 

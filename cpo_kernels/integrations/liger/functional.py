@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cpo_kernels.options import suggests_arguments
+
 from .cross_entropy import CrossEntropyOutput, LigerFusedLinearCrossEntropyLoss
 from .grpo import LigerFusedLinearGRPOLoss
 from .pairs import Output
@@ -17,6 +19,7 @@ from .preference import (
 from .unpaired import LigerFusedLinearKTOLoss
 
 
+@suggests_arguments
 def liger_fused_linear_cpo(
     _input: Tensor,
     weight: Tensor,
@@ -36,6 +39,7 @@ def liger_fused_linear_cpo(
     return LigerFusedLinearCPOLoss(*options)(weight, _input, target, bias)
 
 
+@suggests_arguments
 def liger_fused_linear_simpo(
     _input: Tensor,
     weight: Tensor,
@@ -55,6 +59,7 @@ def liger_fused_linear_simpo(
     return LigerFusedLinearSimPOLoss(*options)(weight, _input, target, bias)
 
 
+@suggests_arguments
 def liger_fused_linear_dpo(
     _input: Tensor,
     weight: Tensor,
@@ -92,6 +97,7 @@ def liger_fused_linear_dpo(
     return loss(weight, _input, target, bias, ref_input, ref_weight, ref_bias)
 
 
+@suggests_arguments
 def liger_fused_linear_orpo(
     _input: Tensor,
     weight: Tensor,
@@ -109,6 +115,7 @@ def liger_fused_linear_orpo(
     return loss(weight, _input, target, bias, nll_target)
 
 
+@suggests_arguments
 def liger_fused_linear_kto(
     _input: Tensor,
     weight: Tensor,
@@ -131,6 +138,7 @@ def liger_fused_linear_kto(
     return loss(_input, weight, target, bias, preference_labels, ref_input, ref_weight, ref_bias, kl)
 
 
+@suggests_arguments
 def liger_fused_linear_grpo(
     _input: Tensor,
     weight: Tensor,
@@ -175,6 +183,7 @@ def liger_fused_linear_grpo(
     return loss(*samples, *others, vllm_is_ratio, num_items_in_batch)
 
 
+@suggests_arguments
 def liger_fused_linear_cross_entropy(
     input: Tensor,
     weight: Tensor,

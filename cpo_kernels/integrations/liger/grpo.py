@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from cpo_kernels.functional import linear_sequence_loss, linear_token_logps
 from cpo_kernels.integrations.targets import mark_absent
 from cpo_kernels.kernels.numerics import accumulate_dtype
+from cpo_kernels.options import suggests_arguments
 
 from .pairs import Output
 from .policy import LOSS_TYPES, OF_TOKENS_ONLY, Given, Terms, terms_of, token_weights
 
 
+@suggests_arguments
 class LigerFusedLinearGRPOLoss(nn.Module):
     """GRPO of Shao et al. 2024 (arXiv 2402.03300) and its relatives, by Liger's and TRL's names of ``loss_type``."""
 

@@ -140,6 +140,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         return run_pairs(self, losses, lin_weight, _input, target, bias, ref)
 
 
+@suggests_arguments
 class LigerFusedLinearORPOLoss(nn.Module):
     """ORPO of Hong et al. 2024 (arXiv 2403.07691): odds of means over tokens, ``beta`` as the paper's lambda."""
 

@@ -10,10 +10,12 @@ from cpo_kernels.integrations.logit_sums import summed_logits
 from cpo_kernels.integrations.losses import kto
 from cpo_kernels.integrations.targets import without_ignored
 from cpo_kernels.kernels.numerics import IGNORE_INDEX
+from cpo_kernels.options import suggests_arguments
 
 from .pairs import Output
 
 
+@suggests_arguments
 class LigerFusedLinearKTOLoss(nn.Module):
     """KTO of Ethayarajh et al. 2024 (arXiv 2402.01306), with equal weights of good and of bad answers."""
 
