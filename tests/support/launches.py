@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpo_kernels.engine.tokens
 import cpo_kernels.objective
+from cpo_kernels.kernels import registry
 
 PRODUCT = "product"
 FREE = ("empty", "detach", "alias", "lift_fresh", "_unsafe_view")
@@ -32,13 +34,18 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         space, _, name = func._schema.name.partition("::")
-        if space == "cpo_kernels":
-            if name.startswith("gemm"):
-                self.names.append(PRODUCT)
-                return None
-        elif not is_view(func) and not any(word in name for word in FREE) and not is_poison(name, args):
+        if (
+            space != "cpo_kernels"
+            and not is_view(func)
+            and not any(word in name for word in FREE)
+            and not is_poison(name, args)
+        ):
             self.names.append(name)
         return func(*args, **(kwargs or {}))
+
+    def product(self, *_operands: Any) -> None:
+        """Record a product in place of a backend's."""
+        self.names.append(PRODUCT)
 
     def before(self) -> list[str]:
         """Return what was launched before the first product."""
@@ -85,8 +92,13 @@ def recorded(monkeypatch: Any) -> Iterator[Recorder]:
         return tensor
 
     tokens, objective = cpo_kernels.engine.tokens, cpo_kernels.objective
+    backends = {
+        name: replace(backend, gemm_=recorder.product, gemm_pair_=recorder.product)
+        for name, backend in registry.BACKENDS.items()
+    }
     with monkeypatch.context() as patch:
         patch.setattr(interpreter().GridExecutor, "__call__", launch)
+        patch.setattr(registry, "BACKENDS", backends)
         patch.setattr(tokens, "to_host", to_host)
         patch.setattr(tokens, "upload", upload)
         patch.setattr(tokens, "is_host", lambda device: False)
