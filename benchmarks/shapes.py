@@ -127,6 +127,9 @@ CASES = (
     bf16("openllama-3b 512", OPENLLAMA_3B, 2, 64, **NEXT),  # a small vocabulary under a wide model
     fp32("gpt2-xl 512", GPT2_XL, 2, 64, **ALONE),
     fp32("openllama-3b 512", OPENLLAMA_3B, 2, 64, **ALONE),
+    bf16("llama3-8b 256", LLAMA3_8B, 2, 32, **ALONE),
+    bf16("qwen3 256", QWEN3, 2, 32, **ALONE),  # the shape of TRL's issue 7244
+    bf16("gemma3 256", GEMMA3, 2, 32, **ALONE),  # the largest vocabulary
     *(make("llama3 512 frozen", LLAMA3, 4, 32, mode=FROZEN, **ALONE) for make in (fp32, bf16)),
 )
 _TEN = {"rounds": 10}
