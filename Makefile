@@ -14,7 +14,7 @@ GPU_PYTHON ?= python3
 PARTS ?=
 OUT ?= gpu-results
 
-.PHONY: demo study test test-oldest test-newest test-frameworks test-deepspeed lint types check docs docs-pages warnings \
+.PHONY: demo study test test-oldest test-newest test-frameworks test-deepspeed lint types check docs docs-pages screens warnings \
 	check-arm check-triton check-resolution check-hub-kernel check-quantized constraints bench bench-docs bench-compare gpu-check \
 	hub-kernel wheels time-install lint-workflows info clean
 
@@ -47,6 +47,10 @@ build/docs/.ready: pyproject.toml constraints.txt
 	build/docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		$(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ,)
 	@touch $@
+
+# Pictures of README's first screen and of three pages, in docs/screens.
+screens: docs $(VENV)/.dev
+	$(BIN)/python build_tools/screens.py
 
 # docs/options.md and docs/api.md, from the code.
 docs-pages: $(VENV)/.dev
