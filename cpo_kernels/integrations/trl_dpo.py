@@ -128,6 +128,7 @@ class FusedDPOTrainer(DPOTrainer):
 
         Those of the negatives are (G,) if no example so far has more than one negative, else padded to (G, K).
         """
+        self._read_losses()  # where a trainer of axolotl precomputes them, nothing else has
         logps = self._ref_logps(model, inputs).split(inputs["group_sizes"])
         negatives = [pad(own[1:], (0, self.most_negatives - len(own) + 1)) for own in logps]
         return torch.stack([own[0] for own in logps]), torch.stack(negatives).squeeze(1)

@@ -45,7 +45,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
     weight = layer.weight
-    if not _takes(x, weight):
+    if not _takes(x, weight, layer.bias):
         return type(layer).forward(layer, x)
     factor = weight.t() if type(layer) is nn.Linear else weight  # (K, N); Conv1D keeps its weight that way
     out = x.new_empty(x.numel() // x.shape[-1], factor.shape[1])
@@ -55,8 +55,9 @@ def _forward(layer: Any, x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
+def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     recorded = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
     plain = type(x) is Tensor and type(weight) is nn.Parameter and weight.device.type == x.device.type == "cpu"
-    alike = plain and x.dtype == weight.dtype and x.numel() > 0 and weight.numel() >= LEAST_WEIGHTS
-    return not recorded and alike and gemm_supported(x.dtype, x.dtype)
+    alike = plain and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
+    large = x.numel() > 0 and weight.numel() >= LEAST_WEIGHTS
+    return not recorded and alike and large and gemm_supported(x.dtype, x.dtype)

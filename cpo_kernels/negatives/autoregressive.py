@@ -208,8 +208,11 @@ class _Generator:
         text, mask = (part[which] for part in read)  # (B, T) each
         state: dict[str, Any] = {}
         if self.reads_once:
+            before = _kept_tensors(self.model)
             first = self._generate(*read, 1, LogitsProcessorList())
-            self.reads_once = _can_be_repeated(first.past_key_values)
+            self.reads_once = _can_be_repeated(first.past_key_values, width) and _same(
+                before, _kept_tensors(self.model)
+            )
             if self.reads_once:
                 chosen = processors(text, first.logits[0][which]).argmax(-1, keepdim=True)
                 text, mask = torch.cat([text, chosen], 1), torch.cat([mask, torch.ones_like(chosen)], 1)
@@ -237,13 +240,26 @@ class _Generator:
         return self.model.generate(input_ids=ids, attention_mask=mask, **options, **state)
 
 
-def _can_be_repeated(cache: Any) -> bool:
-    """Tell whether a cache holds keys and values of every token it has read and nothing else, a row a text."""
+def _kept_tensors(model: Any) -> list[Tensor]:
+    """Return what modules keep besides parameters and buffers, such as the offsets of positions of some models."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def _same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(one is other for one, other in zip(before, after, strict=True))
+
+
+def _can_be_repeated(cache: Any, width: int) -> bool:
+    """Tell whether a cache holds keys and values of ``width`` tokens and nothing else, a row a text.
+
+    Virtual tokens of prompt tuning, which lie before a prompt, are more than it.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     rows = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and all(type(layer) in rows for layer in cache.layers)
+    plain = type(cache) is DynamicCache and all(type(layer) in rows for layer in cache.layers)
+    return plain and cache.get_seq_length() == width
 
 
 def _warpers(sampling: Sampling) -> list[Any]:

@@ -231,7 +231,10 @@ class CPOTrainer(ResumableTrainer):
     def _look_ahead(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> None:
         """Fetch the examples of the coming steps whose negatives are written together."""
         every = self.steps_written_at_once
-        for _ in range(every - self.state.global_step % every):
+        window = every - self.state.global_step % every
+        if self.state.max_steps > 0:  # nothing is written for steps that will not be
+            window = max(1, min(window, self.state.max_steps - self.state.global_step))
+        for _ in range(window):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
             if not batches and self._upcoming:
                 return

@@ -103,6 +103,7 @@ RUNS = {
     "dpo": {"rl": "dpo", "rl_beta": 0.3},
     "ipo": {"rl": "ipo", "rl_beta": 0.3},
     "simpo": {"rl": "simpo", "rl_beta": 0.3, "simpo_gamma": 0.2, "cpo_alpha": 0.5},
+    "dpo, precomputed": {"rl": "dpo", "rl_beta": 0.3, "precompute_ref_log_probs": True},
     "dpo, lora": {"rl": "dpo", "rl_beta": 0.3, **LORA},
     # Last: axolotl's kernels for adapters, of SFT, change the attention of all models that the process loads after it.
     "sft, lora": LORA,

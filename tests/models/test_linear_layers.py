@@ -84,6 +84,13 @@ def test_what_else_has_a_hand_in_a_layer_runs_as_it_is(products, run, expected):
     assert products.call_count == expected
 
 
+def test_a_bias_of_another_dtype_is_torchs_error():
+    layer = nn.Linear(512, 640).bfloat16()
+    layer.bias = nn.Parameter(layer.bias.float())
+    with torch.no_grad(), by_our_products(layer), pytest.raises(RuntimeError):
+        layer(torch.randn(2, 512).bfloat16())
+
+
 def test_hooks_run_and_everything_is_as_before(products):
     model, seen = Two(), []
     model.second.register_forward_hook(lambda *_: seen.append(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import tiny_models
@@ -11,7 +12,14 @@ import torch
 from generating_worker import EOS, PAD, PROMPTS
 from processes import run_script
 from project import SUPPORT
-from transformers import MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from cpo_kernels import CandidateLayout, attach_linear_loss, linear_cpo_loss
 from cpo_kernels.negatives import Completion, Sampling, autoregressive_negatives, write_negatives
@@ -102,6 +110,30 @@ def test_a_draw_depends_on_its_own_prompt_alone(make_model):
     assert draw(model, keys=[10, 1, 2, 3, 4])[0] != expected[0]
     samples = draw(model, 8, [[3, 4, 5], [3, 4, 5]])
     assert len({tuple(c) for of_prompt in samples for c in of_prompt}) > 10
+
+
+def multimodal():
+    """A model that keeps the offsets of the positions of the texts that it has read."""
+    text = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    torch.manual_seed(0)
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+
+
+def prompt_tuned(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, f"{kind}TuningConfig")(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    torch.manual_seed(0)
+    return peft.get_peft_model(tiny_models.gpt2(), config)
+
+
+@pytest.mark.parametrize(
+    "make_model", [multimodal, partial(prompt_tuned, "Prompt"), partial(prompt_tuned, "Prefix")], ids=str
+)
+def test_what_a_model_keeps_besides_a_cache_of_the_prompt_is_not_repeated(make_model):
+    model = make_model()
+    assert [own[:1] for own in draw(model, 3)] == draw(model, 1)
 
 
 @pytest.mark.parametrize("make_model", [tiny_models.llama, tiny_models.gpt2, mistral, mamba])

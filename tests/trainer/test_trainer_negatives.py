@@ -92,10 +92,10 @@ def test_autoregressive_negatives_are_written_for_several_steps_at_once(tmp_path
 
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
-    [(12, [(0, 12), (3, 4), (4, 8)]), (7, [(step, 4) for step in range(5)]), (3, [(step, 4) for step in range(5)])],
+    [(12, [(0, 12), (3, 4), (4, 4)]), (7, [(step, 4) for step in range(5)]), (3, [(step, 4) for step in range(5)])],
 )
 def test_steps_whose_texts_fill_a_batch_are_written_at_once_by_default(tmp_path, monkeypatch, batch_size, expected):
-    """Four texts a step, four steps an epoch; a window of three steps ends with the epoch."""
+    """Four texts a step, four steps an epoch; a window of three steps ends with the epoch, and with the run."""
     options = {"autoregressive_batch_size": batch_size, "num_autoregressive_negatives": 1, "max_steps": 5, **NONE}
     run = trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **options)
     calls = []
