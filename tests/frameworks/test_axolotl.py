@@ -93,7 +93,11 @@ def run(folder: Path, **own: Any) -> Any:
 
 
 def logged(trainer: Any) -> list[dict[str, float]]:
+    """Return what was logged; before anything is learned rewards are 0, and which is larger is rounding."""
     rows = trainer.state.log_history
+    for row in rows:
+        if abs(row.get("rewards/margins", 1.0)) < 1e-5:
+            row.pop("rewards/accuracies")
     return [{name: value for name, value in row.items() if not any(p in name for p in LEFT_OUT)} for row in rows]
 
 
