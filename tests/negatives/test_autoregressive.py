@@ -129,7 +129,9 @@ def prompt_tuned(kind):
 
 
 @pytest.mark.parametrize(
-    "make_model", [multimodal, partial(prompt_tuned, "Prompt"), partial(prompt_tuned, "Prefix")], ids=str
+    "make_model",
+    [multimodal, partial(prompt_tuned, "Prompt"), partial(prompt_tuned, "Prefix")],
+    ids=["multimodal", "prompt tuning", "prefix tuning"],
 )
 def test_what_a_model_keeps_besides_a_cache_of_the_prompt_is_not_repeated(make_model):
     model = make_model()
