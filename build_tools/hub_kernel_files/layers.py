@@ -6,7 +6,7 @@ reads only what that class holds, which the annotations name.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,10 @@ class CPOLoss(nn.Module):
         ref_logps: Tensor | None = None,
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> CPOOutput:
         """Compute ``cpo_loss``."""
-        return cpo_loss(logits, targets, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options)
+        return cpo_loss(logits, targets, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options, **unknown)
 
 
 class LinearCPOLoss(nn.Module):
@@ -100,8 +101,17 @@ class LinearCPOLoss(nn.Module):
         ref_logps: Tensor | None = None,
         ranks: Tensor | None = None,
         bias: Tensor | None = None,
+        **unknown: NoReturn,
     ) -> CPOOutput:
         """Compute ``linear_cpo_loss``."""
         return linear_cpo_loss(
-            hidden, weight, targets, layout=layout, ref_logps=ref_logps, ranks=ranks, bias=bias, **self.options
+            hidden,
+            weight,
+            targets,
+            layout=layout,
+            ref_logps=ref_logps,
+            ranks=ranks,
+            bias=bias,
+            **self.options,
+            **unknown,
         )
