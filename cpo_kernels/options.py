@@ -234,7 +234,7 @@ def suggests_arguments(function: Callable[P, R], passes_to: Callable[..., Any] |
 
     @wraps(called)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        refuse_unknown(function, kwargs.keys() - known, also=passed)
+        refuse_unknown(function, [name for name in kwargs if name not in known], also=passed)
         return called(*args, **kwargs)
 
     if not isinstance(function, type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -94,6 +95,10 @@ def dense_kto(module: Any, arguments: tuple, kl: Any) -> tuple[Tensor, tuple[Ten
     return loss, tuple(x.detach() for x in (*sums, *rewards))
 
 
+@pytest.mark.skipif(
+    "unsqueeze(1)" in inspect.getsource(LigerFusedLinearKTOFunction.preference_loss_fn),
+    reason="this liger-kernel gives each sequence's reward the label of every other",
+)
 @DTYPES
 @pytest.mark.parametrize("name", KTO)
 def test_kto_equals_liger(name, dtype):
