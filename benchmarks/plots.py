@@ -105,7 +105,7 @@ STEPS = {  # ways of ours to run a step, with their contestants
 
 def steps(part: Part, _style: Style) -> Figure:
     """Draw speed and peak memory of whole steps over TRL's, a group of bars a case."""
-    cases = by_case(part.select(having="tokens_per_second"))
+    cases = by_case(part.select(having="of_trl"))
     figure, both = plt.subplots(1, 2, figsize=(WIDTH, 1.0 + 0.62 * len(cases)), layout="constrained", sharey=True)
     thick = 0.8 / len(STEPS)
     for index, (label, names) in enumerate(STEPS.items()):
@@ -167,7 +167,7 @@ PICTURES: dict[str, tuple[Callable[[Part, Style], Figure], str]] = {
     "heads": (heads, "floor"),
     "growth": (growth, "seconds"),
     "lengths": (lengths, "total"),
-    "steps": (steps, "tokens_per_second"),
+    "steps": (steps, "of_trl"),
     "negatives": (negatives, "of_mle"),
 }
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cpo_kernels.kernels.cpu.gemm import gemm, gemm_supported
 
+LINEAR = (nn.Linear, Conv1D)
 # Below so many weights, what surrounds a product takes longer than the product.
 LEAST_WEIGHTS = 2**18
 
@@ -27,7 +29,7 @@ def by_our_products(model: nn.Module) -> Iterator[None]:
     A layer runs as it is on another device than a CPU, where gradients are recorded, under autocast, for a weight that
     is small, sharded or of another dtype than its input, and where its forward has been replaced.
     """
-    replaced = [layer for layer in model.modules() if _is_linear(layer) and "forward" not in vars(layer)]
+    replaced = [layer for layer in model.modules() if type(layer) in LINEAR and "forward" not in vars(layer)]
     for layer in replaced:
         layer.forward = partial(_forward, layer)
     try:
@@ -35,12 +37,6 @@ def by_our_products(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in replaced:
             del layer.forward
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return type(layer) in (nn.Linear, Conv1D)
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
