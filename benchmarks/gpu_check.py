@@ -122,7 +122,7 @@ def measured(settings: Settings, module: str, file: str = "") -> list[str]:
 
 
 # Of the suite those that decide bars first.
-SUITE_ORDER = ("heads", "lengths", "filters", "negatives", "sharing", "steps", "wide", "growth", "adapters", "liger")
+SUITE_ORDER = ("heads", "lengths", "filters", "negatives", "sharing", "steps", "growth", "adapters", "liger")
 PARTS: dict[str, Command] = {
     "build": build,
     "tests-1": partial(tests, shard=1),

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from benchmarks import training
-from benchmarks.bars import BOUND, SEPARATE
+from benchmarks.bars import AT_PEAK, BOUND, SEPARATE
 from benchmarks.contestants import OURS
 from benchmarks.measure import Agreement, Case, Contestant, dtype_name, each, measure
 from benchmarks.meters import Call
@@ -39,6 +39,7 @@ STOCK, PATCHED = "TRL", "TRL, patch_fused_head()"
 FUSED = {"dpo": "FusedDPOTrainer", "xu_cpo": "FusedCPOTrainer"}
 OBJECTIVES = {"dpo": "DPO", "xu_cpo": "CPO of Xu et al."}
 BETA = 0.1
+PRODUCTS = {"dpo": 4, "xu_cpo": 3}  # of the head: forward, two of gradients, and the reference's forward
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the loss and of the gradient's norm
 
 
@@ -80,11 +81,18 @@ def beside_trl(pairs: Given, setting: Setting) -> Iterator[Record]:
             return agree(result) | {"loss": float(result[0])}
 
         rate = {"values": lambda seconds: {"tokens_per_second": fed(pairs) / seconds}}
-        contestants = [Contestant(name, build, check, **rate) for name, build in trainers.steps().items()]
         sizes = {"N": fed(pairs) // 2, "K": 1, "work": pairs.kind, "pairs": pairs.groups, "tokens": fed(pairs)}
+        contestants = [Contestant(name, build, check, **rate) for name, build in trainers.steps().items()]
+
+        def head_at_peak(seconds: float) -> dict[str, float]:
+            flops = PRODUCTS[pairs.kind] * 2 * sizes["N"] * pairs.sizes.vocabulary * pairs.sizes.width
+            peak = setting.ceilings.get(dtype_name(pairs.dtype))
+            return {AT_PEAK: seconds / (seconds + flops / (1e12 * peak))} if peak else {}
+
+        bound = Contestant(BOUND, partial(trainers.our_step, "off", free=True), values=head_at_peak)
         case = Case(
             name_of(pairs),
-            [*contestants, Contestant(BOUND, partial(trainers.our_step, "off", free=True))],
+            [*contestants, bound],
             pairs.conditions | sizes,
             speeds={"of_trl": STOCK},
             rounds=setting.rounds(5, 5),

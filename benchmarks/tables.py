@@ -17,6 +17,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "floor_ours": ("x our products", "{:.3f}"),
     "of_ours": ("x ours", "{:.2f}"),
     "of_trl": ("TRL's time over it", "{:.2f}"),
+    "of_bound_at_peak": ("bound, head at the peak", "{:.0%}"),
     "of_mle": ("x MLE", "{:.2f}"),
     "of_base": ("x without", "{:.3f}"),
     "ratio": ("ratio", "{:.2f}"),

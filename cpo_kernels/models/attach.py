@@ -18,6 +18,7 @@ from cpo_kernels.options import suggests_arguments
 
 from .adapters import apply_head, find_base, head_modules
 from .head import check_head, find_body, find_head
+from .linear_layers import by_our_products
 from .prefix.masks import with_prefix_tree
 from .prefix.tree import PrefixTree
 from .quantised import keep_trainable
@@ -142,7 +143,7 @@ def _linear_forward(
             raise ValueError(f"{name} has no meaning together with linear_loss, which brings its own targets")
     body, head, reading = find_body(model), find_head(model), model._head_reading
     given = kwargs if tree is None else with_prefix_tree(model, tree, kwargs)
-    with one_gradient(body, find_embedding(model), head) as tied:
+    with one_gradient(body, find_embedding(model), head) as tied, by_our_products(body):
         outputs = body(*args, **{**given, **_router_keyword(model, kwargs), "use_cache": False, "return_dict": True})
     rows = outputs.last_hidden_state
     if not reading.direct:

@@ -201,6 +201,19 @@ def test_a_gpu_that_was_asked_for_some_bars_lacks_the_others():
     assert told == {True: 2, None: 9}
 
 
+def test_a_missed_step_says_how_near_the_bound_a_head_at_the_peak_comes():
+    trl, shared, own, bound = step_records(1.5, 1.8)
+    bound.values[bars.AT_PEAK] = 0.87
+    (bar,) = bars.steps(parts("steps", trl, shared, own, bound))
+    assert bar.why.endswith("at the machine's peak they would leave 87% of the bound")
+
+
+def test_a_share_of_the_peak_stands_beside_that_of_the_bare_products():
+    own = Record("c", OURS, {"of_peak": 0.8, "floor_ours": 1.1}, SIZES)
+    bar = next(iter(bars.exact_loss(parts("heads", own))))
+    assert bar.measured == "80%; its bare products 88.0%"
+
+
 @pytest.mark.parametrize(
     ("ratio", "bound", "met"),
     [(1.7, 1.8, [True]), (1.6, 1.8, [False]), (1.99, 2.2, [False]), (2.1, 2.4, [False]), (2.0, None, [])],

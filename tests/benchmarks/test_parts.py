@@ -13,7 +13,20 @@ from torch.testing import assert_close
 
 pytest.importorskip("transformers")
 
-from benchmarks import contestants, filters, growth, heads, lengths, negatives, real_run, shapes, sharing, steps, texts
+from benchmarks import (
+    bars,
+    contestants,
+    filters,
+    growth,
+    heads,
+    lengths,
+    negatives,
+    real_run,
+    shapes,
+    sharing,
+    steps,
+    texts,
+)
 from benchmarks.contestants import FLOOR, FLOOR_OURS, OURS, OURS_FP32_LOGITS, OURS_PAIRS
 from benchmarks.lengths import Life, Stopwatch, Task, live
 from benchmarks.measure import AnotherLossError
@@ -416,6 +429,15 @@ def test_the_bound_runs_the_body_and_never_the_head(tmp_path, monkeypatch):
     assert loss.isfinite() and len(grads) >= len(body) > 4
     with pytest.raises(RuntimeError, match="the head ran"):
         whole()
+
+
+def test_the_bound_says_how_near_a_head_at_the_peak_comes(monkeypatch):
+    """By hand: one pair of two words, so four words are predicted, by four products of (4, H) and (H, V) in DPO."""
+    monkeypatch.setitem(sys.modules, "trl", None)
+    case, setting = replace(CASE, groups=1, tokens=2), replace(QUICK, ceilings={"float32": 1e-9})
+    bound = {record.contestant: record for record in steps.beside_trl(case, setting)}[steps.BOUND].values
+    at_peak = 4 * 2 * 4 * case.sizes.vocabulary * case.sizes.width / 1e3  # at 1,000 operations a second
+    assert bound[bars.AT_PEAK] == pytest.approx(bound["seconds"] / (bound["seconds"] + at_peak), rel=1e-12)
 
 
 def test_a_wrong_trainer_has_a_note_and_no_values(monkeypatch):

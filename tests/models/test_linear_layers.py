@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from unittest.mock import patch
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from pairwise import pairwise
 from tolerance import assert_accurate
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from cpo_kernels import CandidateLayout, attach_linear_loss
 from cpo_kernels.kernels.cpu.gemm import gemm, gemm_supported
-from cpo_kernels.models import linear_layers
+from cpo_kernels.models import CPORequest, linear_layers
 from cpo_kernels.models.linear_layers import by_our_products
 
 pytestmark = pytest.mark.cpu
@@ -62,15 +66,19 @@ def under_autocast(model, x):
         return model(x)
 
 
-def with_gradients(model, x):
-    with torch.enable_grad():
-        out = model(x)
-    assert out.requires_grad
-    return out
+def kept_elsewhere(model, x):
+    with torch.enable_grad(), torch.autograd.graph.save_on_cpu():
+        return model(x)
+
+
+def compiled(model, x):
+    model.second.compile(backend="eager")
+    return model(x)
 
 
 @pytest.mark.parametrize(
-    ("run", "expected"), [(with_gradients, 0), (under_autocast, 0), (changed_forward, 1), (lambda m, x: m(x), 2)]
+    ("run", "expected"),
+    [(kept_elsewhere, 0), (under_autocast, 0), (compiled, 1), (changed_forward, 1), (lambda m, x: m(x), 2)],
 )
 def test_what_else_has_a_hand_in_a_layer_runs_as_it_is(products, run, expected):
     if not gemm_supported(torch.float32, torch.float32):
@@ -82,6 +90,71 @@ def test_what_else_has_a_hand_in_a_layer_runs_as_it_is(products, run, expected):
         with by_our_products(model):
             torch.testing.assert_close(run(model, x), wanted, rtol=1e-4, atol=1e-4)
     assert products.call_count == expected
+
+
+@pairwise(
+    {
+        "dtype": [torch.float32, torch.bfloat16],
+        "shape": [(512,), (3, 5, 512)],
+        "frozen": ["nothing", "weight", "bias", "input"],
+        "expanded": [False, True],
+    }
+)
+def test_gradients_are_those_of_the_layers(products, dtype, shape, frozen, expanded):
+    """Also where the gradient of the output is one number, repeated."""
+    torch.manual_seed(0)
+    model, x = Two().to(dtype), torch.randn(shape).to(dtype).requires_grad_(frozen != "input")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    asked = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
+    upstream = torch.ones(()).expand(*shape[:-1], 7) if expanded else torch.randn(*shape[:-1], 7)
+
+    def gradients(model, x, asked):
+        with torch.enable_grad():
+            return torch.autograd.grad(model(x), asked, upstream.to(x.dtype))
+
+    plain = gradients(model, x, asked)
+    with by_our_products(model):
+        found = gradients(model, x, asked)
+    wide, wide_x = deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad)
+    exact = gradients(wide, wide_x, [t for t in (wide_x, *wide.parameters()) if t.requires_grad])
+    of_weights, of_inputs = 2 * (frozen != "weight"), 1 + (frozen != "input")
+    assert products.call_count == (2 + of_weights + of_inputs if gemm_supported(dtype, dtype) else 0)
+    for ours, torchs, right in zip(found, plain, exact, strict=True):
+        assert ours.dtype == dtype
+        assert_accurate(ours, torchs, right, "gradient")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_activations_have_the_same_gradients(reentrant):
+    """Checkpointing runs the layers a second time in the backward pass, after the context."""
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(3, 512, requires_grad=True)
+    wanted = torch.autograd.grad(model(x).sum(), model.first.weight)
+    with by_our_products(model):
+        loss = checkpoint(model, x, use_reentrant=reentrant).sum()
+    loss.backward()
+    torch.testing.assert_close(model.first.weight.grad, *wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_second_derivative_is_refused_not_wrong(products):
+    model, x = Two(), torch.randn(3, 512, requires_grad=True)
+    with by_our_products(model):
+        (first,) = torch.autograd.grad((model.second(x @ torch.randn(512, 640)) ** 2).sum(), x, create_graph=True)
+    if products.call_count:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
+def test_a_model_with_the_loss_runs_forward_and_backward_by_our_products(products):
+    config = GPT2Config(vocab_size=64, n_embd=512, n_layer=1, n_head=4, n_positions=16, bos_token_id=1, eos_token_id=1)
+    model, ids = attach_linear_loss(GPT2LMHeadModel(config).train()), torch.randint(64, (2, 8))
+    products.reset_mock()
+    request = CPORequest(ids.flatten()[1:8], CandidateLayout([0, 3, 7], [0, 2], rows=torch.arange(7)))
+    model(ids, linear_loss=request).loss.backward()
+    large = [layer for layer in model.transformer.h.modules() if getattr(layer, "nx", 0) * getattr(layer, "nf", 0)]
+    assert len(large) == 4
+    assert products.call_count == (3 * 4 if gemm_supported(torch.float32, torch.float32) else 0)
 
 
 def test_a_bias_of_another_dtype_is_torchs_error():
@@ -99,4 +172,4 @@ def test_hooks_run_and_everything_is_as_before(products):
             model(torch.randn(2, 512))
         raise RuntimeError("stop")
     assert seen == [1]
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert [type(module) for module in model.children()] == [Conv1D, nn.Linear, nn.Linear]
