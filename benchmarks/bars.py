@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks import records
 from benchmarks.contestants import OURS, OURS_FP32_LOGITS
-from benchmarks.records import NOTHING, Part, Parts, Record, heads
+from benchmarks.records import NOTHING, Part, Parts, Record
 from benchmarks.shapes import BAR_4K, BAR_LOSSES, FROZEN, LOGPS, NO_GRAD
 from benchmarks.tables import markdown
 
@@ -54,20 +54,15 @@ class Bar:
     """Holds one line."""
 
     what: str  # the bar's row of the contract, and to what it was applied
-    measured: str  # the value in words
-    bar: str  # the value it is held against
-    met: bool | None  # None where it was not measured
+    bar: str = ""  # the value it is held against
+    measured: str = ""  # the value in words
+    met: bool | None = None  # None where it was not measured
     why: str = ""  # it was missed or not measured
 
     @property
     def verdict(self) -> str:
         """Returns met, missed or not measured."""
         return NOT_MEASURED if self.met is None else "met" if self.met else "**missed**"
-
-
-def missing(what: str, bar: str = "", why: str = "", measured: str = "") -> Bar:
-    """Return a bar without a verdict."""
-    return Bar(what, measured, bar, None, why)
 
 
 def held(
@@ -90,9 +85,9 @@ def held(
         own = factor * float(record.values[name])
         met = compared(own, bar)
         told = f"{own:.4g}{unit}{spread(record)}{bare_products(record) if name == 'of_peak' else ''}"
-        yield Bar(what + label(record), told, limit, met, "" if met else WHY[why])
+        yield Bar(what + label(record), limit, told, met, "" if met else WHY[why])
     if not measured:
-        yield missing(what, limit)
+        yield Bar(what, limit)
 
 
 def spread(record: Record) -> str:
@@ -114,13 +109,13 @@ def sizes(record: Record) -> str:
 
 def exact_loss(parts: Parts) -> Iterator[Bar]:
     """Check loss and gradients against the peak of the CPU; on a GPU against bare products, milliseconds and memory."""
-    what, part = "exact loss and gradients as a share of the peak", heads(parts)
+    what, part = "exact loss and gradients as a share of the peak", parts.get("heads", NOTHING)
     if "gpu" not in part.environment:
         # A case with a note is about a peer that allows so few tokens only.
         own = [r for r in part.select(OURS, work="cpo", prompt=0.0) if not r.note and r.conditions["mode"] != NO_GRAD]
         yield from held(own, "of_peak", 100 * LOSS, what, label=sizes, **OF_PEAK)
     if "gpu" not in parts:
-        yield missing("loss and gradients on an H200, N=8192, H=4096, V=128256", f"<= {H200_LOSS:g}x floor", GPU)
+        yield Bar("loss and gradients on an H200, N=8192, H=4096, V=128256", f"<= {H200_LOSS:g}x floor", why=GPU)
         return
     for shape in BAR_LOSSES:
         own, what, short = parts["gpu"].select(OURS, case=shape.name), f"{OURS}, {shape.name}", shape == BAR_4K
@@ -143,11 +138,14 @@ def small_sizes(parts: Parts) -> Iterator[Bar]:
 
 def peers(parts: Parts) -> Iterator[Bar]:
     """Check that ours is faster than each peer on the same work."""
-    what, measured = "faster than every peer", [p for p in (heads(parts), parts.get("gpu", NOTHING)) if p.records]
+    what, measured = (
+        "faster than every peer",
+        [p for p in (parts.get("heads", NOTHING), parts.get("gpu", NOTHING)) if p.records],
+    )
     for part in measured or [NOTHING]:
         yield from against_all(what, part)
     if not any("gpu" in part.environment for part in measured):
-        yield missing("faster than Cut Cross-Entropy's kernels and QuACK", "> 1", "they need a GPU")
+        yield Bar("faster than Cut Cross-Entropy's kernels and QuACK", "> 1", why="they need a GPU")
 
 
 def against_all(what: str, part: Part, value: str = "of_ours") -> Iterator[Bar]:
@@ -159,7 +157,7 @@ def against_all(what: str, part: Part, value: str = "of_ours") -> Iterator[Bar]:
     for name, rivals in cases.items():
         yield against_fastest(f"{what}{name}", rivals, part, value)
     if not cases:
-        yield missing(what, "> 1")
+        yield Bar(what, "> 1")
 
 
 def against_fastest(what: str, rivals: Sequence[Record], part: Part, value: str) -> Bar:
@@ -167,12 +165,12 @@ def against_fastest(what: str, rivals: Sequence[Record], part: Part, value: str)
     fair = [record for record in rivals if record.values.get("rounds") == rounds_of_ours(record, part)]
     left = f" ({len(rivals) - len(fair)} had fewer rounds)" if len(fair) < len(rivals) else ""
     if not fair:
-        return missing(what, "> 1", f"of unequal numbers of rounds{left}")
+        return Bar(what, "> 1", why=f"of unequal numbers of rounds{left}")
     nearest = min(fair, key=lambda record: record.values[value])
     found, stopped = nearest.values[value], ">= " if nearest.stopped else ""
     done = f", {nearest.values['batches']:.0f} batches done" if nearest.stopped else ""
     named = f"{nearest.contestant}: {stopped}{found:.2f}x ours{spread(nearest)}{done}; {len(fair)} peers{left}"
-    return Bar(what, named, "> 1", found > 1, "" if found > 1 else WHY["peers"])
+    return Bar(what, "> 1", named, found > 1, "" if found > 1 else WHY["peers"])
 
 
 def rounds_of_ours(record: Record, part: Part) -> float | None:
@@ -187,7 +185,7 @@ def row_kernels(parts: Parts) -> Iterator[Bar]:
     rows = [r for r in parts.get("gpu", NOTHING).records if r.case.startswith("row kernels") and ", " in r.contestant]
     if not rows:
         what = "row kernels against the copy bandwidth of an H200"
-        yield missing(what, f">= {H200_ROWS:g}", f"{GPU}: `make gpu-check`")
+        yield Bar(what, f">= {H200_ROWS:g}", why=f"{GPU}: `make gpu-check`")
     for record in rows:
         what = f"{record.contestant}, {record.case.removeprefix('row kernels, ')}"
         if record.contestant.endswith("cuda") or "picked" not in record.conditions:
@@ -198,14 +196,14 @@ def row_kernels(parts: Parts) -> Iterator[Bar]:
 
 def peak_memory(parts: Parts) -> Iterator[Bar]:
     """Check all that a call takes beyond inputs and gradients against its budget, at few and at many tokens."""
-    what, found = "peak memory over the budget, default and explicit", heads(parts).select(OURS)
+    what, found = "peak memory over the budget, default and explicit", parts.get("heads", NOTHING).select(OURS)
     yield from held([*found, *parts.get("gpu", NOTHING).select(OURS)], "of_budget", PEAK_MEMORY, what, label=sizes)
 
 
 def without_gradients(parts: Parts) -> Iterator[Bar]:
     """Check log-likelihoods against one product, the faster one."""
     what = "no_grad log-likelihoods over one product"
-    found = [record for record in heads(parts).select(OURS, mode=NO_GRAD) if record.case != LOGPS]
+    found = [record for record in parts.get("heads", NOTHING).select(OURS, mode=NO_GRAD) if record.case != LOGPS]
     floor = "floor_ours" if any("floor_ours" in record.values for record in found) else "floor"
     yield from held(found, floor, NO_GRAD_LOSS, what, label=sizes)
     if "gpu" in parts:
@@ -228,19 +226,20 @@ def filters(parts: Parts) -> Iterator[Bar]:
     for name, own in records.by_case(filtered).items():
         within = [record for record in own if record.values["error_filter"] <= 1e-3]
         if not within:
-            yield Bar(f"{what}, {name}", "no filter within the error", f"<= {FILTERS:g}x", False, WHY["noise"])
+            yield Bar(f"{what}, {name}", f"<= {FILTERS:g}x", "no filter within the error", False, WHY["noise"])
             continue
         best = min(within, key=lambda record: record.values["of_ours"])
         where = f"{what}, {name}{'' if 'NLL' in name else ', contrast alone'} ({best.contestant})"
         yield from held([best], "of_ours", FILTERS, where, why="filters")
     if not filtered:
-        yield missing(what, f"<= {FILTERS:g}x")
+        yield Bar(what, f"<= {FILTERS:g}x")
 
 
 def accuracy(parts: Parts) -> Iterator[Bar]:
     """Check the error of a sum of 1,024 tokens' log-probabilities: by default, on a GPU with float32 logits."""
     what = "sequence log-likelihood against float64, T = 1024, bfloat16 inputs"
-    found = [r for r in heads(parts).select(OURS, case=LOGPS) if "gpu" not in heads(parts).environment]
+    part = parts.get("heads", NOTHING)
+    found = [] if "gpu" in part.environment else part.select(OURS, case=LOGPS)
     found += parts.get("gpu", NOTHING).select(OURS_FP32_LOGITS, case=LOGPS)
     yield from held(found, "nats_largest", ACCURACY, what, " nats", why="accuracy")
 
@@ -248,10 +247,9 @@ def accuracy(parts: Parts) -> Iterator[Bar]:
 def sharing(parts: Parts) -> Iterator[Bar]:
     """Check the body on shared rows."""
     what = "prefix sharing, K = 4, the body against K + 1 rows"
-    shared = parts.get("sharing", NOTHING).select("shared", having="ratio")
-    found = [record for record in shared if record.conditions["attention"] != "sdpa-dense"]
+    found = parts.get("sharing", NOTHING).select("shared", having="ratio")
     if not found:
-        yield missing(what, f">= {SHARING:g}x")
+        yield Bar(what, f">= {SHARING:g}x")
     for record in found:
         attention = record.conditions["attention"]
         where, why = f"{what}: {record.conditions['body']}, {attention}", "eager" if attention == "eager" else "noise"
@@ -272,15 +270,15 @@ def steps(parts: Parts) -> Iterator[Bar]:
         (theirs, ours), ratio = records.value((by_name["TRL"], own), "peak_mib"), ratios[SEPARATE]
         measured = f"{ratio:.2f}x{spread(own)} ({', '.join(more)}), {ours:.0f} of {theirs:.0f} MiB"
         if BOUND not in ratios:
-            yield missing(f"{what}: {name}", limit, "Amdahl's bound was not measured", measured)
+            yield Bar(f"{what}: {name}", limit, measured, why="Amdahl's bound was not measured")
             continue
         least = max(OF_BOUND * ratios[BOUND], STEP if ratios[BOUND] >= BOUND_FOR_STEP else 0.0)
         met, why = ratio >= least and ours < theirs, WHY["steps"]
         if AT_PEAK in by_name[BOUND].values:
             why += f"; at the machine's peak they would leave {by_name[BOUND].values[AT_PEAK]:.0%} of the bound"
-        yield Bar(f"{what}: {name}", measured, limit, met, "" if met else why)
+        yield Bar(f"{what}: {name}", limit, measured, met, "" if met else why)
     if not cases:
-        yield missing(what, limit)
+        yield Bar(what, limit)
 
 
 def truncation(parts: Parts) -> Iterator[Bar]:
@@ -311,7 +309,7 @@ BARS: tuple[Row, ...] = (
 def lines(row: Row, parts: Parts) -> list[Bar]:
     """Return the lines of a row of the contract; one that says what it is about where it has none."""
     counted = {name: part for name, part in parts.items() if not part.void}
-    return list(row(counted)) or [missing(str(row.__doc__).splitlines()[0])]
+    return list(row(counted)) or [Bar(str(row.__doc__).splitlines()[0])]
 
 
 def verdicts(parts: Parts) -> list[Bar]:

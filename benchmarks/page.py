@@ -19,7 +19,7 @@ possible because the products are our own."""
 def render(parts: Parts, name: str, plots: Mapping[str, str]) -> str:
     """Return the whole page; `plots` are file names by part."""
     lines = [f"# Benchmarks: {name}", "## Bars", bars.table(bars.verdicts(parts))]
-    if (part := records.heads(parts)).records:
+    if (part := parts.get("heads", records.NOTHING)).records:
         lines += ["## Times over the floor", MATRIX, matrix(part)]
     for part in (parts[name] for name in PARTS if name in parts):
         lines.append(f"## {part.name}: {PARTS[part.name]}")

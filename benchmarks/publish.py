@@ -55,8 +55,8 @@ def lives(parts: Parts, case: str) -> str:
 # What a block says, by its name: of the parts of its file, and of the words after its name, which `|` separates.
 BLOCKS: dict[str, Callable[..., str]] = {
     "bars": bars.summary,
-    "machine": lambda parts: environment.machine(records.heads(parts).environment),
-    "matrix": lambda parts, *cases: page.matrix(records.heads(parts), cases),
+    "machine": lambda parts: environment.machine(parts["heads"].environment),
+    "matrix": lambda parts, *cases: page.matrix(parts["heads"], cases),
     "part": lambda parts, name: "\n\n".join([*tables.part_tables(parts[name]), page.conditions(parts[name])]),
     "case": lambda parts, name, case: tables.case_table(parts[name].select(case=case)),
     "lives": lives,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,6 @@ def by_case(records: Iterable[Record]) -> dict[str, list[Record]]:
 def value(records: Iterable[Record], name: str) -> list[float]:
     """Return a value of all records that have it."""
     return [record.values[name] for record in records if name in record.values]
-
-
-def heads(parts: Parts) -> Part:
-    """Return the part `heads` with the records of `wide`; a part without any where neither was run."""
-    given = [parts[name] for name in ("heads", "wide") if name in parts] or [NOTHING]
-    return replace(given[0], records=[record for part in given for record in part.records])
 
 
 def load(path: Path) -> Parts:

@@ -166,7 +166,7 @@ def token_logps_of(logits: Tensor, targets: Tensor, bias: Tensor | None, head: H
 
 def row_logps(backend: Backend, logits: Tensor, targets: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """Compute the log-probability of one target a row; plain torch does it under forward-mode differentiation."""
-    forward = plain.row_forward if has_tangent(logits, bias) else backend.rows.forward
+    forward = plain.row_forward if has_tangent(logits, bias) else backend.differentiable_rows
     return forward(logits, targets, None, bias, *head.transform)[1]
 
 

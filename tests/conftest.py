@@ -173,7 +173,7 @@ def emulated_cuda(emulator, hopper_library, cuda_operators, monkeypatch):
         setattr(emulator, name, getattr(hopper, name))
     monkeypatch.setattr(cuda_extension, "capability", lambda device: hopper.capability)
     base = registry.cuda_backend() if "cuda" not in registry.BACKENDS else registry.BACKENDS["cuda"]
-    emulated = replace(base, devices=("cpu",), rows=cuda_operators)
+    emulated = replace(base, devices=("cpu",), differentiable_rows=cuda_operators.forward)
     monkeypatch.setitem(registry.BACKENDS, "cuda", emulated)
     monkeypatch.setattr(registry, "AVAILABLE", tuple(dict.fromkeys((*registry.AVAILABLE, "cuda"))))
     return emulated

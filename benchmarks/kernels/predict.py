@@ -112,7 +112,7 @@ def plan_of(on: Card, rows: int, vocab: int, hidden: int, mode: str, size: int, 
 def ratios(parts: Parts, narrowest: int = NARROWEST) -> list[float]:
     """Return measured over predicted time of the calls of ours on a CPU, at the rates of the same run."""
     found, rates = list[float](), parts["heads"].select(case=CEILINGS)
-    for part in (parts[name] for name in ("heads", "growth", "wide") if name in parts):
+    for part in (parts[name] for name in ("heads", "growth") if name in parts):
         own = part.select(case=CEILINGS) or rates
         (bandwidth,) = records.value(own, "gbs")
         for r in part.select(having="seconds"):

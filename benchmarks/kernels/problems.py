@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import AnotherLossError, NotHereError
 from benchmarks.meters import Call
+from benchmarks.oracle import relative
 from benchmarks.peers import Peer
 from benchmarks.problem import BETA, contrast
 from cpo_kernels import CPOOutput, cpo_loss
@@ -73,7 +74,7 @@ def gradient_error(dtype: torch.dtype) -> float:
 
 def compare(name: str, result: Tensor, expected: Tensor, allowed: float) -> None:
     """Raise :class:`AnotherLossError` unless ||result - expected|| / ||expected|| is within what is allowed."""
-    error = ((result.double() - expected).norm() / expected.norm()).item()
+    error = relative(result, expected)
     if not error <= allowed:  # not `>`: NaN is wrong too
         raise AnotherLossError(f"{name}: relative error {error:.2g}, allowed {allowed:.2g}")
 

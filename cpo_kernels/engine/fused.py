@@ -120,7 +120,7 @@ class LogitsCall:
         with torch.enable_grad():
             # Views keep the graph that the upstream gradient was made by out of this one.
             x, b = logits.view_as(logits), None if bias is None else bias.view_as(bias)
-            logps = self.backend.rows.forward(x, self.targets, None, b, *self.head.transform)[1]
+            logps = self.backend.differentiable_rows(x, self.targets, None, b, *self.head.transform)[1]
             sums = logps.view(self.problem.lengths.numel(), -1).double().sum(-1).to(logps.dtype)
             wanted = [t for t, need in zip((x, b), self.needs, strict=True) if need and t is not None]
             grads = iter(torch.autograd.grad(self.problem.loss(sums).loss, wanted, grad_loss, create_graph=True))

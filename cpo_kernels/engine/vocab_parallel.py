@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from cpo_kernels.kernels.device import default_logits_bytes
 from cpo_kernels.kernels.numerics import IGNORE_INDEX, accumulate_dtype, narrow_view
-from cpo_kernels.kernels.ops import RowKernels, RowOperators
+from cpo_kernels.kernels.ops import RowKernels
 from cpo_kernels.kernels.transform import transform_logits
 from cpo_kernels.options import suggests_arguments
 
@@ -97,7 +97,7 @@ class VocabShard:
             raise ValueError(f"{name} must have the {self.size} rows of vocab_shard, got {tuple(tensor.shape)}")
         return tensor
 
-    def rows(self, kernels: RowKernels | RowOperators) -> RowKernels:
+    def rows(self, kernels: RowKernels) -> RowKernels:
         """Return row kernels that take local logits (R, size) and targets of the whole vocabulary."""
         backward_ = partial(backward_of_words_, kernels, self.start)
         return RowKernels(partial(self._forward, kernels), _no_separate_gradient, backward_)
@@ -115,7 +115,7 @@ class VocabShard:
 
     def _forward(
         self,
-        kernels: RowKernels | RowOperators,
+        kernels: RowKernels,
         logits: Tensor,
         targets: Tensor,
         row_starts: Tensor | None,
@@ -150,7 +150,7 @@ def local_targets(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tenso
 
 
 def backward_of_words_(
-    kernels: RowKernels | RowOperators,
+    kernels: RowKernels,
     start: int,
     logits: Tensor,
     targets: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from trl.trainer import utils
 
-from cpo_kernels.engine.statistics import linear_token_statistics
+from cpo_kernels.engine.entropy import linear_token_entropy
+from cpo_kernels.engine.inputs import autocast
 from cpo_kernels.functional import linear_token_logps
 from cpo_kernels.kernels.transform import transform_logits
 
@@ -22,17 +23,21 @@ TESTED = "1.16"
 FUNCTION, COMPACTS = "_ChunkedLogProbFunction", "_use_triton"
 ARGUMENTS = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
 ARGUMENTS += ["logit_scale", "outputs"]
-# The statistics of a token that TRL's head returns besides its log-probability.
-FIELDS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-CHUNK = 32768  # TRL's number of vocabulary entries at a time in its own computation
-LOGITS = 2**24  # logits held at once where more than the entropy is asked for: 64 MiB
+# The statistics of a token that TRL's head returns besides its log-probability and entropy; none has a gradient.
+OF_LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "log_sum_sq_probs": lambda logits, _: (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1),
+    "mean_logits": lambda logits, _: logits.mean(-1),
+    "is_top1": lambda logits, targets: logits.argmax(-1) == targets,
+}
+LOGITS = 2**24  # logits held at once for them: 64 MiB
 
 
 def patch_fused_head() -> None:
     """Replace TRL's fused head (``add_fused_lm_head``) by ours in this process, from now on.
 
     It may be called before or after a trainer is made. Log-probabilities and their gradients are those of
-    :func:`cpo_kernels.linear_token_logps`; TRL's other statistics take one more product, see :class:`TokenFields`.
+    :func:`cpo_kernels.linear_token_logps`, with entropies (GRPO, RLOO, SFT) those of
+    :func:`cpo_kernels.linear_token_entropy`, of the same product; TRL's other statistics (SFT, DPO, KTO) take one more.
     Prompts and padding are left out of the products, as by TRL's Triton kernels, but on the CPU too. A head that ZeRO-3
     has partitioned keeps TRL's own computation, which gathers it again for the backward pass.
 
@@ -61,7 +66,7 @@ class FusedLogProbs:
         self.stock = stock
 
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Compute log-probabilities (N,) and each of :data:`FIELDS` that is asked for; None for the other fields.
+        """Compute log-probabilities (N,), entropies (N,) and each of :data:`OF_LOGITS`; None for what is not asked for.
 
         Args:
             *arguments: :data:`ARGUMENTS`: hidden (N, H), weight (V, H) in any floating dtype, bias (V,) or None,
@@ -70,12 +75,17 @@ class FusedLogProbs:
         hidden, weight, bias, targets, temperature, _, softcap, scale, outputs = arguments
         if hasattr(weight, "ds_id"):  # gathered for this call only, but our backward pass would read it later
             return self.stock.apply(*arguments)
-        head = {"temperature": temperature, "softcap": softcap, "logit_scale": scale}
-        weight = weight.to(hidden.dtype)
-        logps = linear_token_logps(hidden, weight, targets, bias=bias, **head)
-        if not set(FIELDS) & set(outputs):
-            return logps, *(None for _ in FIELDS)
-        return logps, *TokenFields.apply(hidden, weight, bias, targets, head, outputs, self.stock)
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        weight, entropy = weight.to(hidden.dtype), None
+        head = {"bias": bias, "temperature": temperature, "softcap": softcap, "logit_scale": scale}
+        # TRL asks the policy for entropies and its reference for none: both have to round alike.
+        exact = head | ({} if hidden.dtype == torch.float64 else {"logits_dtype": torch.float32})
+        if "entropy" in outputs:
+            logps, entropy = linear_token_entropy(hidden, weight, targets, **exact)
+        else:
+            logps = linear_token_logps(hidden, weight, targets, **exact)
+        of_logits = fields([name for name in outputs if name in OF_LOGITS], hidden, weight.detach(), targets, **head)
+        return logps, entropy, *(of_logits.get(name) for name in OF_LOGITS)
 
 
 def _replacements() -> dict[str, Any]:
@@ -93,53 +103,13 @@ def _replacements() -> dict[str, Any]:
     return {FUNCTION: FusedLogProbs(stock), COMPACTS: lambda device: device.type == "cpu" or compacts(device)}
 
 
-class TokenFields(torch.autograd.Function):
-    """The :data:`FIELDS` that are asked for, each (N,), None for other fields; only the entropy has a gradient.
-
-    The entropy alone (GRPO, RLOO) is that of :func:`cpo_kernels.linear_token_statistics`. With other fields (SFT, DPO,
-    KTO) all come from one more product in plain torch, 64 MiB of logits at a time. The gradient of the entropy, which
-    only an entropy bonus asks for, is TRL's own computation.
-    """
-
-    @staticmethod
-    def forward(  # noqa: D102
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        head: Any,
-        names: Any,
-        stock: Any,
-    ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head, ctx.stock = head, stock
-        if set(names) <= {"log_probs", "entropy"}:
-            entropy = linear_token_statistics(hidden, weight, targets, entropy=True, bias=bias, **head).entropy
-            return entropy, None, None, None
-        blocks = zip(*(x.split(max(1, LOGITS // len(weight))) for x in (hidden, targets)), strict=True)
-        parts = [fields_of(transform_logits(linear(h, weight).float(), bias, **head), t) for h, t in blocks]
-        columns = [
-            torch.cat(column) if name in names else None
-            for name, column in zip(FIELDS, zip(*parts, strict=True), strict=True)
-        ]
-        ctx.mark_non_differentiable(*(column for column in columns[1:] if column is not None))
-        return tuple(columns)
-
-    @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: D102
-        *inputs, targets = ctx.saved_tensors
-        leaves: Any = [None if x is None else x.detach() for x in inputs]
-        wanted = [x.requires_grad_() for x, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
-        options = ctx.head["temperature"], CHUNK, ctx.head["softcap"], ctx.head["logit_scale"]
-        with torch.enable_grad():
-            entropy = ctx.stock.apply(*leaves, targets, *options, ("entropy",))[1]
-        grads = iter(torch.autograd.grad(entropy, wanted, grad_entropy))
-        return *(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
-
-
-def fields_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Compute :data:`FIELDS` of some rows, each (n,), from their logits (n, V) and targets (n,)."""
-    lse = logits.logsumexp(-1)
-    entropy = lse - (logits.softmax(-1) * logits).sum(-1)
-    return entropy, (2 * logits).logsumexp(-1) - 2 * lse, logits.mean(-1), logits.argmax(-1) == targets
+@torch.no_grad()
+def fields(
+    names: Sequence[str], hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, **transform: Any
+) -> dict[str, Tensor]:
+    """Compute some of :data:`OF_LOGITS`, each (N,), by one more product in plain torch, 64 MiB of logits at a time."""
+    rows, found = max(1, LOGITS // len(weight)), list[list[Tensor]]()
+    for some, of_some in zip(hidden.split(rows), targets.split(rows), strict=True) if names else ():
+        logits = transform_logits(linear(some, weight).float(), bias, **transform)
+        found.append([OF_LOGITS[name](logits, of_some) for name in names])
+    return {name: torch.cat(parts) for name, parts in zip(names, zip(*found, strict=True), strict=bool(names))}

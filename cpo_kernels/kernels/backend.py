@@ -91,7 +91,8 @@ class Backend:
         name: as users write it.
         devices: device types it runs on; None for all.
         dtypes: dtypes of logits it takes.
-        rows: row kernels; signatures as in :mod:`cpo_kernels.kernels.ops`. ``forward`` is differentiable.
+        rows: row kernels; signatures as in :mod:`cpo_kernels.kernels.ops`.
+        differentiable_rows: ``rows.forward`` for autograd and torch.compile.
         gemm_: ``(a, b, out, accumulate)``, the matrix product.
         gemm_pair_: ``(a, b, high, low, accumulate)``, the product into a sum of two halves.
         gemm_workspace: ``(R, V, H, dtype, threads)`` to the most bytes that the products take besides their operands,
@@ -119,7 +120,8 @@ class Backend:
     name: str
     devices: tuple[str, ...] | None
     dtypes: tuple[torch.dtype, ...]
-    rows: ops.RowKernels | ops.RowOperators
+    rows: ops.RowKernels
+    differentiable_rows: Callable[..., tuple[Tensor, Tensor]]
     gemm_: Callable[[Tensor, Tensor, Tensor, bool], None]
     gemm_pair_: Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
     gemm_workspace: Callable[[int, int, int, torch.dtype, int | None], int] = no_workspace
@@ -156,6 +158,6 @@ class Backend:
         gemm_, gemm_pair_ = self.gemms_within(workspace)
         return replace(self, gemm_=gemm_, gemm_pair_=gemm_pair_)
 
-    def with_rows(self, rows: ops.RowKernels | ops.RowOperators) -> Backend:
+    def with_rows(self, rows: ops.RowKernels) -> Backend:
         """Return this backend with other row kernels and without any kernel that would go around them."""
         return replace(self, rows=rows, unit_gradient=None, linear_softmax=None, linear_statistics=None, ways={})

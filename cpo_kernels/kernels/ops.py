@@ -1,9 +1,10 @@
-"""The operators between the engine and its backends: schema, fake kernel and reference body, in one place.
+"""The differentiable log-probabilities of logits that exist, as torch operators: schema, fake kernel, reference body.
 
-The row operators exist once per backend that can serve several devices: ``cpo_kernels::row_forward`` has the reference
-as its body and the compiled extension as its kernel for CPU tensors, ``cpo_kernels::triton_row_forward`` is Triton's
-wherever that runs. Tokens are grouped by row: those of row r are ``targets[row_starts[r]:row_starts[r + 1]]``;
-``row_starts=None`` means one token a row. ``softcap=0.0`` means none.
+They exist once per backend that can serve several devices: ``cpo_kernels::row_forward`` has the reference as its body
+and the compiled extension as its kernel for CPU tensors, ``cpo_kernels::triton_row_forward`` is Triton's wherever that
+runs. The engine, which makes its gradients itself, calls the row kernels without an operator: a first one makes torch
+import its compiler, which takes seconds and 140 MB. Tokens are grouped by row: those of row r are
+``targets[row_starts[r]:row_starts[r + 1]]``; ``row_starts=None`` means one token a row. ``softcap=0.0`` means none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ TARGET_CHECKS: dict[str, Callable[[Tensor, int], bool]] = {}
 
 
 class RowKernels(NamedTuple):
-    """The row functions of a backend; arguments as in :func:`declare_rows`."""
+    """The row functions of a backend.
+
+    Attributes:
+        forward: as ``row_forward`` of :func:`declare_rows`.
+        backward: as its ``row_backward``.
+        backward_: ``(logits, ..., grad_dtype=None)``, what ``backward`` computes, over the logits; a narrower
+            ``grad_dtype`` over each row's front: the gradient is ``logits.view(grad_dtype)[:, :V]``, see
+            :func:`cpo_kernels.kernels.numerics.narrow_view`.
+    """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Tensor]
@@ -35,15 +44,14 @@ class RowKernels(NamedTuple):
 
 
 class RowOperators(NamedTuple):
-    """The row functions of a backend as torch operators; ``forward`` is differentiable."""
+    """The operators of a backend; ``forward`` is differentiable, and its gradient is ``backward``."""
 
     forward: CustomOpDef
     backward: CustomOpDef
-    backward_: CustomOpDef
 
 
 def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
-    """Declare the operators ``cpo_kernels::<prefix>row_forward``, ``...row_backward`` and ``...row_backward_``."""
+    """Declare the operators ``cpo_kernels::<prefix>row_forward`` and ``cpo_kernels::<prefix>row_backward``."""
 
     @custom_op(f"{NAMESPACE}::{prefix}row_forward", mutates_args=())
     def row_forward(
@@ -73,27 +81,7 @@ def declare_rows(prefix: str, body: RowKernels) -> RowOperators:
         """Compute the gradient of ``sum_n coef_n * logp_n`` by the raw logits, a new (R, V) tensor of their dtype."""
         return body.backward(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature)
 
-    @custom_op(f"{NAMESPACE}::{prefix}row_backward_", mutates_args=("logits",))
-    def row_backward_(
-        logits: Tensor,
-        targets: Tensor,
-        row_starts: Tensor | None,
-        stats: Tensor,
-        coef: Tensor,
-        bias: Tensor | None,
-        logit_scale: float,
-        softcap: float,
-        temperature: float,
-        grad_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write what :func:`row_backward` computes over the logits; a narrower ``grad_dtype`` over each row's front.
-
-        The gradient is ``logits.view(grad_dtype)[:, :V]``, see :func:`cpo_kernels.kernels.numerics.narrow_view`.
-        """
-        head = (bias, logit_scale, softcap, temperature)
-        body.backward_(logits, targets, row_starts, stats, coef, *head, grad_dtype)
-
-    operators = RowOperators(row_forward, row_backward, row_backward_)
+    operators = RowOperators(row_forward, row_backward)
     _register_fakes(operators)
     _register_autograd(operators)
     return operators
@@ -108,10 +96,6 @@ def _register_fakes(operators: RowOperators) -> None:
     @operators.backward.register_fake
     def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature):
         return logits.new_empty(logits.shape)
-
-    @operators.backward_.register_fake
-    def _(logits, targets, row_starts, stats, coef, bias, logit_scale, softcap, temperature, grad_dtype=None):
-        return None
 
 
 def _register_autograd(operators: RowOperators) -> None:
@@ -152,31 +136,4 @@ def _register_autograd(operators: RowOperators) -> None:
     operators.backward.register_autograd(second_order, setup_context=save_for_second_order)
 
 
-row_forward, row_backward, row_backward_ = declare_rows(
-    "", RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_)
-)
-
-
-@custom_op(f"{NAMESPACE}::column_stats", mutates_args=())
-def column_stats(grad: Tensor) -> Tensor:
-    """Return the largest absolute value and the absolute sum of each column: (r, V) -> (2, V).
-
-    A NaN in a column is at least in its sum.
-    """
-    return plain.column_stats(grad)
-
-
-@column_stats.register_fake
-def _(grad):
-    return grad.new_empty((2, grad.shape[1]), dtype=accumulate_dtype(grad.dtype))
-
-
-@custom_op(f"{NAMESPACE}::take_columns", mutates_args=())
-def take_columns(grad: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return some columns (c,) of some rows (k,) of (r, V), and behind them each row's sum of the rest: (k, c + 1)."""
-    return plain.take_columns(grad, rows, columns)
-
-
-@take_columns.register_fake
-def _(grad, rows, columns):
-    return grad.new_empty((rows.shape[0], columns.shape[0] + 1))
+row_forward, row_backward = declare_rows("", RowKernels(plain.row_forward, plain.row_backward, plain.row_backward_))

@@ -48,11 +48,13 @@ def triton_backend() -> Backend:
     gradients = import_module(".triton.gradients", __package__)
     linear = import_module(".triton.linear", __package__)
     on_cpu = triton_support.interpreted()
+    kernels = ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)
     return Backend(
         name="triton",
         devices=(CPU, *GPUS) if on_cpu else GPUS,
         dtypes=HALF_AND_SINGLE,
-        rows=ops.declare_rows("triton_", ops.RowKernels(rows.row_forward, rows.row_backward, rows.row_backward_)),
+        rows=kernels,
+        differentiable_rows=ops.declare_rows("triton_", kernels).forward,
         gemm_=cpu_gemm.fastest_gemm_ if on_cpu else plain.gemm_,
         gemm_pair_=cpu_gemm.fastest_gemm_pair_ if on_cpu else plain.gemm_pair_,
         gemm_workspace=cpu_gemm.gemm_workspace if on_cpu else no_workspace,
@@ -76,7 +78,8 @@ def cuda_backend() -> Backend:
         name="cuda",
         devices=("cuda",),
         dtypes=HALF_AND_SINGLE,
-        rows=ops.declare_rows("cuda_", kernels),
+        rows=kernels,
+        differentiable_rows=ops.declare_rows("cuda_", kernels).forward,
         gemm_=plain.gemm_,
         gemm_pair_=plain.gemm_pair_,
         scale_=cuda_rows.scale_,
@@ -114,9 +117,6 @@ def register_cpu_kernels() -> None:
     cpu_extension.isa()  # a wrong CPO_KERNELS_CPU_ISA is an error now, not in the first training step
     ops.row_forward.register_kernel("cpu")(cpu_rows.row_forward)
     ops.row_backward.register_kernel("cpu")(cpu_rows.row_backward)
-    ops.row_backward_.register_kernel("cpu")(cpu_rows.row_backward_)
-    ops.column_stats.register_kernel("cpu")(cpu_rows.column_stats)
-    ops.take_columns.register_kernel("cpu")(cpu_rows.take_columns)
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ BACKENDS = {
         devices=None,
         dtypes=(*HALF_AND_SINGLE, torch.float64),
         rows=ROWS,
+        differentiable_rows=plain.row_forward,
         gemm_=plain.gemm_,
         gemm_pair_=plain.gemm_pair_,
     ),
@@ -147,13 +148,14 @@ BACKENDS = {
         name="cpu",
         devices=("cpu",),
         dtypes=HALF_AND_SINGLE,
-        rows=ops.RowOperators(ops.row_forward, ops.row_backward, ops.row_backward_),
+        rows=ops.RowKernels(cpu_rows.row_forward, cpu_rows.row_backward, cpu_rows.row_backward_),
+        differentiable_rows=ops.row_forward,
         gemm_=cpu_gemm.fastest_gemm_,
         gemm_pair_=cpu_gemm.fastest_gemm_pair_,
         gemm_workspace=cpu_gemm.gemm_workspace,
         gemms_within=gemms_within,
-        column_stats=ops.column_stats,
-        take_columns=ops.take_columns,
+        column_stats=cpu_rows.column_stats,
+        take_columns=cpu_rows.take_columns,
         linear_softmax=LinearSoftmax(
             cpu_linear.takes, cpu_linear.floats_per_row, cpu_linear.linear_forward, cpu_linear.linear_scale
         ),
@@ -243,14 +245,15 @@ def with_choices(base: Backend, name: str, device: torch.device, sizes: Sizes | 
         if operation in selection.OPTIONAL and other is not None
     }
     of = {operation: base if other is None else BACKENDS[other] for operation, other in chosen.items()}
-    forward, backward = of.get("row_forward", base).rows, of.get("row_backward", base).rows
+    forward, backward = of.get("row_forward", base), of.get("row_backward", base)
     groups, whole = of.get("contrast", base), of.get("logits_loss", base)
     whole_launch = None if chosen.get("logits_loss", base.name) is None else whole.logits_loss
     unit = of.get("unit_gradient", base).unit_gradient
     launches = ((groups, groups.contrast), (whole, whole_launch))
     return replace(
         base,
-        rows=forward if forward is backward else ops.RowKernels(forward.forward, *backward[1:]),
+        rows=ops.RowKernels(forward.rows.forward, *backward.rows[1:]),
+        differentiable_rows=forward.differentiable_rows,
         unit_gradient=None if chosen.get("unit_gradient", base.name) is None else unit,
         contrast=groups.contrast,
         logits_loss=whole_launch,

@@ -105,6 +105,7 @@ def test_a_call_gets_kernels_of_several_backends(emulated_cuda):
         assert registry.select("auto", CPU, torch.float32) is base  # of unknown sizes
     assert mixed.name == base.name == ("cpu" if "cpu" in registry.AVAILABLE else "torch")
     assert mixed.rows.forward is emulated_cuda.rows.forward
+    assert mixed.differentiable_rows is emulated_cuda.differentiable_rows
     assert mixed.rows.backward_ is base.rows.backward_
     assert mixed.contrast is emulated_cuda.contrast
     assert mixed.ways == {"linear_kept": emulated_cuda.optional["linear_kept"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from pairwise import pairwise
 from tolerance import assert_accurate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +36,10 @@ class Two(nn.Module):
         return self.small(self.second(self.first(x)))
 
 
+def taken(dtype):
+    return dtype == torch.float32 and gemm_supported(dtype, dtype)
+
+
 @pytest.fixture
 def products():
     """Count the products of ours."""
@@ -50,7 +56,7 @@ def test_large_layers_run_by_our_product(products, dtype, shape):
         model.to(dtype)
         with by_our_products(model):
             found = model(x)
-    assert products.call_count == (2 if x.numel() and gemm_supported(dtype, dtype) else 0)
+    assert products.call_count == (2 if x.numel() and taken(dtype) else 0)
     assert found.shape == eager.shape and found.dtype == dtype
     if x.numel():
         assert_accurate(found, eager, exact, "output")
@@ -71,6 +77,17 @@ def kept_elsewhere(model, x):
         return model(x)
 
 
+def counted(model, x):
+    with FlopCounterMode(display=False) as counter:
+        out = model(x)
+    assert counter.get_total_flops() == 2 * 3 * (512 * 640 + 640 * 512 + 512 * 7)
+    return out
+
+
+def transformed(model, x):
+    return torch.func.vmap(model)(x)
+
+
 def compiled(model, x):
     model.second.compile(backend="eager")
     return model(x)
@@ -78,7 +95,15 @@ def compiled(model, x):
 
 @pytest.mark.parametrize(
     ("run", "expected"),
-    [(kept_elsewhere, 0), (under_autocast, 0), (compiled, 1), (changed_forward, 1), (lambda m, x: m(x), 2)],
+    [
+        (kept_elsewhere, 0),
+        (under_autocast, 0),
+        (counted, 0),
+        (transformed, 0),
+        (compiled, 1),
+        (changed_forward, 1),
+        (lambda m, x: m(x), 2),
+    ],
 )
 def test_what_else_has_a_hand_in_a_layer_runs_as_it_is(products, run, expected):
     if not gemm_supported(torch.float32, torch.float32):
@@ -104,14 +129,15 @@ def test_gradients_are_those_of_the_layers(products, dtype, shape, frozen, expan
     """Also where the gradient of the output is one number, repeated."""
     torch.manual_seed(0)
     model, x = Two().to(dtype), torch.randn(shape).to(dtype).requires_grad_(frozen != "input")
+    del model.small
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.endswith(frozen))
     asked = [tensor for tensor in (x, *model.parameters()) if tensor.requires_grad]
-    upstream = torch.ones(()).expand(*shape[:-1], 7) if expanded else torch.randn(*shape[:-1], 7)
+    upstream = torch.ones(()).expand(*shape[:-1], 512) if expanded else torch.randn(*shape[:-1], 512)
 
     def gradients(model, x, asked):
         with torch.enable_grad():
-            return torch.autograd.grad(model(x), asked, upstream.to(x.dtype))
+            return torch.autograd.grad(model.second(model.first(x)), asked, upstream.to(x.dtype))
 
     plain = gradients(model, x, asked)
     with by_our_products(model):
@@ -119,7 +145,7 @@ def test_gradients_are_those_of_the_layers(products, dtype, shape, frozen, expan
     wide, wide_x = deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad)
     exact = gradients(wide, wide_x, [t for t in (wide_x, *wide.parameters()) if t.requires_grad])
     of_weights, of_inputs = 2 * (frozen != "weight"), 1 + (frozen != "input")
-    assert products.call_count == (2 + of_weights + of_inputs if gemm_supported(dtype, dtype) else 0)
+    assert products.call_count == (2 + of_weights + of_inputs if taken(dtype) else 0)
     for ours, torchs, right in zip(found, plain, exact, strict=True):
         assert ours.dtype == dtype
         assert_accurate(ours, torchs, right, "gradient")
@@ -135,6 +161,41 @@ def test_recomputed_activations_have_the_same_gradients(reentrant):
         loss = checkpoint(model, x, use_reentrant=reentrant).sum()
     loss.backward()
     torch.testing.assert_close(model.first.weight.grad, *wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_may_be_changed_in_place_and_so_may_what_needs_no_gradient():
+    """As after torch's own product: adapters add to what a layer returns."""
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(3, 512)
+    model.first.weight.requires_grad_(False)
+
+    def run():
+        given = x.clone()
+        out = model.first(given)
+        given.zero_()  # a frozen layer does not need it any more
+        out += 1
+        out[..., :5].mul_(2)
+        out = model.second(out)
+        out.clamp_(max=1)
+        out.sum().backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad()
+        return out, *grads
+
+    wanted = run()
+    with by_our_products(model):
+        found = run()
+    assert len(wanted) == 3
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_taken_in_the_context_runs_after_it():
+    model, x = Two(), torch.randn(3, 640)
+    with by_our_products(model):
+        forward = model.second.forward
+    for kept in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+        with kept:
+            torch.testing.assert_close(forward(input=x), model.second(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_derivative_is_refused_not_wrong(products):

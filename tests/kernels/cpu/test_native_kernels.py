@@ -330,14 +330,6 @@ def test_operators_use_the_kernels_and_keep_their_schema():
     assert torch.equal(stats, op_stats) and torch.equal(logps, op_logps)
     torch.library.opcheck(ops.row_forward, (logits, targets, None, *head))
     torch.library.opcheck(ops.row_backward, (logits, targets, None, stats, coef, *head))
-    torch.library.opcheck(ops.row_backward_, (logits.clone(), targets, None, stats, coef, *head))
-    rows, columns = torch.tensor([1]), torch.tensor([2, 90])
-    assert torch.equal(torch.ops.cpo_kernels.column_stats(logits), cpu_rows.column_stats(logits))
-    assert torch.equal(
-        torch.ops.cpo_kernels.take_columns(logits, rows, columns), cpu_rows.take_columns(logits, rows, columns)
-    )
-    torch.library.opcheck(ops.column_stats, (logits,))
-    torch.library.opcheck(ops.take_columns, (logits, rows, columns))
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

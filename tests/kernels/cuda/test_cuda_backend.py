@@ -130,7 +130,6 @@ def test_opcheck(emulator, cuda_operators, shared):
     torch.library.opcheck(forward, (logits.clone().requires_grad_(), targets, starts, *head))
     backward = (logits, targets, starts, stats, torch.randn_like(logps), *head)
     torch.library.opcheck(namespace.emulated_cuda_row_backward.default, backward)
-    torch.library.opcheck(namespace.emulated_cuda_row_backward_.default, backward)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
