@@ -1,7 +1,7 @@
-"""Linear layers of a model on a CPU by the products of this package, forward and backward.
+"""Linear layers of a model on a CPU by the float32 product of this package, forward and backward.
 
-torch's own products take longer: 1.1 times as long and more for the rows of a training batch in float32, and up to
-three times for the few rows of a token that is generated.
+torch's own product takes longer: 1.1 times as long and more for the rows of a training batch, and up to three times for
+the few rows of a token that is generated.
 """
 
 from __future__ import annotations
@@ -25,49 +25,53 @@ LEAST_WEIGHTS = 2**18
 def by_our_products(model: nn.Module) -> Iterator[None]:
     """Run the linear layers of a model by the compiled product, within the context.
 
-    A layer runs as it is on another device than a CPU, under autocast, for a weight that is small, sharded or of
-    another dtype than its input, where its forward has been replaced, inside of what torch.compile has compiled, and
-    where somebody else keeps its activations, as checkpointing does: it compares those of the forward with those of a
-    second run, which may come after the context.
+    A layer runs as it is on another device than a CPU, in another dtype than float32, under autocast, for a weight that
+    is small or sharded, where its forward has been replaced, inside of what torch.compile has compiled, where something
+    watches torch's operators, and where somebody else keeps its activations, as checkpointing does: it compares those
+    of the forward with those of a second run, which may come after the context.
     """
-    # Classes, not forwards, are replaced: torch.compile compiles once for a class, and anew for each other function.
     first = None if torch.compiler.is_compiling() else next(model.parameters(), None)
     modules = () if first is None or first.device.type != "cpu" else model.modules()
-    layers = [(layer, type(layer)) for layer in modules if type(layer) in CLASSES]
-    for layer, kind in layers:
-        layer.__class__ = CLASSES[kind]
+    layers = [layer for layer in modules if type(layer) in CLASSES]
+    # Classes, not forwards, are replaced: torch.compile compiles once for a class, and anew for each other function.
     try:
+        for layer in layers:
+            layer.__class__ = CLASSES[type(layer)]
         yield
     finally:
-        for layer, kind in layers:
-            layer.__class__ = kind
+        for layer in layers:
+            layer.__class__ = BASES.get(type(layer), type(layer))
 
 
 class _Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return _product_of(self, x) if _takes(x, self.weight, self.bias) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if not _takes(input, self.weight, self.bias):
+            return nn.Linear.forward(self, input)
+        out: Tensor = _Product.apply(input, self.weight, self.bias, False)
+        return out
 
 
 class _Conv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
-        return _product_of(self, x) if _takes(x, self.weight, self.bias) else super().forward(x)
+        if not _takes(x, self.weight, self.bias):
+            return Conv1D.forward(self, x)
+        out: Tensor = _Product.apply(x, self.weight, self.bias, True)
+        return out
 
 
 CLASSES: dict[type, Any] = {nn.Linear: _Linear, Conv1D: _Conv1D}
-
-
-def _product_of(layer: Any, x: Tensor) -> Tensor:
-    out: Tensor = _Product.apply(x, layer.weight, layer.bias, isinstance(layer, Conv1D))
-    return out
+BASES: dict[type, Any] = {ours: base for base, ours in CLASSES.items()}
 
 
 def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     plain = type(x) is Tensor and type(weight) is nn.Parameter and weight.device.type == x.device.type == "cpu"
-    alike = plain and x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype)
-    large = alike and x.numel() > 0 and weight.numel() >= LEAST_WEIGHTS and gemm_supported(x.dtype, x.dtype)
-    if not large or torch.is_autocast_enabled("cpu"):
+    alike = plain and x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == x.dtype)
+    if not alike or x.numel() == 0 or weight.numel() < LEAST_WEIGHTS or not gemm_supported(x.dtype, x.dtype):
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    if watched or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
@@ -77,23 +81,30 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, inputs_first: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         ctx.inputs_first = inputs_first
-        out = _multiplied(_rows(x), weight if inputs_first else weight.t())
+        factor = weight if inputs_first else weight.t()
+        out = x.new_empty(*x.shape[:-1], factor.shape[1])
+        gemm(_rows(x), factor, _rows(out))
         if bias is not None:
             out += bias
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows, of_rows = _rows(grad), _rows(x)
+        rows = _rows(grad)
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _multiplied(rows, weight.t() if ctx.inputs_first else weight).view(x.shape)
+            factor = weight.t() if ctx.inputs_first else weight
+            of_x = grad.new_empty(*grad.shape[:-1], factor.shape[1])
+            gemm(rows, factor, _rows(of_x))
         if ctx.needs_input_grad[1]:
-            of_weight = _multiplied(of_rows.t(), rows) if ctx.inputs_first else _multiplied(rows.t(), of_rows)
+            left, right = (_rows(x), rows) if ctx.inputs_first else (rows, _rows(x))
+            of_weight = grad.new_empty(left.shape[1], right.shape[1])
+            gemm(left.t(), right, of_weight)
         if ctx.needs_input_grad[2]:
             of_bias = rows.sum(0)
         return of_x, of_weight, of_bias, None
@@ -101,9 +112,3 @@ class _Product(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _multiplied(a: Tensor, b: Tensor) -> Tensor:
-    out = a.new_empty(a.shape[0], b.shape[1])
-    gemm(a, b, out)
-    return out
