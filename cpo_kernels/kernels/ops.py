@@ -3,7 +3,7 @@
 They exist once per backend that can serve several devices: ``cpo_kernels::row_forward`` has the reference as its body
 and the compiled extension as its kernel for CPU tensors, ``cpo_kernels::triton_row_forward`` is Triton's wherever that
 runs. The engine, which makes its gradients itself, calls the row kernels without an operator: a first one makes torch
-import its compiler, which takes seconds and 140 MB. Tokens are grouped by row: those of row r are
+import its compiler, beyond the budget of the call. Tokens are grouped by row: those of row r are
 ``targets[row_starts[r]:row_starts[r + 1]]``; ``row_starts=None`` means one token a row. ``softcap=0.0`` means none.
 """
 
