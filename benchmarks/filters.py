@@ -2,9 +2,9 @@
 
 The run (benchmarks.real_run) is made here. Texts that it was not trained on are given to the head as it was at some
 steps. The eps of a filter is chosen for the whole run from a handful of early steps: the largest of a grid that keeps
-the gradients of all of them within half of 1e-3 of the exact call's. At later steps it is timed on other texts, and every other
-eps of the grid beside it. The contrast alone is what the filters are for; with the run's NLL beside it no ground truth
-is settled.
+the gradients of all of them within half of 1e-3 of the exact call's. At later steps it is timed on other texts, and
+every other eps of the grid beside it. The contrast alone is what the filters are for; with the run's NLL beside it no
+ground truth is settled.
 """
 
 from __future__ import annotations

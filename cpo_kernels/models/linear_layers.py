@@ -32,18 +32,31 @@ def by_our_products(model: nn.Module) -> Iterator[None]:
     """
     first = None if torch.compiler.is_compiling() else next(model.parameters(), None)
     modules = () if first is None or first.device.type != "cpu" else model.modules()
-    layers = [layer for layer in modules if type(layer) in CLASSES]
+    # Looked at once: another thread may run the same model.
+    layers = [(layer, kind) for layer in modules if (kind := type(layer)) in CLASSES]
     # Classes, not forwards, are replaced: torch.compile compiles once for a class, and anew for each other function.
     try:
-        for layer in layers:
-            layer.__class__ = CLASSES[type(layer)]
+        for layer, kind in layers:
+            layer.__class__ = CLASSES[kind]
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = BASES.get(type(layer), type(layer))
+        for layer, kind in layers:
+            if type(layer) is CLASSES[kind]:
+                layer.__class__ = kind
 
 
-class _Linear(nn.Linear):
+class _CopiedAsItsBase:
+    """A copy or a pickle that is made within the context is of torch's class."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _make, (BASES[type(self)],), *object.__reduce_ex__(self, max(2, int(protocol)))[2:]
+
+
+def _make(kind: type) -> Any:
+    return object.__new__(kind)
+
+
+class _Linear(_CopiedAsItsBase, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not _takes(input, self.weight, self.bias):
             return nn.Linear.forward(self, input)
@@ -51,7 +64,7 @@ class _Linear(nn.Linear):
         return out
 
 
-class _Conv1D(Conv1D):
+class _Conv1D(_CopiedAsItsBase, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight, self.bias):
             return Conv1D.forward(self, x)
@@ -68,10 +81,12 @@ def _takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     plain = type(x) is Tensor and type(weight) is nn.Parameter and weight.device.type == x.device.type == "cpu"
     alike = plain and x.dtype == weight.dtype == torch.float32 and (bias is None or bias.dtype == x.dtype)
-    if not alike or x.numel() == 0 or weight.numel() < LEAST_WEIGHTS or not gemm_supported(x.dtype, x.dtype):
+    if not alike or not weight.layout == x.layout == torch.strided or weight.is_neg() or x.is_neg():
+        return False
+    if x.numel() == 0 or weight.numel() < LEAST_WEIGHTS or not gemm_supported(x.dtype, x.dtype):
         return False
     watched = torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    if watched or torch.is_autocast_enabled("cpu"):
+    if watched or torch.autograd.forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
@@ -95,7 +110,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = _rows(grad)
+        rows = _rows(grad.resolve_neg())
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             factor = weight.t() if ctx.inputs_first else weight

@@ -123,7 +123,7 @@ def measure_both(kind: str, dtype_name: str) -> list[dict[str, int]]:
     step(kind, *inputs(kind, dtype, 2))
     found = [measure(kind, dtype, num_tokens) for num_tokens in (1024, 4096)]
     # A first operator of ours would import torch's compiler in the midst of a call.
-    assert "torch._dynamo" not in sys.modules
+    assert DEVICE.type != "cpu" or "torch._dynamo" not in sys.modules
     return found
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
 from unittest.mock import patch
@@ -186,6 +189,47 @@ def test_an_output_may_be_changed_in_place_and_so_may_what_needs_no_gradient():
     with by_our_products(model):
         found = run()
     assert len(wanted) == 3
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_made_in_the_context_is_of_torchs_layers(copied):
+    model = Two()
+    with by_our_products(model):
+        twin = copied(model)
+    for one in (model, twin):
+        assert [type(module) for module in one.children()] == [Conv1D, nn.Linear, nn.Linear]
+    torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_threads_that_run_one_model():
+    model, x = Two(), torch.randn(2, 512)
+    wanted, interval = model(x).detach(), sys.getswitchinterval()
+
+    def run(_):
+        for _ in range(200):
+            with torch.no_grad(), by_our_products(model):
+                torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-4)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [type(module) for module in model.children()] == [Conv1D, nn.Linear, nn.Linear]
+
+
+def test_inputs_whose_bytes_are_not_their_values():
+    model = Two()
+    x = torch.complex(torch.randn(3, 512), torch.randn(3, 512)).conj().imag
+    assert x.is_neg()
+    sparse = nn.Linear(512, 640, bias=False)
+    sparse.weight = nn.Parameter((torch.randn(640, 512) * (torch.rand(640, 512) < 0.01)).to_sparse_csr())
+    with torch.no_grad():
+        wanted = model(x), sparse(x.resolve_neg())
+        with by_our_products(model), by_our_products(sparse):
+            found = model(x), sparse(x.resolve_neg())
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 

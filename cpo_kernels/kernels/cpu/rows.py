@@ -99,7 +99,7 @@ def row_backward_(
     isa: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Run ``cpo_kernels::row_backward_`` on CPU tensors: :func:`row_backward`, written over the logits.
+    """Run :func:`row_backward`, written over the logits.
 
     ``grad_dtype`` is that of the logits, which None stands for, or bfloat16 or float16 for float32 logits. Then the
     gradient takes the front half of the memory of each row: it is ``logits.view(grad_dtype)[:, :V]``, and what the back

@@ -199,7 +199,7 @@ def linear_backward_(
 ) -> Tensor:
     """Write the gradient (R, V) of ``sum_n coef_n * logp_n`` by the raw logits over the memory of ``kept``.
 
-    It is that of :func:`cpo_kernels.kernels.ops.row_backward_`, at one multiplication a logit. ``kept`` is used up.
+    It is that of :class:`cpo_kernels.kernels.ops.RowKernels`, at one multiplication a logit. ``kept`` is used up.
 
     Args:
         kept: filled by :func:`linear_forward`.
