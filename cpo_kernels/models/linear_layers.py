@@ -32,8 +32,8 @@ def by_our_products(model: nn.Module) -> Iterator[None]:
     """
     first = None if torch.compiler.is_compiling() else next(model.parameters(), None)
     modules = () if first is None or first.device.type != "cpu" else model.modules()
-    # Looked at once: another thread may run the same model.
-    layers = [(layer, kind) for layer in modules if (kind := type(layer)) in CLASSES]
+    kinds = [(layer, type(layer)) for layer in modules]  # looked at once: another thread may run the same model
+    layers = [(layer, kind) for layer, kind in kinds if kind in CLASSES]
     # Classes, not forwards, are replaced: torch.compile compiles once for a class, and anew for each other function.
     try:
         for layer, kind in layers:
