@@ -94,7 +94,7 @@ def worst_error(kind: str, problem: Problem) -> float:
     if exact.inputs.is_floating_point():
         exact.inputs = exact.inputs.detach().double().requires_grad_()
     exact_loss, exact_grads = exact.dense()
-    error = max(map(relative, (loss, *grads), (exact_loss, *exact_grads)))
+    error = max(relative(*pair) for pair in zip((loss, *grads), (exact_loss, *exact_grads), strict=True))
     require_same({"error_worst": error}, problem.shape.dtype)
     return error
 

@@ -138,10 +138,8 @@ def small_sizes(parts: Parts) -> Iterator[Bar]:
 
 def peers(parts: Parts) -> Iterator[Bar]:
     """Check that ours is faster than each peer on the same work."""
-    what, measured = (
-        "faster than every peer",
-        [p for p in (parts.get("heads", NOTHING), parts.get("gpu", NOTHING)) if p.records],
-    )
+    what = "faster than every peer"
+    measured = [part for name in ("heads", "gpu") if (part := parts.get(name, NOTHING)).records]
     for part in measured or [NOTHING]:
         yield from against_all(what, part)
     if not any("gpu" in part.environment for part in measured):

@@ -2,9 +2,9 @@
 
 The run (benchmarks.real_run) is made here. Texts that it was not trained on are given to the head as it was at some
 steps. The eps of a filter is chosen for the whole run from a handful of early steps: the largest of a grid that keeps
-the gradients of all of them within half of 1e-3 of the exact call's. At later steps it is timed on other texts, and
-every other eps of the grid beside it. The contrast alone is what the filters are for; with the run's NLL beside it no
-ground truth is settled.
+the gradients of all of them within 1e-3 of the exact call's. At later steps it is timed on other texts, and every other
+eps of the grid beside it. The contrast alone is what the filters are for; with the run's NLL beside it no ground truth
+is settled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.records import Record
 from benchmarks.setting import Setting
 
 CANDIDATES, COLUMNS, BOTH = "candidate_eps", "grad_filter_eps", "both"
-BAR, MARGIN = 1e-3, 2  # of the gradient; what is chosen keeps half of it, since errors grow as training goes on
+BAR = 1e-3  # of the gradient
 # By half decades; 0 leaves nothing out.
 GRIDS = {CANDIDATES: [10 ** (i / 2) for i in range(-6, 1)], COLUMNS: [10 ** (i / 2) for i in range(-12, -5)]}
 WIDTH, QUICK_WIDTH = 768, 48  # of the wide head
@@ -66,10 +66,10 @@ def widened(looked: Looked, width: int) -> Looked:
 
 
 def choose(heads: Sequence[Head]) -> dict[str, Eps]:
-    """Return the eps of each filter, and of both, that are within the bar by the margin on all of some heads."""
+    """Return the eps of each filter, and of both, that are within the bar on all of some heads."""
 
     def within(**eps: float) -> bool:
-        return all(head.error_of_filter(**eps) <= BAR / MARGIN for head in heads)
+        return all(head.error_of_filter(**eps) <= BAR for head in heads)
 
     alone = {name: max((eps for eps in grid if within(**{name: eps})), default=0.0) for name, grid in GRIDS.items()}
     for share in (1.0, 0.3, 0.1, 0.0):  # of both, the columns give way

@@ -1,7 +1,7 @@
 """Linear layers of a model on a CPU by the float32 product of this package, forward and backward.
 
-torch's own product takes longer: 1.1 times as long and more for the rows of a training batch, and up to three times for
-the few rows of a token that is generated.
+torch's own product takes longer for the rows of a training batch, and several times as long for the few rows of a token
+that is generated, where the machine's units are wider than it uses.
 """
 
 from __future__ import annotations

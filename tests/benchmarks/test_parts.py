@@ -358,7 +358,7 @@ class Head:
         self.roots = roots
 
     def error_of_filter(self, **eps):
-        return filters.BAR / filters.MARGIN * sum(value / self.roots[name] for name, value in eps.items())
+        return filters.BAR * sum(value / self.roots[name] for name, value in eps.items())
 
 
 def test_the_largest_eps_of_the_grid_within_the_error_is_chosen():
